@@ -1,0 +1,1 @@
+"""Expert-parallel runtime for mixture-of-experts models in pure Python: route, quantize, dispatch, grouped GEMM, combine."""

@@ -1,0 +1,134 @@
+"""The values that travel between the steps of a layer: `QuantizedTensor`, `ExpertBatch`, `DispatchHandle`.
+
+Letters: L local experts, M rows of an expert's buffer, H hidden size, G = ceil(H / 128) groups, T tokens of this rank, K top-k,
+N and K_dim columns and contraction of a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moequant.errors import LayoutError
+
+ScaleLayout = Literal["row", "transposed", "block"]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The smallest integer that is not less than a / b, for b > 0."""
+    return -(-a // b)
+
+
+def empty_transposed_scales(num_experts: int, rows: int, groups: int, device: torch.device | str) -> Tensor:
+    """Uninitialised float32 scales of shape (L, M, G) and element strides (M*G, 1, M)."""
+    return torch.empty(num_experts, groups, rows, dtype=torch.float32, device=device).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A tensor in a narrow type, with one float32 scale for each group: `dequantized = values * scales`.
+
+    values: (..., rows, columns), float8 or int8.
+    scales: float32. A trailing partial group is a group of its own. How they lie is said by `layout`:
+        "row": (..., rows, ceil(columns / group_size)), contiguous.
+        "transposed": (L, M, G) with element strides (M*G, 1, M), or strides (any, 1, any) for a slice of a larger buffer:
+            the rows of one group side by side.
+        "block": (..., segments * ceil(rows / segments / group_size), ceil(columns / group_size)), contiguous: one scale for each
+            group_size x group_size block of a weight.
+    recipe: the arithmetic that made it (`moequant.quantization.RECIPES`).
+    segments: "block" only: the rows are this many equal parts, blocked apart. w13 has 2: gate and up.
+
+    Raises LayoutError if the scales' shape or strides are not what `layout` says.
+    """
+
+    values: Tensor
+    scales: Tensor
+    layout: ScaleLayout
+    recipe: str = "default"
+    group_size: int = 128
+    segments: int = 1
+
+    def __post_init__(self) -> None:
+        rows, columns = self.values.shape[-2:]
+        groups = ceil_div(columns, self.group_size)
+        if self.layout == "block":
+            if self.segments < 1 or rows % self.segments:
+                raise LayoutError(f"segments must divide the {rows} rows of values, got segments={self.segments}")
+            rows = self.segments * ceil_div(rows // self.segments, self.group_size)
+        expected = (*self.values.shape[:-2], rows, groups)
+        if tuple(self.scales.shape) != expected:
+            raise LayoutError(
+                f'values of shape {tuple(self.values.shape)} with layout "{self.layout}", group_size={self.group_size} and '
+                f"segments={self.segments} need scales of shape {expected}, got {tuple(self.scales.shape)}"
+            )
+        if self.scales.dtype != torch.float32:
+            raise LayoutError(f"scales must be float32, got {self.scales.dtype}")
+        if self.layout == "transposed":
+            if rows > 1 and self.scales.stride(-2) != 1:
+                raise LayoutError(
+                    'layout "transposed" needs the rows of one group side by side (stride 1 in the next to last dimension), got '
+                    f"strides {self.scales.stride()}; moequant.batch.empty_transposed_scales allocates them so"
+                )
+        elif self.layout in ("row", "block"):
+            if not self.scales.is_contiguous():
+                raise LayoutError(f'layout "{self.layout}" needs contiguous scales, got strides {self.scales.stride()}')
+        else:
+            raise LayoutError(f'layout must be "row", "transposed" or "block", got {self.layout!r}')
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertBatch:
+    """The rows routed to this rank's experts, as `MoEQuantDispatcher.dispatch` leaves them.
+
+    values: (L, M, H) contiguous, in the dispatcher's quantized type, or bfloat16 for quant="none".
+    scales: (L, M, G) float32 with element strides (M*G, 1, M), or None for quant="none".
+    num_tokens: (L,) int32. Rows from num_tokens[l] on may hold anything; nothing may read them for a valid result, or write them.
+    sources: (L, M) int64, where each valid row came from: `source_rank << 32 | token * top_k + k`.
+    recipe: the quantization recipe of values and scales.
+    expected_rows: a host-side guess of the mean of num_tokens, by which kernels choose their tiles; never more than a hint.
+
+    Rows of an expert are ordered by (source rank, token, k). The tensors are views of the dispatcher's buffers, valid until the same
+    slot's next dispatch.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    num_tokens: Tensor
+    sources: Tensor
+    recipe: str
+    expected_rows: int
+
+    @property
+    def activations(self) -> QuantizedTensor | Tensor:
+        """Values and scales as the operand that `grouped_gemm_blockscale` takes."""
+        if self.scales is None:
+            return self.values
+        return QuantizedTensor(self.values, self.scales, "transposed", self.recipe)
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchHandle:
+    """What `combine` needs to know of the dispatch it answers. Made by `dispatch`, opaque to users.
+
+    topk_weights: (T, K), the tensor that dispatch was given; it must not change before combine.
+    dtype: of the hidden states, and so of combine's output.
+    slot, generation: which of the slot's dispatches this was.
+    state: the transport's own record of where the rows went.
+    """
+
+    topk_weights: Tensor
+    dtype: torch.dtype
+    slot: int
+    generation: int
+    state: Any

@@ -1,0 +1,49 @@
+"""Checks of user input. Each says what came, what was expected, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    *,
+    dims: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Raises ValueError unless tensor is a tensor of that many dimensions, that shape, one of those dtypes, on that device."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if dims is not None and tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}; convert it with .to()")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}; move it with .to({str(device)!r})")
+
+
+def check_counts(num_tokens: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError unless num_tokens is None or one int32 for each expert of x (L, M, ...), on its device."""
+    if num_tokens is not None:
+        check_tensor("num_tokens", num_tokens, shape=(x.shape[0],), dtypes=(torch.int32,), device=x.device)
+        if not num_tokens.is_contiguous():
+            raise ValueError(f"num_tokens must be contiguous, got strides {num_tokens.stride()}; call .contiguous()")
+
+
+def check_no_grad(**tensors: Tensor | None) -> None:
+    """Raises RuntimeError if one of the tensors requires grad under grad mode: there is no backward, and detaching it silently would
+    be a wrong result."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(
+                    f"{name} requires grad, and moequant has no backward yet; call under torch.no_grad(), or pass {name}.detach()"
+                )

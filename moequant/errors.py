@@ -1,0 +1,29 @@
+"""Typed errors. Each is a ValueError (the call was wrong) or a RuntimeError (the call was right, the state was not)."""
+
+
+class ConfigMismatchError(ValueError):
+    """Ranks of one group built their dispatchers with different settings."""
+
+
+class InvalidExpertIdError(ValueError):
+    """A `topk_ids` entry lies outside -1..num_experts-1."""
+
+
+class LayoutError(ValueError):
+    """An operation was given a quantized tensor whose scales lie in a way it can't read."""
+
+
+class CapacityOverflowError(RuntimeError):
+    """More rows were routed to an expert than its buffer holds, under `on_overflow="error"`."""
+
+
+class StaleHandleError(RuntimeError):
+    """A handle was used after the same slot's next dispatch, or with a dispatcher that didn't make it."""
+
+
+class ClosedError(RuntimeError):
+    """A dispatcher was used after `close()`."""
+
+
+class PeerTimeoutError(RuntimeError):
+    """A rank did not answer within the dispatcher's time limit, or was lost."""

@@ -1,0 +1,69 @@
+"""The number formats and the quantization recipes, by name. Their arithmetic is part of the project's contract: every backend gives
+these bits. `moequant.reference` has it as code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """A narrow number format and the largest magnitude that quantization maps to."""
+
+    name: str
+    dtype: torch.dtype
+    max: float
+
+
+FORMATS = {
+    "fp8_e4m3fn": Format("fp8_e4m3fn", torch.float8_e4m3fn, 448.0),
+    "fp8_e4m3fnuz": Format("fp8_e4m3fnuz", torch.float8_e4m3fnuz, 240.0),
+    "fp8_e5m2": Format("fp8_e5m2", torch.float8_e5m2, 57344.0),
+    "int8": Format("int8", torch.int8, 127.0),
+}
+FORMAT_OF_DTYPE = {fmt.dtype: fmt for fmt in FORMATS.values()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a group's scale and values follow from its numbers.
+
+    eps: floor of the group's absolute maximum, so that a group of zeros has a scale.
+    power_of_two: the scale is rounded up to a power of two.
+    reciprocal: values are x * (1 / scale), two roundings, instead of x / scale, one.
+    """
+
+    name: str
+    eps: float
+    power_of_two: bool = False
+    reciprocal: bool = False
+
+
+RECIPES = {
+    # the formula of vLLM's and SGLang's Triton kernels (per_token_group_quant_fp8)
+    "default": Recipe("default", eps=1e-10),
+    # DeepGEMM's test utilities (per_token_cast_to_fp8)
+    "deepgemm": Recipe("deepgemm", eps=1e-4, reciprocal=True),
+    # power-of-two scales, as Blackwell's block-scaled GEMMs take them (OCP Microscaling's E8M0, rounded up)
+    "ue8m0": Recipe("ue8m0", eps=1e-10, power_of_two=True),
+}
+
+# Below it 1 / scale or the remainder of the division leaves float32's normal range.
+MIN_EPS = 1e-20
+
+
+def format_of(dtype: torch.dtype) -> Format:
+    """The format of a torch dtype. Raises ValueError for one that is not quantized to."""
+    if dtype not in FORMAT_OF_DTYPE:
+        names = ", ".join(str(known) for known in FORMAT_OF_DTYPE)
+        raise ValueError(f"dtype must be one of {names}, got {dtype}")
+    return FORMAT_OF_DTYPE[dtype]
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe of a name. Raises ValueError for an unknown one."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    return RECIPES[name]

@@ -1,0 +1,83 @@
+"""Products of quantized operands.
+
+Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, G = ceil(K_dim / 128) groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moequant import ops  # noqa: F401  (registers torch.ops.moequant)
+from moequant.batch import QuantizedTensor
+from moequant.checks import check_counts, check_no_grad, check_tensor
+from moequant.errors import LayoutError
+
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def grouped_gemm_blockscale(
+    a: QuantizedTensor | Tensor,
+    b: QuantizedTensor | Tensor,
+    num_tokens: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    expected_rows: int | None = None,
+) -> Tensor:
+    """One product for each expert over its valid rows: out[l, m] = dequantize(a[l, m]) @ dequantize(b[l]).T for m < num_tokens[l].
+
+    Each 128 of K_dim is multiplied in the narrow type, then scaled and added in float32.
+
+    a: (L, M, K_dim) values with layout "transposed", group size 128; or a plain bfloat16 tensor.
+    b: (L, N, K_dim) values of a's dtype with layout "block", 128x128; or a plain bfloat16 tensor if a is one.
+    num_tokens: (L,) int32, or None for all M. Rows from num_tokens[l] on are never written, and whatever they hold in `a` has no
+        influence on the others.
+    out: (L, M, N) contiguous, or None to allocate; rows past num_tokens are then uninitialised.
+    out_dtype: bfloat16, float16 or float32; out's own dtype if out is given.
+    expected_rows: a host-side guess of the mean of num_tokens, for the choice of tiles; None takes M. Results don't depend on its
+        being right; their last bits may depend on the choice.
+
+    Returns out. Raises ValueError (LayoutError for scales that lie otherwise) or, if an operand requires grad under grad mode,
+    RuntimeError.
+    """
+    a_values, a_scales = _operand("a", a, "transposed")
+    b_values, b_scales = _operand("b", b, "block")
+    check_no_grad(a=a_values, b=b_values)
+    if a_values.dtype != b_values.dtype:
+        raise ValueError(f"a and b must have the same dtype, got {a_values.dtype} and {b_values.dtype}; quantize both to one format")
+    check_tensor("b", b_values, shape=(a_values.shape[0], b_values.shape[1], a_values.shape[2]), device=a_values.device)
+    for name, values in (("a", a_values), ("b", b_values)):
+        if not values.is_contiguous():
+            raise ValueError(f"the values of {name} must be contiguous, got strides {values.stride()}; call .contiguous()")
+    check_counts(num_tokens, a_values)
+    shape = (a_values.shape[0], a_values.shape[1], b_values.shape[1])
+    if out is None:
+        check_out_dtype(out_dtype)
+        out = torch.empty(shape, dtype=out_dtype, device=a_values.device)
+    check_tensor("out", out, shape=shape, dtypes=OUT_DTYPES, device=a_values.device)
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    segments = b.segments if isinstance(b, QuantizedTensor) else 1
+    torch.ops.moequant.grouped_gemm_blockscale(
+        a_values, a_scales, b_values, b_scales, num_tokens, out, segments, expected_rows
+    )
+    return out
+
+
+def check_out_dtype(dtype: torch.dtype) -> None:
+    if dtype not in OUT_DTYPES:
+        raise ValueError(f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {dtype}")
+
+
+def _operand(name: str, x: QuantizedTensor | Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
+    """The values and scales of an operand, checked."""
+    if isinstance(x, QuantizedTensor):
+        if x.layout != layout or x.group_size != 128:
+            raise LayoutError(
+                f'{name} must have layout "{layout}" and group size 128, got layout "{x.layout}" and group size {x.group_size}'
+            )
+        check_tensor(f"the values of {name}", x.values, dims=3)
+        return x.values, x.scales
+    check_tensor(name, x, dims=3, dtypes=(torch.bfloat16,))
+    return x, None

@@ -1,0 +1,233 @@
+"""One function an operation, on any device: tensors on a CPU go to `moequant.reference`, others to `moequant.kernels`.
+
+Every function writes into tensors that its caller owns, and is registered with torch.library under its name (`torch.ops.moequant.*`),
+so that torch.compile and torch.export see one opaque operation. The public functions call the registered form; the transports, which
+torch.compile does not trace, call the plain one.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from moequant import reference
+from moequant.batch import QuantizedTensor
+from moequant.formats import format_of, recipe_of
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+# With Triton's interpreter the kernels run on CPU tensors too; tests ask for that by setting both.
+CPU_KERNELS = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("MOEQUANT_CPU_KERNELS") == "1"
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether operations on x run as Triton kernels."""
+    return x.is_cuda or CPU_KERNELS
+
+
+def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
+    """Registers a function that only writes into its arguments as `torch.ops.moequant.<its name>`, and returns its plain form.
+
+    Kernels are launched on the device of the first argument, whichever is current.
+    """
+
+    def register(function: Function) -> Function:
+        @functools.wraps(function)
+        def on_device(x: Tensor, *args: Any, **kwargs: Any) -> None:
+            with torch.cuda.device_of(x):
+                function(x, *args, **kwargs)
+
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        operation = torch.library.custom_op(f"moequant::{function.__name__}", on_device, mutates_args=mutates, schema=schema)
+        operation.register_fake(lambda *args, **kwargs: None)
+        return cast(Function, on_device)
+
+    return register
+
+
+def quantize_settings(values: Tensor, recipe: str, eps: float | None) -> dict[str, float | bool]:
+    """A format and a recipe as the plain numbers that the kernels take."""
+    rule = recipe_of(recipe)
+    return {
+        "max_value": format_of(values.dtype).max,
+        "eps": rule.eps if eps is None else eps,
+        "power_of_two": rule.power_of_two,
+        "reciprocal": rule.reciprocal,
+    }
+
+
+@registered(mutates=("values", "scales"))
+def quantize_expert_batch(
+    x: Tensor,
+    num_tokens: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    group_size: int = 128,
+    recipe: str = "default",
+    eps: float | None = None,
+) -> None:
+    """`reference.quantize_expert_batch` into given outputs."""
+    if not uses_kernels(x):
+        reference.quantize_expert_batch(
+            x, num_tokens, group_size=group_size, dtype=values.dtype, recipe=recipe, eps=eps, values=values, scales=scales
+        )
+        return
+    from moequant.kernels.quantize import quantize_expert_batch as kernel
+
+    kernel(x, num_tokens, values, scales, group_size=group_size, **quantize_settings(values, recipe, eps))
+
+
+@registered(mutates=("values", "scales"))
+def silu_mul_quantize(
+    x: Tensor,
+    num_tokens: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    recipe: str = "default",
+    eps: float | None = None,
+) -> None:
+    """`reference.silu_mul_quantize` into given outputs."""
+    if not uses_kernels(x):
+        reference.silu_mul_quantize(x, num_tokens, dtype=values.dtype, recipe=recipe, eps=eps, values=values, scales=scales)
+        return
+    from moequant.kernels.silu_mul_quantize import silu_mul_quantize as kernel
+
+    kernel(x, num_tokens, values, scales, **quantize_settings(values, recipe, eps))
+
+
+@registered(mutates=("out",))
+def grouped_gemm_blockscale(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    num_tokens: Tensor | None,
+    out: Tensor,
+    segments: int = 1,
+    expected_rows: int | None = None,
+) -> None:
+    """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 operands."""
+    if not uses_kernels(a):
+        left = a if a_scales is None else QuantizedTensor(a, a_scales, "transposed")
+        right = b if b_scales is None else QuantizedTensor(b, b_scales, "block", segments=segments)
+        reference.grouped_gemm_blockscale(left, right, num_tokens, out=out)
+        return
+    from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as kernel
+
+    kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows)
+
+
+@registered(mutates=("slots", "counts", "num_tokens", "status"))
+def route(
+    topk_ids: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    capacity: int | None = None,
+    num_tokens: Tensor | None = None,
+    status: Tensor | None = None,
+) -> None:
+    """`reference.route` into given outputs; the number of experts is counts.shape[0]."""
+    if not uses_kernels(topk_ids):
+        reference.route(topk_ids, slots, counts, capacity, num_tokens, status)
+        return
+    from moequant.kernels.route import route as kernel
+
+    kernel(topk_ids, slots, counts, capacity, num_tokens, status)
+
+
+@registered(mutates=("offsets", "num_tokens", "status"))
+def expert_offsets(
+    counts: Tensor,
+    first_expert: int,
+    capacity: int,
+    rows_per_source: int,
+    offsets: Tensor,
+    num_tokens: Tensor,
+    status: Tensor | None = None,
+) -> None:
+    """`reference.expert_offsets`."""
+    if not uses_kernels(counts):
+        reference.expert_offsets(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
+        return
+    from moequant.kernels.expert_offsets import expert_offsets as kernel
+
+    kernel(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
+
+
+@registered(mutates=("values", "scales", "rows", "sources"))
+def scatter(
+    x: Tensor,
+    topk_ids: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    scales: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    rows: Tensor | None = None,
+    sources: Tensor | None = None,
+    row_sources: Tensor | None = None,
+    first_expert: int = 0,
+    offsets: Tensor | None = None,
+    capacity: int | None = None,
+    recipe: str = "default",
+) -> None:
+    """`reference.scatter`."""
+    if not uses_kernels(x):
+        reference.scatter(
+            x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, recipe
+        )
+        return
+    from moequant.kernels.scatter import scatter as kernel
+
+    settings = quantize_settings(values, recipe, None) if scales is not None else {}
+    kernel(
+        x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, **settings
+    )
+
+
+@registered(mutates=("padded", "merged", "merged_scales", "merged_sources"))
+def move_source_rows(
+    padded: Tensor,
+    merged: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    first_expert: int,
+    to_merged: bool,
+    padded_scales: Tensor | None = None,
+    merged_scales: Tensor | None = None,
+    padded_sources: Tensor | None = None,
+    merged_sources: Tensor | None = None,
+) -> None:
+    """`reference.move_source_rows`."""
+    if not uses_kernels(padded):
+        move = reference.move_source_rows
+    else:
+        from moequant.kernels.move_source_rows import move_source_rows as move
+
+    move(
+        padded,
+        merged,
+        offsets,
+        counts,
+        first_expert,
+        to_merged,
+        padded_scales,
+        merged_scales,
+        padded_sources,
+        merged_sources,
+    )
+
+
+@registered(mutates=("out",))
+def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+    """`reference.combine`."""
+    if not uses_kernels(expert_output):
+        reference.combine(expert_output, rows, topk_weights, out)
+        return
+    from moequant.kernels.combine import combine as kernel
+
+    kernel(expert_output, rows, topk_weights, out)

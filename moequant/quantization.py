@@ -1,0 +1,136 @@
+"""Quantization and SwiGLU + quantization of expert batches, weights, and back.
+
+Letters: L local experts, M rows of an expert's buffer, H hidden size, I intermediate size, G groups of 128 columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moequant import ops, reference
+from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales
+from moequant.checks import check_counts, check_no_grad, check_tensor
+from moequant.formats import MIN_EPS, format_of, recipe_of
+
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+GROUP_SIZES = (32, 64, 128, 256)
+
+
+def quantize_expert_batch(
+    x: Tensor,
+    num_tokens: Tensor | None = None,
+    *,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+    eps: float | None = None,
+    values: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> QuantizedTensor:
+    """Quantizes the valid rows of an expert batch in groups of group_size columns, one float32 scale a group.
+
+    x: (L, M, H) bfloat16, float16 or float32, any strides.
+    num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are neither read nor written.
+    group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
+    dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240), float8_e5m2 (57344) or int8 (127).
+    recipe: "default", "deepgemm" or "ue8m0": see `moequant.formats.RECIPES`. The scale is amax / max, values are x / scale rounded to
+        nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
+    eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
+    values: (L, M, H) of dtype, any strides, or None to allocate.
+    scales: (L, M, G) float32 with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
+
+    Returns a QuantizedTensor of layout "transposed". Raises ValueError for a wrong shape, dtype, device, recipe or eps, RuntimeError
+    if x requires grad under grad mode.
+    """
+    check_quantize_arguments(x, num_tokens, recipe, eps)
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
+    out = _outputs(x.shape, x.device, dtype, group_size, recipe, values, scales)
+    torch.ops.moequant.quantize_expert_batch(x, num_tokens, out.values, out.scales, group_size, recipe, eps)
+    return out
+
+
+def silu_mul_quantize(
+    x: Tensor,
+    num_tokens: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+    eps: float | None = None,
+    values: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> QuantizedTensor:
+    """SwiGLU of the valid rows, quantized in groups of 128 columns: silu(gate) * up with gate = x[..., :I], up = x[..., I:].
+
+    The product is computed in float32 and not rounded before quantization.
+
+    x: (L, M, 2I) bfloat16, float16 or float32, any strides. The other arguments, the result and the errors are those of
+    `quantize_expert_batch`, with values (L, M, I).
+    """
+    check_quantize_arguments(x, num_tokens, recipe, eps)
+    if x.shape[2] % 2:
+        raise ValueError(f"x must be (L, M, 2 * I), gate first then up: its last dimension must be even, got shape {tuple(x.shape)}")
+    shape = torch.Size((x.shape[0], x.shape[1], x.shape[2] // 2))
+    out = _outputs(shape, x.device, dtype, 128, recipe, values, scales)
+    torch.ops.moequant.silu_mul_quantize(x, num_tokens, out.values, out.scales, recipe, eps)
+    return out
+
+
+def quantize_weight(
+    w: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, recipe: str = "default", segments: int = 1, group_size: int = 128
+) -> QuantizedTensor:
+    """Quantizes a weight in blocks of 128x128, one float32 scale a block. Runs once, when weights are loaded, in plain torch.
+
+    w: (..., N, K_dim) bfloat16, float16 or float32.
+    segments: the N rows are this many equal parts, blocked apart: 2 for w13, so that no block holds gate and up.
+
+    Returns a QuantizedTensor of layout "block" with scales (..., segments * ceil(N / segments / 128), ceil(K_dim / 128)).
+    Raises ValueError for a wrong shape, dtype or recipe.
+    """
+    check_tensor("w", w, dtypes=INPUT_DTYPES)
+    if w.dim() < 2:
+        raise ValueError(f"w must be (..., N, K_dim), got shape {tuple(w.shape)}")
+    if segments < 1 or w.shape[-2] % segments:
+        raise ValueError(f"segments must divide N = {w.shape[-2]}, got {segments}")
+    format_of(dtype)
+    recipe_of(recipe)
+    check_no_grad(w=w)
+    return reference.quantize_weight(w, dtype=dtype, recipe=recipe, segments=segments, group_size=group_size)
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """values * scales in float32, rounded once to dtype. Contiguous, of the shape of q.values. Plain torch on every device."""
+    return reference.dequantize(q, dtype)
+
+
+def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, eps: float | None) -> None:
+    """What `quantize_expert_batch` and `silu_mul_quantize` ask of their inputs."""
+    check_tensor("x", x, dims=3, dtypes=INPUT_DTYPES)
+    check_counts(num_tokens, x)
+    check_no_grad(x=x)
+    recipe_of(recipe)
+    if eps is not None and not MIN_EPS <= eps < 1e30:
+        raise ValueError(f"eps must be at least {MIN_EPS} and below 1e30 (below, 1 / scale overflows), got {eps}")
+
+
+def _outputs(
+    shape: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    group_size: int,
+    recipe: str,
+    values: Tensor | None,
+    scales: Tensor | None,
+) -> QuantizedTensor:
+    """The outputs that the caller gave, checked, or new ones."""
+    format_of(dtype)
+    experts, rows, columns = shape
+    groups = ceil_div(columns, group_size)
+    if values is None:
+        values = torch.empty(shape, dtype=dtype, device=device)
+    check_tensor("values", values, shape=tuple(shape), dtypes=(dtype,), device=device)
+    if scales is None:
+        scales = empty_transposed_scales(experts, rows, groups, device)
+    check_tensor("scales", scales, shape=(experts, rows, groups), dtypes=(torch.float32,), device=device)
+    return QuantizedTensor(values, scales, "transposed", recipe, group_size)

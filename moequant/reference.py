@@ -1,0 +1,335 @@
+"""The specification: every step of the pipeline in plain torch, in the order in which a layer runs them. It runs on any device and is
+what runs on a CPU. The kernels in `moequant.kernels` give the same bits (GEMMs: the same numbers within rounding).
+
+    hidden_states (T, H), topk_ids (T, K), topk_weights (T, K)
+      route                    which slot of its expert's rows each (token, k) takes
+      expert_offsets           where each source rank's rows start in each expert's buffer
+      scatter                  quantize, and place rows in expert-major buffers
+      move_source_rows         padded exchange: between rows apart by source rank and rows side by side
+      grouped_gemm_blockscale, silu_mul_quantize, grouped_gemm_blockscale
+      combine                  weighted sum over k
+
+Letters: T tokens of this rank, K top-k, E experts in all, W ranks, L = E / W local experts, M rows of an expert's buffer, C rows of an
+expert's buffer per source rank, H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a GEMM.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales
+from moequant.formats import format_of, recipe_of
+
+INF_BITS = 0x7F800000
+
+
+def group_scales(groups: Tensor, dtype: torch.dtype, recipe: str = "default", eps: float | None = None) -> Tensor:
+    """The scale of each group. groups: (..., group_size) float32. Returns (...) float32; NaN where a group holds NaN or Inf.
+
+    The absolute maximum is an integer maximum over the bits of |x|, which no NaN can slip through.
+    """
+    rule = recipe_of(recipe)
+    bits = groups.contiguous().abs().view(torch.int32).amax(-1)
+    amax = bits.view(torch.float32).clamp_min(rule.eps if eps is None else eps)
+    scale = amax / format_of(dtype).max
+    if rule.power_of_two:
+        # the next power of two: a mantissa that is not zero carries into the exponent
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & INF_BITS).view(torch.float32)
+    return torch.where(bits >= INF_BITS, torch.nan, scale)
+
+
+def round_to(quotient: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 to a narrow type: clamp to the format's range, round to nearest even. NaN becomes 0 (its group's scale is NaN)."""
+    fmt = format_of(dtype)
+    bounded = torch.nan_to_num(quotient, nan=0.0, posinf=fmt.max, neginf=-fmt.max).clamp(-fmt.max, fmt.max)
+    return (bounded.round() if dtype == torch.int8 else bounded).to(dtype)
+
+
+def quantize_groups(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str, eps: float | None) -> tuple[Tensor, Tensor]:
+    """Quantizes along the last dimension. x: (..., columns). Returns values (..., columns) and scales (..., groups), both contiguous."""
+    columns = x.shape[-1]
+    groups = ceil_div(columns, group_size)
+    padded = F.pad(x.float(), (0, groups * group_size - columns)).unflatten(-1, (groups, group_size))
+    scales = group_scales(padded, dtype, recipe, eps)
+    divisor = scales.unsqueeze(-1)
+    quotient = padded * (1.0 / divisor) if recipe_of(recipe).reciprocal else padded / divisor
+    return round_to(quotient, dtype).flatten(-2)[..., :columns].contiguous(), scales
+
+
+def counted_rows(num_tokens: Tensor | None, x: Tensor) -> Tensor:
+    """(L, M) bool: which rows of x (L, M, ...) are valid."""
+    experts, rows = x.shape[:2]
+    if num_tokens is None:
+        return torch.ones(experts, rows, dtype=torch.bool, device=x.device)
+    return torch.arange(rows, device=x.device) < num_tokens.unsqueeze(1)
+
+
+def store_rows(valid: Tensor, values: Tensor, scales: Tensor, new_values: Tensor, new_scales: Tensor) -> None:
+    """Writes the valid rows of (L, M, ...) and leaves the others as they are. float8 travels as bytes: torch can't select it."""
+    values.view(torch.int8)[valid] = new_values.view(torch.int8)[valid]
+    scales[valid] = new_scales[valid]
+
+
+def quantize_expert_batch(
+    x: Tensor,
+    num_tokens: Tensor | None = None,
+    *,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+    eps: float | None = None,
+    values: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> QuantizedTensor:
+    """As `moequant.quantize_expert_batch`."""
+    experts, rows, columns = x.shape
+    values = torch.empty(x.shape, dtype=dtype, device=x.device) if values is None else values
+    scales = empty_transposed_scales(experts, rows, ceil_div(columns, group_size), x.device) if scales is None else scales
+    store_rows(counted_rows(num_tokens, x), values, scales, *quantize_groups(x, group_size, dtype, recipe, eps))
+    return QuantizedTensor(values, scales, "transposed", recipe, group_size)
+
+
+def quantize_weight(
+    w: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, recipe: str = "default", segments: int = 1, group_size: int = 128
+) -> QuantizedTensor:
+    """As `moequant.quantize_weight`."""
+    rows, columns = w.shape[-2] // segments, w.shape[-1]
+    blocks = ceil_div(rows, group_size), ceil_div(columns, group_size)
+    # each segment is padded to whole blocks; a block is then the (group_size, group_size) tile of (..., segment, i, row, j, column)
+    pad = (0, blocks[1] * group_size - columns, 0, blocks[0] * group_size - rows)
+    tiles = F.pad(w.float().unflatten(-2, (segments, rows)), pad)
+    tiles = tiles.unflatten(-2, (blocks[0], group_size)).unflatten(-1, (blocks[1], group_size)).transpose(-3, -2)
+    scales = group_scales(tiles.flatten(-2), dtype, recipe)
+    divisor = scales[..., None, None]
+    quotient = tiles * (1.0 / divisor) if recipe_of(recipe).reciprocal else tiles / divisor
+    values = round_to(quotient.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., :rows, :columns], dtype)
+    return QuantizedTensor(
+        values.flatten(-3, -2).contiguous(), scales.flatten(-3, -2).contiguous(), "block", recipe, group_size, segments
+    )
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As `moequant.dequantize`."""
+    rows, columns = q.shape[-2:]
+    scales = q.scales.repeat_interleave(q.group_size, -1)[..., :columns]
+    if q.layout == "block":
+        segments = scales.unflatten(-2, (q.segments, -1))
+        scales = segments.repeat_interleave(q.group_size, -2)[..., : rows // q.segments, :].flatten(-3, -2)
+    return (q.values.float() * scales).to(dtype)
+
+
+def route(
+    topk_ids: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    capacity: int | None = None,
+    num_tokens: Tensor | None = None,
+    status: Tensor | None = None,
+) -> None:
+    """Numbers the rows of each expert in the order of (token, k).
+
+    topk_ids: (T, K) int32 or int64; -1 means "no expert". An id outside -1..E-1 counts as -1.
+    slots: (T, K) int32, written: the number of earlier entries with the same id, or -1 where there is no expert.
+    counts: (E,) int32, written: entries of each expert, before any limit. Its length says how many experts there are.
+    capacity: rows that an expert has room for, or None for no limit.
+    num_tokens: (E,) int32, written if given: min(counts, capacity).
+    status: (2,) int64, added to if given: ids out of range, and rows past capacity.
+
+    Example: E=3, topk_ids [[2, 0], [0, -1], [2, 2]] gives slots [[0, 0], [1, -1], [1, 2]] and counts [2, 0, 3].
+    """
+    num_experts = counts.shape[0]
+    ids = topk_ids.long()
+    invalid = (ids < -1) | (ids >= num_experts)
+    present = (ids >= 0) & ~invalid
+    one_hot = F.one_hot(torch.where(present, ids, num_experts).flatten(), num_experts + 1)[:, :num_experts]
+    earlier = (one_hot.cumsum(0) - one_hot).gather(1, ids.clamp(0, num_experts - 1).flatten().unsqueeze(1))
+    slots.copy_(torch.where(present, earlier.view(ids.shape), -1))
+    counts.copy_(one_hot.sum(0))
+    if num_tokens is not None:
+        num_tokens.copy_(counts if capacity is None else counts.clamp_max(capacity))
+    if status is not None:
+        status[0] += invalid.sum()
+        if capacity is not None:
+            status[1] += (counts - capacity).clamp_min(0).sum()
+
+
+def expert_offsets(
+    counts: Tensor,
+    first_expert: int,
+    capacity: int,
+    rows_per_source: int,
+    offsets: Tensor,
+    num_tokens: Tensor,
+    status: Tensor | None = None,
+) -> None:
+    """Where each source rank's rows start in each expert's buffer.
+
+    counts: (W, E) int32, as each rank's `route` gave them; counts above rows_per_source (C) are cut to it.
+    offsets: (W, E) int32, written: rows of lower ranks. It may exceed capacity (M): such rows have no place.
+    num_tokens: (L,) int32, written for the experts from first_expert on: valid rows, at most capacity.
+    status: (2,) int64; status[1] is raised by the rows, of all ranks and experts, that found no place.
+
+    Example: W=2, C=4, M=5, counts of one expert [3, 6]: offsets [0, 3], num_tokens 5, and 4 rows have no place (2 of them past C).
+    """
+    sent = counts.clamp_max(rows_per_source)
+    ends = sent.cumsum(0, dtype=torch.int32)
+    offsets.copy_(ends - sent)
+    placed = ends[-1].clamp_max(capacity)
+    num_tokens.copy_(placed[first_expert : first_expert + num_tokens.shape[0]])
+    if status is not None:
+        status[1] += counts.sum() - placed.sum()
+
+
+def scatter(
+    x: Tensor,
+    topk_ids: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    scales: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    rows: Tensor | None = None,
+    sources: Tensor | None = None,
+    row_sources: Tensor | None = None,
+    first_expert: int = 0,
+    offsets: Tensor | None = None,
+    capacity: int | None = None,
+    recipe: str = "default",
+) -> None:
+    """Places each token's row into the buffer of each of its experts, quantizing it on the way where scales are wanted.
+
+    x: (T, H), any row stride. topk_ids, slots: (T, K); ids count from first_expert, others than first_expert..first_expert+L-1 are
+        skipped, as is a slot of -1 or one not less than the buffers' M.
+    values: (L, M, H), written. Its type says what happens: bfloat16 etc.: x is converted; quantized, with x_scales None: x is quantized
+        by recipe; quantized, with x_scales (T, G) float32: x is quantized already and is copied.
+    scales: (L, M, G) float32 of any strides, written, if values are quantized.
+    rows: (T, K) int32, written if given: the flat row `expert * M + slot`, or -1 where nothing was placed.
+    sources: (L, M) int64, written if given: row_sources[t] + k; row_sources (T,) int64 is t * K where it is None.
+    offsets, capacity: (E,) int32 and rows that fit an expert in all: a row with offsets[expert] + slot >= capacity is not placed.
+    """
+    experts, limit = values.shape[:2]
+    tokens, top_k = topk_ids.shape
+    local = topk_ids.long() - first_expert
+    placed = (local >= 0) & (local < experts) & (slots >= 0) & (slots < limit)
+    if offsets is not None:
+        start = offsets.long()[topk_ids.long().clamp(0, offsets.shape[0] - 1)]
+        placed &= start + slots < capacity
+    flat = torch.where(placed, local * limit + slots, -1)
+    if rows is not None:
+        rows.copy_(flat)
+    token, k = placed.nonzero(as_tuple=True)
+    expert, slot = local[token, k], slots[token, k].long()
+    if scales is not None:
+        new_values, new_scales = (x, x_scales) if x_scales is not None else quantize_groups(x, 128, values.dtype, recipe, None)
+        values.view(torch.int8)[expert, slot] = new_values.view(torch.int8)[token]
+        scales[expert, slot] = new_scales[token]
+    else:
+        values[expert, slot] = x[token].to(values.dtype)
+    if sources is not None:
+        base = torch.arange(tokens, device=x.device) * top_k if row_sources is None else row_sources
+        sources[expert, slot] = base[token] + k
+
+
+def move_source_rows(
+    padded: Tensor,
+    merged: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    first_expert: int,
+    to_merged: bool,
+    padded_scales: Tensor | None = None,
+    merged_scales: Tensor | None = None,
+    padded_sources: Tensor | None = None,
+    merged_sources: Tensor | None = None,
+) -> None:
+    """Moves rows between buffers padded for each source rank and expert buffers with the sources' rows side by side.
+
+    Row c of (source w, local expert l) is row offsets[w, first_expert + l] + c of expert l, for c below counts, C and the end of M.
+    padded: (W, L, C, H). merged: (L, M, H), same type. to_merged: the direction; the other side is written.
+    *_scales: (W, L, C, G) and (L, M, G) float32, any strides. *_sources: (W, L, C) int32, each a token * K + k, and (L, M) int64,
+        into which the source's rank goes too. Both only with to_merged.
+
+    Example: W=2, L=1, C=2, M=4, counts [1, 2], offsets [0, 1]: merged rows 0, 1, 2 are padded (0, 0), (1, 0), (1, 1).
+    """
+    ranks, experts, limit = padded.shape[:3]
+    capacity = merged.shape[1]
+    start = offsets[:, first_expert : first_expert + experts].long().unsqueeze(-1)
+    count = counts[:, first_expert : first_expert + experts].unsqueeze(-1)
+    c = torch.arange(limit, device=padded.device)
+    source, expert, row = ((c < count) & (start + c < capacity)).nonzero(as_tuple=True)
+    target = start[source, expert, 0] + row
+    if not to_merged:
+        padded[source, expert, row] = merged[expert, target]
+        return
+    merged.view(torch.int8)[expert, target] = padded.view(torch.int8)[source, expert, row]
+    if padded_scales is not None and merged_scales is not None:
+        merged_scales[expert, target] = padded_scales[source, expert, row]
+    if padded_sources is not None and merged_sources is not None:
+        merged_sources[expert, target] = padded_sources[source, expert, row].long() + (source << 32)
+
+
+def grouped_gemm_blockscale(
+    a: QuantizedTensor | Tensor,
+    b: QuantizedTensor | Tensor,
+    num_tokens: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    expected_rows: int | None = None,
+) -> Tensor:
+    """As `moequant.grouped_gemm_blockscale`: a float32 product of the dequantized operands, one expert after the other."""
+    del expected_rows
+    experts, rows = a.shape[:2]
+    if out is None:
+        out = torch.empty(experts, rows, b.shape[1], dtype=out_dtype, device=a.device)
+    for expert in range(experts):
+        count = rows if num_tokens is None else int(num_tokens[expert])
+        left, right = operand_rows(a, expert, count), operand_rows(b, expert, b.shape[1])
+        out[expert, :count] = (left @ right.T).to(out.dtype)
+    return out
+
+
+def operand_rows(x: QuantizedTensor | Tensor, expert: int, count: int) -> Tensor:
+    """The first rows of one expert's operand as float32 (count, K_dim)."""
+    if not isinstance(x, QuantizedTensor):
+        return x[expert, :count].float()
+    scales = x.scales[expert] if x.layout == "block" else x.scales[expert, :count].contiguous()
+    layout = "block" if x.layout == "block" else "row"
+    return dequantize(QuantizedTensor(x.values[expert, :count], scales, layout, x.recipe, x.group_size, x.segments))
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """SwiGLU's product: (..., 2I), gate first, to silu(gate) * up (..., I) in float32, not rounded in between."""
+    gate, up = x.float().chunk(2, -1)
+    return gate / (1.0 + torch.exp(-gate)) * up
+
+
+def silu_mul_quantize(
+    x: Tensor,
+    num_tokens: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+    eps: float | None = None,
+    values: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> QuantizedTensor:
+    """As `moequant.silu_mul_quantize`."""
+    return quantize_expert_batch(
+        silu_mul(x), num_tokens, dtype=dtype, recipe=recipe, eps=eps, values=values, scales=scales
+    )
+
+
+def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+    """Sums each token's expert rows by their weights: over k in order, `acc = acc + weight * row` in float32, the product rounded
+    before the addition, rounded once to out's type. Absent entries are skipped, never multiplied by zero.
+
+    expert_output: (R, H) rows. rows: (T, K) int32 indices into them, -1 for absent. topk_weights: (T, K). out: (T, H), written.
+    """
+    acc = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for k in range(rows.shape[1]):
+        present = rows[:, k] >= 0
+        product = topk_weights[present, k].float().unsqueeze(1) * expert_output[rows[present, k].long()].float()
+        acc[present] = acc[present] + product
+    out.copy_(acc)
