@@ -1,1 +1,39 @@
 """Expert-parallel runtime for mixture-of-experts models in pure Python: route, quantize, dispatch, grouped GEMM, combine."""
+
+from moequant.batch import DispatchHandle, ExpertBatch, QuantizedTensor
+from moequant.dispatcher import MoEQuantDispatcher
+from moequant.errors import (
+    CapacityOverflowError,
+    ClosedError,
+    ConfigMismatchError,
+    InvalidExpertIdError,
+    LayoutError,
+    PeerTimeoutError,
+    StaleHandleError,
+)
+from moequant.experts import GroupedExperts
+from moequant.gemm import grouped_gemm_blockscale
+from moequant.quantization import dequantize, quantize_expert_batch, quantize_weight, silu_mul, silu_mul_quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapacityOverflowError",
+    "ClosedError",
+    "ConfigMismatchError",
+    "DispatchHandle",
+    "ExpertBatch",
+    "GroupedExperts",
+    "InvalidExpertIdError",
+    "LayoutError",
+    "MoEQuantDispatcher",
+    "PeerTimeoutError",
+    "QuantizedTensor",
+    "StaleHandleError",
+    "dequantize",
+    "grouped_gemm_blockscale",
+    "quantize_expert_batch",
+    "quantize_weight",
+    "silu_mul",
+    "silu_mul_quantize",
+]

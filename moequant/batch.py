@@ -123,12 +123,13 @@ class DispatchHandle:
 
     topk_weights: (T, K), the tensor that dispatch was given; it must not change before combine.
     dtype: of the hidden states, and so of combine's output.
-    slot, generation: which of the slot's dispatches this was.
+    dispatcher, slot, generation: which dispatcher, which slot, and which of the slot's dispatches this was.
     state: the transport's own record of where the rows went.
     """
 
     topk_weights: Tensor
     dtype: torch.dtype
+    dispatcher: int
     slot: int
     generation: int
     state: Any

@@ -101,6 +101,17 @@ def silu_mul_quantize(
 
 
 @registered(mutates=("out",))
+def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
+    """`reference.silu_mul` into a given output."""
+    if not uses_kernels(x):
+        reference.silu_mul(x, num_tokens, out=out)
+        return
+    from moequant.kernels.silu_mul_quantize import silu_mul as kernel
+
+    kernel(x, num_tokens, out)
+
+
+@registered(mutates=("out",))
 def grouped_gemm_blockscale(
     a: Tensor,
     a_scales: Tensor | None,

@@ -69,11 +69,25 @@ def silu_mul_quantize(
     `quantize_expert_batch`, with values (L, M, I).
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
-    if x.shape[2] % 2:
-        raise ValueError(f"x must be (L, M, 2 * I), gate first then up: its last dimension must be even, got shape {tuple(x.shape)}")
-    shape = torch.Size((x.shape[0], x.shape[1], x.shape[2] // 2))
-    out = _outputs(shape, x.device, dtype, 128, recipe, values, scales)
+    out = _outputs(_halved(x), x.device, dtype, 128, recipe, values, scales)
     torch.ops.moequant.silu_mul_quantize(x, num_tokens, out.values, out.scales, recipe, eps)
+    return out
+
+
+def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """SwiGLU of the valid rows without quantization: silu(gate) * up in float32, rounded once.
+
+    x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first. num_tokens: (L,) int32, or None for all M.
+    out: (L, M, I) of any strides, or None to allocate it in bfloat16; rows from num_tokens[l] on are not written.
+
+    Returns out. Raises as `silu_mul_quantize`.
+    """
+    check_quantize_arguments(x, num_tokens, "default", None)
+    shape = _halved(x)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+    check_tensor("out", out, shape=tuple(shape), dtypes=INPUT_DTYPES, device=x.device)
+    torch.ops.moequant.silu_mul(x, num_tokens, out)
     return out
 
 
@@ -112,6 +126,13 @@ def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, 
     recipe_of(recipe)
     if eps is not None and not MIN_EPS <= eps < 1e30:
         raise ValueError(f"eps must be at least {MIN_EPS} and below 1e30 (below, 1 / scale overflows), got {eps}")
+
+
+def _halved(x: Tensor) -> torch.Size:
+    """The shape of SwiGLU's output."""
+    if x.shape[2] % 2:
+        raise ValueError(f"x must be (L, M, 2 * I), gate first then up: its last dimension must be even, got shape {tuple(x.shape)}")
+    return torch.Size((x.shape[0], x.shape[1], x.shape[2] // 2))
 
 
 def _outputs(

@@ -205,7 +205,7 @@ def scatter(
         by recipe; quantized, with x_scales (T, G) float32: x is quantized already and is copied.
     scales: (L, M, G) float32 of any strides, written, if values are quantized.
     rows: (T, K) int32, written if given: the flat row `expert * M + slot`, or -1 where nothing was placed.
-    sources: (L, M) int64, written if given: row_sources[t] + k; row_sources (T,) int64 is t * K where it is None.
+    sources: (L, M) int64 or int32, written if given: row_sources[t] + k; row_sources (T,) int64 is t * K where it is None.
     offsets, capacity: (E,) int32 and rows that fit an expert in all: a row with offsets[expert] + slot >= capacity is not placed.
     """
     experts, limit = values.shape[:2]
@@ -228,7 +228,7 @@ def scatter(
         values[expert, slot] = x[token].to(values.dtype)
     if sources is not None:
         base = torch.arange(tokens, device=x.device) * top_k if row_sources is None else row_sources
-        sources[expert, slot] = base[token] + k
+        sources[expert, slot] = (base[token] + k).to(sources.dtype)
 
 
 def move_source_rows(
@@ -299,10 +299,19 @@ def operand_rows(x: QuantizedTensor | Tensor, expert: int, count: int) -> Tensor
     return dequantize(QuantizedTensor(x.values[expert, :count], scales, layout, x.recipe, x.group_size, x.segments))
 
 
-def silu_mul(x: Tensor) -> Tensor:
-    """SwiGLU's product: (..., 2I), gate first, to silu(gate) * up (..., I) in float32, not rounded in between."""
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2I), gate first, to silu(gate) * up (..., I) in float32, not rounded in between."""
     gate, up = x.float().chunk(2, -1)
     return gate / (1.0 + torch.exp(-gate)) * up
+
+
+def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """As `moequant.silu_mul`."""
+    if out is None:
+        out = torch.empty(*x.shape[:2], x.shape[2] // 2, dtype=torch.bfloat16, device=x.device)
+    valid = counted_rows(num_tokens, x)
+    out[valid] = swiglu(x)[valid].to(out.dtype)
+    return out
 
 
 def silu_mul_quantize(
@@ -317,7 +326,7 @@ def silu_mul_quantize(
 ) -> QuantizedTensor:
     """As `moequant.silu_mul_quantize`."""
     return quantize_expert_batch(
-        silu_mul(x), num_tokens, dtype=dtype, recipe=recipe, eps=eps, values=values, scales=scales
+        swiglu(x), num_tokens, dtype=dtype, recipe=recipe, eps=eps, values=values, scales=scales
     )
 
 

@@ -1,0 +1,126 @@
+"""Device functions that several kernels share: quantization arithmetic and the walk over the valid rows of an expert batch."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
+INF_BITS = tl.constexpr(0x7F800000)
+
+# Triton's name of each type that values are stored as. e4m3fnuz is stored as bytes: only AMD converts to it.
+POINTER_VIEW = {torch.float8_e4m3fnuz: torch.uint8}
+
+
+@functools.lru_cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a device; few on a CPU, where the interpreter runs programs one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def storable(values: torch.Tensor) -> torch.Tensor:
+    """values as a tensor whose pointer type Triton can store to on every target."""
+    return values.view(POINTER_VIEW.get(values.dtype, values.dtype))
+
+
+@triton.jit
+def group_scale(bits, eps, MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """The scale of groups whose absolute maximum has these float32 bits: floor, divide, round up; NaN for Inf and NaN."""
+    amax = tl.maximum(bits.to(tl.float32, bitcast=True), eps)
+    scale = tl.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
+    if POWER_OF_TWO:
+        # a mantissa that is not zero carries into the exponent
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & INF_BITS).to(tl.float32, bitcast=True)
+    return tl.where(bits >= INF_BITS, float("nan"), scale)
+
+
+@triton.jit
+def round_e4m3fnuz(q):
+    """float32 to the bits of float8_e4m3fnuz (bias 8, one zero), to nearest even. |q| <= 240 up to float32 rounding."""
+    bits = q.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    # normal numbers: keep three bits of mantissa; the exponent's bias changes from 127 to 8
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 8) << 3)
+    # below 2**-7 the step is 2**-10, the unit in the last place of 2**13: adding that rounds, and leaves the number of steps
+    shifted = (magnitude.to(tl.float32, bitcast=True) + 8192.0).to(tl.int32, bitcast=True)
+    subnormal = shifted - 0x46000000
+    code = tl.where(magnitude < 0x3C000000, subnormal, normal)
+    return tl.where(code == 0, 0, code | sign).to(tl.uint8)
+
+
+@triton.jit
+def quantize_group(
+    x, eps, AXIS: tl.constexpr, MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, RECIPROCAL: tl.constexpr, target: tl.constexpr
+):
+    """Quantizes float32 x in groups along AXIS, its last one. Returns values of the element type target, and scales without AXIS.
+
+    x / scale is correctly rounded at the cost of a product: with r the correctly rounded 1 / scale, q = x * r is off by at most a few
+    units in the last place, the fma gives its remainder exactly, and the second fma corrects it (Markstein, IBM J. R&D 34-1, 1990).
+    The clamp of the recipes needs no instruction: |x| <= amax, so the quotient exceeds MAX by rounding alone, and rounds to MAX.
+    """
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
+    scale = group_scale(bits, eps, MAX, POWER_OF_TWO)
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    r = tl.expand_dims(reciprocal, AXIS)
+    q = x * r
+    if not RECIPROCAL:
+        q = tl.fma(tl.fma(-q, tl.expand_dims(scale, AXIS), x), r, q)
+    # the values of a bad group are 0: its scale alone says NaN
+    q = tl.where(tl.expand_dims(bits, AXIS) >= INF_BITS, 0.0, q)
+    if target == tl.uint8:
+        values = round_e4m3fnuz(q)
+    elif target == tl.int8:
+        # 1.5 * 2**23: the sum has no fraction bits, so the addition rounds to nearest even
+        values = ((q + 12582912.0) - 12582912.0).to(tl.int8)
+    else:
+        values = q.to(target)
+    return values, scale
+
+
+@triton.jit
+def row_blocks(num_tokens_ptr, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr):
+    """How the valid rows of a batch fall into blocks of BLOCK rows. Returns (counts, ends), each (EXPERTS,).
+
+    counts: valid rows of each expert. ends: blocks of this and all earlier experts.
+    Example: BLOCK=8, counts [9, 0, 3]: ends [2, 2, 3]. Block 1 is expert 0's rows 8.., block 2 is expert 2's rows 0...
+    """
+    lane = tl.arange(0, EXPERTS)
+    if COUNTED:
+        counts = tl.minimum(tl.load(num_tokens_ptr + lane, mask=lane < experts, other=0), rows)
+    else:
+        counts = tl.where(lane < experts, rows, 0)
+    blocks = (counts + BLOCK - 1) // BLOCK
+    return counts, tl.cumsum(blocks, axis=0)
+
+
+@triton.jit
+def locate_block(block, counts, ends, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """The expert of a block, its first row, and the expert's valid rows."""
+    lane = tl.arange(0, EXPERTS)
+    expert = tl.sum((ends <= block).to(tl.int32), axis=0)
+    count = tl.sum(tl.where(lane == expert, counts, 0), axis=0)
+    end = tl.sum(tl.where(lane == expert, ends, 0), axis=0)
+    first = block - (end - (count + BLOCK - 1) // BLOCK)
+    return expert, first * BLOCK, count
+
+
+@triton.jit
+def exp_accurate(x):
+    """exp(x) within about 2 units in the last place, by the hardware's 2**f for |f| <= 1/2 alone; 2**-126 below, Inf from 88.4 on.
+
+    exp2 of x * log2(e) directly loses as many bits as the integer part of the product has. The halves of ln 2 are Cody and Waite's.
+    """
+    bounded = tl.minimum(tl.maximum(x, -126.0 * 0.6931471805599453), 128.0 * 0.6931471805599453)
+    n = (bounded * 1.4426950408889634 + 12582912.0) - 12582912.0
+    f = tl.fma(n, -1.42860682030941723212e-6, tl.fma(n, -0.693145751953125, bounded))
+    return tl.exp2(f * 1.4426950408889634) * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def silu_mul_product(gate, up):
+    """silu(gate) * up in float32. One function for the kernels that do it, so that they give the same bits on one device."""
+    return gate / (1.0 + exp_accurate(-gate)) * up

@@ -1,0 +1,75 @@
+"""Where each source rank's rows start in each expert's buffer.
+
+W ranks, E experts, L local experts, M rows of an expert's buffer, C of them at most from one source rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expert_offsets_kernel(
+    counts_ptr,
+    offsets_ptr,
+    num_tokens_ptr,
+    status_ptr,
+    ranks,
+    experts,
+    local_experts,
+    first_expert,
+    capacity,
+    rows_per_source,
+    BLOCK: tl.constexpr,
+):
+    """Each program adds up BLOCK experts' counts over the ranks, in rank order.
+
+    Example: C=4, M=5, one expert with counts [3, 6] of two ranks: offsets 0 and 3; 3 + min(6, 4) = 7 rows arrive, 5 are valid, and of
+    all 9 rows 4 have no place.
+    """
+    expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = expert < experts
+    arrived = tl.zeros((BLOCK,), tl.int32)
+    wanted = tl.zeros((BLOCK,), tl.int32)
+    for rank in range(ranks):
+        count = tl.load(counts_ptr + rank * experts + expert, mask=inside, other=0)
+        tl.store(offsets_ptr + rank * experts + expert, arrived, mask=inside)
+        arrived += tl.minimum(count, rows_per_source)
+        wanted += count
+    placed = tl.minimum(arrived, capacity)
+    local = expert - first_expert
+    tl.store(num_tokens_ptr + local, placed, mask=(local >= 0) & (local < local_experts))
+    if status_ptr is not None:
+        dropped = tl.sum((wanted - placed).to(tl.int64), axis=0)
+        if dropped > 0:
+            tl.atomic_add(status_ptr + 1, dropped, sem="relaxed")
+
+
+def expert_offsets(
+    counts: torch.Tensor,
+    first_expert: int,
+    capacity: int,
+    rows_per_source: int,
+    offsets: torch.Tensor,
+    num_tokens: torch.Tensor,
+    status: torch.Tensor | None = None,
+) -> None:
+    """As `moequant.reference.expert_offsets`. All tensors contiguous."""
+    ranks, experts = counts.shape
+    block = 128
+    expert_offsets_kernel[(triton.cdiv(experts, block),)](
+        counts,
+        offsets,
+        num_tokens,
+        status,
+        ranks,
+        experts,
+        num_tokens.shape[0],
+        first_expert,
+        capacity,
+        rows_per_source,
+        BLOCK=block,
+        num_warps=4,
+    )

@@ -1,0 +1,105 @@
+"""The settings of a dispatcher, validated once, and the sizes that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from moequant.batch import ceil_div
+from moequant.formats import FORMATS, recipe_of
+
+QUANT_DTYPES = {"none": torch.bfloat16, **{name: fmt.dtype for name, fmt in FORMATS.items()}}
+CHOICES = {
+    "quant": tuple(QUANT_DTYPES),
+    "transport": ("auto", "local", "collective"),
+    "exchange": ("auto", "padded", "packed"),
+    "on_overflow": ("error", "drop"),
+    "reduce": ("exact",),
+}
+POSITIVE = ("num_experts", "top_k", "hidden_size", "max_tokens_per_rank", "world_size", "slots")
+
+
+def round_up(value: int, multiple: int) -> int:
+    return ceil_div(value, multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatcherConfig:
+    """Settings of a MoEQuantDispatcher, the same on all ranks. See `MoEQuantDispatcher` for what each means.
+
+    Raises ValueError, saying what was given and what was expected.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    max_tokens_per_rank: int
+    world_size: int = 1
+    quant: str = "fp8_e4m3fn"
+    transport: str = "auto"
+    exchange: str = "auto"
+    capacity: int | None = None
+    on_overflow: str = "error"
+    reduce: str = "exact"
+    recipe: str = "default"
+    slots: int = 1
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        recipe_of(self.recipe)
+        if self.num_experts % self.world_size:
+            raise ValueError(
+                f"num_experts must be a multiple of the number of ranks, got {self.num_experts} experts on {self.world_size} ranks; "
+                "add experts that no token is routed to, or use another group"
+            )
+        if self.slots > 2:
+            raise ValueError(f"slots must be 1 or 2, got {self.slots}")
+        if self.capacity is not None and (not isinstance(self.capacity, int) or self.capacity < 1):
+            raise ValueError(f"capacity must be a positive number of rows for each expert, or None, got {self.capacity!r}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")
+        if self.transport == "local" and self.world_size > 1:
+            raise ValueError(f'transport "local" serves one rank, got a group of {self.world_size}; use "collective" or "auto"')
+
+    @property
+    def num_local_experts(self) -> int:
+        """L"""
+        return self.num_experts // self.world_size
+
+    @property
+    def num_groups(self) -> int:
+        """G"""
+        return ceil_div(self.hidden_size, 128)
+
+    @property
+    def max_rows(self) -> int:
+        """M: rows of an expert's buffer. By default what W ranks can send when no token names an expert twice."""
+        wanted = self.world_size * self.max_tokens_per_rank if self.capacity is None else self.capacity
+        return round_up(wanted, 16)
+
+    @property
+    def rows_per_source(self) -> int:
+        """C: rows of an expert's buffer that one source rank can fill, in the padded exchange."""
+        return min(self.max_rows, round_up(self.max_tokens_per_rank, 16))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the batch's values."""
+        return QUANT_DTYPES[self.quant]
+
+    @property
+    def quantized(self) -> bool:
+        return self.quant != "none"
+
+    def difference(self, other: DispatcherConfig) -> str:
+        """The settings that differ, as text; empty if none does."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return ", ".join(f"{name}: {mine!r} and {theirs!r}" for name, mine, theirs in pairs if mine != theirs)

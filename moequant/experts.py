@@ -1,0 +1,126 @@
+"""`GroupedExperts`: the experts' feed-forward networks on an expert batch: grouped GEMM 1, SwiGLU + quantize, grouped GEMM 2.
+
+L local experts, M rows of an expert's buffer, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moequant.batch import ExpertBatch, QuantizedTensor, ceil_div, empty_transposed_scales
+from moequant.checks import check_tensor
+from moequant.config import QUANT_DTYPES
+from moequant.gemm import grouped_gemm_blockscale
+from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
+
+Weight = QuantizedTensor | Tensor
+
+
+class GroupedExperts:
+    """w2[l] @ (silu(gate) * up) with gate, up = the halves of w13[l] @ x, for each valid row x of expert l.
+
+    Made by `from_weights` or `from_quantized`. Calling it with an ExpertBatch returns (L, M, H) bfloat16, of which the valid rows are
+    written. Its workspaces are allocated for the first batch, and again for one with more rows; the result is one of them, valid until
+    the next call.
+    """
+
+    def __init__(self, w13: Weight, w2: Weight, *, activation: str = "silu") -> None:
+        if activation != "silu":
+            raise ValueError(f'activation must be "silu" (SwiGLU), got {activation!r}')
+        experts, doubled, hidden = w13.shape
+        if doubled % 2 or tuple(w2.shape) != (experts, hidden, doubled // 2):
+            raise ValueError(
+                f"w13 must be (L, 2 * I, H), gate first, and w2 (L, H, I); got {tuple(w13.shape)} and {tuple(w2.shape)}"
+            )
+        if w13.device != w2.device:
+            raise ValueError(f"w13 and w2 must be on one device, got {w13.device} and {w2.device}")
+        if isinstance(w13, QuantizedTensor) and (w13.layout != "block" or w13.segments != 2):
+            raise ValueError(
+                f'w13 must have layout "block" with segments=2 (gate and up blocked apart), got "{w13.layout}" with '
+                f"segments={w13.segments}; quantize_weight(w13, segments=2) makes it"
+            )
+        if _dtype(w13) != _dtype(w2):
+            raise ValueError(f"w13 and w2 must have one dtype, got {_dtype(w13)} and {_dtype(w2)}")
+        self.w13, self.w2 = w13, w2
+        self.hidden_size, self.intermediate_size = hidden, doubled // 2
+        self._rows = -1
+
+    @classmethod
+    def from_weights(
+        cls, w13: Tensor, w2: Tensor, *, quant: str = "fp8_e4m3fn", activation: str = "silu", recipe: str = "default"
+    ) -> GroupedExperts:
+        """Quantizes bfloat16 weights in 128x128 blocks, gate and up apart.
+
+        w13: (L, 2I, H), gate first, then up. w2: (L, H, I). quant: the dispatcher's; "none" keeps the weights as they are.
+        activation: only "silu" is there.
+        """
+        if quant not in QUANT_DTYPES:
+            raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
+        for name, w in (("w13", w13), ("w2", w2)):
+            check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
+        if quant == "none":
+            return cls(w13.contiguous(), w2.contiguous(), activation=activation)
+        if w13.shape[1] % 2:
+            raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
+        dtype = QUANT_DTYPES[quant]
+        return cls(
+            quantize_weight(w13, dtype=dtype, recipe=recipe, segments=2),
+            quantize_weight(w2, dtype=dtype, recipe=recipe),
+            activation=activation,
+        )
+
+    @classmethod
+    def from_quantized(cls, w13: QuantizedTensor, w2: QuantizedTensor, *, activation: str = "silu") -> GroupedExperts:
+        """Takes weights that are quantized already: layout "block", w13 with segments=2."""
+        return cls(w13, w2, activation=activation)
+
+    def __call__(self, batch: ExpertBatch) -> Tensor:
+        return self.gemm2(self.activation(self.gemm1(batch), batch), batch)
+
+    def gemm1(self, batch: ExpertBatch) -> Tensor:
+        """batch's values times w13: (L, M, 2I) bfloat16."""
+        experts, rows, hidden = batch.values.shape
+        if (experts, hidden) != (self.w13.shape[0], self.hidden_size) or batch.values.dtype != _dtype(self.w13):
+            raise ValueError(
+                f"the experts are {self.w13.shape[0]} of hidden size {self.hidden_size} in {_dtype(self.w13)}, the batch has values of "
+                f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
+            )
+        self._reserve(rows)
+        return grouped_gemm_blockscale(
+            batch.activations, self.w13, batch.num_tokens, out=self._gate_up, expected_rows=batch.expected_rows
+        )
+
+    def activation(self, gate_up: Tensor, batch: ExpertBatch) -> QuantizedTensor | Tensor:
+        """SwiGLU of (L, M, 2I), quantized by the batch's recipe: values (L, M, I)."""
+        if isinstance(self._inner, Tensor):
+            return silu_mul(gate_up, batch.num_tokens, out=self._inner)
+        return silu_mul_quantize(
+            gate_up,
+            batch.num_tokens,
+            dtype=self._inner.values.dtype,
+            recipe=batch.recipe,
+            values=self._inner.values,
+            scales=self._inner.scales,
+        )
+
+    def gemm2(self, inner: QuantizedTensor | Tensor, batch: ExpertBatch) -> Tensor:
+        """inner times w2: (L, M, H) bfloat16."""
+        return grouped_gemm_blockscale(inner, self.w2, batch.num_tokens, out=self._output, expected_rows=batch.expected_rows)
+
+    def _reserve(self, rows: int) -> None:
+        """Workspaces for batches of M = rows."""
+        if rows == self._rows:
+            return
+        experts, device, inner = self.w13.shape[0], self.w13.device, self.intermediate_size
+        self._rows = rows
+        self._gate_up = torch.empty(experts, rows, 2 * inner, dtype=torch.bfloat16, device=device)
+        self._output = torch.empty(experts, rows, self.hidden_size, dtype=torch.bfloat16, device=device)
+        self._inner: QuantizedTensor | Tensor = torch.empty(experts, rows, inner, dtype=_dtype(self.w2), device=device)
+        if isinstance(self.w2, QuantizedTensor):
+            scales = empty_transposed_scales(experts, rows, ceil_div(inner, 128), device)
+            self._inner = QuantizedTensor(self._inner, scales, "transposed")
+
+
+def _dtype(w: Weight) -> torch.dtype:
+    return w.values.dtype if isinstance(w, QuantizedTensor) else w.dtype

@@ -1,0 +1,270 @@
+"""Tools for tests and benchmarks: routing generators, comparisons, poison, and a launcher of worker processes.
+
+Letters: T tokens, K top-k, E experts.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# After one rank has failed, how long the others have to end by themselves and say what they saw.
+GRACE_SECONDS = 3.0
+
+
+def routing(
+    tokens: int, top_k: int, num_experts: int, kind: str = "uniform", generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Random routing of T tokens, each to K distinct experts.
+
+    kind: "uniform": every expert as likely as any other.
+        "zipf:A": the p-th most popular expert is drawn in proportion to p**-A, without replacement. Which expert is how popular is a
+            fixed shuffle of num_experts, the same on every rank.
+        "one-hot": every token's first choice is expert 0, the others are uniform.
+    generator: decides everything random here; its device is the result's. None for the CPU's default one.
+
+    Returns ids (T, K) int32 and weights (T, K) float32, positive, each row summing to 1. Raises ValueError for an unknown kind, or if
+    there are less than K experts.
+
+    Example: T=2, K=2, E=4, "one-hot" may give ids [[0, 3], [0, 1]].
+    """
+    if not 0 < top_k <= num_experts:
+        raise ValueError(f"top_k must be in 1..num_experts for distinct experts, got top_k={top_k}, num_experts={num_experts}")
+    device = generator.device if generator is not None else torch.device("cpu")
+    # the K largest of log-weight + Gumbel noise are a draw without replacement in proportion to the weights
+    noise = torch.rand(tokens, num_experts, generator=generator, device=device).clamp_min(1e-30)
+    scores = log_popularity(kind, num_experts).to(device) - (-noise.log()).log()
+    ids = scores.topk(top_k, dim=1).indices.to(torch.int32)
+    weights = torch.rand(tokens, top_k, generator=generator, device=device) + 0.1
+    return ids, weights / weights.sum(1, keepdim=True)
+
+
+def log_popularity(kind: str, num_experts: int) -> Tensor:
+    """(E,) float32: the log of how likely each expert is, up to a constant; infinite for an expert that every token chooses."""
+    popularity = torch.zeros(num_experts)
+    name, _, parameter = kind.partition(":")
+    if kind == "one-hot":
+        popularity[0] = math.inf
+        return popularity
+    if name == "zipf":
+        try:
+            exponent = float(parameter)
+        except ValueError:
+            exponent = math.nan
+        if exponent >= 0:
+            order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(0))
+            return -exponent * torch.log1p(order.float())
+    elif kind == "uniform":
+        return popularity
+    raise ValueError(f'kind must be "uniform", "zipf:A" with a number A >= 0, or "one-hot", got {kind!r}')
+
+
+def relative_error(x: Tensor, reference: Tensor) -> float:
+    """The Frobenius norm of x - reference over that of reference, in float64. 0 where both are empty or zero; NaN if x has a NaN."""
+    error = torch.linalg.vector_norm((x.double() - reference.double()).flatten()).item()
+    norm = torch.linalg.vector_norm(reference.double().flatten()).item()
+    return error / norm if norm else (0.0 if error == 0 else math.inf)
+
+
+def cosine_difference(x: Tensor, reference: Tensor) -> float:
+    """1 - 2 * sum(x * reference) / sum(x**2 + reference**2), in float64: 0 for equal tensors, sensitive to angle and length both."""
+    x, reference = x.double().flatten(), reference.double().flatten()
+    denominator = (x.square() + reference.square()).sum().item()
+    return 1.0 - 2.0 * torch.dot(x, reference).item() / denominator if denominator else 0.0
+
+
+def assert_bit_equal(a: Tensor, b: Tensor, name: str = "tensors") -> None:
+    """Raises AssertionError unless a and b have the same dtype, shape and bits: 0.0 differs from -0.0, a NaN equals the same NaN.
+
+    Strides and devices may differ.
+    """
+    if a.dtype != b.dtype or a.shape != b.shape:
+        raise AssertionError(f"{name} differ: {a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}")
+    left, right = (x.detach().cpu().contiguous().reshape(-1) for x in (a, b))
+    size = a.element_size()
+    different = (left.view(torch.uint8).view(-1, size) != right.view(torch.uint8).view(-1, size)).any(1)
+    if not different.any():
+        return
+    first = int(different.nonzero()[0])
+    index, rest = [], first
+    for extent in reversed(a.shape):
+        rest, position = divmod(rest, extent)
+        index.insert(0, position)
+    shown = [f"{x[first].item()} (0x{x[first : first + 1].view(torch.uint8).numpy()[::-1].tobytes().hex()})" for x in (left, right)]
+    raise AssertionError(
+        f"{name} differ in {int(different.sum())} of {different.numel()} elements, first at {index}: {shown[0]} against {shown[1]} "
+        f"({a.dtype}, shape {tuple(a.shape)})"
+    )
+
+
+def poison(tensor: Tensor) -> Tensor:
+    """Fills a tensor with what must not be read: NaN, or bytes of 0x7f for integers (True for bool). Returns it."""
+    if tensor.is_floating_point():
+        return tensor.fill_(math.nan)
+    return tensor.fill_(True if tensor.dtype == torch.bool else int.from_bytes(b"\x7f" * tensor.element_size(), "little"))
+
+
+class RankFailedError(RuntimeError):
+    """A worker of `run_ranks` raised, died or did not end in time. Its message holds the workers' tracebacks.
+
+    rank: the first that failed; for a timeout, the lowest that had not ended.
+    """
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60.0,
+    backend: str = "gloo",
+    setup: Callable[[], None] | None = None,
+    may_die: Sequence[int] = (),
+) -> list[Any]:
+    """Calls `function(rank, world_size, *args)` in world_size processes that form one torch.distributed group.
+
+    function: importable by its module's name, as pickle wants it. Workers see the caller's sys.path and environment.
+    args: pickled. So is what function returns: tensors on a GPU are moved to the CPU first.
+    timeout: seconds for all of it; also the group's own. Ranks that have not ended by then are killed.
+    backend: of init_process_group. With "nccl" in it, each worker's current device is the GPU of its rank.
+    setup: importable, called in each worker before the function's module is imported: what must be patched or set before.
+    may_die: ranks that may exit or be killed without a word (a test of faults); their result is None.
+
+    Returns each rank's result, by rank. Raises RankFailedError, with tracebacks, for the first rank that fails.
+    """
+    if "nccl" in backend and torch.cuda.device_count() < world_size:
+        raise ValueError(f"backend {backend!r} needs a GPU for each of {world_size} ranks, found {torch.cuda.device_count()}")
+    # torch's import, most of a worker's start, is done once, in the server that workers are forked from
+    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    if context.get_start_method() == "forkserver":
+        multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
+    # plain pickle: torch's own reductions would leave results in the memory of processes that have ended
+    work = pickle.dumps((function, args))
+    prepare = pickle.dumps(setup)
+    workers: list[BaseProcess] = []
+    pipes: list[Connection] = []
+    with tempfile.TemporaryDirectory(prefix="moequant-ranks-") as folder:
+        try:
+            for rank in range(world_size):
+                reader, writer = context.Pipe(duplex=False)
+                arguments = (rank, world_size, dict(os.environ), folder, timeout, backend, writer, prepare, work)
+                worker = context.Process(target=_run_rank, args=arguments, daemon=True)
+                worker.start()
+                writer.close()
+                workers.append(worker)
+                pipes.append(reader)
+            return _collect(workers, pipes, Path(folder), time.monotonic() + timeout, may_die)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
+            for pipe in pipes:
+                pipe.close()
+
+
+def _run_rank(
+    rank: int,
+    world_size: int,
+    environment: dict[str, str],
+    folder: str,
+    timeout: float,
+    backend: str,
+    writer: Connection,
+    prepare: bytes,
+    work: bytes,
+) -> None:
+    """A worker's whole life: sends (True, the pickled result) or (False, a traceback) and exits."""
+    try:
+        # the server that this was forked from has the environment of its own start; modules read it when they are imported
+        os.environ.clear()
+        os.environ.update(environment)
+        with open(_stack_path(Path(folder), rank), "w") as stacks:
+            # shortly before the parent stops waiting: where a rank that hangs stands
+            faulthandler.dump_traceback_later(max(0.1, 0.9 * timeout), file=stacks)
+            torch.set_num_threads(1)
+            setup = pickle.loads(prepare)
+            if setup is not None:
+                setup()
+            device = None
+            if "nccl" in backend:
+                device = torch.device("cuda", rank)
+                torch.cuda.set_device(device)
+            store = dist.FileStore(str(Path(folder) / "store"), world_size)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout), device_id=device
+            )
+            function, args = pickle.loads(work)
+            message = True, pickle.dumps(function(rank, world_size, *args))
+            faulthandler.cancel_dump_traceback_later()
+        writer.send(message)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException:
+        writer.send((False, traceback.format_exc()))
+        writer.close()
+        # not sys.exit: the destructors of a group whose peers are stuck would wait for them
+        os._exit(1)
+
+
+def _stack_path(folder: Path, rank: int) -> Path:
+    return folder / f"stack-{rank}"
+
+
+def _collect(
+    workers: list[BaseProcess], pipes: list[Connection], folder: Path, deadline: float, may_die: Sequence[int]
+) -> list[Any]:
+    """Waits until every worker has sent its result and ended, one has failed, or the deadline has passed."""
+    results: list[Any] = [None] * len(workers)
+    failures: dict[int, str] = {}
+    waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                succeeded, payload = pipe.recv()
+            except EOFError:
+                workers[rank].join(GRACE_SECONDS)
+                if rank not in may_die:
+                    failures[rank] = f"ended with exit code {workers[rank].exitcode} and without a result\n"
+            else:
+                if succeeded:
+                    results[rank] = pickle.loads(payload)
+                else:
+                    failures[rank] = payload
+            if failures:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    if failures:
+        lost = f"rank {next(iter(failures))} of {len(workers)} failed"
+    elif waiting:
+        lost = f"ranks {sorted(waiting.values())} of {len(workers)} did not end in time"
+    else:
+        for worker in workers:
+            worker.join(GRACE_SECONDS)
+        return results
+    for rank in sorted(waiting.values()):
+        stack = _stack_path(folder, rank)
+        failures[rank] = "had not ended\n" + (stack.read_text() if stack.exists() else "")
+    details = "\n".join(f"--- rank {rank}: {text.rstrip()}" for rank, text in failures.items())
+    raise RankFailedError(next(iter(failures)), f"{lost}\n{details}")

@@ -1,0 +1,97 @@
+"""What a transport is to the dispatcher."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moequant.batch import ExpertBatch, ceil_div
+from moequant.config import DispatcherConfig
+
+
+class BufferSpec(NamedTuple):
+    """A buffer before it exists: what `buffer_bytes` adds up and `allocate` makes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Slot:
+    """One slot's buffers, by name, and how many dispatches it has served."""
+
+    def __init__(self, buffers: dict[str, Tensor]) -> None:
+        self.buffers = buffers
+        self.generation = 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.buffers[name]
+
+
+class Transport(ABC):
+    """Moves rows to their experts and back. One instance serves one dispatcher; `slot` says whose buffers a call uses."""
+
+    def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor) -> None:
+        """status: (2,) int64 on device, to which ids out of range and rows without a place are added."""
+        self.config = config
+        self.rank = rank
+        self.device = device
+        self.status = status
+
+    @staticmethod
+    @abstractmethod
+    def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
+        """The buffers of one slot."""
+
+    @abstractmethod
+    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, slot: Slot) -> tuple[ExpertBatch, Any]:
+        """hidden_states (T, H) with contiguous rows, topk_ids (T, K) contiguous. Returns the batch, and what `combine` needs."""
+
+    @abstractmethod
+    def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Any) -> None:
+        """expert_output (L, M, H) contiguous, topk_weights (T, K) contiguous. Writes out (T, H)."""
+
+    def allocate(self) -> Slot:
+        """A slot's buffers on the device, uninitialised."""
+        specs = self.buffer_specs(self.config)
+        return Slot({name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()})
+
+    def expert_batch(self, slot: Slot, tokens: int) -> ExpertBatch:
+        """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
+        config = self.config
+        mean = ceil_div(tokens * config.top_k * config.world_size, config.num_experts)
+        scales = slot["scales"].transpose(1, 2) if config.quantized else None
+        return ExpertBatch(
+            slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, min(max(mean, 1), config.max_rows)
+        )
+
+
+def batch_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
+    """The expert batch: every transport has one."""
+    experts, rows = config.num_local_experts, config.max_rows
+    specs = {
+        "values": BufferSpec((experts, rows, config.hidden_size), config.dtype),
+        "num_tokens": BufferSpec((experts,), torch.int32),
+        "sources": BufferSpec((experts, rows), torch.int64),
+    }
+    if config.quantized:
+        specs["scales"] = BufferSpec((experts, config.num_groups, rows), torch.float32)
+    return specs
+
+
+def routing_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
+    """What `route` and `scatter` write for the tokens of this rank."""
+    tokens, top_k = config.max_tokens_per_rank, config.top_k
+    return {
+        "slots": BufferSpec((tokens, top_k), torch.int32),
+        "rows": BufferSpec((tokens, top_k), torch.int32),
+        "counts": BufferSpec((config.num_experts,), torch.int32),
+    }

@@ -1,0 +1,33 @@
+"""Without a GPU the kernels run in Triton's interpreter, on the same tests. It has to be asked for before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
+            item.add_marker(pytest.mark.skip(reason="needs at least two GPUs"))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernel tests put their tensors: a GPU, or the CPU under the interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,105 @@
+"""Makes Triton's CPU interpreter do what the hardware does, so that interpreted kernels can be compared with torch bit for bit.
+
+As shipped (Triton 3.6 to 3.9) the interpreter truncates float32 to bfloat16, rounds wrongly to float8, multiplies bfloat16 operands
+of `tl.dot` as integers, and rounds the product in `tl.fma`. `install()` replaces these, before the first kernel is launched.
+"""
+
+# methods of Triton's are replaced, which type checkers take for a mistake
+# pyright: reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+TORCH_TYPES = {
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float32: torch.float32,
+    tl.float64: torch.float64,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+}
+UNSIGNED = {1: (np.uint8, torch.uint8), 2: (np.uint16, torch.int16), 4: (np.uint32, torch.int32), 8: (np.uint64, torch.int64)}
+
+Builder = interpreter.InterpreterBuilder
+Handle = interpreter.TensorHandle
+
+
+def as_torch(array: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
+    """The numbers that an interpreter array holds; it keeps narrow floats as unsigned bits."""
+    bits = np.atleast_1d(np.ascontiguousarray(array))
+    size = bits.dtype.itemsize
+    signed = bits.view(UNSIGNED[size][0]).view(f"i{size}" if size > 1 else np.uint8)
+    return torch.from_numpy(signed.copy()).view(TORCH_TYPES[dtype])
+
+
+def convert(array: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray:
+    """A float conversion as the hardware does it: to nearest even, float8 saturating, NaN kept."""
+    numbers = as_torch(array, source)
+    if target.primitive_bitwidth == 8:
+        limit = torch.finfo(TORCH_TYPES[target]).max
+        numbers = numbers.float().clamp(-limit, limit)
+    size = target.primitive_bitwidth // 8
+    bits = numbers.to(TORCH_TYPES[target]).view(UNSIGNED[size][1]).numpy().view(UNSIGNED[size][0])
+    return bits.reshape(np.shape(array))
+
+
+def install() -> None:
+    shipped_cast = Builder.cast_impl
+    shipped_convert = interpreter._convert_float
+
+    def convert_float(array, source, target, rounding_mode):
+        if source in TORCH_TYPES and target in TORCH_TYPES and rounding_mode != interpreter._ir.ROUNDING_MODE.RTZ:
+            return convert(array, source, target)
+        return shipped_convert(array, source, target, rounding_mode)
+
+    def cast(self, value, target):
+        source, scalar = value.dtype.scalar, target.scalar
+        if source in TORCH_TYPES and scalar in TORCH_TYPES and source != scalar:
+            return Handle(convert(value.data, source, scalar).view(interpreter._get_np_dtype(target)), scalar)
+        return shipped_cast(self, value, target)
+
+    def fp_to_fp(self, value, target, rounding_mode):
+        data = convert_float(value.data, value.dtype.scalar, target.scalar, rounding_mode)
+        return Handle(data.view(interpreter._get_np_dtype(target)), target.scalar)
+
+    def dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
+        def widen(operand):
+            if operand.dtype.scalar in TORCH_TYPES and acc.data.dtype == np.float32:
+                return as_torch(operand.data, operand.dtype.scalar).float().numpy().reshape(operand.data.shape)
+            return operand.data.astype(acc.data.dtype)
+
+        return Handle(np.matmul(widen(a), widen(b), dtype=acc.data.dtype) + acc.data, acc.dtype.scalar)
+
+    def fma(self, x, y, z):
+        # the product of two float32 is exact in float64
+        total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return Handle(total.astype(x.data.dtype), z.dtype.scalar)
+
+    interpreter._convert_float = convert_float
+    Builder.cast_impl = cast
+    Builder.create_fp_to_fp = fp_to_fp
+    Builder.create_dot = dot
+    Builder.create_fma = fma
+    for name in ("create_si_to_fp", "create_ui_to_fp", "create_fp_to_si", "create_fp_to_ui", "create_fp_ext", "create_fp_trunc"):
+        setattr(Builder, name, lambda self, value, target: self.cast_impl(value, target))
+    _accept_one_element_bounds()
+
+
+def _accept_one_element_bounds() -> None:
+    """NumPy 2.4 no longer turns an array of one element into an int, which Triton 3.6 does for `range(0, tensor)`."""
+    shipped = interpreter._patch_lang_tensor
+    if "lambda self: int(self.handle.data)" not in inspect.getsource(shipped):
+        return
+
+    def patched(tensor, scope):
+        shipped(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
