@@ -68,7 +68,8 @@ def quantize_group(
     r = tl.expand_dims(reciprocal, AXIS)
     q = x * r
     if not RECIPROCAL:
-        q = tl.fma(tl.fma(-q, tl.expand_dims(scale, AXIS), x), r, q)
+        # with the signs this way round, -0.0 stays -0.0
+        q = tl.fma(tl.fma(q, tl.expand_dims(scale, AXIS), -x), -r, q)
     # the values of a bad group are 0: its scale alone says NaN
     q = tl.where(tl.expand_dims(bits, AXIS) >= INF_BITS, 0.0, q)
     if target == tl.uint8:

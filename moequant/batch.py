@@ -27,6 +27,11 @@ def empty_transposed_scales(num_experts: int, rows: int, groups: int, device: to
     return torch.empty(num_experts, groups, rows, dtype=torch.float32, device=device).transpose(1, 2)
 
 
+def scale_layout(scales: Tensor) -> ScaleLayout:
+    """The layout of activation scales (L, M, G), by their strides."""
+    return "transposed" if scales.stride(1) == 1 or scales.shape[1] == 1 else "row"
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """A tensor in a narrow type, with one float32 scale for each group: `dequantized = values * scales`.

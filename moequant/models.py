@@ -30,7 +30,9 @@ MODELS = {
     "glm-4.7": ModelShape(5120, 1536, 160, 8),
     "glm-5": ModelShape(6144, 2048, 256, 8),
     "kimi-k2": ModelShape(7168, 2048, 384, 8),
-    "gpt-oss-120b": ModelShape(2880, 2880, 128, 4, "shape only: the model's own experts are MXFP4, with biases and another activation"),
+    "gpt-oss-120b": ModelShape(
+        2880, 2880, 128, 4, "shape only: the model's own experts are MXFP4, with biases and another activation"
+    ),
     "mixtral-8x7b": ModelShape(4096, 14336, 8, 2),
     "minimax-m2": ModelShape(3072, 1536, 256, 8),
 }

@@ -73,9 +73,7 @@ def quantize_expert_batch(
 ) -> None:
     """`reference.quantize_expert_batch` into given outputs."""
     if not uses_kernels(x):
-        reference.quantize_expert_batch(
-            x, num_tokens, group_size=group_size, dtype=values.dtype, recipe=recipe, eps=eps, values=values, scales=scales
-        )
+        reference.quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
         return
     from moequant.kernels.quantize import quantize_expert_batch as kernel
 
@@ -93,7 +91,7 @@ def silu_mul_quantize(
 ) -> None:
     """`reference.silu_mul_quantize` into given outputs."""
     if not uses_kernels(x):
-        reference.silu_mul_quantize(x, num_tokens, dtype=values.dtype, recipe=recipe, eps=eps, values=values, scales=scales)
+        reference.quantize_rows(reference.swiglu(x), num_tokens, values, scales, 128, recipe, eps)
         return
     from moequant.kernels.silu_mul_quantize import silu_mul_quantize as kernel
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moequant import ops, reference
-from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales
+from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_counts, check_no_grad, check_tensor
 from moequant.formats import MIN_EPS, format_of, recipe_of
 
@@ -38,9 +38,9 @@ def quantize_expert_batch(
         nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
     eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
     values: (L, M, H) of dtype, any strides, or None to allocate.
-    scales: (L, M, G) float32 with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
+    scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
 
-    Returns a QuantizedTensor of layout "transposed". Raises ValueError for a wrong shape, dtype, device, recipe or eps, RuntimeError
+    Returns a QuantizedTensor, of layout "transposed" unless contiguous scales were given ("row"). Raises ValueError for a wrong shape, dtype, device, recipe or eps, RuntimeError
     if x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
@@ -154,4 +154,4 @@ def _outputs(
     if scales is None:
         scales = empty_transposed_scales(experts, rows, groups, device)
     check_tensor("scales", scales, shape=(experts, rows, groups), dtypes=(torch.float32,), device=device)
-    return QuantizedTensor(values, scales, "transposed", recipe, group_size)
+    return QuantizedTensor(values, scales, scale_layout(scales), recipe, group_size)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales
+from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.formats import format_of, recipe_of
 
 INF_BITS = 0x7F800000
@@ -66,12 +66,6 @@ def counted_rows(num_tokens: Tensor | None, x: Tensor) -> Tensor:
     return torch.arange(rows, device=x.device) < num_tokens.unsqueeze(1)
 
 
-def store_rows(valid: Tensor, values: Tensor, scales: Tensor, new_values: Tensor, new_scales: Tensor) -> None:
-    """Writes the valid rows of (L, M, ...) and leaves the others as they are. float8 travels as bytes: torch can't select it."""
-    values.view(torch.int8)[valid] = new_values.view(torch.int8)[valid]
-    scales[valid] = new_scales[valid]
-
-
 def quantize_expert_batch(
     x: Tensor,
     num_tokens: Tensor | None = None,
@@ -87,8 +81,25 @@ def quantize_expert_batch(
     experts, rows, columns = x.shape
     values = torch.empty(x.shape, dtype=dtype, device=x.device) if values is None else values
     scales = empty_transposed_scales(experts, rows, ceil_div(columns, group_size), x.device) if scales is None else scales
-    store_rows(counted_rows(num_tokens, x), values, scales, *quantize_groups(x, group_size, dtype, recipe, eps))
-    return QuantizedTensor(values, scales, "transposed", recipe, group_size)
+    quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
+    return QuantizedTensor(values, scales, scale_layout(scales), recipe, group_size)
+
+
+def quantize_rows(
+    x: Tensor,
+    num_tokens: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    group_size: int = 128,
+    recipe: str = "default",
+    eps: float | None = None,
+) -> None:
+    """Quantizes the valid rows of x (L, M, H) into values (L, M, H) and scales (L, M, G) of any strides. Other rows stay as they are;
+    float8 travels as bytes, since torch can't select it."""
+    valid = counted_rows(num_tokens, x)
+    new_values, new_scales = quantize_groups(x, group_size, values.dtype, recipe, eps)
+    values.view(torch.int8)[valid] = new_values.view(torch.int8)[valid]
+    scales[valid] = new_scales[valid]
 
 
 def quantize_weight(

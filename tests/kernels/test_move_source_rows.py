@@ -1,0 +1,65 @@
+"""Rows move between padded and merged buffers as in the reference, both ways, and nothing else is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moequant import reference
+from moequant.batch import empty_transposed_scales
+from moequant.testing import assert_bit_equal, poison
+
+
+def kernel(*args):
+    from moequant.kernels.move_source_rows import move_source_rows
+
+    move_source_rows(*args)
+
+
+def both(arguments, written):
+    """Runs kernel and reference on copies and compares the tensors at the written positions."""
+    results = []
+    for function in (kernel, reference.move_source_rows):
+        copies = list(arguments)
+        for position in written:
+            copies[position] = arguments[position].clone(memory_format=torch.preserve_format)
+        function(*copies)
+        results.append([copies[position] for position in written])
+    for result, expected in zip(*results, strict=True):
+        assert_bit_equal(result, expected)
+    return results[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "experts", "limit", "capacity", "columns"), [(1, 1, 1, 1, 8), (2, 3, 16, 32, 300), (4, 2, 20, 48, 128), (3, 2, 32, 40, 50)]
+)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_both_directions_match_the_reference(ranks, experts, limit, capacity, columns, dtype, device):
+    counts = torch.randint(0, limit + 5, (ranks, ranks * experts), dtype=torch.int32, device=device)
+    offsets, num_tokens = torch.empty_like(counts), torch.empty(experts, dtype=torch.int32, device=device)
+    first = (ranks - 1) * experts
+    reference.expert_offsets(counts, first, capacity, limit, offsets, num_tokens)
+    groups = 3
+    padded = torch.randn(ranks, experts, limit, columns, device=device).to(dtype)
+    merged = poison(torch.empty(experts, capacity, columns, dtype=dtype, device=device))
+    meta = torch.randint(0, 2**30, (ranks, experts, groups + 1, limit), dtype=torch.int32, device=device)
+    scales = meta[:, :, :-1].view(torch.float32).transpose(2, 3)
+    merged_scales = poison(empty_transposed_scales(experts, capacity, groups, device))
+    sources = poison(torch.empty(experts, capacity, dtype=torch.int64, device=device))
+    moved = both(
+        (padded, merged, offsets, counts, first, True, scales, merged_scales, meta[:, :, -1], sources), written=(1, 7, 9)
+    )
+    for expert, count in enumerate(num_tokens.tolist()):
+        assert (moved[2][expert, count:] == sources[expert, count:]).all()
+    back = poison(torch.empty_like(padded))
+    both((back, moved[0], offsets, counts, first, False, None, None, None, None), written=(0,))
+
+
+def test_the_worked_example(device):
+    counts = torch.tensor([[1], [2]], dtype=torch.int32, device=device)
+    offsets = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
+    padded = torch.tensor([[[[1.0], [9.0]]], [[[2.0], [3.0]]]], device=device)
+    merged = torch.zeros(1, 4, 1, device=device)
+    for function in (kernel, reference.move_source_rows):
+        merged.zero_()
+        function(padded, merged, offsets, counts, 0, True, None, None, None, None)
+        assert merged.flatten().tolist() == [1.0, 2.0, 3.0, 0.0]

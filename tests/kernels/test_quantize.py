@@ -1,0 +1,150 @@
+"""The 3-D quantize kernel gives the reference's bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moequant import ops, reference
+from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.formats import FORMATS, RECIPES
+from moequant.testing import assert_bit_equal, poison
+
+FORMAT_NAMES = list(FORMATS)
+
+
+def quantize_both(x, num_tokens, dtype, recipe="default", group_size=128, eps=None, row_scales=False):
+    """Kernel and reference on poisoned outputs."""
+    from moequant.kernels.quantize import quantize_expert_batch
+
+    experts, rows, columns = x.shape
+    results = []
+    for use_kernel in (True, False):
+        values = torch.full(x.shape, 0x55, dtype=torch.uint8, device=x.device).view(dtype)
+        scales = empty_transposed_scales(experts, rows, ceil_div(columns, group_size), x.device)
+        scales = poison(scales.contiguous() if row_scales else scales)
+        if use_kernel:
+            settings = ops.quantize_settings(values, recipe, eps)
+            quantize_expert_batch(x, num_tokens, values, scales, group_size=group_size, **settings)
+        else:
+            reference.quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
+        results.append((values, scales))
+    return results
+
+
+def assert_same(results) -> None:
+    (values, scales), (expected_values, expected_scales) = results
+    assert_bit_equal(values, expected_values, "values")
+    assert_bit_equal(scales, expected_scales, "scales")
+
+
+def special_rows(device: str) -> torch.Tensor:
+    """(1, 12, 256) float32: zeros, NaN, Inf of both signs, subnormals, the largest finite, a lone value, both signs of zero."""
+    x = torch.randn(1, 12, 256)
+    x[0, 0] = 0.0
+    x[0, 1, 3] = float("nan")
+    x[0, 2, 200] = float("inf")
+    x[0, 3, 7] = float("-inf")
+    x[0, 4] = 1e-40
+    x[0, 5, 0] = torch.finfo(torch.float32).max
+    x[0, 6] = 0.0
+    x[0, 6, 130] = -3.0
+    x[0, 7] = -0.0
+    x[0, 8] = 1e-12
+    x[0, 9] *= 1e30
+    x[0, 10] *= 1e-30
+    x[0, 11, ::2] = torch.finfo(torch.float32).min
+    return x.to(device)
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+@pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_counted_rows_with_tails_match_the_reference_bit_for_bit(name, recipe, input_dtype, device):
+    x = (torch.randn(3, 13, 300) * torch.randn(3, 13, 1).exp()).to(device, input_dtype)
+    num_tokens = torch.tensor([13, 0, 9], dtype=torch.int32, device=device)
+    assert_same(quantize_both(x, num_tokens, FORMATS[name].dtype, recipe))
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_special_values_match_the_reference_bit_for_bit(name, recipe, device):
+    results = quantize_both(special_rows(device), None, FORMATS[name].dtype, recipe)
+    assert_same(results)
+    values, scales = results[0]
+    bad = scales.isnan().nonzero()[:, 1:].tolist()
+    assert bad == [[1, 0], [2, 1], [3, 0]]
+    assert not values.view(torch.int8)[0, 1, :128].any()
+
+
+def tied_rows() -> torch.Tensor:
+    """(1, 64, 384) float32 whose quotients lie in the middle of two float8 neighbours, or an ulp beside it, by scales with an inexact
+    reciprocal: the only place where x / s and x * (1 / s) differ in float8."""
+    grid = torch.arange(0x7E, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (grid[1:] + grid[:-1]) / 2
+    amax = 1 + torch.arange(64) / 64 + 1 / 97
+    products = (amax / 448).unsqueeze(1) * middles
+    x = torch.zeros(1, 64, 3, 128)
+    for shift in range(3):
+        x[0, :, shift, : middles.numel()] = (products.view(torch.int32) + (shift - 1)).view(torch.float32)
+        x[0, :, shift, 127] = amax
+    return x.flatten(2)
+
+
+@pytest.mark.parametrize("recipe", ["default", "deepgemm"])
+def test_quotients_at_rounding_ties_match_the_reference(recipe, device):
+    assert_same(quantize_both(tied_rows().to(device), None, torch.float8_e4m3fn, recipe))
+
+
+def test_division_and_reciprocal_differ_on_the_ties():
+    """Otherwise the ties prove nothing."""
+    division, reciprocal = (reference.quantize_groups(tied_rows(), 128, torch.float8_e4m3fn, name, 1e-4)[0] for name in ("default", "deepgemm"))
+    assert (division.view(torch.uint8) != reciprocal.view(torch.uint8)).any()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 256])
+def test_other_group_sizes_match_the_reference(group_size, device):
+    x = torch.randn(2, 9, 330, dtype=torch.bfloat16).to(device)
+    assert_same(quantize_both(x, None, torch.float8_e4m3fn, group_size=group_size))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 129), (5, 3, 16), (2, 0, 64), (1, 100, 128)], ids=str)
+def test_small_and_empty_shapes_match_the_reference(shape, device):
+    assert_same(quantize_both(torch.randn(shape, dtype=torch.bfloat16).to(device), None, torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0)], ids=str)
+def test_permuted_and_sliced_inputs_match_the_reference(order, device):
+    base = torch.randn(7, 150, 20, dtype=torch.bfloat16).to(device)
+    x = base.permute(order)[:, 1:, ::2]
+    assert_same(quantize_both(x, None, torch.float8_e4m3fn))
+
+
+def test_row_major_scales_are_the_transposed_ones(device):
+    x = torch.randn(2, 10, 260, dtype=torch.bfloat16).to(device)
+    transposed = quantize_both(x, None, torch.float8_e4m3fn)[0]
+    rows = quantize_both(x, None, torch.float8_e4m3fn, row_scales=True)[0]
+    assert rows[1].is_contiguous() and transposed[1].stride() == (30, 1, 10)
+    assert_bit_equal(rows[1], transposed[1].contiguous())
+
+
+def test_counts_above_the_buffer_are_cut_and_eps_is_the_floor(device):
+    x = torch.full((1, 4, 128), 1e-6, dtype=torch.float32, device=device)
+    results = quantize_both(x, torch.tensor([99], dtype=torch.int32, device=device), torch.float8_e4m3fn, eps=0.5)
+    assert_same(results)
+    assert (results[0][1] == 0.5 / 448).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_a_large_batch_matches_the_reference_bit_for_bit_on_the_gpu(recipe):
+    x = torch.randn(8, 1000, 7168, dtype=torch.bfloat16, device="cuda") * torch.randn(8, 1000, 1, device="cuda").exp()
+    num_tokens = torch.tensor([1000, 0, 1, 999, 17, 512, 8, 300], dtype=torch.int32, device="cuda")
+    assert_same(quantize_both(x.bfloat16(), num_tokens, torch.float8_e4m3fn, recipe))
+
+
+@pytest.mark.gpu
+def test_the_fma_division_is_the_correctly_rounded_quotient_on_the_gpu():
+    """2**26 random quotients, rounded to e4m3 and to int8, against torch's division."""
+    x = torch.randn(1, 4096, 16384, device="cuda")
+    assert_same(quantize_both(x, None, torch.float8_e4m3fn))
+    assert_same(quantize_both(x, None, torch.int8))
