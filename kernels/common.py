@@ -28,9 +28,14 @@ def storable(values: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def group_scale(bits, eps, MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """The scale of groups whose absolute maximum has these float32 bits: floor, divide, round up; NaN for Inf and NaN."""
+    """The scale of groups whose absolute maximum has these float32 bits: floor, divide, round up; NaN for Inf and NaN.
+
+    amax / MAX by a product and its remainder: right for all 2**23 mantissas and each MAX, which a test runs through.
+    """
     amax = tl.maximum(bits.to(tl.float32, bitcast=True), eps)
-    scale = tl.div_rn(amax, tl.full(amax.shape, MAX, tl.float32))
+    RECIPROCAL_MAX: tl.constexpr = 1.0 / MAX
+    q = amax * RECIPROCAL_MAX
+    scale = tl.fma(tl.fma(q, tl.full(q.shape, -MAX, tl.float32), amax), tl.full(q.shape, RECIPROCAL_MAX, tl.float32), q)
     if POWER_OF_TWO:
         # a mantissa that is not zero carries into the exponent
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & INF_BITS).to(tl.float32, bitcast=True)
@@ -68,8 +73,8 @@ def quantize_group(
     r = tl.expand_dims(reciprocal, AXIS)
     q = x * r
     if not RECIPROCAL:
-        # with the signs this way round, -0.0 stays -0.0
-        q = tl.fma(tl.fma(q, tl.expand_dims(scale, AXIS), -x), -r, q)
+        # with the signs this way round -0.0 stays -0.0; x * -1 is a sign flip, which costs nothing, where -x would be 0 - x
+        q = tl.fma(tl.fma(q, tl.expand_dims(scale, AXIS), x * -1.0), r * -1.0, q)
     # the values of a bad group are 0: its scale alone says NaN
     q = tl.where(tl.expand_dims(bits, AXIS) >= INF_BITS, 0.0, q)
     if target == tl.uint8:
@@ -110,18 +115,16 @@ def locate_block(block, counts, ends, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
 
 
 @triton.jit
-def exp_accurate(x):
-    """exp(x) within about 2 units in the last place, by the hardware's 2**f for |f| <= 1/2 alone; 2**-126 below, Inf from 88.4 on.
-
-    exp2 of x * log2(e) directly loses as many bits as the integer part of the product has. The halves of ln 2 are Cody and Waite's.
-    """
-    bounded = tl.minimum(tl.maximum(x, -126.0 * 0.6931471805599453), 128.0 * 0.6931471805599453)
-    n = (bounded * 1.4426950408889634 + 12582912.0) - 12582912.0
-    f = tl.fma(n, -1.42860682030941723212e-6, tl.fma(n, -0.693145751953125, bounded))
-    return tl.exp2(f * 1.4426950408889634) * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def silu_mul_product(gate, up):
-    """silu(gate) * up in float32. One function for the kernels that do it, so that they give the same bits on one device."""
-    return gate / (1.0 + exp_accurate(-gate)) * up
+    """silu(gate) * up in float32. One function for the kernels that do it, so that they give the same bits on one device.
+
+    The hardware's 2**t alone is not enough: rounding t = -gate * log2(e) to float32 costs as many bits as its integer part has. What the
+    rounding lost is small, and 2**(t + lost) = 2**t * (1 + lost * ln 2). Exponents are kept where 2**t is finite: silu(-88.7) and below
+    differ from 0 by less than 1e-36.
+    """
+    x = tl.minimum(tl.maximum(gate * -1.0, -150.0), 88.7)
+    t = x * 1.4426950408889634
+    # log2(e) as the sum of two float32
+    lost = tl.fma(x, tl.full(x.shape, 1.925963033500011e-08, tl.float32), tl.fma(x, tl.full(x.shape, 1.4426950216293335, tl.float32), t * -1.0))
+    e = tl.exp2(t)
+    return gate / (1.0 + tl.fma(e, lost * 0.6931471805599453, e)) * up

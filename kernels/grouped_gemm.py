@@ -154,20 +154,21 @@ class Config(NamedTuple):
     tma: bool = True
 
 
-SMALL_TILES = Config(64, 4, 4, 2)
+# Three programs on a multiprocessor: one's scaling and storing hides under the others' products.
+SMALL_TILES = Config(64, 4, 3, 3)
+# Two with a deeper ring each: for weights that are read once, where there are several tiles for each program anyway.
+STREAMING = Config(64, 4, 4, 2)
+# Short sums: the next tile's loads start under the end of this one.
+SHORT = Config(64, 4, 4, 2, flatten=True)
 LARGE_TILES = Config(128, 8, 4, 1)
-# The most rows an expert is expected to have, and what is fast up to there.
-CONFIGS = ((192, SMALL_TILES), (2**31, LARGE_TILES))
 # What benchmarks/bench_grouped_gemm.py tries. 128 rows with four warps spill registers.
 CANDIDATES = (
     SMALL_TILES,
+    STREAMING,
+    SHORT,
     Config(64, 4, 5, 2),
-    Config(64, 4, 3, 3),
-    Config(64, 4, 4, 2, flatten=True),
     Config(64, 8, 4, 2),
     LARGE_TILES,
-    Config(128, 8, 3, 1),
-    Config(128, 8, 4, 1, flatten=True),
     Config(128, 8, 5, 1, flatten=True),
 )
 BAND = 16
@@ -191,9 +192,16 @@ def device_limits(device: torch.device) -> Limits:
     return Limits(properties.multi_processor_count, shared_memory, torch.version.hip is None and properties.major >= 9)
 
 
-def choose_config(expected_rows: int) -> Config:
-    """The configuration for a mean number of valid rows."""
-    return next(config for limit, config in CONFIGS if expected_rows <= limit)
+def choose_config(expected_rows: int, experts: int, column_tiles: int, steps: int, sms: int) -> Config:
+    """The configuration for a mean number of valid rows, by what was measured on an H200 (benchmarks/results).
+
+    column_tiles, steps: tiles of 128 columns, and blocks of K_dim, of one expert.
+    """
+    if steps <= 12 and expected_rows <= 128:
+        return SHORT
+    if expected_rows <= 16 and experts * column_tiles > sms * SMALL_TILES.programs_per_sm:
+        return STREAMING
+    return SMALL_TILES
 
 
 def fitting_stages(config: Config, limits: Limits, out_bytes: int) -> int:
@@ -241,12 +249,13 @@ def grouped_gemm_blockscale(
     columns = b.shape[1]
     if out.numel() == 0:
         return
-    if config is None:
-        config = choose_config(rows if expected_rows is None else expected_rows)
     limits = device_limits(a.device)
-    tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
     block_k = GROUP_SIZE // a.element_size()
     column_tiles = segments * triton.cdiv(columns // segments, BLOCK_N)
+    if config is None:
+        expected_rows = rows if expected_rows is None else expected_rows
+        config = choose_config(expected_rows, experts, column_tiles, triton.cdiv(depth, block_k), limits.sms)
+    tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
     programs = min(limits.sms * config.programs_per_sm, experts * triton.cdiv(rows, config.block_m) * column_tiles)
     grouped_gemm_kernel[(programs,)](
         descriptor(a, config.block_m, block_k) if tma else a,

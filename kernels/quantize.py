@@ -1,4 +1,4 @@
-"""Quantizes the valid rows of an expert batch in groups along the hidden dimension.
+"""Quantizes the valid rows of an expert batch in groups along the hidden dimension, as they are or after SwiGLU.
 
 L experts, M rows of an expert's buffer, H columns, G groups of GROUP columns.
 """
@@ -9,7 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.common import locate_block, num_sms, quantize_group, row_blocks, storable
+from moequant.kernels.common import locate_block, num_sms, quantize_group, row_blocks, silu_mul_product, storable
+
+
+@triton.jit
+def load_tile(x_ptr, expert, first_row, first_column, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED: tl.constexpr):
+    """The tile's numbers, in their own type, and for SwiGLU the ones that they gate, `columns` further on."""
+    at = x_ptr + expert.to(tl.int64) * x_stride_l + first_row.to(tl.int64) * x_stride_m + first_column.to(tl.int64) * x_stride_h
+    x = tl.load(at + in_tile, mask=mask, other=0.0)
+    up = x
+    if GATED:
+        up = tl.load(at + columns.to(tl.int64) * x_stride_h + in_tile, mask=mask, other=0.0)
+    return x, up
 
 
 @triton.jit
@@ -31,6 +42,7 @@ def quantize_kernel(
     s_stride_m,
     s_stride_g,
     eps,
+    GATED: tl.constexpr,
     MAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     RECIPROCAL: tl.constexpr,
@@ -38,9 +50,14 @@ def quantize_kernel(
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    EVEN: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Each tile is BLOCK_M rows of one expert by BLOCK_G groups; tiles cover valid rows only and are dealt to the programs in turn.
+    """Each tile is BLOCK_M rows of one expert by BLOCK_G groups of the output's columns; tiles cover valid rows only and are dealt to
+    the programs in turn. A program loads its next tile before it works on the present one.
+
+    GATED: column i of the output is silu(x[i]) * x[columns + i]. Without scales_ptr the product is stored as it is.
+    EVEN: BLOCK_G groups divide the columns.
 
     Example: counts [9, 0, 3], BLOCK_M=8, G=3, BLOCK_G=2: 3 row blocks by 2 group blocks are 6 tiles; tile 3 is row block 1 (rows 8..15
     of expert 0, of which row 8 is valid) and groups 2..3 (of which 2 exists).
@@ -48,20 +65,100 @@ def quantize_kernel(
     counts, ends = row_blocks(num_tokens_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED)
     group_blocks = tl.cdiv(tl.cdiv(columns, GROUP), BLOCK_G)
     tiles = tl.max(ends, axis=0) * group_blocks
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        expert, first_row, count = locate_block(tile // group_blocks, counts, ends, BLOCK_M, EXPERTS)
+
+    # the same for every tile, so that a tile adds one base to each
+    row = tl.arange(0, BLOCK_M)
+    group = tl.arange(0, BLOCK_G)
+    column = group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    row64 = row.to(tl.int64)[:, None, None]
+    in_tile = row64 * x_stride_m + column.to(tl.int64) * x_stride_h
+    out_in_tile = row64 * v_stride_m + column.to(tl.int64) * v_stride_h
+    scale_in_tile = row.to(tl.int64)[:, None] * s_stride_m + group.to(tl.int64)[None, :] * s_stride_g
+
+    tile = tl.program_id(0)
+    expert, first_row, count = locate_block(tile // group_blocks, counts, ends, BLOCK_M, EXPERTS)
+    first_group = tile % group_blocks * BLOCK_G
+    valid = first_row + row < count
+    mask = valid[:, None, None] if EVEN else valid[:, None, None] & (first_group * GROUP + column < columns)
+    x, up = load_tile(
+        x_ptr, expert, first_row, first_group * GROUP, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED
+    )
+    while tile < tiles:
+        next_tile = tile + tl.num_programs(0)
+        # past the last tile there is no valid row
+        next_expert, next_row, next_count = locate_block(next_tile // group_blocks, counts, ends, BLOCK_M, EXPERTS)
+        next_group = next_tile % group_blocks * BLOCK_G
+        next_valid = next_row + row < next_count
+        next_mask = next_valid[:, None, None] if EVEN else next_valid[:, None, None] & (next_group * GROUP + column < columns)
+        next_x, next_up = load_tile(
+            x_ptr, next_expert, next_row, next_group * GROUP, x_stride_l, x_stride_m, x_stride_h, in_tile, next_mask, columns, GATED
+        )
+
         e = expert.to(tl.int64)
-        row = first_row + tl.arange(0, BLOCK_M)
-        group = tile % group_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
-        column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        mask = (row < count)[:, None, None] & (column < columns)[None, :, :]
-        m = row.to(tl.int64)[:, None, None]
-        h = column.to(tl.int64)[None, :, :]
-        x = tl.load(x_ptr + e * x_stride_l + m * x_stride_m + h * x_stride_h, mask=mask, other=0.0).to(tl.float32)
-        values, scales = quantize_group(x, eps, 2, MAX, POWER_OF_TWO, RECIPROCAL, values_ptr.dtype.element_ty)
-        tl.store(values_ptr + e * v_stride_l + m * v_stride_m + h * v_stride_h, values, mask=mask)
-        scale_at = e * s_stride_l + row.to(tl.int64)[:, None] * s_stride_m + group.to(tl.int64)[None, :] * s_stride_g
-        tl.store(scales_ptr + scale_at, scales, mask=(row < count)[:, None] & (group * GROUP < columns)[None, :])
+        m = first_row.to(tl.int64)
+        g = first_group.to(tl.int64)
+        numbers = silu_mul_product(x.to(tl.float32), up.to(tl.float32)) if GATED else x.to(tl.float32)
+        values_at = values_ptr + e * v_stride_l + m * v_stride_m + g * GROUP * v_stride_h
+        if scales_ptr is None:
+            tl.store(values_at + out_in_tile, numbers.to(values_ptr.dtype.element_ty), mask=mask)
+        else:
+            values, scales = quantize_group(numbers, eps, 2, MAX, POWER_OF_TWO, RECIPROCAL, values_ptr.dtype.element_ty)
+            tl.store(values_at + out_in_tile, values, mask=mask)
+            scales_at = scales_ptr + e * s_stride_l + m * s_stride_m + g * s_stride_g
+            tl.store(scales_at + scale_in_tile, scales, mask=valid[:, None] & ((first_group + group) * GROUP < columns)[None, :])
+
+        tile, expert, first_row, first_group = next_tile, next_expert, next_row, next_group
+        valid, mask, x, up = next_valid, next_mask, next_x, next_up
+
+
+def launch_quantize(
+    x: torch.Tensor,
+    num_tokens: torch.Tensor | None,
+    values: torch.Tensor,
+    scales: torch.Tensor | None,
+    gated: bool,
+    *,
+    group_size: int = 128,
+    max_value: float = 0.0,
+    eps: float = 0.0,
+    power_of_two: bool = False,
+    reciprocal: bool = False,
+    block_m: int,
+    block_g: int,
+    num_warps: int,
+    programs_per_sm: int,
+) -> None:
+    """Launches the kernel on the valid rows of values (L, M, columns)."""
+    experts, rows, columns = values.shape
+    if values.numel() == 0:
+        return
+    worst = experts * triton.cdiv(rows, block_m) * triton.cdiv(columns, group_size * block_g)
+    quantize_kernel[(min(worst, num_sms(x.device) * programs_per_sm),)](
+        x,
+        num_tokens,
+        storable(values),
+        scales,
+        experts,
+        rows,
+        columns,
+        *x.stride(),
+        *values.stride(),
+        *((0, 0, 0) if scales is None else scales.stride()),
+        eps,
+        GATED=gated,
+        MAX=max_value,
+        POWER_OF_TWO=power_of_two,
+        RECIPROCAL=reciprocal,
+        COUNTED=num_tokens is not None,
+        GROUP=group_size,
+        BLOCK_M=block_m,
+        BLOCK_G=block_g,
+        EVEN=columns % (group_size * block_g) == 0,
+        EXPERTS=triton.next_power_of_2(experts),
+        num_warps=num_warps,
+        # a product that is rounded to an integer by an addition must be rounded by itself first
+        enable_fp_fusion=False,
+    )
 
 
 def quantize_expert_batch(
@@ -75,8 +172,8 @@ def quantize_expert_batch(
     eps: float,
     power_of_two: bool,
     reciprocal: bool,
-    block_m: int = 8,
-    num_warps: int = 8,
+    block_m: int = 4,
+    num_warps: int = 4,
     programs_per_sm: int = 4,
 ) -> None:
     """Writes values and scales of the valid rows.
@@ -84,30 +181,19 @@ def quantize_expert_batch(
     x: (L, M, H) float, any strides. num_tokens: (L,) int32 or None. values: (L, M, H), any strides. scales: (L, M, G) float32, any
     strides. max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`.
     """
-    experts, rows, columns = x.shape
-    if x.numel() == 0:
-        return
-    block_g = max(1, 1024 // group_size)
-    worst = experts * triton.cdiv(rows, block_m) * triton.cdiv(columns, group_size * block_g)
-    quantize_kernel[(min(worst, num_sms(x.device) * programs_per_sm),)](
+    launch_quantize(
         x,
         num_tokens,
-        storable(values),
+        values,
         scales,
-        experts,
-        rows,
-        columns,
-        *x.stride(),
-        *values.stride(),
-        *scales.stride(),
-        eps,
-        MAX=max_value,
-        POWER_OF_TWO=power_of_two,
-        RECIPROCAL=reciprocal,
-        COUNTED=num_tokens is not None,
-        GROUP=group_size,
-        BLOCK_M=block_m,
-        BLOCK_G=block_g,
-        EXPERTS=triton.next_power_of_2(experts),
+        False,
+        group_size=group_size,
+        max_value=max_value,
+        eps=eps,
+        power_of_two=power_of_two,
+        reciprocal=reciprocal,
+        block_m=block_m,
+        block_g=1024 // group_size,
         num_warps=num_warps,
+        programs_per_sm=programs_per_sm,
     )

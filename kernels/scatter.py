@@ -152,4 +152,6 @@ def scatter(
         LANES=triton.next_power_of_2(slots.shape[1]),
         BLOCK_G=block_g,
         num_warps=8 if block_g == 64 else 4,
+        # as in the quantize kernel
+        enable_fp_fusion=False,
     )

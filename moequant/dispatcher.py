@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,12 @@ from moequant.transport.collective import PackedTransport, PaddedTransport, choo
 from moequant.transport.local import LocalTransport
 
 _NUMBERS = itertools.count()
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def untraced(method: Method) -> Method:
+    """A graph break for torch.compile, with the method's signature kept."""
+    return cast(Method, torch.compiler.disable(method))
 
 
 class MoEQuantDispatcher:
@@ -130,7 +136,7 @@ class MoEQuantDispatcher:
         specs = _transport_class(config).buffer_specs(config)
         return config.slots * sum(spec.nbytes for spec in specs.values())
 
-    @torch.compiler.disable
+    @untraced
     def dispatch(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0
     ) -> tuple[ExpertBatch, DispatchHandle]:
@@ -155,7 +161,7 @@ class MoEQuantDispatcher:
         batch, state = self._run(self._transport.dispatch, hidden_states, topk_ids, buffers)
         return batch, DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot, buffers.generation, state)
 
-    @torch.compiler.disable
+    @untraced
     def combine(self, expert_output: Tensor, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
         """Brings each token's rows back from its experts and sums them by their weights. Collective.
 
@@ -187,6 +193,7 @@ class MoEQuantDispatcher:
         self._run(self._transport.combine, expert_output.contiguous(), weights, out, buffers, handle.state)
         return out
 
+    @untraced
     def __call__(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: Callable[[ExpertBatch], Tensor], *, slot: int = 0
     ) -> Tensor:

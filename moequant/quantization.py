@@ -110,7 +110,12 @@ def quantize_weight(
     format_of(dtype)
     recipe_of(recipe)
     check_no_grad(w=w)
-    return reference.quantize_weight(w, dtype=dtype, recipe=recipe, segments=segments, group_size=group_size)
+    if w.dim() == 2:
+        return reference.quantize_weight(w, dtype=dtype, recipe=recipe, segments=segments, group_size=group_size)
+    # one expert after the other: the float32 copies in between take several times a weight's memory
+    parts = [quantize_weight(part, dtype=dtype, recipe=recipe, segments=segments, group_size=group_size) for part in w]
+    values = torch.stack([part.values.view(torch.uint8) for part in parts]).view(dtype)
+    return QuantizedTensor(values, torch.stack([part.scales for part in parts]), "block", recipe, group_size, segments)
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -33,7 +33,8 @@ def group_scales(groups: Tensor, dtype: torch.dtype, recipe: str = "default", ep
     rule = recipe_of(recipe)
     bits = groups.contiguous().abs().view(torch.int32).amax(-1)
     amax = bits.view(torch.float32).clamp_min(rule.eps if eps is None else eps)
-    scale = amax / format_of(dtype).max
+    # by a tensor: CUDA's division by a number is a product with its reciprocal
+    scale = amax / torch.full_like(amax, format_of(dtype).max)
     if rule.power_of_two:
         # the next power of two: a mantissa that is not zero carries into the exponent
         scale = ((scale.view(torch.int32) + 0x7FFFFF) & INF_BITS).view(torch.float32)

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -154,7 +155,7 @@ def run_ranks(
     if "nccl" in backend and torch.cuda.device_count() < world_size:
         raise ValueError(f"backend {backend!r} needs a GPU for each of {world_size} ranks, found {torch.cuda.device_count()}")
     # torch's import, most of a worker's start, is done once, in the server that workers are forked from
-    context = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
     # plain pickle: torch's own reductions would leave results in the memory of processes that have ended
@@ -198,8 +199,8 @@ def _run_rank(
         os.environ.clear()
         os.environ.update(environment)
         with open(_stack_path(Path(folder), rank), "w") as stacks:
-            # shortly before the parent stops waiting: where a rank that hangs stands
-            faulthandler.dump_traceback_later(max(0.1, 0.9 * timeout), file=stacks)
+            # a rank that hangs is asked where it stands
+            faulthandler.register(signal.SIGUSR1, stacks)
             torch.set_num_threads(1)
             setup = pickle.loads(prepare)
             if setup is not None:
@@ -208,13 +209,17 @@ def _run_rank(
             if "nccl" in backend:
                 device = torch.device("cuda", rank)
                 torch.cuda.set_device(device)
-            store = dist.FileStore(str(Path(folder) / "store"), world_size)
             dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout), device_id=device
+                backend,
+                init_method=f"file://{folder}/store",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout),
+                device_id=device,
             )
             function, args = pickle.loads(work)
             message = True, pickle.dumps(function(rank, world_size, *args))
-            faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(signal.SIGUSR1)
         writer.send(message)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -229,6 +234,21 @@ def _stack_path(folder: Path, rank: int) -> Path:
     return folder / f"stack-{rank}"
 
 
+def _stack(worker: BaseProcess, path: Path) -> str:
+    """Where the worker stands, by its own word; empty if it can't say."""
+    if worker.pid is None or not path.exists():
+        return ""
+    os.kill(worker.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while worker.is_alive() and time.monotonic() < deadline:
+        if path.stat().st_size:
+            # one write call a line: what follows the first line is there at once
+            time.sleep(0.05)
+            break
+        time.sleep(0.01)
+    return path.read_text()
+
+
 def _collect(
     workers: list[BaseProcess], pipes: list[Connection], folder: Path, deadline: float, may_die: Sequence[int]
 ) -> list[Any]:
@@ -237,7 +257,7 @@ def _collect(
     failures: dict[int, str] = {}
     waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
     while waiting:
-        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        ready: list[Any] = wait(list(waiting), max(0.0, deadline - time.monotonic()))
         if not ready:
             break
         for pipe in ready:
@@ -264,7 +284,6 @@ def _collect(
             worker.join(GRACE_SECONDS)
         return results
     for rank in sorted(waiting.values()):
-        stack = _stack_path(folder, rank)
-        failures[rank] = "had not ended\n" + (stack.read_text() if stack.exists() else "")
+        failures[rank] = f"had not ended\n{_stack(workers[rank], _stack_path(folder, rank))}"
     details = "\n".join(f"--- rank {rank}: {text.rstrip()}" for rank, text in failures.items())
     raise RankFailedError(next(iter(failures)), f"{lost}\n{details}")
