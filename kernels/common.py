@@ -123,8 +123,10 @@ def silu_mul_product(gate, up):
     differ from 0 by less than 1e-36.
     """
     x = tl.minimum(tl.maximum(gate * -1.0, -150.0), 88.7)
-    t = x * 1.4426950408889634
-    # log2(e) as the sum of two float32
-    lost = tl.fma(x, tl.full(x.shape, 1.925963033500011e-08, tl.float32), tl.fma(x, tl.full(x.shape, 1.4426950216293335, tl.float32), t * -1.0))
+    t = x * 1.4426950216293335
+    # log2(e) is high + low
+    high = tl.full(x.shape, 1.4426950216293335, tl.float32)
+    low = tl.full(x.shape, 1.9259629911293902e-08, tl.float32)
+    lost = tl.fma(x, low, tl.fma(x, high, t * -1.0))
     e = tl.exp2(t)
     return gate / (1.0 + tl.fma(e, lost * 0.6931471805599453, e)) * up

@@ -13,7 +13,9 @@ from moequant.kernels.common import locate_block, num_sms, quantize_group, row_b
 
 
 @triton.jit
-def load_tile(x_ptr, expert, first_row, first_column, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED: tl.constexpr):
+def load_tile(
+    x_ptr, expert, first_row, first_column, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED: tl.constexpr
+):
     """The tile's numbers, in their own type, and for SwiGLU the ones that they gate, `columns` further on."""
     at = x_ptr + expert.to(tl.int64) * x_stride_l + first_row.to(tl.int64) * x_stride_m + first_column.to(tl.int64) * x_stride_h
     x = tl.load(at + in_tile, mask=mask, other=0.0)
@@ -172,9 +174,6 @@ def quantize_expert_batch(
     eps: float,
     power_of_two: bool,
     reciprocal: bool,
-    block_m: int = 4,
-    num_warps: int = 4,
-    programs_per_sm: int = 4,
 ) -> None:
     """Writes values and scales of the valid rows.
 
@@ -192,8 +191,8 @@ def quantize_expert_batch(
         eps=eps,
         power_of_two=power_of_two,
         reciprocal=reciprocal,
-        block_m=block_m,
-        block_g=1024 // group_size,
-        num_warps=num_warps,
-        programs_per_sm=programs_per_sm,
+        block_m=8,
+        block_g=512 // group_size,
+        num_warps=2,
+        programs_per_sm=6,
     )

@@ -13,7 +13,16 @@ import triton.language as tl
 # Not specialized on the number of entries, which changes from call to call.
 @triton.jit(do_not_specialize=["entries"])
 def route_kernel(
-    ids_ptr, slots_ptr, counts_ptr, num_tokens_ptr, status_ptr, entries, experts, capacity, LIMITED: tl.constexpr, BLOCK: tl.constexpr
+    ids_ptr,
+    slots_ptr,
+    counts_ptr,
+    num_tokens_ptr,
+    status_ptr,
+    entries,
+    experts,
+    capacity,
+    LIMITED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program e < E reads all entries and numbers those of expert e; program E marks those of no expert, and counts the invalid ones.
 

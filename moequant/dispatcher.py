@@ -174,7 +174,9 @@ class MoEQuantDispatcher:
         """
         self._check_open()
         if handle.dispatcher != self._number:
-            raise StaleHandleError("the handle was made by another dispatcher; give combine the handle that this one's dispatch returned")
+            raise StaleHandleError(
+                "the handle was made by another dispatcher; give combine the handle that this one's dispatch returned"
+            )
         buffers = self._slots[handle.slot]
         if handle.generation != buffers.generation:
             raise StaleHandleError(
@@ -195,7 +197,13 @@ class MoEQuantDispatcher:
 
     @untraced
     def __call__(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: Callable[[ExpertBatch], Tensor], *, slot: int = 0
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        experts: Callable[[ExpertBatch], Tensor],
+        *,
+        slot: int = 0,
     ) -> Tensor:
         """dispatch, experts, combine. Returns (T, H) of the hidden states' type."""
         batch, handle = self.dispatch(hidden_states, topk_ids, topk_weights, slot=slot)
@@ -230,9 +238,7 @@ class MoEQuantDispatcher:
     def __enter__(self) -> MoEQuantDispatcher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _check_open(self) -> None:
@@ -243,7 +249,9 @@ class MoEQuantDispatcher:
 
     def _slot(self, slot: int) -> Slot:
         if not 0 <= slot < len(self._slots):
-            raise ValueError(f"slot must be in 0..{len(self._slots) - 1}, got {slot}; the constructor's slots says how many there are")
+            raise ValueError(
+                f"slot must be in 0..{len(self._slots) - 1}, got {slot}; the constructor's slots says how many there are"
+            )
         return self._slots[slot]
 
     def _check_inputs(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:

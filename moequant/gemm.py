@@ -45,7 +45,9 @@ def grouped_gemm_blockscale(
     b_values, b_scales = _operand("b", b, "block")
     check_no_grad(a=a_values, b=b_values)
     if a_values.dtype != b_values.dtype:
-        raise ValueError(f"a and b must have the same dtype, got {a_values.dtype} and {b_values.dtype}; quantize both to one format")
+        raise ValueError(
+            f"a and b must have the same dtype, got {a_values.dtype} and {b_values.dtype}; quantize both to one format"
+        )
     check_tensor("b", b_values, shape=(a_values.shape[0], b_values.shape[1], a_values.shape[2]), device=a_values.device)
     for name, values in (("a", a_values), ("b", b_values)):
         if not values.is_contiguous():
@@ -59,9 +61,7 @@ def grouped_gemm_blockscale(
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     segments = b.segments if isinstance(b, QuantizedTensor) else 1
-    torch.ops.moequant.grouped_gemm_blockscale(
-        a_values, a_scales, b_values, b_scales, num_tokens, out, segments, expected_rows
-    )
+    torch.ops.moequant.grouped_gemm_blockscale(a_values, a_scales, b_values, b_scales, num_tokens, out, segments, expected_rows)
     return out
 
 

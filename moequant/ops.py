@@ -50,7 +50,7 @@ def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
     return register
 
 
-def quantize_settings(values: Tensor, recipe: str, eps: float | None) -> dict[str, float | bool]:
+def quantize_settings(values: Tensor, recipe: str, eps: float | None) -> dict[str, Any]:
     """A format and a recipe as the plain numbers that the kernels take."""
     rule = recipe_of(recipe)
     return {
@@ -193,9 +193,7 @@ def scatter(
     from moequant.kernels.scatter import scatter as kernel
 
     settings = quantize_settings(values, recipe, None) if scales is not None else {}
-    kernel(
-        x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, **settings
-    )
+    kernel(x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, **settings)
 
 
 @registered(mutates=("padded", "merged", "merged_scales", "merged_sources"))

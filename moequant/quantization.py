@@ -8,7 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moequant import ops, reference
+from moequant import (
+    ops,  # noqa: F401  (registers torch.ops.moequant)
+    reference,
+)
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_counts, check_no_grad, check_tensor
 from moequant.formats import MIN_EPS, format_of, recipe_of
@@ -34,14 +37,14 @@ def quantize_expert_batch(
     num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are neither read nor written.
     group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
     dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240), float8_e5m2 (57344) or int8 (127).
-    recipe: "default", "deepgemm" or "ue8m0": see `moequant.formats.RECIPES`. The scale is amax / max, values are x / scale rounded to
-        nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
+    recipe: "default", "deepgemm" or "ue8m0": see `moequant.formats.RECIPES`. The scale is amax / max, values are x / scale rounded
+        to nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
     eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
     values: (L, M, H) of dtype, any strides, or None to allocate.
     scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
 
-    Returns a QuantizedTensor, of layout "transposed" unless contiguous scales were given ("row"). Raises ValueError for a wrong shape, dtype, device, recipe or eps, RuntimeError
-    if x requires grad under grad mode.
+    Returns a QuantizedTensor, of layout "transposed" unless contiguous scales were given ("row"). Raises ValueError for a wrong shape,
+    dtype, device, recipe or eps, RuntimeError if x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
     if group_size not in GROUP_SIZES:
@@ -136,7 +139,9 @@ def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, 
 def _halved(x: Tensor) -> torch.Size:
     """The shape of SwiGLU's output."""
     if x.shape[2] % 2:
-        raise ValueError(f"x must be (L, M, 2 * I), gate first then up: its last dimension must be even, got shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must be (L, M, 2 * I), gate first then up: its last dimension must be even, got shape {tuple(x.shape)}"
+        )
     return torch.Size((x.shape[0], x.shape[1], x.shape[2] // 2))
 
 

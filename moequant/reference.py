@@ -224,7 +224,7 @@ def scatter(
     tokens, top_k = topk_ids.shape
     local = topk_ids.long() - first_expert
     placed = (local >= 0) & (local < experts) & (slots >= 0) & (slots < limit)
-    if offsets is not None:
+    if offsets is not None and capacity is not None:
         start = offsets.long()[topk_ids.long().clamp(0, offsets.shape[0] - 1)]
         placed &= start + slots < capacity
     flat = torch.where(placed, local * limit + slots, -1)
@@ -337,9 +337,7 @@ def silu_mul_quantize(
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
     """As `moequant.silu_mul_quantize`."""
-    return quantize_expert_batch(
-        swiglu(x), num_tokens, dtype=dtype, recipe=recipe, eps=eps, values=values, scales=scales
-    )
+    return quantize_expert_batch(swiglu(x), num_tokens, dtype=dtype, recipe=recipe, eps=eps, values=values, scales=scales)
 
 
 def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tensor) -> None:

@@ -97,7 +97,8 @@ def assert_bit_equal(a: Tensor, b: Tensor, name: str = "tensors") -> None:
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         raise AssertionError(f"{name} differ: {a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}")
-    left, right = (x.detach().cpu().contiguous().reshape(-1) for x in (a, b))
+    # a copy: a tensor of one element counts as contiguous whatever its stride, and then has no bytes to view
+    left, right = (x.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format) for x in (a, b))
     size = a.element_size()
     different = (left.view(torch.uint8).view(-1, size) != right.view(torch.uint8).view(-1, size)).any(1)
     if not different.any():

@@ -78,9 +78,16 @@ def install() -> None:
         return Handle(np.matmul(widen(a), widen(b), dtype=acc.data.dtype) + acc.data, acc.dtype.scalar)
 
     def fma(self, x, y, z):
-        # the product of two float32 is exact in float64
-        total = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-        return Handle(total.astype(x.data.dtype), z.dtype.scalar)
+        # the product of two float32 is exact in float64; the sum is rounded to odd there, so that rounding it again does no harm
+        product, addend = x.data.astype(np.float64) * y.data.astype(np.float64), z.data.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = np.atleast_1d(product + addend)
+            part = total - product
+            lost = (product - (total - part)) + (addend - part)
+            bits = total.view(np.int64)
+            even = np.isfinite(total) & (lost != 0) & (bits & 1 == 0)
+            odd = np.where(even, bits + np.where((lost > 0) == (total > 0), 1, -1), bits)
+            return Handle(odd.view(np.float64).reshape(product.shape).astype(x.data.dtype), z.dtype.scalar)
 
     interpreter._convert_float = convert_float
     Builder.cast_impl = cast

@@ -50,9 +50,7 @@ class Wire:
         else:
             dist.all_gather_into_tensor(out, x, group=self.group)
 
-    def all_to_all(
-        self, out: Tensor, x: Tensor, out_splits: list[int] | None = None, in_splits: list[int] | None = None
-    ) -> None:
+    def all_to_all(self, out: Tensor, x: Tensor, out_splits: list[int] | None = None, in_splits: list[int] | None = None) -> None:
         """Splits along the first dimension, equal ones by default."""
         out, x = out.view(torch.uint8), x.view(torch.uint8)
         if self.waits:
@@ -74,9 +72,7 @@ class Wire:
 
 
 class CollectiveTransport(Transport):
-    def __init__(
-        self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup
-    ) -> None:
+    def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup) -> None:
         super().__init__(config, rank, device, status)
         self.wire = Wire(group, config.timeout, waits=device.type == "cpu")
         self.first_expert = rank * config.num_local_experts
@@ -155,9 +151,7 @@ class PaddedTransport(CollectiveTransport):
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
         sent = slot["exchanged"].view(expert_output.dtype)
         returned = self._routed(slot, expert_output.dtype)
-        ops.move_source_rows(
-            self._by_source(sent), expert_output, slot["offsets"], slot["all_counts"], self.first_expert, False
-        )
+        ops.move_source_rows(self._by_source(sent), expert_output, slot["offsets"], slot["all_counts"], self.first_expert, False)
         self.wire.all_to_all(returned, sent)
         ops.combine(returned.flatten(0, 1), state, topk_weights, out)
 
@@ -202,7 +196,9 @@ class PackedTransport(CollectiveTransport):
 
     def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, slot: Slot) -> tuple[ExpertBatch, PackedState]:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError('exchange "packed" has to sync with the host and can\'t be captured in a graph; use exchange="padded"')
+            raise RuntimeError(
+                'exchange "packed" has to sync with the host and can\'t be captured in a graph; use exchange="padded"'
+            )
         config, tokens = self.config, hidden_states.shape[0]
         experts, ranks, local = config.num_experts, config.world_size, config.num_local_experts
         slots = slot["slots"][:tokens]
@@ -218,9 +214,7 @@ class PackedTransport(CollectiveTransport):
         table = torch.empty(ranks, experts + ranks, dtype=torch.int32, device=self.device)
         self.wire.all_gather(table, mine)
         counts, offsets = table[:, :experts].contiguous(), torch.empty(ranks, experts, dtype=torch.int32, device=self.device)
-        ops.expert_offsets(
-            counts, self.first_expert, config.max_rows, NO_LIMIT, offsets, slot["num_tokens"], self.status
-        )
+        ops.expert_offsets(counts, self.first_expert, config.max_rows, NO_LIMIT, offsets, slot["num_tokens"], self.status)
         # the one host sync: split sizes
         host = torch.cat((table, offsets), 1).cpu()
         traffic = host[:, experts : experts + ranks]
@@ -262,9 +256,7 @@ class PackedTransport(CollectiveTransport):
         present = state.received_rows.flatten() >= 0
         send_rows = compact(state.received_rows.flatten(), present.cumsum(0) - 1, present, sum(state.sent))
         returned = expert_output.new_empty(sum(state.returned), out.shape[1])
-        self.wire.all_to_all(
-            returned, expert_output.flatten(0, 1).index_select(0, send_rows), state.returned, state.sent
-        )
+        self.wire.all_to_all(returned, expert_output.flatten(0, 1).index_select(0, send_rows), state.returned, state.sent)
         slots, counts = torch.empty_like(state.owners), torch.empty(self.config.world_size, dtype=torch.int32, device=self.device)
         ops.route(state.owners, slots, counts)
         rows = torch.where(slots >= 0, starts(counts)[state.owners.clamp_min(0)] + slots, -1).int()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moequant import reference
 from moequant.testing import assert_bit_equal, poison
 
@@ -14,7 +15,7 @@ def both(y, rows, weights, dtype):
     outputs = [poison(torch.empty(rows.shape[0], y.shape[1], dtype=dtype, device=y.device)) for _ in range(2)]
     combine(y, rows, weights, outputs[0])
     reference.combine(y, rows, weights, outputs[1])
-    assert_bit_equal(*outputs)
+    assert_bit_equal(outputs[0], outputs[1])
     return outputs[0]
 
 

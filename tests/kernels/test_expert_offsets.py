@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moequant import reference
 from moequant.testing import assert_bit_equal, poison
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moequant import reference
 from moequant.batch import empty_transposed_scales
 from moequant.testing import assert_bit_equal, poison
@@ -30,7 +31,8 @@ def both(arguments, written):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "experts", "limit", "capacity", "columns"), [(1, 1, 1, 1, 8), (2, 3, 16, 32, 300), (4, 2, 20, 48, 128), (3, 2, 32, 40, 50)]
+    ("ranks", "experts", "limit", "capacity", "columns"),
+    [(1, 1, 1, 1, 8), (2, 3, 16, 32, 300), (4, 2, 20, 48, 128), (3, 2, 32, 40, 50)],
 )
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
 def test_both_directions_match_the_reference(ranks, experts, limit, capacity, columns, dtype, device):
@@ -45,9 +47,7 @@ def test_both_directions_match_the_reference(ranks, experts, limit, capacity, co
     scales = meta[:, :, :-1].view(torch.float32).transpose(2, 3)
     merged_scales = poison(empty_transposed_scales(experts, capacity, groups, device))
     sources = poison(torch.empty(experts, capacity, dtype=torch.int64, device=device))
-    moved = both(
-        (padded, merged, offsets, counts, first, True, scales, merged_scales, meta[:, :, -1], sources), written=(1, 7, 9)
-    )
+    moved = both((padded, merged, offsets, counts, first, True, scales, merged_scales, meta[:, :, -1], sources), written=(1, 7, 9))
     for expert, count in enumerate(num_tokens.tolist()):
         assert (moved[2][expert, count:] == sources[expert, count:]).all()
     back = poison(torch.empty_like(padded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.formats import FORMATS, RECIPES
@@ -97,7 +98,9 @@ def test_quotients_at_rounding_ties_match_the_reference(recipe, device):
 
 def test_division_and_reciprocal_differ_on_the_ties():
     """Otherwise the ties prove nothing."""
-    division, reciprocal = (reference.quantize_groups(tied_rows(), 128, torch.float8_e4m3fn, name, 1e-4)[0] for name in ("default", "deepgemm"))
+    division, reciprocal = (
+        reference.quantize_groups(tied_rows(), 128, torch.float8_e4m3fn, name, 1e-4)[0] for name in ("default", "deepgemm")
+    )
     assert (division.view(torch.uint8) != reciprocal.view(torch.uint8)).any()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.formats import FORMATS

@@ -1,0 +1,40 @@
+# Everything here sets itself up, in .venv. See CONTRIBUTING.md.
+PYTHON_ENV := .venv/bin/python
+SOURCES := moequant kernels launch benchmarks tests
+GPUS := $(wildcard /dev/nvidia[0-9]*)
+# test processes: one for each core, or a few where they share GPUs
+WORKERS ?= $(if $(GPUS),4,auto)
+# arguments of launch/bench_ep.py
+ARGS ?=
+
+.PHONY: bench test lint format clean
+
+bench: .venv/.ready
+	@gpus=$$($(PYTHON_ENV) -c 'import torch; print(torch.cuda.device_count())') && \
+	PYTHONPATH=. $(PYTHON_ENV) -m torch.distributed.run --standalone --nproc-per-node $$(( gpus > 0 ? gpus : 2 )) launch/bench_ep.py $(ARGS)
+
+test: lint
+# tests that take all GPUs run one after the other
+	OMP_NUM_THREADS=1 $(PYTHON_ENV) -m pytest -n $(WORKERS) $(if $(GPUS),-m "not multigpu")
+ifneq ($(GPUS),)
+	OMP_NUM_THREADS=1 $(PYTHON_ENV) -m pytest -m multigpu || [ $$? -eq 5 ]
+endif
+
+lint: .venv/.ready-to-test
+	$(PYTHON_ENV) -m ruff check $(SOURCES)
+	$(PYTHON_ENV) -m ruff format --check $(SOURCES)
+	$(PYTHON_ENV) -m pyright --pythonpath $(PYTHON_ENV)
+
+format: .venv/.ready-to-test
+	$(PYTHON_ENV) -m ruff check --fix $(SOURCES)
+	$(PYTHON_ENV) -m ruff format $(SOURCES)
+
+.venv/.ready: pyproject.toml constraints.txt .ci/setup
+	@.ci/setup && touch $@
+
+.venv/.ready-to-test: pyproject.toml constraints.txt .ci/setup
+	@.ci/setup test lint bench && touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,311 @@
+"""Compiles the kernels of one operation for GPUs that this machine need not have, and prints one JSON object for each compiled kernel.
+
+    python tests/compile_kernels.py quantize
+
+A program of its own, because the tests' process has asked for Triton's interpreter, and because a failing compiler may abort.
+The operations are called as the package calls them, on CPU tensors; a launch compiles and does nothing more.
+
+Letters: T tokens, K top-k, E experts in all, W ranks, L local experts, M rows of an expert's buffer, C of them per source rank,
+H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a GEMM.
+"""
+
+# Triton annotates the driver's methods as returning nothing
+# pyright: reportIncompatibleMethodOverride=false
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from moequant import ops
+from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.kernels import grouped_gemm as grouped_gemm_module
+from moequant.kernels.grouped_gemm import Limits
+
+BF16, INT8 = torch.bfloat16, torch.int8
+E4M3, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
+FLOAT8 = (E4M3, FNUZ, E5M2)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of GPU.
+
+    float8: the formats that its compiler converts to or multiplies. shared_memory: bytes that one program can have.
+    """
+
+    gpu: GPUTarget
+    float8: tuple[torch.dtype, ...]
+    multiprocessors: int
+    shared_memory: int
+    tma: bool = False
+
+
+# Triton has no e4m3fn before sm_89; e4m3fnuz is MI300's.
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), (), 108, 166912),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), (E4M3, E5M2), 132, 232448, tma=True),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), (E4M3, E5M2), 148, 232448, tma=True),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), (FNUZ,), 304, 65536),
+    "gfx950": Target(GPUTarget("hip", "gfx950", 64), (E4M3, E5M2), 256, 163840),
+}
+
+
+class FakeDriver(DriverBase):
+    """Stands in for a GPU's driver: it knows the target, and nothing can be launched."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        super().__init__()
+        self.target = target
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> Any:
+        # compiled kernels are kept for each device: one device for each target
+        return self.target
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        raise RuntimeError("nothing can be timed without a GPU")
+
+
+def counted(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[0], dtype=torch.int32)
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def quantized(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Values (L, M, H) and their transposed scales, or no scales for a plain type."""
+    scales = None if dtype == BF16 else empty_transposed_scales(experts, rows, ceil_div(columns, 128), "cpu")
+    return empty(experts, rows, columns, dtype=dtype), scales
+
+
+def quantize(dtype: torch.dtype, columns: int = 7168, recipe: str = "default") -> None:
+    x = empty(4, 256, columns)
+    values, scales = quantized(4, 256, columns, dtype)
+    assert scales is not None
+    ops.quantize_expert_batch(x, counted(x), values, scales, recipe=recipe)
+
+
+def silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "default") -> None:
+    x = empty(4, 256, 2 * columns)
+    values, scales = quantized(4, 256, columns, dtype)
+    assert scales is not None
+    ops.silu_mul_quantize(x, counted(x), values, scales, recipe=recipe)
+
+
+def grouped_gemm(
+    dtype: torch.dtype, expected_rows: int = 128, out_dtype: torch.dtype = BF16, columns: int = 4096, depth: int = 7168
+) -> None:
+    a, a_scales = quantized(4, 1024, depth, dtype)
+    b = empty(4, columns, depth, dtype=dtype)
+    b_scales = None if dtype == BF16 else empty(4, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
+    out = empty(4, 1024, columns, dtype=out_dtype)
+    ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), out, expected_rows=expected_rows)
+
+
+def route(ids: torch.dtype = torch.int64, capacity: int | None = None) -> None:
+    topk_ids, slots = empty(128, 8, dtype=ids), empty(128, 8, dtype=torch.int32)
+    counts, num_tokens = empty(256, dtype=torch.int32), empty(256, dtype=torch.int32)
+    ops.route(topk_ids, slots, counts, capacity, num_tokens, empty(2, dtype=torch.int64))
+
+
+def expert_offsets() -> None:
+    counts, offsets = empty(8, 256, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    ops.expert_offsets(counts, 32, 1024, 128, offsets, empty(32, dtype=torch.int32), empty(2, dtype=torch.int64))
+
+
+def scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool = False) -> None:
+    values, scales = quantized(32, 1024, 7168, dtype)
+    x, x_scales = empty(tokens, 7168), None
+    if quantized_before:
+        x, x_scales = empty(tokens, 7168, dtype=dtype), empty(tokens, 56, dtype=torch.float32)
+    topk_ids = empty(tokens, 8, dtype=torch.int64)
+    slots, rows = empty(tokens, 8, dtype=torch.int32), empty(tokens, 8, dtype=torch.int32)
+    offsets, sources = empty(256, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
+    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, 0, offsets, 1024)
+
+
+def move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
+    padded, (merged, merged_scales) = empty(8, 32, 128, 7168, dtype=dtype), quantized(32, 1024, 7168, dtype)
+    offsets, counts = empty(8, 256, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    if not to_merged:
+        ops.move_source_rows(padded, merged, offsets, counts, 32, False)
+        return
+    padded_scales = None if merged_scales is None else empty(8, 32, 128, 56, dtype=torch.float32)
+    sources, merged_sources = empty(8, 32, 128, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
+    ops.move_source_rows(padded, merged, offsets, counts, 32, True, padded_scales, merged_scales, sources, merged_sources)
+
+
+def combine(weights: torch.dtype = torch.float32) -> None:
+    rows, topk_weights = empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=weights)
+    ops.combine(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose launches are compiled.
+
+    arguments: of the call. One that is a float8 format limits the case to the targets that have it (`anywhere`: it does not).
+    may_spill: no registers are promised, as for rows that have to be read element by element.
+    wide: rows lie on 16-byte boundaries, and NVIDIA GPUs must move them in 16-byte loads and stores.
+    """
+
+    call: Callable[..., None]
+    arguments: dict[str, Any]
+    wide: bool = True
+    anywhere: bool = False
+    may_spill: bool = False
+
+    def builds_for(self, target: Target) -> bool:
+        narrow = [value for value in self.arguments.values() if value in FLOAT8]
+        return self.anywhere or all(dtype in target.float8 for dtype in narrow)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in self.arguments.items())
+
+
+def cases(call: Callable[..., None], *arguments: dict[str, Any], **settings: bool) -> list[Case]:
+    return [Case(call, case, **settings) for case in arguments]
+
+
+def each_format(*plain: torch.dtype, **arguments: Any) -> list[dict[str, Any]]:
+    return [{"dtype": dtype, **arguments} for dtype in (E4M3, FNUZ, INT8, *plain)]
+
+
+# What is compiled, by operation. A new kernel needs a function above that calls its operation, and an entry here.
+CASES = {
+    "quantize": [
+        *cases(quantize, *each_format(E5M2), *each_format(recipe="deepgemm"), *each_format(recipe="ue8m0")),
+        # rounded in integer arithmetic, so that any GPU can do it
+        *cases(quantize, {"dtype": FNUZ}, anywhere=True),
+        # H = 2890: few rows begin on a 16-byte boundary
+        *cases(quantize, {"dtype": INT8, "columns": 2890}, wide=False, may_spill=True),
+    ],
+    "silu_mul_quantize": [
+        *cases(silu_mul_quantize, *each_format(), *each_format(recipe="ue8m0")),
+        *cases(silu_mul_quantize, {"dtype": FNUZ}, anywhere=True),
+        *cases(silu_mul_quantize, {"dtype": INT8, "columns": 1445}, wide=False, may_spill=True),
+    ],
+    "grouped_gemm": [
+        *cases(grouped_gemm, *(case for rows in (16, 1024) for case in each_format(BF16, expected_rows=rows))),
+        *cases(grouped_gemm, *each_format(out_dtype=torch.float32)),
+        # gpt-oss: a trailing half group
+        *cases(grouped_gemm, *each_format(BF16, columns=2880, depth=2880)),
+        # rows that TMA cannot read
+        *cases(grouped_gemm, {"dtype": BF16, "depth": 2890}, wide=False, may_spill=True),
+    ],
+    "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
+    "expert_offsets": cases(expert_offsets, {}, wide=False),
+    "scatter": [
+        *cases(scatter, *each_format(BF16)),
+        # few tokens: each is cut into parts, of which a thread stores 8 bytes
+        *cases(scatter, *each_format(BF16, tokens=4), wide=False),
+        *cases(scatter, {"dtype": FNUZ}, anywhere=True),
+        *cases(scatter, *each_format(quantized_before=True)),
+    ],
+    "move_source_rows": cases(move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True),
+    "combine": cases(combine, {}, {"weights": BF16}),
+}
+
+# Moves of 16 bytes a thread, or of a tile by TMA, in PTX and in AMD's assembly.
+WIDE_LOAD = re.compile(
+    r"\bld\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)|cp\.async\.c[ag]\.shared\.global[^;]*, (?:16|0x10)[,;]"
+    r"|cp\.async\.bulk\.tensor[.\w]*\.shared::\w+\.global|\b(?:global|buffer)_load_(?:lds_)?dwordx4"
+)
+WIDE_STORE = re.compile(
+    r"\bst\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)|cp\.async\.bulk\.tensor[.\w]*\.global\.shared"
+    r"|\b(?:global|buffer)_store_dwordx4"
+)
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)")
+
+
+def measure(asm: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler made of a kernel: registers, bytes of spilled registers (AMD: registers), 16-byte loads and stores."""
+    if "amdgcn" in asm:
+        text = asm["amdgcn"]
+        spills = sum(int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
+        registers = max(int(count) for count in re.findall(r"\.vgpr_count:\s+(\d+)", text))
+        instructions = Counter(re.findall(r"^\s+(v_mfma\w*)", text, re.M))
+    else:
+        text = asm["ptx"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(asm["cubin"])
+            cubin.flush()
+            command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", cubin.name]
+            dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+        registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
+        instructions = Counter(INSTRUCTION.findall(dump))
+    return {
+        "registers": registers,
+        "spills": spills,
+        "wide_loads": len(WIDE_LOAD.findall(text)),
+        "wide_stores": len(WIDE_STORE.findall(text)),
+        "instructions": dict(instructions),
+    }
+
+
+def compile_operation(name: str) -> None:
+    launched: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self.fn.__name__, compiled))
+        return compiled
+
+    JITFunction.run = compile_only
+    # sends CPU tensors to the kernels
+    ops.CPU_KERNELS = True
+    for target_name, target in TARGETS.items():
+        triton.runtime.driver.set_active(FakeDriver(target.gpu))
+        limits = Limits(target.multiprocessors, target.shared_memory, target.tma)
+        grouped_gemm_module.device_limits = lambda device, limits=limits: limits
+        for case in CASES[name]:
+            if not case.builds_for(target):
+                continue
+            dtype = str(case.arguments.get("dtype")).removeprefix("torch.")
+            report = {"target": target_name, "case": str(case), "dtype": dtype, "wide": case.wide, "may_spill": case.may_spill}
+            # said first, so that the reader knows which one a crash belongs to
+            print(json.dumps(report), flush=True)
+            launched.clear()
+            case.call(**case.arguments)
+            assert launched, f"{case.call.__name__} launched no kernel"
+            for kernel, compiled in launched:
+                print(json.dumps({**report, "kernel": kernel, **measure(compiled.asm)}), flush=True)
+
+
+if __name__ == "__main__":
+    compile_operation(sys.argv[1])

@@ -1,0 +1,137 @@
+"""launch/bench_ep.py as a user starts it, and the check that decides its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.common import TOLERANCES, Timing, check_output
+from launch import bench_ep
+
+SCRIPT = str(Path(bench_ep.__file__).resolve())
+TINY = ["--device", "cpu", "--num-tokens", "8", "--hidden", "144", "--intermediate", "64", "--num-topk", "2", "--iters", "2"]
+STEPS = ["copy", "copy", "matmul", "quantize", "dispatch", "grouped_gemm", "silu_mul_quantize", "grouped_gemm", "combine", "layer"]
+
+
+def start(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The script in processes of its own. ranks: with torchrun; None: by itself."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "MOEQUANT_CPU_KERNELS")}
+    return subprocess.run(
+        [sys.executable, *launcher, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=kept | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.parametrize("exchange", ["padded", "packed"])
+def test_two_ranks_write_well_formed_records(tmp_path, exchange):
+    path = tmp_path / "records.jsonl"
+    done = start(*TINY, "--num-experts", "8", "--exchange", exchange, "--output-json", str(path), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("right: relative error") == 2
+    assert "timing dispatch" in done.stderr
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["op"] for record in records] == [*STEPS, "layer"]
+    for record in records:
+        assert {"op", "case", "us", "us_p20", "us_p80", "floor_us", "env", "commit", "date"} <= set(record)
+        assert 0 < record["us_p20"] <= record["us"] <= record["us_p80"]
+        assert set(record["env"]) == {"gpu", "torch", "triton", "nccl", "cuda"}
+    layer, compared = records[-2:]
+    expected = {"T": 8, "H": 144, "I": 64, "E": 8, "K": 2, "W": 2, "quant": "fp8_e4m3fn", "transport": "collective"}
+    assert layer["case"] == expected | {"exchange": exchange, "reduce": "exact", "routing": "uniform"}
+    assert compared["case"] == layer["case"] | {"quant": "none", "exchange": "packed"}
+    assert [record["case"]["step"] for record in records if record["op"] == "grouped_gemm"] == ["gemm1", "gemm2"]
+    if exchange == "padded":
+        # half of 8 experts of 16 rows each: values and 2 scales and a source out, bfloat16 back
+        assert layer["wire_bytes"] == 4 * 16 * (144 + 3 * 4 + 288)
+
+
+def test_one_rank_drops_what_the_capacity_implies(tmp_path):
+    path = tmp_path / "records.jsonl"
+    options = ["--num-experts", "4", "--capacity", "16", "--routing", "one-hot", "--num-tokens", "24", "--quant", "int8"]
+    done = start(*TINY, *options, "--output-json", str(path))
+    assert done.returncode == 0, done.stderr
+    # expert 0 has 24 rows and room for 16; the others share 24
+    assert " 8 dropped" in done.stdout
+    assert json.loads(path.read_text().splitlines()[-1])["case"]["capacity"] == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--transport", "carrier-pigeon"], "--transport"),
+        (["--num-topk", "9"], "top_k"),
+        (["--routing", "zipf:much"], "zipf"),
+        (["--num-tokens", "0"], "--num-tokens"),
+        (["--num-tokens", "100000000"], "GiB are free"),
+        (["--transport", "collective"], "torchrun"),
+        (["--model", "gpt-1"], "--model"),
+        (["--exchange"], "--exchange"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(options, message, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as exit_info:
+        bench_ep.main([*TINY, "--num-experts", "8", *options])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_the_process_itself_exits_with_2():
+    done = start("--device", "cpu", "--num-tokens", "none")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_model_gives_the_shape_and_ranks_below_8_get_their_share():
+    options = bench_ep.parse_options(["--device", "cpu", "--model", "qwen3-30b", "--num-tokens", "4"], 2)
+    assert (options.hidden, options.intermediate, options.num_experts, options.num_topk) == (2048, 768, 32, 8)
+
+
+def test_a_wrong_result_gives_exit_code_1(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(bench_ep, "check_output", lambda out, expected, quant: check_output(out * 1.2, expected, quant))
+    monkeypatch.setattr(bench_ep.Layer, "time", lambda self, name, step: Timing(1.0, 1.0, 1.0))
+    threads = torch.get_num_threads()
+    try:
+        assert bench_ep.main([*TINY, "--num-experts", "8"]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    out, error = capsys.readouterr()
+    assert "WRONG: relative error" in out and "past its tolerance" in error
+
+
+@pytest.mark.parametrize("quant", TOLERANCES)
+def test_the_check_sees_one_wrong_token_noise_and_nan(quant):
+    expected = torch.randn(1024, 64)
+    noise = torch.randn(1024, 64)
+    assert check_output(expected + 0.8 * TOLERANCES[quant] * noise, expected, quant).passed
+    assert not check_output(expected + 1.2 * TOLERANCES[quant] * noise, expected, quant).passed
+    swapped = expected.clone()
+    swapped[0] = expected[1]
+    assert not check_output(swapped, expected, quant).passed
+    expected_with_hole = expected.clone()
+    expected_with_hole[3, 3] = torch.nan
+    assert not check_output(expected_with_hole, expected, quant).passed
+
+
+def test_the_worst_of_all_ranks_keeps_a_nan(monkeypatch):
+    good, bad = (bench_ep.Check(error, error, error, 1.0) for error in (0.1, float("nan")))
+
+    def gather(out, check):
+        out[:] = [good, bad]
+
+    monkeypatch.setattr(bench_ep.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(bench_ep.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(bench_ep.dist, "all_gather_object", gather)
+    assert not bench_ep.worst_check(good).passed

@@ -1,0 +1,291 @@
+"""The collective transport on gloo and NCCL: the bits of one process, whatever the ranks, the exchange and the settings."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moequant import ConfigMismatchError, MoEQuantDispatcher, PeerTimeoutError
+from moequant.batch import ExpertBatch
+from moequant.config import DispatcherConfig
+from moequant.testing import assert_bit_equal, run_ranks
+from moequant.transport.local import LocalTransport
+
+EXCHANGES = ("padded", "packed")
+
+
+def stand_in(batch: ExpertBatch, first_expert: int) -> torch.Tensor:
+    """An elementwise expert, exact by construction, different for neighbouring experts."""
+    values = batch.values.float()
+    if batch.scales is not None:
+        values = values * batch.scales.repeat_interleave(128, 2)[..., : values.shape[2]]
+    expert = first_expert + torch.arange(values.shape[0], device=values.device)
+    return (values * (1.0 + expert % 3)[:, None, None]).bfloat16()
+
+
+def draw(trial: int, ranks: int) -> tuple[dict[str, Any], list[list[torch.Tensor]]]:
+    """Random settings, and each rank's hidden states, ids and weights; the same on every rank."""
+    generator = torch.Generator().manual_seed(trial)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    experts = ranks * pick(1, 5)
+    top_k, hidden, most = pick(1, min(experts, 6) + 1), pick(1, 300), pick(1, 40)
+    dtype = (torch.bfloat16, torch.float32, torch.float16)[trial % 3]
+    settings = {
+        "num_experts": experts,
+        "top_k": top_k,
+        "hidden_size": hidden,
+        "max_tokens_per_rank": most,
+        "quant": ("fp8_e4m3fn", "int8", "none", "fp8_e5m2")[pick(0, 4)],
+        "recipe": ("default", "ue8m0")[pick(0, 2)],
+        "capacity": (None, pick(1, 40))[pick(0, 2)],
+        "on_overflow": "drop",
+    }
+    inputs = []
+    for _ in range(ranks):
+        # some ranks have no tokens
+        tokens = pick(0, most + 1) * min(1, pick(0, 4))
+        scores = torch.rand(tokens, experts, generator=generator)
+        ids = scores.argsort(1)[:, :top_k].contiguous()
+        ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
+        weights = torch.rand(tokens, top_k, generator=generator)
+        inputs.append([torch.randn(tokens, hidden, generator=generator).to(dtype), ids, weights])
+    return settings, inputs
+
+
+def one_process(settings: dict[str, Any], inputs: list[list[torch.Tensor]]) -> tuple[ExpertBatch, torch.Tensor, int]:
+    """All ranks' tokens through a single rank's buffers of the same size. Returns batch, outputs, rows dropped."""
+    tokens = len(inputs) * settings["max_tokens_per_rank"]
+    capacity = settings["capacity"] or tokens
+    config = DispatcherConfig(**{**settings, "max_tokens_per_rank": tokens, "capacity": capacity})
+    status = torch.zeros(2, dtype=torch.int64)
+    transport = LocalTransport(config, 0, torch.device("cpu"), status)
+    hidden, ids, weights = (torch.cat(tensors) for tensors in zip(*inputs, strict=True))
+    slot = transport.allocate()
+    batch, rows = transport.dispatch(hidden, ids, slot)
+    out = torch.empty_like(hidden)
+    transport.combine(stand_in(batch, 0), weights, out, slot, rows)
+    return batch, out, int(status[1])
+
+
+def check_trial(rank: int, ranks: int, trial: int, exchange: str, group: dist.ProcessGroup | None, device: str) -> None:
+    """One random setting through the group, compared with one process."""
+    settings, inputs = draw(trial, ranks)
+    expected, outputs, dropped = one_process(settings, inputs)
+    with MoEQuantDispatcher(group, **settings, transport="collective", exchange=exchange, device=device) as dispatcher:
+        for buffer in dispatcher._slots[0].buffers.values():
+            buffer.view(torch.uint8).fill_(0xFF)
+        batch, handle = dispatcher.dispatch(*(tensor.to(device) for tensor in inputs[rank]))
+        local = settings["num_experts"] // ranks
+        out = dispatcher.combine(stand_in(batch, rank * local), handle)
+        assert dispatcher.check() == dropped
+    mine = slice(rank * local, (rank + 1) * local)
+    name = f"trial {trial}, {exchange}, {settings}"
+    assert_bit_equal(batch.num_tokens.cpu(), expected.num_tokens[mine], name)
+    starts = torch.tensor([0, *(len(hidden) for hidden, _, _ in inputs)]).cumsum(0)
+    for expert, count in enumerate(batch.num_tokens.tolist()):
+        whole = rank * local + expert
+        assert_bit_equal(batch.values[expert, :count].cpu(), expected.values[whole, :count], name)
+        if batch.scales is not None and expected.scales is not None:
+            assert_bit_equal(batch.scales[expert, :count].cpu(), expected.scales[whole, :count], name)
+        source = batch.sources[expert, :count].cpu()
+        entry = starts[source >> 32] * settings["top_k"] + (source & 0xFFFFFFFF)
+        assert_bit_equal(entry, expected.sources[whole, :count], name)
+    assert_bit_equal(out.cpu(), outputs[starts[rank] : starts[rank + 1]], name)
+
+
+def run_trials(rank: int, ranks: int, trials: int, device: str = "cpu") -> None:
+    for trial in range(trials):
+        for exchange in EXCHANGES:
+            check_trial(rank, ranks, trial, exchange, None, device)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_random_settings_have_the_bits_of_one_process(ranks):
+    run_ranks(run_trials, ranks, 40)
+
+
+def install_interpreter() -> None:
+    import interpreter
+
+    interpreter.install()
+
+
+def test_interpreted_kernels_have_the_bits_of_one_process(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+    run_ranks(run_trials, 2, 4, setup=install_interpreter)
+
+
+def run_subgroups(rank: int, ranks: int) -> None:
+    # odd and even ranks: group ranks differ from global ranks
+    members = [[0, 2], [1, 3]]
+    groups = [dist.new_group(group) for group in members]
+    mine = rank % 2
+    for trial in range(mine, 20, 2):
+        for exchange in EXCHANGES:
+            check_trial(members[mine].index(rank), 2, trial, exchange, groups[mine], "cpu")
+    with pytest.raises(ValueError, match="not a member of the group"):
+        MoEQuantDispatcher(groups[1 - mine], num_experts=4, top_k=1, hidden_size=8, max_tokens_per_rank=1)
+
+
+def test_two_groups_of_two_in_a_world_of_four_work_apart():
+    run_ranks(run_subgroups, 4)
+
+
+def run_repeats(rank: int, ranks: int) -> None:
+    """Many calls of one dispatcher on two slots: nothing of an earlier call may show."""
+    settings = {"num_experts": 4, "top_k": 2, "hidden_size": 130, "max_tokens_per_rank": 30, "capacity": None}
+    for exchange in EXCHANGES:
+        with MoEQuantDispatcher(**settings, exchange=exchange, transport="collective", slots=2) as dispatcher:
+            for trial in range(10):
+                generator = torch.Generator().manual_seed(trial)
+                inputs = []
+                for _ in range(ranks):
+                    tokens = int(torch.randint(0, 31, (1,), generator=generator))
+                    ids = torch.rand(tokens, 4, generator=generator).argsort(1)[:, :2].int()
+                    hidden = torch.randn(tokens, 130, generator=generator).bfloat16()
+                    inputs.append([hidden, ids, torch.rand(tokens, 2, generator=generator)])
+                _, outputs, _ = one_process(settings, inputs)
+                batch, handle = dispatcher.dispatch(*inputs[rank], slot=trial % 2)
+                out = dispatcher.combine(stand_in(batch, rank * 2), handle)
+                start = sum(len(hidden) for hidden, _, _ in inputs[:rank])
+                assert_bit_equal(out, outputs[start : start + len(out)])
+
+
+def test_repeated_calls_on_two_slots_leave_nothing_behind():
+    run_ranks(run_repeats, 2)
+
+
+def run_repeated_experts(rank: int, ranks: int) -> int:
+    """Tokens that name one expert twice: packed places every row that M holds, padded those within C of each source, and says so."""
+    dropped = []
+    for exchange in EXCHANGES:
+        with MoEQuantDispatcher(
+            num_experts=2, top_k=2, hidden_size=16, max_tokens_per_rank=16, exchange=exchange, on_overflow="drop"
+        ) as dispatcher:
+            tokens = 16 if rank == 0 else 0
+            ids = torch.zeros(tokens, 2, dtype=torch.int32)
+            out = dispatcher(
+                torch.ones(tokens, 16),
+                ids,
+                torch.ones(tokens, 2),
+                lambda batch: stand_in(batch, dispatcher.config.num_local_experts * rank),
+            )
+            dropped.append(dispatcher.check())
+            if rank == 0:
+                reached = 16 if exchange == "packed" else 8
+                assert out[:, 0].tolist() == [2.0] * reached + [0.0] * (16 - reached)
+    assert dropped == [16, 0]
+    return 0
+
+
+def test_tokens_that_name_an_expert_twice_are_placed_or_reported():
+    run_ranks(run_repeated_experts, 2)
+
+
+SETTINGS = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}
+
+
+def run_disagreement(rank: int, ranks: int) -> None:
+    with pytest.raises(ConfigMismatchError, match=r"ranks \d and \d of the group disagree on hidden_size: \d+ and \d+; give all"):
+        MoEQuantDispatcher(**{**SETTINGS, "hidden_size": 64 + 64 * rank})
+    # the rank whose settings are wrong says why, and the other is not left waiting
+    bad = {**SETTINGS, "top_k": 0} if rank == 1 else SETTINGS
+    with pytest.raises(ValueError, match="top_k must be a positive integer, got 0") as info:
+        MoEQuantDispatcher(**bad)
+    assert isinstance(info.value, ConfigMismatchError) == (rank == 0)
+    with pytest.raises(ValueError, match="multiple of the number of ranks, got 3 experts on 2 ranks"):
+        MoEQuantDispatcher(**{**SETTINGS, "num_experts": 3})
+    with pytest.raises(ValueError, match='transport "local" serves one rank, got a group of 2'):
+        MoEQuantDispatcher(**SETTINGS, transport="local")
+
+
+def test_ranks_that_disagree_on_settings_raise_everywhere():
+    run_ranks(run_disagreement, 2)
+
+
+def run_loss(rank: int, ranks: int, how: str) -> str:
+    hidden, ids, weights = torch.randn(4, 64), torch.zeros(4, 2, dtype=torch.int32), torch.ones(4, 2)
+    dispatcher = MoEQuantDispatcher(**SETTINGS, exchange="packed" if how == "exits" else "padded", timeout=2.0)
+    dispatcher(hidden, ids, weights, lambda batch: stand_in(batch, 2 * rank))
+    if rank == 1:
+        if how == "exits":
+            os._exit(1)
+        time.sleep(6.0)
+        return "late"
+    start = time.monotonic()
+    with pytest.raises(PeerTimeoutError, match=r"did not complete within 2 s: a rank of the group is lost or late"):
+        dispatcher(hidden, ids, weights, lambda batch: stand_in(batch, 2 * rank))
+    assert time.monotonic() - start < 4.0
+    # the fault stays: later calls return at once
+    with pytest.raises(PeerTimeoutError, match="lost a rank earlier"):
+        dispatcher.dispatch(hidden, ids, weights)
+    dispatcher.close()
+    return "raised"
+
+
+@pytest.mark.parametrize("how", ["exits", "sleeps"])
+def test_a_lost_or_late_rank_raises_within_the_timeout(how):
+    results = run_ranks(run_loss, 2, how, may_die=(1,))
+    assert results[0] == "raised"
+
+
+def run_nccl(rank: int, ranks: int, trials: int) -> None:
+    run_trials(rank, ranks, trials, f"cuda:{rank}")
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_random_settings_on_nccl_have_the_bits_of_one_process(ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    run_ranks(run_nccl, ranks, 25, backend="nccl", timeout=250)
+
+
+def run_graph(rank: int, ranks: int) -> None:
+    device = f"cuda:{rank}"
+    settings = {"num_experts": 2 * ranks, "top_k": 2, "hidden_size": 384, "max_tokens_per_rank": 32, "capacity": None}
+
+    def fresh(seed: int) -> list[list[torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = []
+        for _ in range(ranks):
+            ids = torch.rand(32, 2 * ranks, generator=generator).argsort(1)[:, :2].int()
+            ids[torch.rand(ids.shape, generator=generator) < 0.2] = -1
+            inputs.append([torch.randn(32, 384, generator=generator).bfloat16(), ids, torch.rand(32, 2, generator=generator)])
+        return inputs
+
+    with MoEQuantDispatcher(**settings, transport="collective", exchange="padded") as dispatcher:
+        static = [tensor.to(device) for tensor in fresh(0)[rank]]
+        dispatcher(*static, lambda batch: stand_in(batch, 2 * rank))
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = dispatcher(*static, lambda batch: stand_in(batch, 2 * rank))
+        for seed in range(1, 20):
+            inputs = fresh(seed)
+            for target, source in zip(static, inputs[rank], strict=True):
+                target.copy_(source)
+            graph.replay()
+            _, outputs, _ = one_process(settings, inputs)
+            assert_bit_equal(out.cpu(), outputs[32 * rank : 32 * rank + 32])
+    with MoEQuantDispatcher(**settings, transport="collective", exchange="packed") as dispatcher:
+        packed = torch.cuda.CUDAGraph()
+        with (
+            pytest.raises(RuntimeError, match='use exchange="padded"'),
+            torch.cuda.graph(packed, capture_error_mode="thread_local"),
+        ):
+            dispatcher.dispatch(*static)
+
+
+@pytest.mark.multigpu
+def test_a_graph_of_the_padded_exchange_replays_with_new_inputs():
+    run_ranks(run_graph, 2, backend="nccl", timeout=120)

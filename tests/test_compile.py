@@ -1,0 +1,58 @@
+"""Every kernel builds for every kind of GPU, spills no registers, and moves aligned rows 16 bytes at a time. Needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# what tests/compile_kernels.py has cases for; a kernel that is missing there fails test_every_kernel_is_compiled
+OPERATIONS = ("quantize", "silu_mul_quantize", "grouped_gemm", "route", "expert_offsets", "scatter", "move_source_rows", "combine")
+TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950"}
+# the tensor cores' fastest way, where a GEMM must take it
+MATRIX_INSTRUCTIONS = {
+    ("sm_90", "float8_e4m3fn"): "QGMMA",
+    ("sm_90", "int8"): "IGMMA",
+    ("sm_90", "bfloat16"): "HGMMA",
+    ("sm_100", "float8_e4m3fn"): "UTCQMMA",
+    ("sm_100", "bfloat16"): "UTCHMMA",
+}
+# modules of device functions that other kernels call
+SHARED = {"common"}
+
+
+def compiled(operation: str) -> list[dict[str, Any]]:
+    """What tests/compile_kernels.py reports of one operation's kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), operation]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0, f"failed at {lines[-1] if lines else 'the start'}\n{result.stderr[-4000:]}"
+    return [report for report in map(json.loads, lines) if "kernel" in report]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_builds_without_spills(operation):
+    reports = compiled(operation)
+    assert {report["target"] for report in reports} == TARGETS
+    wrong = []
+    for report in reports:
+        is_nvidia = report["target"].startswith("sm_")
+        moves_narrow = report["wide"] and is_nvidia and not (report["wide_loads"] and report["wide_stores"])
+        instruction = MATRIX_INSTRUCTIONS.get((report["target"], report["dtype"])) if operation == "grouped_gemm" else None
+        wrong_instruction = instruction is not None and instruction not in report["instructions"]
+        if (report["spills"] and not report["may_spill"]) or moves_narrow or wrong_instruction:
+            wrong.append({key: value for key, value in report.items() if key != "instructions"})
+    assert not wrong, "\n" + "\n".join(map(str, wrong))
+
+
+def test_every_kernel_is_compiled():
+    modules = {path.stem for path in (ROOT / "kernels").glob("*.py")}
+    assert modules - SHARED == set(OPERATIONS)

@@ -1,0 +1,93 @@
+"""The tables and plots that are made from benchmark records."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import report
+
+
+def record(op="quantize", us=10.0, date="2025-01-01T00:00:00+00:00", case=None, **extra):
+    case = {"E": 32, "T": 1024, "H": 7168, "rows": 128, "quant": "fp8_e4m3fn"} if case is None else case
+    return {"op": op, "case": case, "us": us, "us_p20": us, "us_p80": us, "floor_us": us / 2, "date": date, "commit": "abc"} | extra
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A function that writes records into a project folder, which it returns."""
+
+    def write(*records, machine="nvidia-h200"):
+        results = tmp_path / "benchmarks" / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"{machine}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        readme = tmp_path / "README.md"
+        if not readme.exists():
+            readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+        return tmp_path
+
+    return write
+
+
+def test_the_newest_record_of_a_case_counts(project):
+    other = {"E": 32, "rows": 8}
+    root = project(
+        record(us=1.0, date="2025-03-01"), record(us=2.0, date="2025-02-01"), record(us=3.0, case=other), record(us=4.0, case=other)
+    )
+    project(record(us=5.0), machine="nvidia-h100")
+    found = report.read_records(root / "benchmarks" / "results")
+    assert [(r["machine"], r["us"]) for r in found] == [("nvidia-h100", 5.0), ("nvidia-h200", 1.0), ("nvidia-h200", 4.0)]
+
+
+def test_tables_are_written_between_the_marks_and_checked(project, capsys):
+    pytest.importorskip("matplotlib")
+    root = project(record(us=20.0, gbps=3000.0, peer="other 1.0", peer_us=30.0))
+    assert report.main(["--check"], root) == 1
+    assert "README.md out of date" in capsys.readouterr().err
+    assert "old" in (root / "README.md").read_text()
+
+    assert report.main([], root) == 0
+    text = (root / "README.md").read_text()
+    assert text.startswith(f"before\n{report.START}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
+    row = "| nvidia-h200 | E=32, T=1024, H=7168, rows=128, fp8_e4m3fn | 20.0 | 20.0 to 20.0 | 50% | 3000 | other 1.0: 30.0 us, 1.50x |"
+    assert row in text and "TFLOP/s" not in text
+    assert row in (root / "benchmarks" / "results" / "README.md").read_text()
+    assert report.main(["--check"], root) == 0
+
+    project(record(us=21.0))
+    assert report.main(["--check"], root) == 1
+
+
+def test_plots_are_the_same_bytes_each_time(project):
+    pytest.importorskip("matplotlib")
+    gemms = [record("grouped_gemm", us=float(rows), case={"E": 2, "N": 4, "K_dim": 2048, "rows": rows}) for rows in (1, 16)]
+    root = project(*gemms, record("grouped_gemm", case={"E": 2, "rows": 3, "step": "gemm1"}), record("layer", case={"T": 1}))
+    drawn = []
+    for _ in range(2):
+        assert report.main([], root) == 0
+        drawn.append({path.name: path.read_bytes() for path in (root / "benchmarks" / "plots").iterdir()})
+    assert set(drawn[0]) == {"share_of_ceiling.svg", "grouped_gemm.svg"}
+    assert drawn[0] == drawn[1]
+    assert "gemm1" not in (root / "README.md").read_text()
+
+
+def test_the_readme_shows_goal_rows_only():
+    shown = [record(case={"T": 128, "routing": "uniform"}), record(case={"E": 8})]
+    hidden = [record(case={"T": 128, "routing": "zipf:1"}), record(case={"T": 37}), record(case={"step": "gemm1"})]
+    assert report.goal_rows(shown + hidden) == shown
+
+
+def test_no_records_and_wrong_files(project, capsys):
+    root = project()
+    assert report.main([], root) == 0
+    assert "No results are recorded yet." in (root / "README.md").read_text()
+
+    (root / "benchmarks" / "results" / "x.jsonl").write_text('{"op": "copy"}\n')
+    assert report.main([], root) == 2
+    assert "x.jsonl, line 1" in capsys.readouterr().err
+
+    (root / "README.md").write_text("no marks")
+    (root / "benchmarks" / "results" / "x.jsonl").unlink()
+    assert report.main([], root) == 2
+    assert report.START in capsys.readouterr().err
