@@ -168,6 +168,30 @@ def expert_offsets(
     kernel(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
 
 
+@registered(mutates=("send_tokens", "send_counts"))
+def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_counts: Tensor) -> None:
+    """`reference.plan_sends`."""
+    if not uses_kernels(topk_ids):
+        reference.plan_sends(topk_ids, local_experts, send_tokens, send_counts)
+        return
+    from moequant.kernels.plan_sends import plan_sends as kernel
+
+    kernel(topk_ids, local_experts, send_tokens, send_counts)
+
+
+@registered(mutates=("rows",))
+def plan_returns(
+    topk_ids: Tensor, slots: Tensor, offsets: Tensor, capacity: int, local_experts: int, starts: Tensor, rows: Tensor
+) -> None:
+    """`reference.plan_returns`."""
+    if not uses_kernels(topk_ids):
+        reference.plan_returns(topk_ids, slots, offsets, capacity, local_experts, starts, rows)
+        return
+    from moequant.kernels.plan_sends import plan_returns as kernel
+
+    kernel(topk_ids, slots, offsets, capacity, local_experts, starts, rows)
+
+
 @registered(mutates=("values", "scales", "rows", "sources"))
 def scatter(
     x: Tensor,

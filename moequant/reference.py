@@ -4,6 +4,7 @@ what runs on a CPU. The kernels in `moequant.kernels` give the same bits (GEMMs:
     hidden_states (T, H), topk_ids (T, K), topk_weights (T, K)
       route                    which slot of its expert's rows each (token, k) takes
       expert_offsets           where each source rank's rows start in each expert's buffer
+      plan_sends, plan_returns packed exchange: which tokens go to which rank, and in which order their rows come back
       scatter                  quantize, and place rows in expert-major buffers
       move_source_rows         padded exchange: between rows apart by source rank and rows side by side
       grouped_gemm_blockscale, silu_mul_quantize, grouped_gemm_blockscale
@@ -192,6 +193,41 @@ def expert_offsets(
     num_tokens.copy_(placed[first_expert : first_expert + num_tokens.shape[0]])
     if status is not None:
         status[1] += counts.sum() - placed.sum()
+
+
+def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_counts: Tensor) -> None:
+    """Packed exchange: lists the tokens that have an expert on each rank, each token once, in their order.
+
+    topk_ids: (T, K); rank w has experts w * local_experts .. (w + 1) * local_experts - 1.
+    send_tokens: (W, at least T) int32; send_tokens[w, :send_counts[w]] is written. send_counts: (W,) int32, written.
+
+    Example: local_experts=2, ids [[0, 1], [3, -1], [1, 2]]: send_tokens [[0, 2], [1, 2]], send_counts [2, 2].
+    """
+    for rank in range(send_counts.shape[0]):
+        here = (topk_ids >= rank * local_experts) & (topk_ids < (rank + 1) * local_experts)
+        listed = here.any(1).nonzero().flatten()
+        send_tokens[rank, : listed.numel()] = listed.to(send_tokens.dtype)
+        send_counts[rank] = listed.numel()
+
+
+def plan_returns(
+    topk_ids: Tensor, slots: Tensor, offsets: Tensor, capacity: int, local_experts: int, starts: Tensor, rows: Tensor
+) -> None:
+    """Packed exchange: the order in which the expert rows of this rank's tokens come back: by rank, then by (token, k).
+
+    topk_ids, slots: (T, K), as `route` took and gave them. offsets: (E,) int32, of this rank's rows; those that reach capacity (M)
+    were placed nowhere. starts: (W,) int32, where each rank's rows begin. rows: (T, K) int32, written; -1 for entries without a row.
+
+    Example: local_experts=2, M=1, ids [[0, 1], [3, 1]], slots [[0, 0], [0, 1]], offsets all 0, starts [0, 2]: expert 1 has no room for
+    its second row, so rows are [[0, 1], [2, -1]].
+    """
+    placed = slots >= 0
+    placed &= offsets[torch.where(placed, topk_ids, 0).long()] + slots < capacity
+    owners = torch.where(placed, topk_ids // local_experts, -1)
+    for rank in range(starts.shape[0]):
+        mine = owners == rank
+        rows[mine] = starts[rank] + torch.arange(int(mine.sum()), dtype=torch.int32, device=rows.device)
+    rows[~placed] = -1
 
 
 def scatter(

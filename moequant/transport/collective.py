@@ -11,6 +11,7 @@ H hidden size, G groups.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -178,12 +179,12 @@ class PaddedTransport(CollectiveTransport):
 class PackedState:
     """Where a packed dispatch's rows went.
 
-    owners: (T, K) int32, the rank of each entry's expert, -1 where nothing was placed. received_rows: (R, K) int32, the flat row of
-    each entry of each received token, -1 where it is not on this rank. sent, returned: rows that combine sends to, and gets from, each
-    rank.
+    rows: (T, K) int32, each entry's row among those that come back, -1 where nothing was placed. received_rows: (R, K) int32, the flat
+    row of each entry of each received token, -1 where it is not on this rank. sent, returned: rows that combine sends to, and gets
+    from, each rank.
     """
 
-    owners: Tensor
+    rows: Tensor
     received_rows: Tensor
     sent: list[int]
     returned: list[int]
@@ -192,7 +193,19 @@ class PackedState:
 class PackedTransport(CollectiveTransport):
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
-        return {**batch_specs(config), **routing_specs(config)}
+        ranks, experts = config.world_size, config.num_experts
+        routing = routing_specs(config)
+        del routing["counts"]
+        return {
+            **batch_specs(config),
+            **routing,
+            # rows of each expert, then tokens to each rank
+            "counts": BufferSpec((experts + ranks,), torch.int32),
+            "all_counts": BufferSpec((ranks, experts + ranks), torch.int32),
+            "expert_counts": BufferSpec((ranks, experts), torch.int32),
+            "offsets": BufferSpec((ranks, experts), torch.int32),
+            "send_tokens": BufferSpec((ranks, config.max_tokens_per_rank), torch.int32),
+        }
 
     def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, slot: Slot) -> tuple[ExpertBatch, PackedState]:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -200,119 +213,88 @@ class PackedTransport(CollectiveTransport):
                 'exchange "packed" has to sync with the host and can\'t be captured in a graph; use exchange="padded"'
             )
         config, tokens = self.config, hidden_states.shape[0]
-        experts, ranks, local = config.num_experts, config.world_size, config.num_local_experts
-        slots = slot["slots"][:tokens]
+        experts, local = config.num_experts, config.num_local_experts
+        slots, rows, offsets = slot["slots"][:tokens], slot["rows"][:tokens], slot["offsets"]
         batch = self.expert_batch(slot, tokens)
 
-        ops.route(topk_ids, slots, slot["counts"], status=self.status)
-        owners = torch.where(slots >= 0, topk_ids // local, -1).int()
-        once = drop_repeats(owners)
-        send_slots, send_counts = torch.empty_like(once), torch.empty(ranks, dtype=torch.int32, device=self.device)
-        ops.route(once, send_slots, send_counts)
-
-        mine = torch.cat((slot["counts"], send_counts))
-        table = torch.empty(ranks, experts + ranks, dtype=torch.int32, device=self.device)
-        self.wire.all_gather(table, mine)
-        counts, offsets = table[:, :experts].contiguous(), torch.empty(ranks, experts, dtype=torch.int32, device=self.device)
-        ops.expert_offsets(counts, self.first_expert, config.max_rows, NO_LIMIT, offsets, slot["num_tokens"], self.status)
-        # the one host sync: split sizes
-        host = torch.cat((table, offsets), 1).cpu()
-        traffic = host[:, experts : experts + ranks]
-        placed = (config.max_rows - host[:, experts + ranks :]).clamp_min(0).minimum(host[:, :experts])
-        placed = placed.unflatten(1, (ranks, local)).sum(2)
-
-        message = self._pack(hidden_states, torch.where(slots >= 0, topk_ids, -1))
-        position = starts(send_counts)[once.clamp_min(0)] + send_slots
-        token = torch.arange(tokens, device=self.device).unsqueeze(1).expand_as(once)
-        send_tokens = compact(token, position, send_slots >= 0, int(traffic[self.rank].sum()))
-        received = message.new_empty(int(traffic[:, self.rank].sum()), message.shape[1])
-        in_splits, out_splits = traffic[self.rank].tolist(), traffic[:, self.rank].tolist()
-        self.wire.all_to_all(received, message.index_select(0, send_tokens), out_splits, in_splits)
-
-        values, scales, ids, first_source = self._unpack(received)
-        ids = torch.where((ids >= self.first_expert) & (ids < self.first_expert + local), ids - self.first_expert, -1)
-        received_slots, received_rows = torch.empty_like(ids), torch.empty_like(ids)
-        ops.route(ids, received_slots, torch.empty(local, dtype=torch.int32, device=self.device))
-        source = torch.arange(ranks, device=self.device).repeat_interleave(
-            traffic[:, self.rank].to(self.device), output_size=received.shape[0]
+        ops.route(topk_ids, slots, slot["counts"][:experts], status=self.status)
+        ops.plan_sends(topk_ids, local, slot["send_tokens"], slot["counts"][experts:])
+        self.wire.all_gather(slot["all_counts"], slot["counts"])
+        slot["expert_counts"].copy_(slot["all_counts"][:, :experts])
+        ops.expert_offsets(
+            slot["expert_counts"], self.first_expert, config.max_rows, NO_LIMIT, offsets, slot["num_tokens"], self.status
         )
+        traffic, placed = self._learn_sizes(slot["all_counts"])
+
+        message = self._pack(hidden_states, topk_ids, slots)
+        chosen = [listed[:count] for listed, count in zip(slot["send_tokens"], traffic[self.rank], strict=True)]
+        from_ranks = [row[self.rank] for row in traffic]
+        received = message.new_empty(sum(from_ranks), message.shape[1])
+        self.wire.all_to_all(received, message.index_select(0, torch.cat(chosen)), from_ranks, traffic[self.rank])
+
+        values, scales, ids, first_source = self._fields(received)
+        local_ids = ids - self.first_expert
+        received_slots, received_rows = torch.empty_like(local_ids), torch.empty_like(local_ids)
+        # experts of other ranks are out of range here, and have no slot
+        ops.route(local_ids, received_slots, slot["counts"][:local])
         ops.scatter(
             values,
-            ids,
+            local_ids,
             received_slots,
             batch.values,
             batch.scales,
-            x_scales=scales,
+            x_scales=scales if config.quantized else None,
             rows=received_rows,
             sources=batch.sources,
-            row_sources=(source << 32) + first_source,
+            row_sources=first_source,
         )
-        kept = offsets[self.rank][topk_ids.clamp(0, experts - 1)] + slots < config.max_rows
-        return batch, PackedState(
-            torch.where(kept, owners, -1), received_rows, placed[:, self.rank].tolist(), placed[self.rank].tolist()
-        )
+        returned = placed[self.rank]
+        starts = torch.tensor([0, *itertools.accumulate(returned[:-1])], dtype=torch.int32).to(self.device, non_blocking=True)
+        ops.plan_returns(topk_ids, slots, offsets[self.rank], config.max_rows, local, starts, rows)
+        return batch, PackedState(rows, received_rows, [row[self.rank] for row in placed], returned)
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: PackedState) -> None:
-        present = state.received_rows.flatten() >= 0
-        send_rows = compact(state.received_rows.flatten(), present.cumsum(0) - 1, present, sum(state.sent))
+        received = state.received_rows.flatten()
+        send_rows = received[torch.nonzero_static(received >= 0, size=sum(state.sent)).squeeze(1)]
         returned = expert_output.new_empty(sum(state.returned), out.shape[1])
         self.wire.all_to_all(returned, expert_output.flatten(0, 1).index_select(0, send_rows), state.returned, state.sent)
-        slots, counts = torch.empty_like(state.owners), torch.empty(self.config.world_size, dtype=torch.int32, device=self.device)
-        ops.route(state.owners, slots, counts)
-        rows = torch.where(slots >= 0, starts(counts)[state.owners.clamp_min(0)] + slots, -1).int()
-        ops.combine(returned, rows, topk_weights, out)
+        ops.combine(returned, state.rows, topk_weights, out)
 
-    def _layout(self) -> tuple[int, int, int]:
-        """Bytes of a message row's values, of its 4-byte words (G scales, K ids, the token's first source), and of the whole row; the
-        words and the rows start at multiples of 16."""
+    def _learn_sizes(self, all_counts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """The one host sync. Returns, by source and target rank, the tokens that are sent, and their rows that find a place."""
         config = self.config
-        values = config.hidden_size * config.dtype.itemsize
-        words = 4 * ((config.num_groups if config.quantized else 0) + config.top_k + 1)
-        return values, words, round_up(values, 16) + round_up(words, 16)
+        host = all_counts.cpu()
+        counts, traffic = host[:, : config.num_experts], host[:, config.num_experts :]
+        ends = counts.cumsum(0).clamp_max(config.max_rows)
+        placed = ends - torch.cat((torch.zeros_like(ends[:1]), ends[:-1]))
+        return traffic.tolist(), placed.unflatten(1, (config.world_size, config.num_local_experts)).sum(2).tolist()
 
-    def _fields(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of message rows: values (rows, H), scales (rows, G or 0) float32, ids and source (rows, K + 1) int32."""
-        values, words, _ = self._layout()
-        numbers = message[:, round_up(values, 16) :][:, :words]
-        split = words - 4 * (self.config.top_k + 1)
+    def _fields(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The parts of message rows, as views: values (rows, H), scales (rows, G; 0 columns unquantized) float32, ids (rows, K) int32,
+        first source (rows,) int64."""
+        config = self.config
+        groups = config.num_groups if config.quantized else 0
+        widths = config.hidden_size * config.dtype.itemsize, 4 * groups, 4 * config.top_k
+        ends = list(itertools.accumulate(round_up(width, 16) for width in widths))
         return (
-            message[:, :values].view(self.config.dtype),
-            numbers[:, :split].view(torch.float32),
-            numbers[:, split:].view(torch.int32),
+            message[:, : widths[0]].view(config.dtype),
+            message[:, ends[0] : ends[0] + widths[1]].view(torch.float32),
+            message[:, ends[1] : ends[1] + widths[2]].view(torch.int32),
+            message[:, ends[2] : ends[2] + 8].view(torch.int64)[:, 0],
         )
 
-    def _pack(self, hidden_states: Tensor, topk_ids: Tensor) -> Tensor:
-        """Each token as one row of bytes, quantized."""
-        tokens, top_k = topk_ids.shape
-        message = torch.empty(tokens, self._layout()[2], dtype=torch.uint8, device=self.device)
-        values, scales, routing = self._fields(message)
-        if self.config.quantized:
-            ops.quantize_expert_batch(hidden_states[None], None, values[None], scales[None], recipe=self.config.recipe)
+    def _pack(self, hidden_states: Tensor, topk_ids: Tensor, slots: Tensor) -> Tensor:
+        """Each token as one row of bytes, quantized; see `_fields`. Each part begins at a multiple of 16."""
+        config, (tokens, top_k) = self.config, topk_ids.shape
+        parts = config.hidden_size * config.dtype.itemsize, 4 * config.num_groups * config.quantized, 4 * top_k, 8
+        message = torch.empty(tokens, sum(round_up(part, 16) for part in parts), dtype=torch.uint8, device=self.device)
+        values, scales, ids, first_source = self._fields(message)
+        if config.quantized:
+            ops.quantize_expert_batch(hidden_states[None], None, values[None], scales[None], recipe=config.recipe)
         else:
             values.copy_(hidden_states)
-        routing[:, :top_k] = topk_ids
-        routing[:, top_k] = torch.arange(tokens, device=self.device) * top_k
+        # an id out of range has no slot, and must not become one of another rank's by losing its upper half
+        ids.copy_(torch.where(slots >= 0, topk_ids, -1))
+        base = self.rank << 32
+        first_source.copy_(torch.arange(base, base + tokens * top_k, top_k, device=self.device))
         return message
-
-    def _unpack(self, message: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Received rows as values (R, H), scales (R, G) or None, ids (R, K) and first source (R,)."""
-        values, scales, routing = self._fields(message)
-        return values, scales if self.config.quantized else None, routing[:, :-1], routing[:, -1]
-
-
-def drop_repeats(owners: Tensor) -> Tensor:
-    """(T, K) ids, each kept where it first stands in its row, -1 elsewhere. Example: [3, 1, 3, -1] gives [3, 1, -1, -1]."""
-    same = owners.unsqueeze(2) == owners.unsqueeze(1)
-    return torch.where(same.tril(-1).any(2), -1, owners)
-
-
-def starts(counts: Tensor) -> Tensor:
-    """Exclusive prefix sums. Example: [2, 0, 3] gives [0, 2, 2]."""
-    return counts.cumsum(0) - counts
-
-
-def compact(entries: Tensor, position: Tensor, present: Tensor, size: int) -> Tensor:
-    """The present entries, each at its position, as (size,) int64; without a sync, since the size is known."""
-    out = torch.empty(size + 1, dtype=torch.int64, device=entries.device)
-    out[torch.where(present, position, size).flatten()] = entries.flatten().long()
-    return out[:size]
