@@ -35,6 +35,7 @@ def scatter_kernel(
     xs_stride_t,
     ids_stride_t,
     sources_stride_l,
+    row_sources_stride,
     s_stride_l,
     s_stride_m,
     s_stride_g,
@@ -73,7 +74,7 @@ def scatter_kernel(
         if sources_ptr is not None:
             base = token * K
             if row_sources_ptr is not None:
-                base = tl.load(row_sources_ptr + token)
+                base = tl.load(row_sources_ptr + token * row_sources_stride)
             tl.store(sources_ptr + local * sources_stride_l + slots, base + lane, mask=placed)
 
     if MODE == QUANTIZE:
@@ -111,8 +112,8 @@ def scatter(
     power_of_two: bool = False,
     reciprocal: bool = False,
 ) -> None:
-    """As `moequant.reference.scatter`. x, x_scales, topk_ids, sources: rows contiguous, any row stride; scales: any strides; the others
-    contiguous. max_value, eps, power_of_two, reciprocal: the format's and the recipe's, where x is quantized here."""
+    """As `moequant.reference.scatter`. x, x_scales, topk_ids, sources: rows contiguous, any row stride; scales, row_sources: any strides;
+    the others contiguous. max_value, eps, power_of_two, reciprocal: the format's and the recipe's, where x is quantized here."""
     (tokens, columns), (experts, limit) = x.shape, values.shape[:2]
     if tokens == 0:
         return
@@ -142,6 +143,7 @@ def scatter(
         0 if x_scales is None else x_scales.stride(0),
         topk_ids.stride(0),
         0 if sources is None else sources.stride(0),
+        0 if row_sources is None else row_sources.stride(0),
         *((0, 0, 0) if scales is None else scales.stride()),
         eps,
         MODE=mode,

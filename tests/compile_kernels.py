@@ -15,6 +15,7 @@ H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a G
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -146,6 +147,13 @@ def expert_offsets() -> None:
     ops.expert_offsets(counts, 32, 1024, 128, offsets, empty(32, dtype=torch.int32), empty(2, dtype=torch.int64))
 
 
+def plan_sends() -> None:
+    topk_ids, slots, rows = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.int32)
+    counts, offsets = empty(8, dtype=torch.int32), empty(256, dtype=torch.int32)
+    ops.plan_sends(topk_ids, 32, empty(8, 128, dtype=torch.int32), counts)
+    ops.plan_returns(topk_ids, slots, offsets, 1024, 32, counts, rows)
+
+
 def scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool = False) -> None:
     values, scales = quantized(32, 1024, 7168, dtype)
     x, x_scales = empty(tokens, 7168), None
@@ -228,6 +236,7 @@ CASES = {
     ],
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
     "expert_offsets": cases(expert_offsets, {}, wide=False),
+    "plan_sends": cases(plan_sends, {}, wide=False),
     "scatter": [
         *cases(scatter, *each_format(BF16)),
         # few tokens: each is cut into parts, of which a thread stores 8 bytes
@@ -288,7 +297,7 @@ def compile_operation(name: str) -> None:
 
     JITFunction.run = compile_only
     # sends CPU tensors to the kernels
-    ops.CPU_KERNELS = True
+    os.environ["MOEQUANT_CPU_KERNELS"] = "1"
     for target_name, target in TARGETS.items():
         triton.runtime.driver.set_active(FakeDriver(target.gpu))
         limits = Limits(target.multiprocessors, target.shared_memory, target.tma)

@@ -13,7 +13,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # what tests/compile_kernels.py has cases for; a kernel that is missing there fails test_every_kernel_is_compiled
-OPERATIONS = ("quantize", "silu_mul_quantize", "grouped_gemm", "route", "expert_offsets", "scatter", "move_source_rows", "combine")
+OPERATIONS = (
+    "quantize",
+    "silu_mul_quantize",
+    "grouped_gemm",
+    "route",
+    "expert_offsets",
+    "plan_sends",
+    "scatter",
+    "move_source_rows",
+    "combine",
+)
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950"}
 # the tensor cores' fastest way, where a GEMM must take it
 MATRIX_INSTRUCTIONS = {

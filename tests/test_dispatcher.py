@@ -26,7 +26,8 @@ SETTINGS = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "max_
 def backend(request, monkeypatch, device) -> str:
     """The CPU's path and the kernels (interpreted without a GPU). Where there is a GPU, it is the reference that runs on the CPU."""
     if request.param == "kernels":
-        monkeypatch.setattr(ops, "CPU_KERNELS", True)
+        monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+        assert ops.uses_kernels(torch.empty(0))
         return device
     return "cpu"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moequant import ConfigMismatchError, MoEQuantDispatcher, PeerTimeoutError
+from moequant import ConfigMismatchError, MoEQuantDispatcher, PeerTimeoutError, ops
 from moequant.batch import ExpertBatch
 from moequant.config import DispatcherConfig
 from moequant.testing import assert_bit_equal, run_ranks
@@ -118,10 +118,15 @@ def install_interpreter() -> None:
     interpreter.install()
 
 
+def run_interpreted(rank: int, ranks: int, trials: int) -> None:
+    assert ops.uses_kernels(torch.empty(0))
+    run_trials(rank, ranks, trials)
+
+
 def test_interpreted_kernels_have_the_bits_of_one_process(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
-    run_ranks(run_trials, 2, 4, setup=install_interpreter)
+    run_ranks(run_interpreted, 2, 6, setup=install_interpreter)
 
 
 def run_subgroups(rank: int, ranks: int) -> None:

@@ -101,7 +101,8 @@ def test_quantized_rows_with_scales_travel_as_they_are(device):
     ids, slots = routed(20, 3, 5, device)
     padded = torch.zeros(20, 7, device=device)
     padded[:, :3] = scales
-    sources = torch.arange(20, device=device) * 1000 + (5 << 32)
+    sources = torch.zeros(20, 3, dtype=torch.int64, device=device)[:, 0]
+    sources += torch.arange(20, device=device) * 1000 + (5 << 32)
     moved = assert_same(values, ids, slots, 5, 20, torch.float8_e4m3fn, True, x_scales=padded[:, :3], row_sources=sources)
     direct = run_scatter(True, x, ids, slots, 5, 20, torch.float8_e4m3fn, True)
     for result, expected in zip(moved[:3], direct[:3], strict=True):
