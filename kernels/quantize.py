@@ -13,6 +13,16 @@ from moequant.kernels.common import locate_block, num_sms, quantize_group, row_b
 
 
 @triton.jit
+def tile_mask(first_row, first_column, row, column, count, columns, EVEN: tl.constexpr):
+    """Which of a tile's numbers are there. Made anew wherever it is needed: a mask kept from one tile to the next would be kept number by
+    number."""
+    mask = (first_row + row < count)[:, None, None]
+    if not EVEN:
+        mask = mask & (first_column + column < columns)
+    return mask
+
+
+@triton.jit
 def load_tile(
     x_ptr, expert, first_row, first_column, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED: tl.constexpr
 ):
@@ -80,8 +90,7 @@ def quantize_kernel(
     tile = tl.program_id(0)
     expert, first_row, count = locate_block(tile // group_blocks, counts, ends, BLOCK_M, EXPERTS)
     first_group = tile % group_blocks * BLOCK_G
-    valid = first_row + row < count
-    mask = valid[:, None, None] if EVEN else valid[:, None, None] & (first_group * GROUP + column < columns)
+    mask = tile_mask(first_row, first_group * GROUP, row, column, count, columns, EVEN)
     x, up = load_tile(
         x_ptr, expert, first_row, first_group * GROUP, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED
     )
@@ -90,15 +99,15 @@ def quantize_kernel(
         # past the last tile there is no valid row
         next_expert, next_row, next_count = locate_block(next_tile // group_blocks, counts, ends, BLOCK_M, EXPERTS)
         next_group = next_tile % group_blocks * BLOCK_G
-        next_valid = next_row + row < next_count
-        next_mask = next_valid[:, None, None] if EVEN else next_valid[:, None, None] & (next_group * GROUP + column < columns)
+        mask = tile_mask(next_row, next_group * GROUP, row, column, next_count, columns, EVEN)
         next_x, next_up = load_tile(
-            x_ptr, next_expert, next_row, next_group * GROUP, x_stride_l, x_stride_m, x_stride_h, in_tile, next_mask, columns, GATED
+            x_ptr, next_expert, next_row, next_group * GROUP, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED
         )
 
         e = expert.to(tl.int64)
         m = first_row.to(tl.int64)
         g = first_group.to(tl.int64)
+        mask = tile_mask(first_row, first_group * GROUP, row, column, count, columns, EVEN)
         numbers = silu_mul_product(x.to(tl.float32), up.to(tl.float32)) if GATED else x.to(tl.float32)
         values_at = values_ptr + e * v_stride_l + m * v_stride_m + g * GROUP * v_stride_h
         if scales_ptr is None:
@@ -107,10 +116,11 @@ def quantize_kernel(
             values, scales = quantize_group(numbers, eps, 2, MAX, POWER_OF_TWO, RECIPROCAL, values_ptr.dtype.element_ty)
             tl.store(values_at + out_in_tile, values, mask=mask)
             scales_at = scales_ptr + e * s_stride_l + m * s_stride_m + g * s_stride_g
-            tl.store(scales_at + scale_in_tile, scales, mask=valid[:, None] & ((first_group + group) * GROUP < columns)[None, :])
+            there = (first_row + row < count)[:, None] & ((first_group + group) * GROUP < columns)[None, :]
+            tl.store(scales_at + scale_in_tile, scales, mask=there)
 
-        tile, expert, first_row, first_group = next_tile, next_expert, next_row, next_group
-        valid, mask, x, up = next_valid, next_mask, next_x, next_up
+        tile, expert, first_row, first_group, count = next_tile, next_expert, next_row, next_group, next_count
+        x, up = next_x, next_up
 
 
 def launch_quantize(
