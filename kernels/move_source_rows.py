@@ -79,6 +79,11 @@ def move_source_rows_kernel(
             tl.store(merged_sources_ptr + merged_row, entry + (source.to(tl.int64) << 32), mask=inside)
 
 
+def block_stride(x: torch.Tensor) -> int:
+    """Elements from one (source rank, local expert) of x (W, L, ...) to the next. With L = 1, stride(1) may be anything."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
 def move_source_rows(
     padded: torch.Tensor,
     merged: torch.Tensor,
@@ -115,9 +120,9 @@ def move_source_rows(
         capacity,
         columns,
         groups,
-        *((0, 0, 0) if padded_scales is None else padded_scales.stride()[1:]),
+        *((0, 0, 0) if padded_scales is None else (block_stride(padded_scales), *padded_scales.stride()[2:])),
         *((0, 0, 0) if merged_scales is None else merged_scales.stride()),
-        0 if padded_sources is None else padded_sources.stride(1),
+        0 if padded_sources is None else block_stride(padded_sources),
         TO_MERGED=to_merged,
         HAS_SCALES=padded_scales is not None,
         HAS_SOURCES=padded_sources is not None,

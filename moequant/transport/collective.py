@@ -28,8 +28,8 @@ from moequant.errors import PeerTimeoutError
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
 
 # Up to so many bytes of padded values and scales, the padded exchange's extra rows cost less than the packed one's host sync and its
-# launches: on two H200s the difference is about 900 us a layer, in which NCCL moves three times as much.
-PADDED_WIRE_BYTES = 64 << 20
+# launches: on H200s these cost about 1 ms a layer (benchmarks/results).
+PADDED_WIRE_BYTES = 128 << 20
 NO_LIMIT = 2**31 - 1
 
 

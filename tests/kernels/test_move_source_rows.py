@@ -54,6 +54,26 @@ def test_both_directions_match_the_reference(ranks, experts, limit, capacity, co
     both((back, moved[0], offsets, counts, first, False, None, None, None, None), written=(0,))
 
 
+def test_the_stride_of_a_single_local_expert_does_not_matter(device):
+    """Torch versions differ in the stride that they give a dimension of one element."""
+    counts = torch.tensor([[2], [2]], dtype=torch.int32, device=device)
+    offsets = torch.tensor([[0], [2]], dtype=torch.int32, device=device)
+    scales = torch.randn(2, 1, 3, 2, device=device)
+    sources = torch.arange(4, dtype=torch.int32, device=device).view(2, 1, 2)
+    results = []
+    for stride in (6, 1):
+        merged_scales = poison(empty_transposed_scales(1, 16, 3, device))
+        merged_sources = poison(torch.empty(1, 16, dtype=torch.int64, device=device))
+        odd_scales = scales.as_strided((2, 1, 2, 3), (6, stride, 1, 2))
+        odd_sources = sources.as_strided((2, 1, 2), (2, stride, 1))
+        rows = torch.ones(2, 1, 2, 8, device=device), torch.zeros(1, 16, 8, device=device)
+        kernel(*rows, offsets, counts, 0, True, odd_scales, merged_scales, odd_sources, merged_sources)
+        results.append((merged_scales, merged_sources))
+    for result, expected in zip(*results, strict=True):
+        assert_bit_equal(result, expected)
+    assert results[0][1][0, :4].tolist() == [0, 1, (1 << 32) + 2, (1 << 32) + 3]
+
+
 def test_the_worked_example(device):
     counts = torch.tensor([[1], [2]], dtype=torch.int32, device=device)
     offsets = torch.tensor([[0], [1]], dtype=torch.int32, device=device)
