@@ -96,7 +96,8 @@ def row_blocks(num_tokens_ptr, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.c
     """
     lane = tl.arange(0, EXPERTS)
     if COUNTED:
-        counts = tl.minimum(tl.load(num_tokens_ptr + lane, mask=lane < experts, other=0), rows)
+        counts = tl.load(num_tokens_ptr + lane, mask=lane < experts, other=0)
+        counts = tl.minimum(tl.maximum(counts, 0), rows)
     else:
         counts = tl.where(lane < experts, rows, 0)
     blocks = (counts + BLOCK - 1) // BLOCK

@@ -62,9 +62,11 @@ class DispatcherConfig:
             )
         if self.slots > 2:
             raise ValueError(f"slots must be 1 or 2, got {self.slots}")
-        if self.capacity is not None and (not isinstance(self.capacity, int) or self.capacity < 1):
+        if self.capacity is not None and (
+            not isinstance(self.capacity, int) or isinstance(self.capacity, bool) or self.capacity < 1
+        ):
             raise ValueError(f"capacity must be a positive number of rows for each expert, or None, got {self.capacity!r}")
-        if not self.timeout > 0:
+        if not isinstance(self.timeout, int | float) or not self.timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")
         if self.transport == "local" and self.world_size > 1:
             raise ValueError(f'transport "local" serves one rank, got a group of {self.world_size}; use "collective" or "auto"')

@@ -11,6 +11,7 @@ from torch import Tensor
 from moequant.batch import ExpertBatch, QuantizedTensor, ceil_div, empty_transposed_scales
 from moequant.checks import check_tensor
 from moequant.config import QUANT_DTYPES
+from moequant.errors import LayoutError
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
 
@@ -40,6 +41,11 @@ class GroupedExperts:
                 f'w13 must have layout "block" with segments=2 (gate and up blocked apart), got "{w13.layout}" with '
                 f"segments={w13.segments}; quantize_weight(w13, segments=2) makes it"
             )
+        for name, w in (("w13", w13), ("w2", w2)):
+            if not isinstance(w, QuantizedTensor):
+                check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
+            elif w.layout != "block" or w.group_size != 128:
+                raise LayoutError(f'{name} must have layout "block" of 128x128, got "{w.layout}" with group size {w.group_size}')
         if _dtype(w13) != _dtype(w2):
             raise ValueError(f"w13 and w2 must have one dtype, got {_dtype(w13)} and {_dtype(w2)}")
         self.w13, self.w2 = w13, w2

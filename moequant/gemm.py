@@ -43,7 +43,7 @@ def grouped_gemm_blockscale(
     """
     a_values, a_scales = _operand("a", a, "transposed")
     b_values, b_scales = _operand("b", b, "block")
-    check_no_grad(a=a_values, b=b_values)
+    check_no_grad(a=a_values, b=b_values, out=out)
     if a_values.dtype != b_values.dtype:
         raise ValueError(
             f"a and b must have the same dtype, got {a_values.dtype} and {b_values.dtype}; quantize both to one format"

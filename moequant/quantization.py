@@ -49,6 +49,7 @@ def quantize_expert_batch(
     check_quantize_arguments(x, num_tokens, recipe, eps)
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
+    check_no_grad(values=values, scales=scales)
     out = _outputs(x.shape, x.device, dtype, group_size, recipe, values, scales)
     torch.ops.moequant.quantize_expert_batch(x, num_tokens, out.values, out.scales, group_size, recipe, eps)
     return out
@@ -72,6 +73,7 @@ def silu_mul_quantize(
     `quantize_expert_batch`, with values (L, M, I).
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
+    check_no_grad(values=values, scales=scales)
     out = _outputs(_halved(x), x.device, dtype, 128, recipe, values, scales)
     torch.ops.moequant.silu_mul_quantize(x, num_tokens, out.values, out.scales, recipe, eps)
     return out
@@ -86,6 +88,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
     Returns out. Raises as `silu_mul_quantize`.
     """
     check_quantize_arguments(x, num_tokens, "default", None)
+    check_no_grad(out=out)
     shape = _halved(x)
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
@@ -95,7 +98,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
 
 
 def quantize_weight(
-    w: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, recipe: str = "default", segments: int = 1, group_size: int = 128
+    w: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, recipe: str = "default", segments: int = 1
 ) -> QuantizedTensor:
     """Quantizes a weight in blocks of 128x128, one float32 scale a block. Runs once, when weights are loaded, in plain torch.
 
@@ -113,12 +116,12 @@ def quantize_weight(
     format_of(dtype)
     recipe_of(recipe)
     check_no_grad(w=w)
-    if w.dim() == 2:
-        return reference.quantize_weight(w, dtype=dtype, recipe=recipe, segments=segments, group_size=group_size)
+    if w.dim() == 2 or len(w) == 0:
+        return reference.quantize_weight(w, dtype=dtype, recipe=recipe, segments=segments)
     # one expert after the other: the float32 copies in between take several times a weight's memory
-    parts = [quantize_weight(part, dtype=dtype, recipe=recipe, segments=segments, group_size=group_size) for part in w]
+    parts = [quantize_weight(part, dtype=dtype, recipe=recipe, segments=segments) for part in w]
     values = torch.stack([part.values.view(torch.uint8) for part in parts]).view(dtype)
-    return QuantizedTensor(values, torch.stack([part.scales for part in parts]), "block", recipe, group_size, segments)
+    return QuantizedTensor(values, torch.stack([part.scales for part in parts]), "block", recipe, segments=segments)
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -332,7 +332,7 @@ def grouped_gemm_blockscale(
     if out is None:
         out = torch.empty(experts, rows, b.shape[1], dtype=out_dtype, device=a.device)
     for expert in range(experts):
-        count = rows if num_tokens is None else int(num_tokens[expert])
+        count = rows if num_tokens is None else min(max(0, int(num_tokens[expert])), rows)
         left, right = operand_rows(a, expert, count), operand_rows(b, expert, b.shape[1])
         out[expert, :count] = (left @ right.T).to(out.dtype)
     return out

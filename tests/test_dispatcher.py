@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ from moequant.batch import ExpertBatch
 from moequant.testing import assert_bit_equal, poison, relative_error, routing
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 6, 3, 200, 20
-SETTINGS = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
+SETTINGS: dict[str, Any] = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
 
 
 @pytest.fixture(params=["reference", "kernels"])
@@ -180,7 +182,8 @@ def test_two_slots_hold_two_batches_at_once(backend):
         batches = [dispatcher.dispatch(*tensors, slot=slot) for slot, tensors in enumerate((first, second))]
         for (batch, handle), tensors in zip(batches, (first, second), strict=True):
             out = dispatcher.combine(stand_in(batch), handle)
-            assert_bit_equal(out.cpu(), expected_output(*(tensor.cpu() for tensor in tensors)))
+            hidden, ids, weights = (tensor.cpu() for tensor in tensors)
+            assert_bit_equal(out.cpu(), expected_output(hidden, ids, weights))
 
 
 def change(arguments, position, value):
@@ -317,14 +320,14 @@ def test_a_cuda_graph_of_the_layer_replays_with_new_inputs(quant):
     w2 = torch.randn(EXPERTS, HIDDEN, inner, device="cuda").bfloat16() / inner**0.5
     experts = GroupedExperts.from_weights(w13, w2, quant=quant)
     with MoEQuantDispatcher(**SETTINGS, quant=quant) as dispatcher:
-        static = [tensor.clone() for tensor in inputs(device="cuda")]
+        static: Any = [tensor.clone() for tensor in inputs(device="cuda")]
         dispatcher(*static, experts)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = dispatcher(*static, experts)
         for seed in range(5):
             torch.manual_seed(seed)
-            fresh = inputs(device="cuda")
+            fresh: Any = inputs(device="cuda")
             for target, source in zip(static, fresh, strict=True):
                 target.copy_(source)
             graph.replay()

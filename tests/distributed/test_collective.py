@@ -132,7 +132,7 @@ def test_interpreted_kernels_have_the_bits_of_one_process(monkeypatch):
 def run_subgroups(rank: int, ranks: int) -> None:
     # odd and even ranks: group ranks differ from global ranks
     members = [[0, 2], [1, 3]]
-    groups = [dist.new_group(group) for group in members]
+    groups: list[Any] = [dist.new_group(group) for group in members]
     mine = rank % 2
     for trial in range(mine, 20, 2):
         for exchange in EXCHANGES:
@@ -147,7 +147,7 @@ def test_two_groups_of_two_in_a_world_of_four_work_apart():
 
 def run_repeats(rank: int, ranks: int) -> None:
     """Many calls of one dispatcher on two slots: nothing of an earlier call may show."""
-    settings = {"num_experts": 4, "top_k": 2, "hidden_size": 130, "max_tokens_per_rank": 30, "capacity": None}
+    settings: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 130, "max_tokens_per_rank": 30, "capacity": None}
     for exchange in EXCHANGES:
         with MoEQuantDispatcher(**settings, exchange=exchange, transport="collective", slots=2) as dispatcher:
             for trial in range(10):
@@ -196,7 +196,7 @@ def test_tokens_that_name_an_expert_twice_are_placed_or_reported():
     run_ranks(run_repeated_experts, 2)
 
 
-SETTINGS = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}
+SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}
 
 
 def run_disagreement(rank: int, ranks: int) -> None:
@@ -257,7 +257,13 @@ def test_random_settings_on_nccl_have_the_bits_of_one_process(ranks):
 
 def run_graph(rank: int, ranks: int) -> None:
     device = f"cuda:{rank}"
-    settings = {"num_experts": 2 * ranks, "top_k": 2, "hidden_size": 384, "max_tokens_per_rank": 32, "capacity": None}
+    settings: dict[str, Any] = {
+        "num_experts": 2 * ranks,
+        "top_k": 2,
+        "hidden_size": 384,
+        "max_tokens_per_rank": 32,
+        "capacity": None,
+    }
 
     def fresh(seed: int) -> list[list[torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -269,7 +275,7 @@ def run_graph(rank: int, ranks: int) -> None:
         return inputs
 
     with MoEQuantDispatcher(**settings, transport="collective", exchange="padded") as dispatcher:
-        static = [tensor.to(device) for tensor in fresh(0)[rank]]
+        static: Any = [tensor.to(device) for tensor in fresh(0)[rank]]
         dispatcher(*static, lambda batch: stand_in(batch, 2 * rank))
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()

@@ -130,6 +130,14 @@ def test_row_major_scales_are_the_transposed_ones(device):
     assert_bit_equal(rows[1], transposed[1].contiguous())
 
 
+def test_a_negative_count_is_none_and_costs_no_other_expert_its_rows(device):
+    x = torch.randn(3, 8, 128, dtype=torch.bfloat16).to(device)
+    num_tokens = torch.tensor([-100, 5, 8], dtype=torch.int32, device=device)
+    results = quantize_both(x, num_tokens, torch.float8_e4m3fn)
+    assert_same(results)
+    assert (~results[0][1].isnan()).sum((1, 2)).tolist() == [0, 5, 8]
+
+
 def test_counts_above_the_buffer_are_cut_and_eps_is_the_floor(device):
     x = torch.full((1, 4, 128), 1e-6, dtype=torch.float32, device=device)
     results = quantize_both(x, torch.tensor([99], dtype=torch.int32, device=device), torch.float8_e4m3fn, eps=0.5)

@@ -1,0 +1,140 @@
+"""QuantizedTensor accepts the layouts it names and no other; ExpertBatch gives the GEMM's operand."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+from moequant import ExpertBatch, LayoutError, QuantizedTensor
+from moequant.batch import ceil_div, empty_transposed_scales, scale_layout
+
+VALUES = torch.zeros(2, 6, 300, dtype=torch.int8)
+
+
+def transposed(experts: int = 2, rows: int = 6, groups: int = 3) -> torch.Tensor:
+    return torch.ones(experts, groups, rows).transpose(1, 2)
+
+
+@pytest.mark.parametrize("a, b, expected", [(0, 128, 0), (1, 128, 1), (128, 128, 1), (129, 128, 2), (2880, 128, 23)])
+def test_ceil_div_rounds_up(a, b, expected):
+    assert ceil_div(a, b) == expected
+
+
+def test_transposed_scales_put_the_rows_of_a_group_side_by_side():
+    scales = empty_transposed_scales(2, 6, 3, "cpu")
+    assert scales.shape == (2, 6, 3) and scales.stride() == (18, 1, 6) and scales.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "scales, layout",
+    [
+        (transposed(), "transposed"),
+        (torch.ones(2, 6, 3), "row"),
+        (torch.ones(2, 1, 3), "transposed"),
+        (torch.ones(2, 6, 1), "transposed"),
+        (transposed(2, 8)[:, 1:7, ::2], "transposed"),
+    ],
+    ids=["transposed", "contiguous", "one row, both", "one group, both", "slice"],
+)
+def test_the_layout_of_scales_is_read_from_their_strides(scales, layout):
+    assert scale_layout(scales) == layout
+
+
+GOOD = {
+    "row": (VALUES, torch.ones(2, 6, 3), {"layout": "row"}),
+    "row of any dimensions": (VALUES[0], torch.ones(6, 3), {"layout": "row"}),
+    "transposed": (VALUES, transposed(), {"layout": "transposed"}),
+    "transposed slice of a larger buffer": (VALUES, transposed(4, 9, 5)[::2, 2:8, 1:4], {"layout": "transposed"}),
+    "transposed with one row": (VALUES[:, :1], torch.ones(2, 1, 3), {"layout": "transposed"}),
+    "block": (VALUES, torch.ones(2, 1, 3), {"layout": "block"}),
+    "block in two segments": (VALUES, torch.ones(2, 2, 3), {"layout": "block", "segments": 2}),
+    "block in segments with tails": (VALUES, torch.ones(2, 4, 150), {"layout": "block", "segments": 2, "group_size": 2}),
+    "another group size": (VALUES, torch.ones(2, 6, 5), {"layout": "row", "group_size": 64}),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_scales_as_the_layout_says_are_accepted(case):
+    values, scales, options = GOOD[case]
+    q = QuantizedTensor(values, scales, **options)
+    assert q.shape == values.shape and q.device == values.device and q.values is values and q.scales is scales
+
+
+BAD = {
+    "too few groups": (VALUES, torch.ones(2, 6, 2), {"layout": "row"}, r"need scales of shape \(2, 6, 3\), got \(2, 6, 2\)"),
+    "scales of the transposed shape": (VALUES, torch.ones(2, 3, 6), {"layout": "transposed"}, r"need scales of shape \(2, 6, 3\)"),
+    "too few dimensions": (VALUES, torch.ones(6, 3), {"layout": "row"}, r"need scales of shape \(2, 6, 3\), got \(6, 3\)"),
+    "blocks that ignore the segments": (
+        VALUES,
+        torch.ones(2, 1, 3),
+        {"layout": "block", "segments": 2},
+        r"segments=2 need .* \(2, 2, 3\)",
+    ),
+    "segments that don't divide the rows": (
+        VALUES,
+        torch.ones(2, 4, 3),
+        {"layout": "block", "segments": 4},
+        "divide the 6 rows .* segments=4",
+    ),
+    "no segments": (VALUES, torch.ones(2, 1, 3), {"layout": "block", "segments": 0}, "segments must divide the 6 rows"),
+    "scales of float64": (VALUES, torch.ones(2, 6, 3).double(), {"layout": "row"}, "scales must be float32, got torch.float64"),
+    "contiguous for transposed": (
+        VALUES,
+        torch.ones(2, 6, 3),
+        {"layout": "transposed"},
+        r"strides \(18, 3, 1\); .*empty_transposed_scales",
+    ),
+    "transposed for row": (
+        VALUES,
+        transposed(),
+        {"layout": "row"},
+        r'layout "row" needs contiguous scales, got strides \(18, 1, 6\)',
+    ),
+    "strided blocks": (
+        VALUES,
+        torch.ones(2, 2, 6)[..., ::2],
+        {"layout": "block", "segments": 2},
+        'layout "block" needs contiguous',
+    ),
+    "an unknown layout": (
+        VALUES,
+        torch.ones(2, 6, 3),
+        {"layout": "column"},
+        """layout must be "row", "transposed" or "block", got 'column'""",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_other_scales_are_a_layout_error_which_is_a_value_error(case):
+    values, scales, options, message = BAD[case]
+    with pytest.raises(LayoutError, match=message):
+        QuantizedTensor(values, scales, **options)
+    assert issubclass(LayoutError, ValueError)
+
+
+def expert_batch(scales: torch.Tensor | None) -> ExpertBatch:
+    counts, sources = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 6, dtype=torch.int64)
+    return ExpertBatch(VALUES, scales, counts, sources, "ue8m0", 4)
+
+
+def test_a_batchs_activations_are_its_values_with_their_scales_and_recipe():
+    scales = transposed()
+    activations = expert_batch(scales).activations
+    assert isinstance(activations, QuantizedTensor)
+    assert activations.values is VALUES and activations.scales is scales
+    assert (activations.layout, activations.recipe, activations.group_size) == ("transposed", "ue8m0", 128)
+
+
+def test_a_batch_without_scales_has_plain_activations():
+    assert expert_batch(None).activations is VALUES
+
+
+@pytest.mark.parametrize(
+    "instance", [expert_batch(None), QuantizedTensor(VALUES, transposed(), "transposed")], ids=["batch", "tensor"]
+)
+def test_what_travels_between_the_steps_cannot_be_changed(instance):
+    with pytest.raises(FrozenInstanceError):
+        instance.values = VALUES

@@ -1,0 +1,149 @@
+"""DispatcherConfig validates what it is given, and the sizes that follow are those that are allocated."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+import torch
+
+from moequant import MoEQuantDispatcher
+from moequant.config import CHOICES, QUANT_DTYPES, DispatcherConfig, round_up
+
+SIZES: dict[str, Any] = {"num_experts": 8, "top_k": 2, "hidden_size": 300, "max_tokens_per_rank": 20}
+
+
+def config(**changes) -> DispatcherConfig:
+    return DispatcherConfig(**{**SIZES, **changes})
+
+
+@pytest.mark.parametrize("value, multiple, expected", [(0, 16, 0), (1, 16, 16), (16, 16, 16), (17, 16, 32)])
+def test_round_up_goes_to_the_next_multiple(value, multiple, expected):
+    assert round_up(value, multiple) == expected
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "4", None, True], ids=repr)
+@pytest.mark.parametrize("name", [*SIZES, "world_size", "slots"])
+def test_sizes_are_positive_integers(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {value!r}"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("value", ["fp8", "", None], ids=repr)
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_that_is_not_there_names_those_that_are(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be one of '{CHOICES[name][0]}'.*, got {value!r}"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in CHOICES.items() for value in values])
+def test_every_choice_is_accepted(name, value):
+    assert getattr(config(**{name: value}), name) == value
+
+
+BAD = {
+    "experts on too many ranks": ({"world_size": 3}, "multiple of the number of ranks, got 8 experts on 3 ranks; add experts"),
+    "more slots": ({"slots": 3}, "slots must be 1 or 2, got 3"),
+    "no capacity": ({"capacity": 0}, "capacity must be a positive number of rows for each expert, or None, got 0"),
+    "a broken capacity": ({"capacity": 1.5}, "capacity must be .* got 1.5"),
+    "an unknown recipe": ({"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, got 'mx'"),
+    "no time": ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
+    "a time that is no number": ({"timeout": float("nan")}, "timeout must be a positive number of seconds, got nan"),
+    "local on several ranks": (
+        {"transport": "local", "world_size": 2},
+        'serves one rank, got a group of 2; use "collective" or "auto"',
+    ),
+    "a reduction of another issue": ({"reduce": "per_rank"}, "reduce must be one of 'exact', got 'per_rank'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_settings_that_do_not_fit_raise_a_value_error(case):
+    changes, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_settings_are_given_by_name_and_stay():
+    with pytest.raises(TypeError):
+        DispatcherConfig(8, 2, 300, 20)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(FrozenInstanceError):
+        config().top_k = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    "changes, local, rows, per_source",
+    [
+        # 20 tokens round up to 32 rows; 4 ranks send 80
+        ({}, 8, 32, 32),
+        ({"world_size": 4}, 2, 80, 32),
+        ({"world_size": 4, "max_tokens_per_rank": 128}, 2, 512, 128),
+        ({"world_size": 4, "capacity": 40}, 2, 48, 32),
+        # no source can fill more than there is
+        ({"world_size": 4, "capacity": 1}, 2, 16, 16),
+        ({"max_tokens_per_rank": 1}, 8, 16, 16),
+    ],
+    ids=["one rank", "four ranks", "a multiple of 16", "capacity", "capacity of one", "one token"],
+)
+def test_rows_follow_from_ranks_tokens_and_capacity(changes, local, rows, per_source):
+    settings = config(**changes)
+    assert (settings.num_local_experts, settings.max_rows, settings.rows_per_source) == (local, rows, per_source)
+
+
+@pytest.mark.parametrize("hidden_size, groups", [(1, 1), (128, 1), (129, 2), (2880, 23), (7168, 56)])
+def test_groups_round_the_hidden_size_up(hidden_size, groups):
+    assert config(hidden_size=hidden_size).num_groups == groups
+
+
+@pytest.mark.parametrize(
+    "quant, dtype",
+    [
+        ("none", torch.bfloat16),
+        ("fp8_e4m3fn", torch.float8_e4m3fn),
+        ("fp8_e4m3fnuz", torch.float8_e4m3fnuz),
+        ("fp8_e5m2", torch.float8_e5m2),
+        ("int8", torch.int8),
+    ],
+)
+def test_quant_names_the_type_of_the_values(quant, dtype):
+    assert config(quant=quant).dtype == dtype
+    assert config(quant=quant).quantized == (quant != "none")
+    assert set(QUANT_DTYPES) == set(CHOICES["quant"])
+
+
+def test_the_difference_names_each_setting_that_differs():
+    mine = config()
+    assert mine.difference(config()) == ""
+    assert mine.difference(replace(mine, top_k=3, quant="int8")) == "top_k: 2 and 3, quant: 'fp8_e4m3fn' and 'int8'"
+
+
+@pytest.mark.parametrize("changes", [{}, {"slots": 2}, {"capacity": 17}, {"hidden_size": 128, "top_k": 8}], ids=str)
+@pytest.mark.parametrize("quant", QUANT_DTYPES)
+def test_buffer_bytes_is_what_a_local_dispatcher_allocates(quant, changes):
+    settings = {**SIZES, "quant": quant, **changes}
+    size = config(quant=quant, **changes)
+    rows, tokens = 8 * size.max_rows, 20 * size.top_k
+    batch = rows * (size.hidden_size * size.dtype.itemsize + (4 * size.num_groups if size.quantized else 0) + 8) + 8 * 4
+    expected = size.slots * (batch + 2 * 4 * tokens + 4 * 8)
+    assert MoEQuantDispatcher.buffer_bytes(**settings) == expected
+    with MoEQuantDispatcher(**settings, transport="local", device="cpu") as dispatcher:
+        buffers = [buffer for slot in dispatcher._slots for buffer in slot.buffers.values()]
+    assert sum(buffer.untyped_storage().nbytes() for buffer in buffers) == expected
+
+
+@pytest.mark.parametrize("exchange", ["padded", "packed"])
+def test_buffer_bytes_needs_no_group_and_shrinks_with_the_experts_of_a_rank(exchange):
+    few, many = (MoEQuantDispatcher.buffer_bytes(**SIZES, world_size=ranks, exchange=exchange, capacity=4096) for ranks in (2, 8))
+    assert many < few
+    # the batch alone: values, scales and sources of 1 and of 4 experts
+    assert few - many > 3 * 4096 * (300 + 4 * 3 + 8) // 2
+
+
+def test_buffer_bytes_validates_as_the_constructor_does():
+    with pytest.raises(ValueError, match="multiple of the number of ranks"):
+        MoEQuantDispatcher.buffer_bytes(**SIZES, world_size=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'experts'"):
+        MoEQuantDispatcher.buffer_bytes(**SIZES, experts=3)
+    with pytest.raises(ValueError, match="quant must be one of"):
+        MoEQuantDispatcher(**SIZES, quant="fp4", device="cpu")

@@ -1,0 +1,260 @@
+"""Every operation is registered with torch.library as it should be, and torch.compile traces through the public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moequant import (
+    dequantize,
+    grouped_gemm_blockscale,
+    ops,
+    quantize_expert_batch,
+    quantize_weight,
+    reference,
+    silu_mul,
+    silu_mul_quantize,
+)
+from moequant.batch import QuantizedTensor, empty_transposed_scales
+from moequant.testing import assert_bit_equal
+
+FP8 = torch.float8_e4m3fn
+COUNTS = torch.tensor([3, 0], dtype=torch.int32)
+
+
+def integers(*rows: Any) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def quantize_outputs(dtype: torch.dtype = torch.int8, columns: int = 140) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(2, 4, columns).to(dtype), empty_transposed_scales(2, 4, 2, "cpu").zero_()
+
+
+def quantize_arguments(dtype: torch.dtype, counts: torch.Tensor | None) -> tuple:
+    return torch.randn(2, 4, 140), counts, *quantize_outputs(dtype), 128, "ue8m0", 1e-4
+
+
+def silu_quantize_arguments(dtype: torch.dtype, counts: torch.Tensor | None) -> tuple:
+    return torch.randn(2, 4, 280).bfloat16(), counts, *quantize_outputs(dtype), "default", None
+
+
+def gemm_arguments(quantized: bool) -> tuple:
+    a, b, out = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 6, 140).bfloat16(), torch.zeros(2, 4, 6)
+    if not quantized:
+        return a, None, b, None, None, out, 1, 7
+    qa, qb = quantize_expert_batch(a, dtype=torch.int8), quantize_weight(b, dtype=torch.int8, segments=2)
+    return qa.values, qa.scales, qb.values, qb.scales, COUNTS, out, 2, None
+
+
+def route_arguments(*optional: Any) -> tuple:
+    return integers([1, 0], [-1, 1], [9, 0]), torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), *optional
+
+
+def scatter_arguments(quantized: bool) -> tuple:
+    x, ids, slots = torch.randn(3, 140), integers([1, 0], [-1, 1], [2, 0]), integers([0, 0], [-1, 1], [0, 1])
+    if not quantized:
+        return x, ids, slots, torch.zeros(2, 4, 140).bfloat16()
+    rows, sources = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int64)
+    options = torch.arange(3), 0, integers(0, 1, 0), 4, "deepgemm"
+    return x, ids, slots, *quantize_outputs(), None, rows, sources, *options
+
+
+def move_arguments(to_merged: bool) -> tuple:
+    padded, merged = torch.randn(2, 1, 3, 5), torch.randn(1, 4, 5)
+    arguments = padded, merged, integers([0], [2]), integers([2], [3]), 0, to_merged
+    if not to_merged:
+        return arguments
+    scales = torch.randn(2, 1, 1, 3).transpose(2, 3), torch.zeros(1, 1, 4).transpose(1, 2)
+    return *arguments, *scales, torch.ones(2, 1, 3, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int64)
+
+
+def small_counts(size: int = 2) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.int32)
+
+
+# for each operation, by what its arguments are, how to make them anew
+CASES: dict[str, dict[str, Callable[[], tuple]]] = {
+    "quantize_expert_batch": {
+        "int8, counted": lambda: quantize_arguments(torch.int8, COUNTS),
+        "fp8": lambda: quantize_arguments(FP8, None),
+    },
+    "silu_mul_quantize": {
+        "int8, counted": lambda: silu_quantize_arguments(torch.int8, COUNTS),
+        "fp8": lambda: silu_quantize_arguments(FP8, None),
+    },
+    "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, torch.zeros(2, 4, 140).bfloat16())},
+    "grouped_gemm_blockscale": {"int8, counted": lambda: gemm_arguments(True), "bfloat16": lambda: gemm_arguments(False)},
+    "route": {
+        "all outputs": lambda: route_arguments(1, small_counts(), torch.zeros(2, dtype=torch.int64)),
+        "slots and counts": route_arguments,
+    },
+    "expert_offsets": {
+        "with status": lambda: (
+            integers([3, 1], [6, 0]),
+            0,
+            5,
+            4,
+            integers([0, 0], [0, 0]),
+            small_counts(),
+            torch.zeros(2, dtype=torch.int64),
+        ),
+        "without status": lambda: (integers([3, 1], [6, 0]), 1, 5, 4, integers([0, 0], [0, 0]), small_counts(1)),
+    },
+    "plan_sends": {
+        "one rank's list is empty": lambda: (
+            integers([0, 1], [3, -1], [1, 2]),
+            2,
+            torch.zeros(3, 4, dtype=torch.int32),
+            small_counts(3),
+        )
+    },
+    "plan_returns": {
+        "without room for one": lambda: (
+            integers([0, 1], [3, 1]),
+            integers([0, 0], [0, 1]),
+            small_counts(4),
+            1,
+            2,
+            torch.tensor([0, 2], dtype=torch.int32),
+            integers([9, 9], [9, 9]),
+        )
+    },
+    "scatter": {"quantizing": lambda: scatter_arguments(True), "converting": lambda: scatter_arguments(False)},
+    "move_source_rows": {"to merged": lambda: move_arguments(True), "to padded": lambda: move_arguments(False)},
+    "combine": {
+        "with absent entries": lambda: (
+            torch.randn(4, 5).bfloat16(),
+            integers([0, 3], [-1, 1]),
+            torch.rand(2, 2),
+            torch.zeros(2, 5).bfloat16(),
+        )
+    },
+}
+ALL_CASES = [(name, case) for name, cases in CASES.items() for case in cases]
+every_case = pytest.mark.parametrize("name, case", ALL_CASES, ids=[f"{name}, {case}" for name, case in ALL_CASES])
+
+
+def operation(name: str) -> Any:
+    return getattr(torch.ops.moequant, name).default
+
+
+def test_every_registered_operation_is_tested_here():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moequant::")}
+    assert registered == {f"moequant::{name}" for name in CASES}
+
+
+@every_case
+def test_opcheck_finds_schema_fake_and_tracing_right(name, case):
+    arguments = CASES[name][case]()
+    # the schema's test compares the arguments with torch.allclose, which knows no float8
+    float8 = any(isinstance(x, torch.Tensor) and x.dtype.itemsize == 1 and x.is_floating_point() for x in arguments)
+    utilities = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic", "test_schema"]
+    torch.library.opcheck(operation(name), arguments, test_utils=utilities[: 3 if float8 else 4])
+
+
+@every_case
+def test_the_fake_takes_meta_tensors_and_returns_nothing(name, case):
+    arguments = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in CASES[name][case]()]
+    assert operation(name)(*arguments) is None
+
+
+@every_case
+def test_the_schema_names_what_is_written_and_nothing_else_changes(name, case):
+    arguments = CASES[name][case]()
+    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    operation(name)(*arguments)
+    written = []
+    for parameter, value, old in zip(operation(name)._schema.arguments, arguments, before, strict=False):
+        if isinstance(value, torch.Tensor):
+            changed = not torch.equal(value.double(), old.double())
+            mutable = parameter.alias_info is not None and parameter.alias_info.is_write
+            assert mutable or not changed, parameter.name
+            written += [parameter.name] * changed
+    assert written
+
+
+@every_case
+def test_the_plain_function_writes_the_operations_bits(name, case):
+    torch.manual_seed(1)
+    first = CASES[name][case]()
+    second = tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in first)
+    operation(name)(*first)
+    getattr(ops, name)(*second)
+    for left, right in zip(first, second, strict=True):
+        if isinstance(left, torch.Tensor):
+            assert_bit_equal(left, right)
+
+
+def linear(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize, multiply, dequantize, between elementwise torch. w: plain, quantized before."""
+    q = quantize_expert_batch(x * 2, counts, recipe="ue8m0")
+    out = grouped_gemm_blockscale(q, quantize_weight(w), counts, out_dtype=torch.float32)
+    return dequantize(q) + 1, out + 1, q.scales
+
+
+def network(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gate_up = grouped_gemm_blockscale(x, w, counts)
+    inner = silu_mul_quantize(gate_up, counts, dtype=torch.int8)
+    return silu_mul(gate_up, counts) + 1, inner.values, inner.scales
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("function", [linear, network], ids=["quantize, GEMM, dequantize", "GEMM, SwiGLU"])
+def test_compiled_functions_are_one_graph_with_the_bits_of_the_plain_ones(function, backend):
+    torch._dynamo.reset()
+    x, w = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 256, 140).bfloat16()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for got, expected in zip(compiled(x, w, None), function(x, w, None), strict=True):
+        assert_bit_equal(got, expected)
+        assert got.stride() == expected.stride()
+
+
+def test_compiled_code_writes_into_given_outputs_and_leaves_uncounted_rows():
+    torch._dynamo.reset()
+    x, results = torch.randn(2, 4, 140), []
+
+    def function(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return quantize_expert_batch(x, COUNTS, values=values, scales=scales, dtype=torch.int8).scales + 1
+
+    for called in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        values, scales = torch.full((2, 4, 140), 5, dtype=torch.int8), torch.full((2, 2, 4), -7.0).transpose(1, 2)
+        results.append((called(x, values, scales), values, scales))
+    for got, expected in zip(*results, strict=True):
+        assert_bit_equal(got, expected)
+    assert (results[1][2][1] == -7).all() and (results[1][1][1] == 5).all() and not (results[1][2][0, :3] == -7).any()
+
+
+def test_another_number_of_rows_does_not_break_a_dynamic_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    w = torch.randn(2, 130, 140)
+    for rows in (4, 7, 5):
+        x = torch.randn(2, rows, 140)
+        for got, expected in zip(compiled(x, w, None), linear(x, w, None), strict=True):
+            assert_bit_equal(got, expected)
+
+
+def test_quantize_settings_are_the_formats_and_recipes_numbers():
+    values = torch.empty(1, dtype=torch.float8_e5m2)
+    assert ops.quantize_settings(values, "ue8m0", None) == {
+        "max_value": 57344.0,
+        "eps": 1e-10,
+        "power_of_two": True,
+        "reciprocal": False,
+    }
+    assert ops.quantize_settings(values, "deepgemm", 0.5) == {
+        "max_value": 57344.0,
+        "eps": 0.5,
+        "power_of_two": False,
+        "reciprocal": True,
+    }
+
+
+def test_the_gemm_operation_takes_bare_tensors_for_the_quantized_operands():
+    values, scales, weights, weight_scales, counts, out, segments, _ = gemm_arguments(True)
+    operation("grouped_gemm_blockscale")(values, scales, weights, weight_scales, counts, out, segments)
+    a, b = QuantizedTensor(values, scales, "transposed"), QuantizedTensor(weights, weight_scales, "block", segments=segments)
+    assert_bit_equal(out, reference.grouped_gemm_blockscale(a, b, counts, out=torch.zeros_like(out)))

@@ -1,0 +1,179 @@
+"""The reference's routing, placement and combine against cases worked by hand."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from moequant import reference
+from moequant.testing import assert_bit_equal, poison
+
+
+def route(ids: list[list[int]], experts: int, capacity: int | None = None):
+    topk_ids = torch.tensor(ids, dtype=torch.int64).view(-1, 2)
+    slots = poison(torch.empty(topk_ids.shape, dtype=torch.int32))
+    counts, num_tokens = (poison(torch.empty(experts, dtype=torch.int32)) for _ in range(2))
+    status = torch.tensor([10, 100])
+    reference.route(topk_ids, slots, counts, capacity, num_tokens, status)
+    return slots.tolist(), counts.tolist(), num_tokens.tolist(), status.tolist()
+
+
+def test_route_numbers_rows_in_the_order_of_token_and_k():
+    assert route([[2, 0], [0, -1], [2, 2]], 3) == ([[0, 0], [1, -1], [1, 2]], [2, 0, 3], [2, 0, 3], [10, 100])
+
+
+def test_route_limits_counts_and_reports_what_is_past_capacity():
+    assert route([[0, 1], [0, 1], [0, 2]], 3, capacity=2) == ([[0, 0], [1, 1], [2, 0]], [3, 2, 1], [2, 2, 1], [10, 101])
+
+
+def test_route_counts_ids_out_of_range_and_gives_them_no_slot():
+    assert route([[3, 0], [-2, 1], [-1, 2**40]], 3) == ([[-1, 0], [-1, 0], [-1, -1]], [1, 1, 0], [1, 1, 0], [13, 100])
+
+
+def test_route_of_no_tokens_counts_none():
+    assert route([], 2)[1:] == ([0, 0], [0, 0], [10, 100])
+
+
+def test_offsets_are_the_rows_of_lower_ranks_cut_to_what_they_sent():
+    counts = torch.tensor([[3, 0, 1, 2], [6, 1, 0, 2], [2, 1, 1, 2]], dtype=torch.int32)
+    offsets, num_tokens = torch.empty_like(counts), torch.empty(2, dtype=torch.int32)
+    status = torch.tensor([1, 10])
+    reference.expert_offsets(counts, 2, 5, 4, offsets, num_tokens, status)
+    assert offsets.tolist() == [[0, 0, 0, 0], [3, 0, 1, 2], [7, 1, 1, 4]]
+    # experts 2 and 3 are the local ones; 11 - 5 rows of expert 0 and 6 - 5 of expert 3 have no place
+    assert num_tokens.tolist() == [2, 5] and status.tolist() == [1, 17]
+
+
+def test_the_packed_exchange_lists_each_token_once_a_rank_and_numbers_returns_by_rank():
+    # 3 ranks of 2 experts with room for 2 rows; expert 1 already has one row of a lower rank, so its second row of ours has no room
+    ids, slots = torch.tensor([[1, 0], [5, 1], [-1, 4]]), torch.tensor([[0, 0], [0, 1], [-1, 0]], dtype=torch.int32)
+    tokens, counts = torch.full((3, 4), -9, dtype=torch.int32), poison(torch.empty(3, dtype=torch.int32))
+    reference.plan_sends(ids, 2, tokens, counts)
+    assert tokens.tolist() == [[0, 1, -9, -9], [-9] * 4, [1, 2, -9, -9]] and counts.tolist() == [2, 0, 2]
+    offsets, starts = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 0, 0, 0, 0], [0, 2, 2]))
+    rows = poison(torch.empty(3, 2, dtype=torch.int32))
+    reference.plan_returns(ids, slots, offsets, 2, 2, starts, rows)
+    assert rows.tolist() == [[0, 1], [2, -1], [-1, 3]]
+
+
+def test_scatter_places_converted_rows_and_says_where_they_came_from():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    ids, slots = torch.tensor([[1, 0], [-1, 1]]), torch.tensor([[0, 0], [-1, 1]], dtype=torch.int32)
+    values = torch.full((2, 3, 2), 9.0, dtype=torch.bfloat16)
+    rows, sources = torch.empty(2, 2, dtype=torch.int32), torch.full((2, 3), -7)
+    reference.scatter(x, ids, slots, values, rows=rows, sources=sources)
+    assert values.tolist() == [[[1, 2], [9, 9], [9, 9]], [[1, 2], [3, 4], [9, 9]]]
+    assert rows.tolist() == [[3, 0], [-1, 4]]
+    assert sources.tolist() == [[1, -7, -7], [0, 3, -7]]
+
+
+def test_scatter_quantizes_rows_or_copies_quantized_ones_with_their_scales():
+    x = torch.tensor([[448.0, 1.0], [2.0, -1.0]])
+    ids, slots = torch.tensor([[0], [0]]), torch.tensor([[1], [0]], dtype=torch.int32)
+    values, scales = torch.zeros(1, 2, 2, dtype=torch.float8_e4m3fn), torch.zeros(1, 2, 1)
+    reference.scatter(x, ids, slots, values, scales, recipe="ue8m0")
+    # 2 / 448 lies below 2**-7, by which 2 is 256 and -1 is -128
+    assert values.float().tolist() == [[[256, -128], [448, 1]]] and scales.flatten().tolist() == [2**-7, 1.0]
+    copied, copied_scales = torch.zeros_like(values), torch.zeros_like(scales)
+    quantized = torch.tensor([[5.0, 6.0], [7.0, 8.0]]).to(torch.float8_e4m3fn)
+    reference.scatter(quantized, ids, slots, copied, copied_scales, x_scales=torch.tensor([[3.0], [4.0]]))
+    assert copied.float().tolist() == [[[7, 8], [5, 6]]] and copied_scales.flatten().tolist() == [4, 3]
+
+
+def test_scatter_skips_other_ranks_experts_full_buffers_and_rows_past_capacity():
+    x, ids = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2, 0], [3, 2], [2, 4]])
+    slots = torch.tensor([[0, 0], [0, 1], [2, 0]], dtype=torch.int32)
+    values, rows = torch.zeros(2, 2, 1), torch.empty(3, 2, dtype=torch.int32)
+    reference.scatter(x, ids, slots, values, rows=rows, first_expert=2)
+    assert rows.tolist() == [[0, -1], [2, 1], [-1, -1]] and values.flatten().tolist() == [1, 2, 2, 0]
+    offsets = torch.tensor([0, 0, 3, 4, 0], dtype=torch.int32)
+    reference.scatter(x, ids, slots, values.zero_(), rows=rows, first_expert=2, offsets=offsets, capacity=4)
+    assert rows.tolist() == [[0, -1], [-1, -1], [-1, -1]] and values.flatten().tolist() == [1, 0, 0, 0]
+
+
+def test_scatter_takes_source_numbers_that_are_given():
+    sources = torch.zeros(1, 2, dtype=torch.int32)
+    ids, slots = torch.tensor([[0, -1], [-1, 0]]), torch.tensor([[0, -1], [-1, 1]], dtype=torch.int32)
+    reference.scatter(torch.ones(2, 1), ids, slots, torch.zeros(1, 2, 1), sources=sources, row_sources=torch.tensor([40, 60]))
+    assert sources.tolist() == [[40, 61]]
+
+
+def test_moving_source_rows_closes_the_gaps_and_opens_them_again():
+    # W=2, E=2, of which expert 1 is local, C=3, M=4: the second rank's third row falls off the end
+    padded = torch.arange(6, dtype=torch.int8).view(2, 1, 3, 1)
+    counts = torch.tensor([[9, 2], [9, 3]], dtype=torch.int32)
+    offsets = torch.tensor([[0, 0], [9, 2]], dtype=torch.int32)
+    merged, merged_scales = torch.full((1, 4, 1), -1, dtype=torch.int8), torch.zeros(1, 4, 1)
+    merged_sources = torch.zeros(1, 4, dtype=torch.int64)
+    sources = torch.arange(10, 16, dtype=torch.int32).view(2, 1, 3)
+    scales = torch.arange(6.0).view(2, 1, 3, 1)
+    arguments = offsets, counts, 1
+    reference.move_source_rows(padded, merged, *arguments, True, scales, merged_scales, sources, merged_sources)
+    assert merged.flatten().tolist() == [0, 1, 3, 4] and merged_scales.flatten().tolist() == [0, 1, 3, 4]
+    assert merged_sources.flatten().tolist() == [10, 11, (1 << 32) + 13, (1 << 32) + 14]
+    back = torch.full_like(padded, -1)
+    reference.move_source_rows(back, merged, *arguments, False)
+    assert back.flatten().tolist() == [0, 1, -1, 3, 4, -1]
+
+
+def combined(expert_rows: list[float], rows: list[int], weights: list[float], dtype: torch.dtype = torch.float32) -> float:
+    out = poison(torch.empty(1, 1, dtype=dtype))
+    expert_output = torch.tensor(expert_rows, dtype=torch.bfloat16).unsqueeze(1)
+    reference.combine(expert_output, torch.tensor([rows], dtype=torch.int32), torch.tensor([weights]), out)
+    return out.item()
+
+
+def test_combine_adds_in_the_order_of_k():
+    # 2**24 + 1 is a tie that goes to 2**24
+    assert combined([2.0**24, 1.0, -(2.0**24)], [0, 1, 2], [1.0] * 3) == 0.0
+    assert combined([2.0**24, 1.0, -(2.0**24)], [0, 2, 1], [1.0] * 3) == 1.0
+
+
+def test_combine_rounds_each_product_before_it_adds():
+    weight, row = 1 + 2.0**-20, 1 + 2.0**-7
+    product = np.float32(weight) * np.float32(row)
+    assert Fraction(weight) * Fraction(row) - Fraction(float(product)) == Fraction(1, 2**27)
+    # a fused multiply-add would leave 2**-27
+    assert combined([1.0, row], [0, 1], [-float(product), weight]) == 0.0
+
+
+def test_combine_rounds_to_the_output_type_once():
+    # 1 + 2**-8 alone is a tie that goes to 1; with 2**-20 more it lies above the tie
+    assert combined([1.0, 2.0**-8, 2.0**-20], [0, 1, 2], [1.0] * 3, torch.bfloat16) == 1 + 2.0**-7
+
+
+def test_combine_skips_absent_entries_whatever_their_weights():
+    assert combined([math.nan, 3.0], [-1, 1, -1], [math.inf, 2.0, math.nan]) == 6.0
+    assert combined([math.nan], [-1], [1.0]) == 0.0
+
+
+def test_combine_equals_float32_steps_in_numpy():
+    expert_output, weights = torch.randn(20, 17).bfloat16(), torch.randn(6, 5).bfloat16()
+    rows = torch.randint(-1, 20, (6, 5), dtype=torch.int32)
+    expected = np.zeros((6, 17), np.float32)
+    for t in range(6):
+        for k in range(5):
+            if rows[t, k] >= 0:
+                product = np.float32(weights[t, k].item()) * expert_output[rows[t, k]].float().numpy()
+                expected[t] = expected[t] + product
+    out = poison(torch.empty(6, 17))
+    reference.combine(expert_output, rows, weights, out)
+    assert_bit_equal(out, torch.from_numpy(expected))
+
+
+def test_rows_past_capacity_contribute_nothing_and_weights_are_not_renormalised():
+    """Three tokens to one expert with room for two: the last in row order is dropped."""
+    ids, x = torch.tensor([[0, 1], [0, 1], [0, -1]]), torch.tensor([[1.0], [2.0], [4.0]])
+    slots, rows = (torch.empty(3, 2, dtype=torch.int32) for _ in range(2))
+    counts, num_tokens = (torch.empty(2, dtype=torch.int32) for _ in range(2))
+    status = torch.zeros(2, dtype=torch.int64)
+    values = poison(torch.empty(2, 2, 1, dtype=torch.bfloat16))
+    reference.route(ids, slots, counts, 2, num_tokens, status)
+    reference.scatter(x, ids, slots, values, rows=rows)
+    assert rows.tolist() == [[0, 2], [1, 3], [-1, -1]] and num_tokens.tolist() == [2, 2] and status.tolist() == [0, 1]
+    out = torch.empty(3, 1)
+    reference.combine(values.flatten(0, 1) * torch.tensor([[1], [1], [10], [10]]), rows, torch.full((3, 2), 0.25), out)
+    assert out.flatten().tolist() == [0.25 * 11, 0.25 * 22, 0.0]
