@@ -321,10 +321,10 @@ def test_a_cuda_graph_of_the_layer_replays_with_new_inputs(quant):
     experts = GroupedExperts.from_weights(w13, w2, quant=quant)
     with MoEQuantDispatcher(**SETTINGS, quant=quant) as dispatcher:
         static: Any = [tensor.clone() for tensor in inputs(device="cuda")]
-        dispatcher(*static, experts)
+        dispatcher(static[0], static[1], static[2], experts)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = dispatcher(*static, experts)
+            out = dispatcher(static[0], static[1], static[2], experts)
         for seed in range(5):
             torch.manual_seed(seed)
             fresh: Any = inputs(device="cuda")
@@ -332,7 +332,7 @@ def test_a_cuda_graph_of_the_layer_replays_with_new_inputs(quant):
                 target.copy_(source)
             graph.replay()
             replayed = out.clone()
-            assert_bit_equal(replayed, dispatcher(*fresh, experts))
+            assert_bit_equal(replayed, dispatcher(fresh[0], fresh[1], fresh[2], experts))
 
 
 @pytest.mark.gpu

@@ -276,11 +276,11 @@ def run_graph(rank: int, ranks: int) -> None:
 
     with MoEQuantDispatcher(**settings, transport="collective", exchange="padded") as dispatcher:
         static: Any = [tensor.to(device) for tensor in fresh(0)[rank]]
-        dispatcher(*static, lambda batch: stand_in(batch, 2 * rank))
+        dispatcher(static[0], static[1], static[2], lambda batch: stand_in(batch, 2 * rank))
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = dispatcher(*static, lambda batch: stand_in(batch, 2 * rank))
+            out = dispatcher(static[0], static[1], static[2], lambda batch: stand_in(batch, 2 * rank))
         for seed in range(1, 20):
             inputs = fresh(seed)
             for target, source in zip(static, inputs[rank], strict=True):
