@@ -10,7 +10,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Bench, Timing, gpu_samples, measure, progress
-from moequant import reference
+from moequant import quantize_expert_batch, reference
 from moequant.batch import QuantizedTensor
 from moequant.formats import FORMATS
 from moequant.gemm import grouped_gemm_blockscale
+from moequant.models import MODELS
+from moequant.ops import gemm_kernel
 from moequant.testing import relative_error
 
 # the peer, where it is installed
@@ -34,6 +36,22 @@ ROWS = (1, 16, 64, 128, 256, 1024)
 # (E, N, K_dim): mean rows. DeepSeek-V3 over 8 ranks, w13 and w2; Qwen3-235B, w13 and w2.
 CASES = {(32, 4096, 7168): ROWS, (32, 7168, 2048): ROWS, (16, 3072, 4096): ROWS[1:], (16, 4096, 1536): ROWS[1:]}
 CPU_CASES = {(4, 256, 320): (8, 32)}
+# DeepGEMM's own tests of the masked product
+DEEPGEMM_CASES = {
+    (groups, n, k): (rows,)
+    for groups, rows in ((32, 192), (6, 1024), (32, 20), (6, 20))
+    for n, k in ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
+}
+
+
+def model_cases() -> dict[tuple[int, int, int], tuple[int, ...]]:
+    """Both products of every model, with the experts that one rank of 8 holds."""
+    shapes = [(max(1, m.num_experts // 8), m.hidden_size, m.intermediate_size) for m in MODELS.values()]
+    products = [(e, n, k) for e, h, i in shapes for n, k in ((2 * i, h), (h, i))]
+    return {product: tuple(2**power for power in range(13)) for product in products}
+
+
+CASE_LISTS = {"table": lambda: CASES, "deepgemm": lambda: DEEPGEMM_CASES, "models": model_cases}
 # bfloat16 rounding alone is 1.66e-3
 TOLERANCE = 1.75e-3
 PEER = "deep_gemm"
@@ -50,11 +68,13 @@ class Problem:
     num_tokens: Tensor
     rows: int
     quant: str
+    counts: str | None = None
 
     @property
     def case(self) -> dict[str, Any]:
         experts, columns, depth = self.b.shape
-        return {"E": experts, "N": columns, "K_dim": depth, "rows": self.rows, "quant": self.quant}
+        case = {"E": experts, "N": columns, "K_dim": depth, "rows": self.rows, "quant": self.quant}
+        return case if self.counts is None else {**case, "counts": self.counts}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,8 +111,16 @@ def problem(b: Operand, rows: int, quant: str) -> Problem:
     x = torch.randn(experts, max(128, 2 * rows), depth, dtype=torch.bfloat16, device=b.device)
     low, high = max(1, int(0.7 * rows)), int(1.3 * rows)
     num_tokens = torch.randint(low, high + 1, (experts,), dtype=torch.int32, device=b.device)
-    a = x if quant == "none" else reference.quantize_expert_batch(x, dtype=FORMATS[quant].dtype)
+    a = x if quant == "none" else quantize_expert_batch(x, dtype=FORMATS[quant].dtype)
     return Problem(a, b, num_tokens, rows, quant)
+
+
+def hot_problem(b: Operand, rows: int, quant: str) -> Problem:
+    """One expert with half of all rows, and the others with equal parts of the rest, in whole tiles of 128 rows."""
+    p = problem(b, rows * b.shape[0] // 2, quant)
+    p.num_tokens.fill_(rows // 2)
+    p.num_tokens[b.shape[0] // 3] = rows * b.shape[0] // 2
+    return replace(p, rows=rows, counts="half on one")
 
 
 def check(p: Problem, out: Tensor) -> float:
@@ -119,7 +147,7 @@ def peer_call(p: Problem) -> Callable[[], Any] | None:
     left, right = (p.a.values, p.a.scales), (p.b.values, p.b.scales)
 
     def call() -> None:
-        function(left, right, out, p.num_tokens, p.rows)
+        function(left, right, out, p.num_tokens, p.rows, disable_ue8m0_cast=True)
 
     call()
     expert = int(p.num_tokens.argmax())
@@ -129,6 +157,18 @@ def peer_call(p: Problem) -> Callable[[], Any] | None:
     if not error < 5e-3:
         raise AssertionError(f"{p.case}: deep_gemm is off from this project by {error:.2e}")
     return call
+
+
+def plain_call(p: Problem) -> Callable[[], Any] | None:
+    """The plain Triton kernel on the same operands, where another one is chosen."""
+    from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as plain
+
+    left = (p.a.values, p.a.scales) if isinstance(p.a, QuantizedTensor) else (p.a, None)
+    right = (p.b.values, p.b.scales) if isinstance(p.b, QuantizedTensor) else (p.b, None)
+    out = p.output()
+    if gemm_kernel(*left, *right, out, 1) is plain:
+        return None
+    return lambda: plain(*left, *right, p.num_tokens, out, expected_rows=p.rows)
 
 
 def interleaved(*calls: Callable[[], Any], rounds: int = 5, reps: int = 10) -> list[Timing]:
@@ -181,16 +221,16 @@ def run_case(bench: Bench, p: Problem, all_configs: bool) -> None:
     call(wide)
     error, wide_error = check(p, out), check(p, wide)
     del wide
-    peer = peer_call(p) if bench.device == "cuda" else None
     extra: dict[str, Any] = {"relative_error": float(f"{error:.3e}"), "relative_error_fp32_output": float(f"{wide_error:.3e}")}
     if bench.device == "cpu":
         timing = measure(call, device="cpu")
-    elif peer is None:
-        (timing,) = interleaved(call)
     else:
-        timing, peer_timing = interleaved(call, peer)
-        extra["peer"] = f"{PEER} {getattr(deep_gemm, '__version__', '')}".strip()
-        extra["peer_us"] = float(f"{peer_timing.us:.5g}")
+        others = {"plain_us": plain_call(p), "peer_us": peer_call(p)}
+        present = {name: other for name, other in others.items() if other is not None}
+        timing, *timings = interleaved(call, *present.values())
+        extra |= {name: float(f"{other.us:.5g}") for name, other in zip(present, timings, strict=True)}
+        if "peer_us" in extra:
+            extra["peer"] = f"{PEER} {getattr(deep_gemm, '__version__', '')}".strip()
     nbytes, flops = p.work()
     bench.record(
         "grouped_gemm",
@@ -201,7 +241,10 @@ def run_case(bench: Bench, p: Problem, all_configs: bool) -> None:
         tflops=flops / timing.us / 1e6,
         **extra,
     )
-    print(f"    relative error {error:.2e}, with float32 output {wide_error:.2e}", flush=True)
+    beside = "".join(
+        f", {name.removesuffix('_us')} {extra[name] / timing.us:.3f}x" for name in ("plain_us", "peer_us") if name in extra
+    )
+    print(f"    relative error {error:.2e}, with float32 output {wide_error:.2e}{beside}", flush=True)
     if all_configs:
         try_configs(p)
 
@@ -213,11 +256,13 @@ def main() -> None:
     parser.add_argument("--quant", choices=("none", *FORMATS), default="fp8_e4m3fn", help="format of the operands")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("E", "N", "K_dim"), help="this one instead of the table's")
     parser.add_argument("--rows", type=int, nargs="+", help="these mean rows instead of the table's")
+    parser.add_argument("--list", choices=CASE_LISTS, default="table", help="which shapes (default: table)")
+    parser.add_argument("--hot", action="store_true", help="also one expert with half of all rows, at 256 mean rows")
     parser.add_argument("--all-configs", action="store_true", help="also time every candidate configuration (GPU)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     bench = Bench.start(arguments.output_json, device=arguments.device)
-    cases = CASES if bench.device == "cuda" else CPU_CASES
+    cases = CASE_LISTS[arguments.list]() if bench.device == "cuda" else CPU_CASES
     if arguments.shape:
         cases = {tuple(arguments.shape): ROWS}
     for (experts, columns, depth), table_rows in cases.items():
@@ -225,6 +270,8 @@ def main() -> None:
         for rows in arguments.rows or table_rows:
             progress(f"grouped_gemm E={experts} N={columns} K_dim={depth} rows={rows}")
             run_case(bench, problem(b, rows, arguments.quant), arguments.all_configs and bench.device == "cuda")
+        if arguments.hot:
+            run_case(bench, hot_problem(b, 256, arguments.quant), False)
 
 
 if __name__ == "__main__":

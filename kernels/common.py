@@ -21,6 +21,14 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.lru_cache
+def runs_gluon(device: torch.device) -> bool:
+    """Whether the Gluon kernels for Hopper run on a device. Gluon's names change from one minor version of Triton to the next."""
+    if device.type != "cuda" or torch.version.hip is not None or not triton.__version__.startswith("3.6."):
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def storable(values: torch.Tensor) -> torch.Tensor:
     """values as a tensor whose pointer type Triton can store to on every target."""
     return values.view(POINTER_VIEW.get(values.dtype, values.dtype))

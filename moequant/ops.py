@@ -107,6 +107,24 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
     kernel(x, num_tokens, out)
 
 
+def gemm_kernel(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, segments: int
+) -> Callable[..., None]:
+    """The kernel for a grouped GEMM: Hopper's in Gluon where it takes the arguments, plain Triton's everywhere else."""
+    from moequant.kernels import common
+
+    if common.runs_gluon(a.device):
+        from moequant.kernels import hopper
+
+        if hopper.supports(a, a_scales, b, b_scales, out, segments=segments):
+            from moequant.kernels.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
+
+            return grouped_gemm_blockscale_hopper
+    from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as plain
+
+    return plain
+
+
 @registered(mutates=("out",))
 def grouped_gemm_blockscale(
     a: Tensor,
@@ -124,8 +142,7 @@ def grouped_gemm_blockscale(
         right = b if b_scales is None else QuantizedTensor(b, b_scales, "block", segments=segments)
         reference.grouped_gemm_blockscale(left, right, num_tokens, out=out)
         return
-    from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as kernel
-
+    kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments)
     kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows)
 
 

@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 
 from moequant import ops
 from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.kernels import common
 from moequant.kernels import grouped_gemm as grouped_gemm_module
 from moequant.kernels.grouped_gemm import Limits
 
@@ -187,6 +188,7 @@ class Case:
 
     arguments: of the call. One that is a float8 format limits the case to the targets that have it (`anywhere`: it does not).
     may_spill: no registers are promised, as for rows that have to be read element by element.
+    hopper: for sm_90 alone: compiling a Hopper kernel for another target aborts.
     wide: rows lie on 16-byte boundaries, and NVIDIA GPUs must move them in 16-byte loads and stores.
     """
 
@@ -195,8 +197,11 @@ class Case:
     wide: bool = True
     anywhere: bool = False
     may_spill: bool = False
+    hopper: bool = False
 
     def builds_for(self, target: Target) -> bool:
+        if self.hopper and target is not TARGETS["sm_90"]:
+            return False
         narrow = [value for value in self.arguments.values() if value in FLOAT8]
         return self.anywhere or all(dtype in target.float8 for dtype in narrow)
 
@@ -233,6 +238,17 @@ CASES = {
         *cases(grouped_gemm, *each_format(BF16, columns=2880, depth=2880)),
         # rows that TMA cannot read
         *cases(grouped_gemm, {"dtype": BF16, "depth": 2890}, wide=False, may_spill=True),
+    ],
+    "grouped_gemm_hopper": [
+        *cases(grouped_gemm, *({"dtype": E4M3, "expected_rows": rows} for rows in (16, 1024)), hopper=True),
+        *cases(grouped_gemm, {"dtype": E4M3, "out_dtype": torch.float32}, hopper=True),
+        # few columns: narrow tiles; gpt-oss: tails
+        *cases(
+            grouped_gemm,
+            {"dtype": E4M3, "columns": 1024, "depth": 4096},
+            {"dtype": E4M3, "columns": 2880, "depth": 2880},
+            hopper=True,
+        ),
     ],
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
     "expert_offsets": cases(expert_offsets, {}, wide=False),
@@ -310,8 +326,10 @@ def compile_operation(name: str) -> None:
             # said first, so that the reader knows which one a crash belongs to
             print(json.dumps(report), flush=True)
             launched.clear()
+            common.runs_gluon = lambda device, wanted=case.hopper: wanted
             case.call(**case.arguments)
             assert launched, f"{case.call.__name__} launched no kernel"
+            assert all(("hopper" in kernel) == case.hopper for kernel, _ in launched), f"{launched} for {case}"
             for kernel, compiled in launched:
                 print(json.dumps({**report, "kernel": kernel, **measure(compiled.asm)}), flush=True)
 

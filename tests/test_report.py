@@ -50,7 +50,9 @@ def test_tables_are_written_between_the_marks_and_checked(project, capsys):
     assert report.main([], root) == 0
     text = (root / "README.md").read_text()
     assert text.startswith(f"before\n{report.START}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
-    row = "| nvidia-h200 | E=32, T=1024, H=7168, rows=32, fp8_e4m3fn | 20.0 | 20.0 to 20.0 | 50% | 3000 | other 1.0: 30.0 us, 1.50x |"
+    row = (
+        "| nvidia-h200 | E=32, T=1024, H=7168, rows=32, fp8_e4m3fn | 20.0 | 20.0 to 20.0 | 50% | 3000 | other 1.0: 30.0 us, 1.50x |"
+    )
     assert row in text and "TFLOP/s" not in text
     assert row in (root / "benchmarks" / "results" / "README.md").read_text()
     assert report.main(["--check"], root) == 0
