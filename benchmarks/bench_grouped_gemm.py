@@ -166,7 +166,7 @@ def plain_call(p: Problem) -> Callable[[], Any] | None:
     left = (p.a.values, p.a.scales) if isinstance(p.a, QuantizedTensor) else (p.a, None)
     right = (p.b.values, p.b.scales) if isinstance(p.b, QuantizedTensor) else (p.b, None)
     out = p.output()
-    if gemm_kernel(*left, *right, out, 1) is plain:
+    if gemm_kernel(*left, *right, out, 1, p.rows) is plain:
         return None
     return lambda: plain(*left, *right, p.num_tokens, out, expected_rows=p.rows)
 

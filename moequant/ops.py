@@ -108,15 +108,16 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
 
 
 def gemm_kernel(
-    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, segments: int
+    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, segments: int, expected_rows: int | None
 ) -> Callable[..., None]:
-    """The kernel for a grouped GEMM: Hopper's in Gluon where it takes the arguments, plain Triton's everywhere else."""
+    """The kernel for a grouped GEMM: Hopper's in Gluon where it takes the arguments and is faster, plain Triton's everywhere else."""
     from moequant.kernels import common
 
     if common.runs_gluon(a.device):
         from moequant.kernels import hopper
 
-        if hopper.supports(a, a_scales, b, b_scales, out, segments=segments):
+        small = hopper.too_small(b.shape[0], b.shape[1], a.shape[1] if expected_rows is None else expected_rows, a.device)
+        if not small and hopper.supports(a, a_scales, b, b_scales, out, segments=segments):
             from moequant.kernels.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
 
             return grouped_gemm_blockscale_hopper
@@ -142,7 +143,7 @@ def grouped_gemm_blockscale(
         right = b if b_scales is None else QuantizedTensor(b, b_scales, "block", segments=segments)
         reference.grouped_gemm_blockscale(left, right, num_tokens, out=out)
         return
-    kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments)
+    kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments, expected_rows)
     kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows)
 
 

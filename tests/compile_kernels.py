@@ -128,12 +128,17 @@ def silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "de
 
 
 def grouped_gemm(
-    dtype: torch.dtype, expected_rows: int = 128, out_dtype: torch.dtype = BF16, columns: int = 4096, depth: int = 7168
+    dtype: torch.dtype,
+    expected_rows: int = 128,
+    out_dtype: torch.dtype = BF16,
+    columns: int = 4096,
+    depth: int = 7168,
+    experts: int = 4,
 ) -> None:
-    a, a_scales = quantized(4, 1024, depth, dtype)
-    b = empty(4, columns, depth, dtype=dtype)
-    b_scales = None if dtype == BF16 else empty(4, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
-    out = empty(4, 1024, columns, dtype=out_dtype)
+    a, a_scales = quantized(experts, 1024, depth, dtype)
+    b = empty(experts, columns, depth, dtype=dtype)
+    b_scales = None if dtype == BF16 else empty(experts, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
+    out = empty(experts, 1024, columns, dtype=out_dtype)
     ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), out, expected_rows=expected_rows)
 
 
@@ -240,7 +245,7 @@ CASES = {
         *cases(grouped_gemm, {"dtype": BF16, "depth": 2890}, wide=False, may_spill=True),
     ],
     "grouped_gemm_hopper": [
-        *cases(grouped_gemm, *({"dtype": E4M3, "expected_rows": rows} for rows in (16, 1024)), hopper=True),
+        *cases(grouped_gemm, *({"dtype": E4M3, "expected_rows": rows, "experts": 16} for rows in (16, 1024)), hopper=True),
         *cases(grouped_gemm, {"dtype": E4M3, "out_dtype": torch.float32}, hopper=True),
         # few columns: narrow tiles; gpt-oss: tails
         *cases(

@@ -22,7 +22,7 @@ from moequant.kernels.grouped_gemm_hopper import (
     choose_config,
     grouped_gemm_blockscale_hopper,
 )
-from moequant.kernels.hopper import counters, supports, takes
+from moequant.kernels.hopper import counters, supports, takes, too_small
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 hopper = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
@@ -273,3 +273,10 @@ def test_a_cpu_is_no_hopper() -> None:
 )
 def test_configurations_are_the_measured_ones(experts: int, columns: int, rows: int, config: Config) -> None:
     assert choose_config(experts, columns, rows, 2, 132) == config
+
+
+@pytest.mark.parametrize(
+    ("experts", "columns", "rows", "small"), [(6, 4096, 20, True), (6, 4096, 65, False), (16, 3072, 16, False), (1, 28672, 1, True)]
+)
+def test_few_tiles_of_weights_are_left_to_the_plain_kernel(experts: int, columns: int, rows: int, small: bool) -> None:
+    assert too_small(experts, columns, rows, torch.device("cpu")) == small
