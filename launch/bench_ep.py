@@ -49,7 +49,7 @@ from moequant.batch import ceil_div
 from moequant.config import CHOICES, QUANT_DTYPES, DispatcherConfig
 from moequant.models import MODELS, model_shape
 from moequant.testing import routing
-from moequant.transport.collective import choose_exchange
+from moequant.transport.collective import choose_exchange, message_bytes
 
 
 def make_parser() -> OneLineParser:
@@ -227,13 +227,12 @@ def busiest(config: DispatcherConfig, ids: Tensor, placed: Tensor, exchange: str
         padded_rows = (config.world_size - 1) * config.num_local_experts * config.rows_per_source
         return Load(rows, experts, padded_rows * (value_bytes + 4 * (groups + 1)), padded_rows * out_bytes)
     ranks = torch.arange(config.world_size, device=ids.device)
-    # scales, the token's K ids and its first source travel with each token to each rank that it reaches, placed or not
-    row_bytes = ceil_div(value_bytes, 16) * 16 + ceil_div(4 * (groups + config.top_k + 1), 16) * 16
+    # a token travels to each rank that it reaches, placed or not
     reaches = (ids.unsqueeze(-1) // config.num_local_experts == ranks).any(2).sum(1)
     sent = (reaches.sum(1) - reaches.diagonal()).max()
     owners = torch.where(placed >= 0, placed // config.num_local_experts, -1)
     returned = ((owners >= 0) & (owners != ranks[:, None, None])).sum((1, 2)).max()
-    return Load(rows, experts, int(sent) * row_bytes, int(returned) * out_bytes)
+    return Load(rows, experts, int(sent) * message_bytes(config), int(returned) * out_bytes)
 
 
 class Layer:

@@ -176,6 +176,17 @@ class PaddedTransport(CollectiveTransport):
         return buffer.flatten().view(dtype)[: buffer.numel()].view(buffer.shape)
 
 
+def message_parts(config: DispatcherConfig) -> list[int]:
+    """Bytes of the parts of a packed token: values, scales, K ids, first source. Each part begins at a multiple of 16."""
+    groups = config.num_groups if config.quantized else 0
+    return [config.hidden_size * config.dtype.itemsize, 4 * groups, 4 * config.top_k, 8]
+
+
+def message_bytes(config: DispatcherConfig) -> int:
+    """Bytes of a packed token on the wire."""
+    return sum(round_up(part, 16) for part in message_parts(config))
+
+
 @dataclass(frozen=True, eq=False)
 class PackedState:
     """Where a packed dispatch's rows went.
@@ -273,22 +284,15 @@ class PackedTransport(CollectiveTransport):
     def _fields(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The parts of message rows, as views: values (rows, H), scales (rows, G; 0 columns unquantized) float32, ids (rows, K) int32,
         first source (rows,) int64."""
-        config = self.config
-        groups = config.num_groups if config.quantized else 0
-        widths = config.hidden_size * config.dtype.itemsize, 4 * groups, 4 * config.top_k
-        ends = list(itertools.accumulate(round_up(width, 16) for width in widths))
-        return (
-            message[:, : widths[0]].view(config.dtype),
-            message[:, ends[0] : ends[0] + widths[1]].view(torch.float32),
-            message[:, ends[1] : ends[1] + widths[2]].view(torch.int32),
-            message[:, ends[2] : ends[2] + 8].view(torch.int64)[:, 0],
-        )
+        parts = message_parts(self.config)
+        begins = itertools.accumulate((round_up(part, 16) for part in parts), initial=0)
+        values, scales, ids, source = (message[:, begin:][:, :part] for begin, part in zip(begins, parts, strict=False))
+        return values.view(self.config.dtype), scales.view(torch.float32), ids.view(torch.int32), source.view(torch.int64)[:, 0]
 
     def _pack(self, hidden_states: Tensor, topk_ids: Tensor, slots: Tensor) -> Tensor:
-        """Each token as one row of bytes, quantized; see `_fields`. Each part begins at a multiple of 16."""
+        """Each token as one row of bytes, quantized; see `_fields`."""
         config, (tokens, top_k) = self.config, topk_ids.shape
-        parts = config.hidden_size * config.dtype.itemsize, 4 * config.num_groups * config.quantized, 4 * top_k, 8
-        message = torch.empty(tokens, sum(round_up(part, 16) for part in parts), dtype=torch.uint8, device=self.device)
+        message = torch.empty(tokens, message_bytes(config), dtype=torch.uint8, device=self.device)
         values, scales, ids, first_source = self._fields(message)
         if config.quantized:
             ops.quantize_expert_batch(hidden_states[None], None, values[None], scales[None], recipe=config.recipe)
