@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moequant import ops
 from moequant.batch import ExpertBatch, QuantizedTensor, ceil_div, empty_transposed_scales
 from moequant.checks import check_tensor
 from moequant.config import QUANT_DTYPES
@@ -82,17 +83,44 @@ class GroupedExperts:
         return cls(w13, w2, activation=activation)
 
     def __call__(self, batch: ExpertBatch) -> Tensor:
-        return self.gemm2(self.activation(self.gemm1(batch), batch), batch)
+        return self.gemm2(self.gemm1_swiglu(batch), batch)
+
+    def gemm1_swiglu(self, batch: ExpertBatch) -> QuantizedTensor | Tensor:
+        """GEMM 1, SwiGLU and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
+        bits. Returns values (L, M, I)."""
+        self._check(batch)
+        if not self.fuses(batch):
+            return self.activation(self.gemm1(batch), batch)
+        assert isinstance(self.w13, QuantizedTensor) and isinstance(self._inner, QuantizedTensor) and batch.scales is not None
+        torch.ops.moequant.gemm1_swiglu(
+            batch.values,
+            batch.scales,
+            self.w13.values,
+            self.w13.scales,
+            batch.num_tokens,
+            self._inner.values,
+            self._inner.scales,
+            batch.recipe,
+            batch.expected_rows,
+        )
+        return self._inner
+
+    def fuses(self, batch: ExpertBatch) -> bool:
+        """Whether `gemm1_swiglu` is one kernel for a batch."""
+        self._reserve(batch.values.shape[1])
+        if not (isinstance(self.w13, QuantizedTensor) and isinstance(self._inner, QuantizedTensor)) or batch.scales is None:
+            return False
+        w13, inner = self.w13, self._inner
+        return ops.fuses_gemm1(batch.values, batch.scales, w13.values, w13.scales, inner.values, inner.scales, batch.expected_rows)
 
     def gemm1(self, batch: ExpertBatch) -> Tensor:
         """batch's values times w13: (L, M, 2I) bfloat16."""
-        experts, rows, hidden = batch.values.shape
-        if (experts, hidden) != (self.w13.shape[0], self.hidden_size) or batch.values.dtype != _dtype(self.w13):
-            raise ValueError(
-                f"the experts are {self.w13.shape[0]} of hidden size {self.hidden_size} in {_dtype(self.w13)}, the batch has values of "
-                f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
-            )
+        self._check(batch)
+        rows = batch.values.shape[1]
         self._reserve(rows)
+        if self._gate_up is None:
+            shape = (self.w13.shape[0], rows, 2 * self.intermediate_size)
+            self._gate_up = torch.empty(shape, dtype=torch.bfloat16, device=self.w13.device)
         return grouped_gemm_blockscale(
             batch.activations, self.w13, batch.num_tokens, out=self._gate_up, expected_rows=batch.expected_rows
         )
@@ -114,13 +142,21 @@ class GroupedExperts:
         """inner times w2: (L, M, H) bfloat16."""
         return grouped_gemm_blockscale(inner, self.w2, batch.num_tokens, out=self._output, expected_rows=batch.expected_rows)
 
+    def _check(self, batch: ExpertBatch) -> None:
+        experts, _, hidden = batch.values.shape
+        if (experts, hidden) != (self.w13.shape[0], self.hidden_size) or batch.values.dtype != _dtype(self.w13):
+            raise ValueError(
+                f"the experts are {self.w13.shape[0]} of hidden size {self.hidden_size} in {_dtype(self.w13)}, the batch has values of "
+                f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
+            )
+
     def _reserve(self, rows: int) -> None:
-        """Workspaces for batches of M = rows."""
+        """Workspaces for batches of M = rows; gate and up's only when `gemm1` runs by itself."""
         if rows == self._rows:
             return
         experts, device, inner = self.w13.shape[0], self.w13.device, self.intermediate_size
         self._rows = rows
-        self._gate_up = torch.empty(experts, rows, 2 * inner, dtype=torch.bfloat16, device=device)
+        self._gate_up: Tensor | None = None
         self._output = torch.empty(experts, rows, self.hidden_size, dtype=torch.bfloat16, device=device)
         self._inner: QuantizedTensor | Tensor = torch.empty(experts, rows, inner, dtype=_dtype(self.w2), device=device)
         if isinstance(self.w2, QuantizedTensor):

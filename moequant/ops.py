@@ -147,6 +147,50 @@ def grouped_gemm_blockscale(
     kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows)
 
 
+def fuses_gemm1(
+    a: Tensor, a_scales: Tensor, w13: Tensor, w13_scales: Tensor, values: Tensor, scales: Tensor, expected_rows: int
+) -> bool:
+    """Whether `gemm1_swiglu` is one kernel for these arguments, and faster than its two parts."""
+    from moequant.kernels import common
+
+    if not common.runs_gluon(a.device):
+        return False
+    from moequant.kernels import gemm1_swiglu_hopper as fused
+
+    if not fused.worth_fusing(w13.shape[0], w13.shape[1] // 2, w13.shape[2], expected_rows):
+        return False
+    return fused.supports_gemm1_swiglu(a, a_scales, w13, w13_scales, values, scales)
+
+
+@registered(mutates=("values", "scales"))
+def gemm1_swiglu(
+    a: Tensor,
+    a_scales: Tensor,
+    w13: Tensor,
+    w13_scales: Tensor,
+    num_tokens: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    recipe: str = "default",
+    expected_rows: int | None = None,
+) -> None:
+    """`grouped_gemm_blockscale` in bfloat16, then `silu_mul_quantize`: the same bits in one kernel, where `fuses_gemm1` says so.
+
+    a: (L, M, H), a_scales: (L, M, G), as for the GEMM. w13: (L, 2I, H), gate first, with scales of two segments. values (L, M, I) and
+    scales (L, M, ceil(I / 128)) are written for the valid rows.
+    """
+    rows = a.shape[1] if expected_rows is None else expected_rows
+    if uses_kernels(a) and fuses_gemm1(a, a_scales, w13, w13_scales, values, scales, rows):
+        from moequant.kernels.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel
+
+        settings = quantize_settings(values, recipe, None)
+        kernel(a, a_scales, w13, w13_scales, num_tokens, values, scales, expected_rows=rows, **settings)
+        return
+    gate_up = torch.empty(*a.shape[:2], w13.shape[1], dtype=torch.bfloat16, device=a.device)
+    grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, gate_up, 2, expected_rows)
+    silu_mul_quantize(gate_up, num_tokens, values, scales, recipe)
+
+
 @registered(mutates=("slots", "counts", "num_tokens", "status"))
 def route(
     topk_ids: Tensor,

@@ -49,6 +49,12 @@ def gemm_arguments(quantized: bool) -> tuple:
     return qa.values, qa.scales, qb.values, qb.scales, COUNTS, out, 2, None
 
 
+def gemm1_arguments(dtype: torch.dtype) -> tuple:
+    a, w13 = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 2 * 140, 140).bfloat16()
+    qa, qw = quantize_expert_batch(a, dtype=dtype), quantize_weight(w13, dtype=dtype, segments=2)
+    return qa.values, qa.scales, qw.values, qw.scales, COUNTS, *quantize_outputs(dtype), "ue8m0", 2
+
+
 def route_arguments(*optional: Any) -> tuple:
     return integers([1, 0], [-1, 1], [9, 0]), torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), *optional
 
@@ -87,6 +93,7 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
     },
     "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, torch.zeros(2, 4, 140).bfloat16())},
     "grouped_gemm_blockscale": {"int8, counted": lambda: gemm_arguments(True), "bfloat16": lambda: gemm_arguments(False)},
+    "gemm1_swiglu": {"int8": lambda: gemm1_arguments(torch.int8), "fp8": lambda: gemm1_arguments(FP8)},
     "route": {
         "all outputs": lambda: route_arguments(1, small_counts(), torch.zeros(2, dtype=torch.int64)),
         "slots and counts": route_arguments,
@@ -258,3 +265,14 @@ def test_the_gemm_operation_takes_bare_tensors_for_the_quantized_operands():
     operation("grouped_gemm_blockscale")(values, scales, weights, weight_scales, counts, out, segments)
     a, b = QuantizedTensor(values, scales, "transposed"), QuantizedTensor(weights, weight_scales, "block", segments=segments)
     assert_bit_equal(out, reference.grouped_gemm_blockscale(a, b, counts, out=torch.zeros_like(out)))
+
+
+def test_gemm1_swiglu_is_the_gemm_and_then_swiglu_with_quantization():
+    a, a_scales, w13, w13_scales, counts, values, scales, recipe, _ = gemm1_arguments(FP8)
+    operation("gemm1_swiglu")(a, a_scales, w13, w13_scales, counts, values, scales, recipe, 2)
+    left, right = QuantizedTensor(a, a_scales, "transposed"), QuantizedTensor(w13, w13_scales, "block", segments=2)
+    gate_up = grouped_gemm_blockscale(left, right, counts)
+    expected = silu_mul_quantize(gate_up, counts, recipe=recipe)
+    assert_bit_equal(values[0, :3], expected.values[0, :3])
+    assert_bit_equal(scales[0, :3], expected.scales[0, :3])
+    assert not values.view(torch.int8)[1].any()
