@@ -73,9 +73,22 @@ def locate_tile(tile, counts, ends, num_tokens, experts, M, COLUMN_TILES: gl.con
 
 @gluon.jit
 def load_tiles(
-    descriptors, ring, counter, num_tokens, experts, M, scale_rows, N: gl.constexpr, G: gl.constexpr, EXPERTS: gl.constexpr
+    descriptors,
+    ring,
+    counter,
+    num_tokens,
+    experts,
+    M,
+    scale_rows,
+    N: gl.constexpr,
+    G: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    GATED: gl.constexpr = False,
 ):
-    """The TMA warp: draws tiles and fills the ring with their groups."""
+    """The TMA warp: draws tiles and fills the ring with their groups.
+
+    GATED: of a tile's two halves of 128 columns the second lies N / 2 columns after the first, not beside it.
+    """
     a, b, a_scales = descriptors
     a_s, b_s, a_scales_s, tile_s, full, empty = ring
     STAGES: gl.constexpr = full.shape[0]
@@ -83,6 +96,8 @@ def load_tiles(
     COLUMN_TILES: gl.constexpr = (N + 128 * HALVES - 1) // (128 * HALVES)
     A_BYTES: gl.constexpr = 64 * 128 + 64 * 4
     B_BYTES: gl.constexpr = HALVES * 128 * 128
+    TILE_COLUMNS: gl.constexpr = 128 if GATED else 128 * HALVES
+    SECOND: gl.constexpr = N // 2 if GATED else 128
     programs = gl.num_programs(0)
     tile = gl.program_id(0)
     drawn = tile
@@ -92,7 +107,7 @@ def load_tiles(
     expert, count, row_tile, column_tile = locate_tile(tile, counts, ends, num_tokens, experts, M, COLUMN_TILES)
     while expert < experts:
         row = row_tile * 128
-        column = column_tile * (128 * HALVES)
+        column = column_tile * TILE_COLUMNS
         a_row = expert * M + row
         b_row = expert * N + column
         scale_row = expert * scale_rows
@@ -113,7 +128,7 @@ def load_tiles(
             tma.async_copy_global_to_shared(a, [a_row, k * 128], loaded, a_s.index(stage * 2))
             tma.async_copy_global_to_shared(a_scales, [scale_row + k, row], loaded, a_scales_s.index(stage * 2))
             if HALVES == 2:
-                tma.async_copy_global_to_shared(b, [b_row + 128, k * 128], loaded, b_s.index(stage * HALVES + 1))
+                tma.async_copy_global_to_shared(b, [b_row + SECOND, k * 128], loaded, b_s.index(stage * HALVES + 1))
             tma.async_copy_global_to_shared(a, [a_row + 64, k * 128], loaded, a_s.index(stage * 2 + 1), pred=both)
             tma.async_copy_global_to_shared(a_scales, [scale_row + k, row + 64], loaded, a_scales_s.index(stage * 2 + 1), pred=both)
             stage, phase = advance(stage, phase, STAGES)

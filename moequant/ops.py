@@ -157,7 +157,7 @@ def fuses_gemm1(
         return False
     from moequant.kernels import gemm1_swiglu_hopper as fused
 
-    if not fused.worth_fusing(w13.shape[0], w13.shape[1] // 2, w13.shape[2], expected_rows):
+    if fused.faster_apart(w13.shape[0], w13.shape[1] // 2, expected_rows, a.device):
         return False
     return fused.supports_gemm1_swiglu(a, a_scales, w13, w13_scales, values, scales)
 

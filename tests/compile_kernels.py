@@ -142,6 +142,14 @@ def grouped_gemm(
     ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), out, expected_rows=expected_rows)
 
 
+def gemm1_swiglu(dtype: torch.dtype, columns: int, recipe: str = "default") -> None:
+    a, a_scales = quantized(16, 256, 4096, dtype)
+    values, scales = quantized(16, 256, columns, dtype)
+    assert a_scales is not None and scales is not None
+    w13, w13_scales = empty(16, 2 * columns, 4096, dtype=dtype), empty(16, columns // 64, 32, dtype=torch.float32)
+    ops.gemm1_swiglu(a, a_scales, w13, w13_scales, counted(a), values, scales, recipe, 128)
+
+
 def route(ids: torch.dtype = torch.int64, capacity: int | None = None) -> None:
     topk_ids, slots = empty(128, 8, dtype=ids), empty(128, 8, dtype=torch.int32)
     counts, num_tokens = empty(256, dtype=torch.int32), empty(256, dtype=torch.int32)
@@ -234,7 +242,7 @@ CASES = {
     "silu_mul_quantize": [
         *cases(silu_mul_quantize, *each_format(), *each_format(recipe="ue8m0")),
         *cases(silu_mul_quantize, {"dtype": FNUZ}, anywhere=True),
-        *cases(silu_mul_quantize, {"dtype": INT8, "columns": 1445}, wide=False, may_spill=True),
+        *cases(silu_mul_quantize, {"dtype": INT8, "columns": 1445}, {"dtype": INT8, "columns": 1}, wide=False, may_spill=True),
     ],
     "grouped_gemm": [
         *cases(grouped_gemm, *(case for rows in (16, 1024) for case in each_format(BF16, expected_rows=rows))),
@@ -255,6 +263,9 @@ CASES = {
             hopper=True,
         ),
     ],
+    "gemm1_swiglu_hopper": cases(
+        gemm1_swiglu, {"dtype": E4M3, "columns": 2048}, {"dtype": E4M3, "columns": 768, "recipe": "ue8m0"}, hopper=True
+    ),
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
     "expert_offsets": cases(expert_offsets, {}, wide=False),
     "plan_sends": cases(plan_sends, {}, wide=False),
