@@ -50,6 +50,8 @@ class TileCounters:
     def __init__(self) -> None:
         self.of_stream: dict[tuple[torch.device, int], Tensor] = {}
         self.unused: dict[torch.device, list[Tensor]] = {}
+        # graphs hold bare pointers: no pair's memory is ever freed
+        self.chunks: list[Tensor] = []
 
     def get(self, device: torch.device) -> Tensor:
         """The pair for a launch on the current stream."""
@@ -60,11 +62,14 @@ class TileCounters:
             # memory that is made during a capture belongs to its graph, which zeroes it at each replay
             return unused.pop() if unused else torch.zeros(2, dtype=torch.int32, device=device)
         key = (device, torch.cuda.current_stream(device).cuda_stream)
-        if key not in self.of_stream or not unused:
+        if not unused:
             # 16 bytes apart, as Triton compiles anew for pointers that are aligned otherwise
-            unused.extend(torch.zeros(1024, 4, dtype=torch.int32, device=device).unbind())
-            torch.cuda.synchronize(device)
-            self.of_stream.setdefault(key, unused.pop())
+            self.chunks.append(torch.zeros(4096, 4, dtype=torch.int32, device=device))
+            unused.extend(self.chunks[-1].unbind())
+            # the zeros are there before another stream draws from them
+            torch.cuda.current_stream(device).synchronize()
+        if key not in self.of_stream:
+            self.of_stream[key] = unused.pop()
         return self.of_stream[key]
 
 

@@ -34,6 +34,7 @@ def move_source_rows_kernel(
     m_stride_m,
     m_stride_g,
     sources_stride_block,
+    counts_stride,
     TO_MERGED: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     HAS_SOURCES: tl.constexpr,
@@ -49,7 +50,7 @@ def move_source_rows_kernel(
     source = block // experts
     expert = block % experts
     start = tl.load(offsets_ptr + source * all_experts + first_expert + expert)
-    count = tl.load(counts_ptr + source * all_experts + first_expert + expert)
+    count = tl.load(counts_ptr + source * counts_stride + first_expert + expert)
     valid = tl.minimum(tl.minimum(count, limit), capacity - start)
     first = tl.program_id(1) * BLOCK_C
     if first < valid:
@@ -123,6 +124,7 @@ def move_source_rows(
         *((0, 0, 0) if padded_scales is None else (block_stride(padded_scales), *padded_scales.stride()[2:])),
         *((0, 0, 0) if merged_scales is None else merged_scales.stride()),
         0 if padded_sources is None else block_stride(padded_sources),
+        counts.stride(0),
         TO_MERGED=to_merged,
         HAS_SCALES=padded_scales is not None,
         HAS_SOURCES=padded_sources is not None,

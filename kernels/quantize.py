@@ -31,7 +31,7 @@ def load_tile(
     x = tl.load(at + in_tile, mask=mask, other=0.0)
     up = x
     if GATED:
-        up = tl.load(at + columns.to(tl.int64) * x_stride_h + in_tile, mask=mask, other=0.0)
+        up = tl.load(at + tl.cast(columns, tl.int64) * x_stride_h + in_tile, mask=mask, other=0.0)
     return x, up
 
 

@@ -260,7 +260,9 @@ class Layer:
         config = self.config
         case = {"T": options.num_tokens, "H": options.hidden, "I": options.intermediate, "E": config.num_experts, "K": config.top_k}
         case |= {"W": config.world_size, "quant": config.quant, "transport": "collective" if self.exchange else "local"}
-        case |= {"exchange": self.exchange, "reduce": config.reduce, "routing": options.routing, "capacity": config.capacity}
+        case |= {"exchange": self.exchange, "reduce": config.reduce, "routing": options.routing}
+        # as it is rounded
+        case |= {"capacity": config.max_rows if config.capacity is not None else None}
         return {key: value for key, value in case.items() if value is not None}
 
     def time(self, name: str, step: Callable[[], Any]) -> Timing:
@@ -284,6 +286,8 @@ class Layer:
         summed = torch.empty_like(hidden)
         timings["gemm1"] = self.time("GEMM 1", lambda: experts.gemm1(batch))
         timings["silu_mul_quantize"] = self.time("SwiGLU + quantize", lambda: experts.activation(gate_up, batch))
+        if experts.fuses(batch):
+            timings["gemm1_fused"] = self.time("GEMM 1 with SwiGLU + quantize", lambda: experts.gemm1_swiglu(batch))
         timings["gemm2"] = self.time("GEMM 2", lambda: experts.gemm2(inner, batch))
         timings["combine"] = self.time("combine", lambda: dispatcher.combine(output, handle, out=summed))
         timings["layer"] = self.time("the whole layer", self)
@@ -301,7 +305,9 @@ def record_steps(
     # of each step: bytes of memory traffic, bytes sent, operations
     gemm1 = load.experts * 2 * size * hidden * width + load.rows * (row + 4 * size), 0, 4 * load.rows * size * hidden
     gemm2 = load.experts * size * hidden * width + load.rows * (size * width + scales(size) + 2 * hidden), 0, gemm1[2] // 2
+    gemm1_fused = gemm1[0] + load.rows * (size * width + scales(size) - 4 * size), 0, gemm1[2]
     work = {
+        "gemm1_fused": gemm1_fused,
         "quantize": (tokens * (2 * hidden + row), 0, 0),
         "dispatch": (tokens * 2 * hidden + load.rows * row, load.dispatch_bytes, 0),
         "gemm1": gemm1,
@@ -310,6 +316,7 @@ def record_steps(
         "combine": (tokens * (config.top_k + 1) * 2 * hidden, load.combine_bytes, 0),
     }
     labels = {"quantize": "quantize alone", "gemm1": "GEMM 1", "gemm2": "GEMM 2", "silu_mul_quantize": "SwiGLU + quantize"}
+    labels["gemm1_fused"] = "GEMM 1 with SwiGLU + quantize"
     mean_rows = max(1, round(load.rows / config.num_local_experts))
     for name, timing in timings.items():
         if name == "layer":
@@ -366,6 +373,8 @@ def run(options: argparse.Namespace, rank: int, device: torch.device) -> int:
         if bench is not None:
             progress("")
             load = busiest(layer.config, every_id, placed, layer.exchange)
+            note = model_shape(options.model).note if options.model else ""
+            print(f"{options.model} ({note})\n" if note else "", end="")
             print(f"{case_text(layer.case(options))}; busiest rank {load.rows} rows, {absent} dropped\n{check}")
             record_steps(bench, options, layer, load, timings, wire_gbps)
     if not passed and rank == 0:

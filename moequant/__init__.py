@@ -8,6 +8,7 @@ from moequant.errors import (
     ConfigMismatchError,
     InvalidExpertIdError,
     LayoutError,
+    OutOfStepError,
     PeerTimeoutError,
     StaleHandleError,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "InvalidExpertIdError",
     "LayoutError",
     "MoEQuantDispatcher",
+    "OutOfStepError",
     "PeerTimeoutError",
     "QuantizedTensor",
     "StaleHandleError",

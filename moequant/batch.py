@@ -102,6 +102,7 @@ class ExpertBatch:
     sources: (L, M) int64, where each valid row came from: `source_rank << 32 | token * top_k + k`.
     recipe: the quantization recipe of values and scales.
     expected_rows: a host-side guess of the mean of num_tokens, by which kernels choose their tiles; never more than a hint.
+    slot: the dispatcher's slot that it lies in; batches of different slots may be in flight at once.
 
     Rows of an expert are ordered by (source rank, token, k). The tensors are views of the dispatcher's buffers, valid until the same
     slot's next dispatch.
@@ -113,6 +114,7 @@ class ExpertBatch:
     sources: Tensor
     recipe: str
     expected_rows: int
+    slot: int = 0
 
     @property
     def activations(self) -> QuantizedTensor | Tensor:

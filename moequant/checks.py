@@ -38,6 +38,18 @@ def check_counts(num_tokens: Tensor | None, x: Tensor) -> None:
             raise ValueError(f"num_tokens must be contiguous, got strides {num_tokens.stride()}; call .contiguous()")
 
 
+def check_format(quant: str, device: torch.device) -> None:
+    """Raises ValueError if a device can't compute in a format: Triton converts and multiplies float8 from NVIDIA's sm_89 on, and
+    float8_e4m3fnuz on AMD alone."""
+    if device.type != "cuda" or torch.version.hip is not None or not quant.startswith("fp8"):
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9) or quant == "fp8_e4m3fnuz":
+        works = '"int8" and "none"' if capability < (8, 9) else '"fp8_e4m3fn", "fp8_e5m2", "int8" and "none"'
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f'quant="{quant}" can\'t be computed on {name} (sm_{capability[0]}{capability[1]}); {works} can')
+
+
 def check_no_grad(**tensors: Tensor | None) -> None:
     """Raises RuntimeError if one of the tensors requires grad under grad mode: there is no backward, and detaching it silently would
     be a wrong result."""

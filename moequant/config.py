@@ -66,8 +66,13 @@ class DispatcherConfig:
             not isinstance(self.capacity, int) or isinstance(self.capacity, bool) or self.capacity < 1
         ):
             raise ValueError(f"capacity must be a positive number of rows for each expert, or None, got {self.capacity!r}")
-        if not isinstance(self.timeout, int | float) or not self.timeout > 0:
-            raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not 1e-3 <= self.timeout <= 1e6:
+            raise ValueError(f"timeout must be a number of seconds from 0.001 to 1e6, got {self.timeout!r}")
+        if self.num_experts * max(self.max_rows, self.rows_per_source) >= 2**31:
+            raise ValueError(
+                f"{self.num_experts} experts of {self.max_rows} rows are too many: rows are numbered in int32; lower capacity or "
+                "max_tokens_per_rank"
+            )
         if self.transport == "local" and self.world_size > 1:
             raise ValueError(f'transport "local" serves one rank, got a group of {self.world_size}; use "collective" or "auto"')
 

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_no_grad, check_tensor
+from moequant.checks import check_format, check_no_grad, check_tensor
 from moequant.config import DispatcherConfig
 from moequant.errors import (
     CapacityOverflowError,
     ClosedError,
     ConfigMismatchError,
     InvalidExpertIdError,
+    OutOfStepError,
     PeerTimeoutError,
     StaleHandleError,
 )
@@ -59,9 +60,11 @@ class MoEQuantDispatcher:
     timeout: seconds that a wait for other ranks may last, on CPUs; on GPUs the process group's own limit holds.
     device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
-    The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes and
-    compiles the kernels. `dispatch` and `combine` are collective and run in stream order; nothing in them syncs with the host, except
-    in the packed exchange. A dispatcher is a context manager; leaving it calls `close()`.
+    The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes, and
+    compiles the kernels for bfloat16 hidden states and float32 weights; other types compile when they first come. `dispatch` and
+    `combine` are collective and run in stream order; nothing in them syncs with the host, except in the packed exchange. All ranks have
+    to make the same calls: a call that raises on one rank counts, and OutOfStepError tells the ranks that went on without it (on a GPU
+    with the padded exchange, from `check()`). A dispatcher is a context manager; leaving it calls `check()` and `close()`.
 
     Raises ValueError for wrong settings, ConfigMismatchError where ranks disagree.
     """
@@ -86,12 +89,15 @@ class MoEQuantDispatcher:
         device: torch.device | str | None = None,
     ) -> None:
         self._closed = False
-        self._fault: PeerTimeoutError | None = None
+        self._fault: PeerTimeoutError | OutOfStepError | None = None
+        self._calls = 0
         self._number = next(_NUMBERS)
         group, rank, world_size = _membership(group)
-        self.device = _device(group, device)
+        self.device = _device(group, None)
 
         def settings() -> DispatcherConfig:
+            self.device = _device(group, device)
+            check_format(quant, self.device)
             return DispatcherConfig(
                 num_experts=num_experts,
                 top_k=top_k,
@@ -109,11 +115,12 @@ class MoEQuantDispatcher:
                 timeout=timeout,
             )
 
+        mine = _attempt(settings, alone=world_size == 1)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            self.config = _agree(settings, group, rank, world_size)
-            self._status = torch.zeros(2, dtype=torch.int64, device=self.device)
+            self.config = _agree(mine, group, rank, world_size)
+            self._status = torch.zeros(3, dtype=torch.int64, device=self.device)
             self._transport = _make_transport(self.config, rank, self.device, self._status, group)
-            self._slots = [self._transport.allocate() for _ in range(slots)]
+            self._slots = [self._transport.allocate(number) for number in range(slots)]
             if self.device.type == "cuda":
                 self._warm_up()
 
@@ -153,6 +160,9 @@ class MoEQuantDispatcher:
         """
         self._check_open()
         buffers = self._slot(slot)
+        # a call that is refused counts too: ranks that go on without this one must notice
+        self._calls += 1
+        buffers.call = (self._calls % 2**30) * 2 + slot
         self._check_inputs(hidden_states, topk_ids, topk_weights)
         if hidden_states.stride(-1) != 1:
             hidden_states = hidden_states.contiguous()
@@ -173,6 +183,8 @@ class MoEQuantDispatcher:
         dispatched again since, ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode.
         """
         self._check_open()
+        if not isinstance(handle, DispatchHandle):
+            raise ValueError(f"handle must be the DispatchHandle that dispatch returned, got {type(handle).__name__}")
         if handle.dispatcher != self._number:
             raise StaleHandleError(
                 "the handle was made by another dispatcher; give combine the handle that this one's dispatch returned"
@@ -190,6 +202,7 @@ class MoEQuantDispatcher:
         if out is None:
             out = torch.empty(weights.shape[0], config.hidden_size, dtype=handle.dtype, device=self.device)
         check_tensor("out", out, shape=(weights.shape[0], config.hidden_size), dtypes=(handle.dtype,), device=self.device)
+        check_no_grad(out=out)
         if out.stride(-1) != 1:
             raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
         self._run(self._transport.combine, expert_output.contiguous(), weights, out, buffers, handle.state)
@@ -213,25 +226,42 @@ class MoEQuantDispatcher:
         """Waits for the device, and reports what dispatches since the last check could not raise. Not collective.
 
         Returns the number of rows without room, of all ranks and experts. Raises InvalidExpertIdError if topk_ids of this rank had ids
-        outside -1..E-1, CapacityOverflowError if rows had no room and on_overflow is "error", PeerTimeoutError after a fault.
+        outside -1..E-1, CapacityOverflowError if rows had no room and on_overflow is "error", OutOfStepError if ranks made different
+        calls, PeerTimeoutError after a fault.
         """
         self._check_open()
-        invalid, dropped = self._status.tolist()
+        return self._report()
+
+    def _report(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        invalid, dropped, strangers = self._status.tolist()
         self._status.zero_()
+        if strangers:
+            self._fault = OutOfStepError(
+                "ranks of the group made different calls of dispatch, and results since the last check are wrong: one rank raised an "
+                "error, or skipped a call that the others made. Build a new dispatcher"
+            )
+            raise self._fault
+        overflow = (
+            f"{dropped} rows had no room in their expert's buffer of {self.config.max_rows} rows and were not sent; raise capacity "
+            '(None holds every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it with '
+            'on_overflow="drop"'
+        )
         if invalid:
             raise InvalidExpertIdError(
                 f"{invalid} entries of topk_ids were outside -1..{self.config.num_experts - 1} and were treated as -1; "
-                "check the router, and num_experts"
+                f"check the router, and num_experts{'. Besides, ' + overflow if dropped else ''}"
             )
         if dropped and self.config.on_overflow == "error":
-            raise CapacityOverflowError(
-                f"{dropped} rows had no room in their expert's buffer of {self.config.max_rows} rows and were not sent; raise capacity "
-                '(None holds every row of distinct experts), or accept it with on_overflow="drop"'
-            )
+            raise CapacityOverflowError(overflow)
         return dropped
 
     def close(self) -> None:
-        """Frees the buffers. Not collective, may be called twice; every other call raises ClosedError from then on."""
+        """Waits for the device and frees the buffers; graphs that were captured with them must not be replayed any more. Not collective,
+        may be called twice; every other call raises ClosedError from then on."""
+        if self._slots and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self._closed = True
         self._slots = []
 
@@ -239,16 +269,21 @@ class MoEQuantDispatcher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        """Closes, and, unless an error is under way, reports as `check` does: what was dropped must not go unsaid."""
+        try:
+            if kind is None and not self._closed and self._fault is None:
+                self._report()
+        finally:
+            self.close()
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this dispatcher is closed; build a new one")
         if self._fault is not None:
-            raise PeerTimeoutError(f"this dispatcher lost a rank earlier: {self._fault}")
+            raise type(self._fault)(f"this dispatcher lost a rank earlier: {self._fault}")
 
     def _slot(self, slot: int) -> Slot:
-        if not 0 <= slot < len(self._slots):
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self._slots):
             raise ValueError(
                 f"slot must be in 0..{len(self._slots) - 1}, got {slot}; the constructor's slots says how many there are"
             )
@@ -280,7 +315,7 @@ class MoEQuantDispatcher:
         """A transport's step; after a fault every later call raises."""
         try:
             return step(*arguments)
-        except PeerTimeoutError as error:
+        except (PeerTimeoutError, OutOfStepError) as error:
             self._fault = error
             raise
 
@@ -324,17 +359,19 @@ def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) 
     return device
 
 
-def _agree(
-    settings: Callable[[], DispatcherConfig], group: dist.ProcessGroup | None, rank: int, world_size: int
-) -> DispatcherConfig:
+def _attempt(settings: Callable[[], DispatcherConfig], alone: bool) -> DispatcherConfig | str:
+    """This rank's settings, or, where others wait for it, what is wrong with them, whatever it is."""
+    try:
+        return settings()
+    except Exception as error:
+        if alone:
+            raise
+        return str(error)
+
+
+def _agree(mine: DispatcherConfig | str, group: dist.ProcessGroup | None, rank: int, world_size: int) -> DispatcherConfig:
     """This rank's settings, after all ranks have shown each other theirs. A rank whose settings are wrong tells the others, which would
     otherwise wait for it."""
-    try:
-        mine: DispatcherConfig | str = settings()
-    except ValueError as error:
-        if world_size == 1:
-            raise
-        mine = str(error)
     if world_size > 1:
         everyone: list[DispatcherConfig | str] = [""] * world_size
         dist.all_gather_object(everyone, mine, group=group)

@@ -25,5 +25,9 @@ class ClosedError(RuntimeError):
     """A dispatcher was used after `close()`."""
 
 
+class OutOfStepError(RuntimeError):
+    """Ranks of one group made different calls: one of them raised an error, or skipped a call, where the others went on."""
+
+
 class PeerTimeoutError(RuntimeError):
     """A rank did not answer within the dispatcher's time limit, or was lost."""

@@ -5,12 +5,14 @@ L local experts, M rows of an expert's buffer, H hidden size, I intermediate siz
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from moequant import ops
 from moequant.batch import ExpertBatch, QuantizedTensor, ceil_div, empty_transposed_scales
-from moequant.checks import check_tensor
+from moequant.checks import check_format, check_tensor
 from moequant.config import QUANT_DTYPES
 from moequant.errors import LayoutError
 from moequant.gemm import grouped_gemm_blockscale
@@ -23,13 +25,15 @@ class GroupedExperts:
     """w2[l] @ (silu(gate) * up) with gate, up = the halves of w13[l] @ x, for each valid row x of expert l.
 
     Made by `from_weights` or `from_quantized`. Calling it with an ExpertBatch returns (L, M, H) bfloat16, of which the valid rows are
-    written. Its workspaces are allocated for the first batch, and again for one with more rows; the result is one of them, valid until
-    the next call.
+    written. Workspaces are allocated for the first batch of each slot and M, and kept; the result is one of them, valid until the next
+    batch of that slot, unless `out` is given.
     """
 
     def __init__(self, w13: Weight, w2: Weight, *, activation: str = "silu") -> None:
         if activation != "silu":
             raise ValueError(f'activation must be "silu" (SwiGLU), got {activation!r}')
+        if len(w13.shape) != 3:
+            raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
         experts, doubled, hidden = w13.shape
         if doubled % 2 or tuple(w2.shape) != (experts, hidden, doubled // 2):
             raise ValueError(
@@ -51,7 +55,7 @@ class GroupedExperts:
             raise ValueError(f"w13 and w2 must have one dtype, got {_dtype(w13)} and {_dtype(w2)}")
         self.w13, self.w2 = w13, w2
         self.hidden_size, self.intermediate_size = hidden, doubled // 2
-        self._rows = -1
+        self._workspaces: dict[tuple[int, int], Workspace] = {}
 
     @classmethod
     def from_weights(
@@ -64,6 +68,7 @@ class GroupedExperts:
         """
         if quant not in QUANT_DTYPES:
             raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
+        check_format(quant, w13.device)
         for name, w in (("w13", w13), ("w2", w2)):
             check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
         if quant == "none":
@@ -82,86 +87,89 @@ class GroupedExperts:
         """Takes weights that are quantized already: layout "block", w13 with segments=2."""
         return cls(w13, w2, activation=activation)
 
-    def __call__(self, batch: ExpertBatch) -> Tensor:
-        return self.gemm2(self.gemm1_swiglu(batch), batch)
+    def __call__(self, batch: ExpertBatch, *, out: Tensor | None = None) -> Tensor:
+        """out: (L, M, H) bfloat16 contiguous, or None for a workspace. Returns it; the valid rows are written."""
+        return self.gemm2(self.gemm1_swiglu(batch), batch, out=out)
 
     def gemm1_swiglu(self, batch: ExpertBatch) -> QuantizedTensor | Tensor:
         """GEMM 1, SwiGLU and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
         bits. Returns values (L, M, I)."""
-        self._check(batch)
         if not self.fuses(batch):
             return self.activation(self.gemm1(batch), batch)
-        assert isinstance(self.w13, QuantizedTensor) and isinstance(self._inner, QuantizedTensor) and batch.scales is not None
+        inner = self._workspace(batch).inner
+        assert isinstance(self.w13, QuantizedTensor) and isinstance(inner, QuantizedTensor)
         torch.ops.moequant.gemm1_swiglu(
             batch.values,
             batch.scales,
             self.w13.values,
             self.w13.scales,
             batch.num_tokens,
-            self._inner.values,
-            self._inner.scales,
+            inner.values,
+            inner.scales,
             batch.recipe,
             batch.expected_rows,
         )
-        return self._inner
+        return inner
 
     def fuses(self, batch: ExpertBatch) -> bool:
         """Whether `gemm1_swiglu` is one kernel for a batch."""
-        self._reserve(batch.values.shape[1])
-        if not (isinstance(self.w13, QuantizedTensor) and isinstance(self._inner, QuantizedTensor)) or batch.scales is None:
+        inner, w13 = self._workspace(batch).inner, self.w13
+        if not (isinstance(w13, QuantizedTensor) and isinstance(inner, QuantizedTensor)) or batch.scales is None:
             return False
-        w13, inner = self.w13, self._inner
         return ops.fuses_gemm1(batch.values, batch.scales, w13.values, w13.scales, inner.values, inner.scales, batch.expected_rows)
 
     def gemm1(self, batch: ExpertBatch) -> Tensor:
         """batch's values times w13: (L, M, 2I) bfloat16."""
-        self._check(batch)
-        rows = batch.values.shape[1]
-        self._reserve(rows)
-        if self._gate_up is None:
-            shape = (self.w13.shape[0], rows, 2 * self.intermediate_size)
-            self._gate_up = torch.empty(shape, dtype=torch.bfloat16, device=self.w13.device)
-        return grouped_gemm_blockscale(
-            batch.activations, self.w13, batch.num_tokens, out=self._gate_up, expected_rows=batch.expected_rows
-        )
+        out = self._workspace(batch).gate_up
+        return grouped_gemm_blockscale(batch.activations, self.w13, batch.num_tokens, out=out, expected_rows=batch.expected_rows)
 
     def activation(self, gate_up: Tensor, batch: ExpertBatch) -> QuantizedTensor | Tensor:
         """SwiGLU of (L, M, 2I), quantized by the batch's recipe: values (L, M, I)."""
-        if isinstance(self._inner, Tensor):
-            return silu_mul(gate_up, batch.num_tokens, out=self._inner)
+        inner = self._workspace(batch).inner
+        if isinstance(inner, Tensor):
+            return silu_mul(gate_up, batch.num_tokens, out=inner)
         return silu_mul_quantize(
-            gate_up,
-            batch.num_tokens,
-            dtype=self._inner.values.dtype,
-            recipe=batch.recipe,
-            values=self._inner.values,
-            scales=self._inner.scales,
+            gate_up, batch.num_tokens, dtype=inner.values.dtype, recipe=batch.recipe, values=inner.values, scales=inner.scales
         )
 
-    def gemm2(self, inner: QuantizedTensor | Tensor, batch: ExpertBatch) -> Tensor:
+    def gemm2(self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, *, out: Tensor | None = None) -> Tensor:
         """inner times w2: (L, M, H) bfloat16."""
-        return grouped_gemm_blockscale(inner, self.w2, batch.num_tokens, out=self._output, expected_rows=batch.expected_rows)
+        out = self._workspace(batch).output if out is None else out
+        return grouped_gemm_blockscale(inner, self.w2, batch.num_tokens, out=out, expected_rows=batch.expected_rows)
 
-    def _check(self, batch: ExpertBatch) -> None:
-        experts, _, hidden = batch.values.shape
+    def _workspace(self, batch: ExpertBatch) -> Workspace:
+        """The workspace of the batch's slot and M. It is kept: a captured graph may hold it."""
+        experts, rows, hidden = batch.values.shape
         if (experts, hidden) != (self.w13.shape[0], self.hidden_size) or batch.values.dtype != _dtype(self.w13):
             raise ValueError(
                 f"the experts are {self.w13.shape[0]} of hidden size {self.hidden_size} in {_dtype(self.w13)}, the batch has values of "
                 f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
             )
+        key = batch.slot, rows
+        if key not in self._workspaces:
+            self._workspaces[key] = Workspace(self, rows)
+        return self._workspaces[key]
 
-    def _reserve(self, rows: int) -> None:
-        """Workspaces for batches of M = rows; gate and up's only when `gemm1` runs by itself."""
-        if rows == self._rows:
-            return
-        experts, device, inner = self.w13.shape[0], self.w13.device, self.intermediate_size
-        self._rows = rows
-        self._gate_up: Tensor | None = None
-        self._output = torch.empty(experts, rows, self.hidden_size, dtype=torch.bfloat16, device=device)
-        self._inner: QuantizedTensor | Tensor = torch.empty(experts, rows, inner, dtype=_dtype(self.w2), device=device)
-        if isinstance(self.w2, QuantizedTensor):
-            scales = empty_transposed_scales(experts, rows, ceil_div(inner, 128), device)
-            self._inner = QuantizedTensor(self._inner, scales, "transposed")
+
+class Workspace:
+    """What passes between the steps for batches of M rows: gate and up (L, M, 2I), made when it is first asked for, SwiGLU's output
+    (L, M, I) and GEMM 2's (L, M, H)."""
+
+    def __init__(self, experts: GroupedExperts, rows: int) -> None:
+        self.shape = experts.w13.shape[0], rows
+        self.device = experts.w13.device
+        self.gate_up_columns = 2 * experts.intermediate_size
+        self.output = torch.empty(*self.shape, experts.hidden_size, dtype=torch.bfloat16, device=self.device)
+        self.inner: QuantizedTensor | Tensor = torch.empty(
+            *self.shape, experts.intermediate_size, dtype=_dtype(experts.w2), device=self.device
+        )
+        if isinstance(experts.w2, QuantizedTensor):
+            scales = empty_transposed_scales(*self.shape, ceil_div(experts.intermediate_size, 128), self.device)
+            self.inner = QuantizedTensor(self.inner, scales, "transposed")
+
+    @functools.cached_property
+    def gate_up(self) -> Tensor:
+        return torch.empty(*self.shape, self.gate_up_columns, dtype=torch.bfloat16, device=self.device)
 
 
 def _dtype(w: Weight) -> torch.dtype:

@@ -148,7 +148,7 @@ def route(
     counts: (E,) int32, written: entries of each expert, before any limit. Its length says how many experts there are.
     capacity: rows that an expert has room for, or None for no limit.
     num_tokens: (E,) int32, written if given: min(counts, capacity).
-    status: (2,) int64, added to if given: ids out of range, and rows past capacity.
+    status: (3,) int64, of which the first two are added to if given: ids out of range, and rows past capacity.
 
     Example: E=3, topk_ids [[2, 0], [0, -1], [2, 2]] gives slots [[0, 0], [1, -1], [1, 2]] and counts [2, 0, 3].
     """
@@ -179,13 +179,17 @@ def expert_offsets(
 ) -> None:
     """Where each source rank's rows start in each expert's buffer.
 
-    counts: (W, E) int32, as each rank's `route` gave them; counts above rows_per_source (C) are cut to it.
+    counts: (W, E) int32, as each rank's `route` gave them; counts above rows_per_source (C) are cut to it. Or (W, E + 1): the last
+        column then is each rank's number of the call.
     offsets: (W, E) int32, written: rows of lower ranks. It may exceed capacity (M): such rows have no place.
     num_tokens: (L,) int32, written for the experts from first_expert on: valid rows, at most capacity.
-    status: (2,) int64; status[1] is raised by the rows, of all ranks and experts, that found no place.
+    status: (3,) int64; status[1] is raised by the rows, of all ranks and experts, that found no place, status[2] by the ranks whose call
+        has another number than rank 0's.
 
     Example: W=2, C=4, M=5, counts of one expert [3, 6]: offsets [0, 3], num_tokens 5, and 4 rows have no place (2 of them past C).
     """
+    experts = offsets.shape[1]
+    calls, counts = counts[:, experts:], counts[:, :experts]
     sent = counts.clamp_max(rows_per_source)
     ends = sent.cumsum(0, dtype=torch.int32)
     offsets.copy_(ends - sent)
@@ -193,6 +197,8 @@ def expert_offsets(
     num_tokens.copy_(placed[first_expert : first_expert + num_tokens.shape[0]])
     if status is not None:
         status[1] += counts.sum() - placed.sum()
+        if calls.shape[1]:
+            status[2] += (calls != calls[0]).sum()
 
 
 def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_counts: Tensor) -> None:

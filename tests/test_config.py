@@ -48,8 +48,8 @@ BAD = {
     "no capacity": ({"capacity": 0}, "capacity must be a positive number of rows for each expert, or None, got 0"),
     "a broken capacity": ({"capacity": 1.5}, "capacity must be .* got 1.5"),
     "an unknown recipe": ({"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, got 'mx'"),
-    "no time": ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
-    "a time that is no number": ({"timeout": float("nan")}, "timeout must be a positive number of seconds, got nan"),
+    "no time": ({"timeout": 0}, "timeout must be a number of seconds from 0.001 to 1e6, got 0"),
+    "a time that is no number": ({"timeout": float("nan")}, "timeout must be a number of seconds from 0.001 to 1e6, got nan"),
     "local on several ranks": (
         {"transport": "local", "world_size": 2},
         'serves one rank, got a group of 2; use "collective" or "auto"',

@@ -249,6 +249,28 @@ def test_wrong_expert_output_raises():
             dispatcher.combine(stand_in(batch), handle, out=torch.empty(TOKENS, HIDDEN))
 
 
+def test_leaving_without_check_reports_what_was_dropped():
+    hidden, ids, weights = inputs()
+    ids[:] = torch.tensor([0, 1, 2])
+    with pytest.raises(CapacityOverflowError), MoEQuantDispatcher(**SETTINGS, capacity=16, device="cpu") as dispatcher:
+        dispatcher(hidden, ids, weights, stand_in)
+    with pytest.raises(ClosedError):
+        dispatcher.check()
+
+
+def test_batches_of_two_slots_have_workspaces_of_their_own():
+    w13 = torch.randn(EXPERTS, 64, HIDDEN).bfloat16()
+    experts = GroupedExperts.from_weights(w13, torch.randn(EXPERTS, HIDDEN, 32).bfloat16(), quant="int8")
+    with MoEQuantDispatcher(**SETTINGS, quant="int8", slots=2, device="cpu") as dispatcher:
+        (first, _), (second, _) = (dispatcher.dispatch(*inputs(), slot=slot) for slot in (0, 1))
+        output = experts(first)
+        before = output.clone()
+        experts(second)
+        assert_bit_equal(output[0, : first.num_tokens[0]], before[0, : first.num_tokens[0]])
+        out = torch.empty_like(output)
+        assert experts(second, out=out).data_ptr() == out.data_ptr()
+
+
 def test_a_stale_handle_and_another_dispatchers_handle_raise():
     with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher, MoEQuantDispatcher(**SETTINGS, device="cpu") as other:
         batch, handle = dispatcher.dispatch(*inputs())

@@ -95,3 +95,7 @@ def test_no_records_and_wrong_files(project, capsys):
     (root / "benchmarks" / "results" / "x.jsonl").unlink()
     assert report.main([], root) == 2
     assert report.START in capsys.readouterr().err
+
+
+def test_the_committed_tables_are_up_to_date():
+    assert report.main(["--check"]) == 0

@@ -28,8 +28,11 @@ class BufferSpec(NamedTuple):
 class Slot:
     """One slot's buffers, by name, and how many dispatches it has served."""
 
-    def __init__(self, buffers: dict[str, Tensor]) -> None:
+    def __init__(self, number: int, buffers: dict[str, Tensor]) -> None:
+        self.number = number
         self.buffers = buffers
+        # twice the number of the dispatcher's call, plus the slot's number: the same on all ranks that are in step
+        self.call = 0
         self.generation = 0
 
     def __getitem__(self, name: str) -> Tensor:
@@ -40,7 +43,7 @@ class Transport(ABC):
     """Moves rows to their experts and back. One instance serves one dispatcher; `slot` says whose buffers a call uses."""
 
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor) -> None:
-        """status: (2,) int64 on device, to which ids out of range and rows without a place are added."""
+        """status: (3,) int64 on device, to which ids out of range, rows without a place and ranks out of step are added."""
         self.config = config
         self.rank = rank
         self.device = device
@@ -59,19 +62,18 @@ class Transport(ABC):
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Any) -> None:
         """expert_output (L, M, H) contiguous, topk_weights (T, K) contiguous. Writes out (T, H)."""
 
-    def allocate(self) -> Slot:
+    def allocate(self, number: int = 0) -> Slot:
         """A slot's buffers on the device, uninitialised."""
         specs = self.buffer_specs(self.config)
-        return Slot({name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()})
+        return Slot(number, {name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()})
 
     def expert_batch(self, slot: Slot, tokens: int) -> ExpertBatch:
         """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
         config = self.config
         mean = ceil_div(tokens * config.top_k * config.world_size, config.num_experts)
         scales = slot["scales"].transpose(1, 2) if config.quantized else None
-        return ExpertBatch(
-            slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, min(max(mean, 1), config.max_rows)
-        )
+        rows = min(max(mean, 1), config.max_rows)
+        return ExpertBatch(slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number)
 
 
 def batch_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from moequant import ops
 from moequant.batch import ExpertBatch
 from moequant.config import DispatcherConfig, round_up
-from moequant.errors import PeerTimeoutError
+from moequant.errors import OutOfStepError, PeerTimeoutError
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
 
 # Up to so many bytes of padded values and scales, the padded exchange's extra rows cost less than the packed one's host sync and its
@@ -80,6 +80,16 @@ class CollectiveTransport(Transport):
         self.first_expert = rank * config.num_local_experts
 
 
+def check_in_step(calls: list[int]) -> None:
+    """Raises OutOfStepError unless all ranks' calls have one number."""
+    if len(set(calls)) > 1:
+        raise OutOfStepError(
+            f"ranks of the group are at different calls of dispatch: by rank, calls {[call // 2 for call in calls]} in slots "
+            f"{[call % 2 for call in calls]}. One raised an error, or skipped a call that the others made; all ranks have to make the "
+            "same calls. Build a new dispatcher"
+        )
+
+
 def choose_exchange(config: DispatcherConfig) -> str:
     """The exchange that `exchange="auto"` means: padded while its rows are few, packed otherwise."""
     if config.exchange != "auto":
@@ -95,9 +105,11 @@ class PaddedTransport(CollectiveTransport):
         specs = {
             **batch_specs(config),
             **routing_specs(config),
-            "all_counts": BufferSpec((config.world_size, experts), torch.int32),
+            # rows of each expert, then the number of the call
+            "counts": BufferSpec((experts + 1,), torch.int32),
+            "all_counts": BufferSpec((config.world_size, experts + 1), torch.int32),
             "offsets": BufferSpec((config.world_size, experts), torch.int32),
-            # routed tokens on their way out, expert output on its way back; 2 bytes a number, more once float32 tokens come
+            # routed tokens on their way out, expert output on its way back; float32 tokens get a buffer of their own when they come
             "routed": BufferSpec((experts, limit, columns), torch.bfloat16),
             # values sent and received, side by side; the expert output that is sent back
             "exchanged": BufferSpec((experts, limit, columns), torch.bfloat16),
@@ -112,11 +124,15 @@ class PaddedTransport(CollectiveTransport):
         counts, all_counts, offsets = slot["counts"], slot["all_counts"], slot["offsets"]
         batch = self.expert_batch(slot, tokens)
 
-        ops.route(topk_ids, slots, counts, status=self.status)
+        ops.route(topk_ids, slots, counts[:-1], status=self.status)
+        counts[-1:].fill_(slot.call)
         self.wire.all_gather(all_counts, counts)
         ops.expert_offsets(
             all_counts, self.first_expert, config.max_rows, config.rows_per_source, offsets, slot["num_tokens"], self.status
         )
+        # on a GPU `check` tells
+        if self.wire.waits:
+            check_in_step(all_counts[:, -1].tolist())
         meta_out, meta_in = slot["meta"]
         routed = self._routed(slot, hidden_states.dtype if config.quantized else torch.bfloat16)
         ops.scatter(
@@ -131,7 +147,7 @@ class PaddedTransport(CollectiveTransport):
         )
         if config.quantized:
             values_out, values_in = slot["exchanged"].view(config.dtype).view(2, *routed.shape)
-            ops.quantize_expert_batch(routed, counts, values_out, self._scales(meta_out), recipe=config.recipe)
+            ops.quantize_expert_batch(routed, counts[:-1], values_out, self._scales(meta_out), recipe=config.recipe)
         else:
             values_out, values_in = routed, slot["exchanged"]
         self.wire.all_to_all(values_in, values_out)
@@ -167,13 +183,16 @@ class PaddedTransport(CollectiveTransport):
         return meta[:, :-1].view(torch.float32).transpose(1, 2)
 
     def _routed(self, slot: Slot, dtype: torch.dtype) -> Tensor:
-        """The (E, C, H) buffer of routed tokens in a type. It grows when float32 tokens first come."""
+        """The (E, C, H) buffer of routed tokens in a type. One for float32 tokens is made when they first come; the other stays, since
+        a graph may hold it."""
         buffer = slot["routed"]
-        if buffer.dtype != dtype and buffer.itemsize < dtype.itemsize:
-            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if dtype.itemsize == buffer.itemsize:
+            return buffer.view(dtype)
+        if "routed_float32" not in slot.buffers:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"buffers for {dtype} tokens don't exist yet; dispatch once before capturing the graph")
-            buffer = slot.buffers["routed"] = torch.empty(buffer.shape, dtype=dtype, device=self.device)
-        return buffer.flatten().view(dtype)[: buffer.numel()].view(buffer.shape)
+            slot.buffers["routed_float32"] = torch.empty(buffer.shape, dtype=dtype, device=self.device)
+        return slot["routed_float32"]
 
 
 def message_parts(config: DispatcherConfig) -> list[int]:
@@ -211,10 +230,9 @@ class PackedTransport(CollectiveTransport):
         return {
             **batch_specs(config),
             **routing,
-            # rows of each expert, then tokens to each rank
-            "counts": BufferSpec((experts + ranks,), torch.int32),
-            "all_counts": BufferSpec((ranks, experts + ranks), torch.int32),
-            "expert_counts": BufferSpec((ranks, experts), torch.int32),
+            # rows of each expert, the number of the call, tokens to each rank
+            "counts": BufferSpec((experts + 1 + ranks,), torch.int32),
+            "all_counts": BufferSpec((ranks, experts + 1 + ranks), torch.int32),
             "offsets": BufferSpec((ranks, experts), torch.int32),
             "send_tokens": BufferSpec((ranks, config.max_tokens_per_rank), torch.int32),
         }
@@ -230,13 +248,14 @@ class PackedTransport(CollectiveTransport):
         batch = self.expert_batch(slot, tokens)
 
         ops.route(topk_ids, slots, slot["counts"][:experts], status=self.status)
-        ops.plan_sends(topk_ids, local, slot["send_tokens"], slot["counts"][experts:])
+        slot["counts"][experts : experts + 1].fill_(slot.call)
+        ops.plan_sends(topk_ids, local, slot["send_tokens"], slot["counts"][experts + 1 :])
         self.wire.all_gather(slot["all_counts"], slot["counts"])
-        slot["expert_counts"].copy_(slot["all_counts"][:, :experts])
+        all_counts = slot["all_counts"]
         ops.expert_offsets(
-            slot["expert_counts"], self.first_expert, config.max_rows, NO_LIMIT, offsets, slot["num_tokens"], self.status
+            all_counts[:, :experts], self.first_expert, config.max_rows, NO_LIMIT, offsets, slot["num_tokens"], self.status
         )
-        traffic, placed = self._learn_sizes(slot["all_counts"])
+        traffic, placed = self._learn_sizes(all_counts)
 
         message = self._pack(hidden_states, topk_ids, slots)
         chosen = [listed[:count] for listed, count in zip(slot["send_tokens"], traffic[self.rank], strict=True)]
@@ -276,7 +295,8 @@ class PackedTransport(CollectiveTransport):
         """The one host sync. Returns, by source and target rank, the tokens that are sent, and their rows that find a place."""
         config = self.config
         host = all_counts.cpu()
-        counts, traffic = host[:, : config.num_experts], host[:, config.num_experts :]
+        counts, traffic = host[:, : config.num_experts], host[:, config.num_experts + 1 :]
+        check_in_step(host[:, config.num_experts].tolist())
         ends = counts.cumsum(0).clamp_max(config.max_rows)
         placed = ends - torch.cat((torch.zeros_like(ends[:1]), ends[:-1]))
         return traffic.tolist(), placed.unflatten(1, (config.world_size, config.num_local_experts)).sum(2).tolist()

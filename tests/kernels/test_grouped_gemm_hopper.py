@@ -5,6 +5,7 @@ Gluon kernels don't run in Triton's interpreter.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,3 +281,25 @@ def test_configurations_are_the_measured_ones(experts: int, columns: int, rows: 
 )
 def test_few_tiles_of_weights_are_left_to_the_plain_kernel(experts: int, columns: int, rows: int, small: bool) -> None:
     assert too_small(experts, columns, rows, torch.device("cpu")) == small
+
+
+def test_no_counter_is_freed_while_a_graph_may_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager calls on two streams with captures between them, until several chunks have been used up."""
+    capturing, stream = [False], SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device=None: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    own, device, given = type(counters)(), torch.device("cuda", 0), set()
+    for _ in range(3):
+        for stream.cuda_stream in (1, 2):
+            capturing[0] = False
+            own.get(device)
+            capturing[0] = True
+            given |= {own.get(device).data_ptr() for _ in range(4000)}
+    capturing[0] = False
+    eager = {pair.data_ptr() for pair in own.of_stream.values()}
+    addresses = {chunk[row].data_ptr() for chunk in own.chunks for row in range(len(chunk))}
+    assert len(given) >= 12_000 and len(eager) == 2 and not given & eager
+    # what was given during a capture without a supply is the graph's own
+    assert len(given & addresses) >= 12_000
