@@ -38,6 +38,7 @@ README_CASES: dict[str, dict[str, tuple[Any, ...]]] = {
     "quantize": {"H": (7168,), "rows": (32, 1024)},
     "silu_mul_quantize": {"I": (2048,), "rows": (32, 1024)},
     "grouped_gemm": {"E": (32,), "K_dim": (7168, 2048), "rows": (16, 128, 256, 1024)},
+    "gemm1_fused": {"H": (7168,), "rows": (16, 128, 256, 1024)},
     "dispatch": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
     "combine": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
     "layer": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
