@@ -156,9 +156,9 @@ def route(ids: torch.dtype = torch.int64, capacity: int | None = None) -> None:
     ops.route(topk_ids, slots, counts, capacity, num_tokens, empty(2, dtype=torch.int64))
 
 
-def expert_offsets() -> None:
-    counts, offsets = empty(8, 256, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
-    ops.expert_offsets(counts, 32, 1024, 128, offsets, empty(32, dtype=torch.int32), empty(2, dtype=torch.int64))
+def expert_offsets(calls: int) -> None:
+    counts, offsets = empty(8, 256 + calls, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    ops.expert_offsets(counts, 32, 1024, 128, offsets, empty(32, dtype=torch.int32), empty(3, dtype=torch.int64))
 
 
 def plan_sends() -> None:
@@ -181,7 +181,7 @@ def scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool = Fals
 
 def move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
     padded, (merged, merged_scales) = empty(8, 32, 128, 7168, dtype=dtype), quantized(32, 1024, 7168, dtype)
-    offsets, counts = empty(8, 256, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    offsets, counts = empty(8, 256, dtype=torch.int32), empty(8, 257, dtype=torch.int32)
     if not to_merged:
         ops.move_source_rows(padded, merged, offsets, counts, 32, False)
         return
@@ -267,7 +267,7 @@ CASES = {
         gemm1_swiglu, {"dtype": E4M3, "columns": 2048}, {"dtype": E4M3, "columns": 768, "recipe": "ue8m0"}, hopper=True
     ),
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
-    "expert_offsets": cases(expert_offsets, {}, wide=False),
+    "expert_offsets": cases(expert_offsets, {"calls": 0}, {"calls": 1}, wide=False),
     "plan_sends": cases(plan_sends, {}, wide=False),
     "scatter": [
         *cases(scatter, *each_format(BF16)),
