@@ -159,9 +159,9 @@ class MoEQuantDispatcher:
         that `combine` takes. Raises ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode.
         """
         self._check_open()
-        buffers = self._slot(slot)
         # a call that is refused counts too: ranks that go on without this one must notice
         self._calls += 1
+        buffers = self._slot(slot)
         buffers.call = (self._calls % 2**30) * 2 + slot
         self._check_inputs(hidden_states, topk_ids, topk_weights)
         if hidden_states.stride(-1) != 1:
