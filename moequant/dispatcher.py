@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moequant.agreement import agree, attempt, choose_device, membership
 from moequant.batch import DispatchHandle, ExpertBatch
 from moequant.checks import check_format, check_no_grad, check_tensor
 from moequant.config import DispatcherConfig
 from moequant.errors import (
     CapacityOverflowError,
     ClosedError,
-    ConfigMismatchError,
     InvalidExpertIdError,
     OutOfStepError,
     PeerTimeoutError,
@@ -92,11 +92,11 @@ class MoEQuantDispatcher:
         self._fault: PeerTimeoutError | OutOfStepError | None = None
         self._calls = 0
         self._number = next(_NUMBERS)
-        group, rank, world_size = _membership(group)
-        self.device = _device(group, None)
+        group, rank, world_size = membership(group)
+        self.device = choose_device(group, None)
 
         def settings() -> DispatcherConfig:
-            self.device = _device(group, device)
+            self.device = choose_device(group, device)
             check_format(quant, self.device)
             return DispatcherConfig(
                 num_experts=num_experts,
@@ -115,9 +115,9 @@ class MoEQuantDispatcher:
                 timeout=timeout,
             )
 
-        mine = _attempt(settings, alone=world_size == 1)
+        mine = attempt(settings, alone=world_size == 1)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            self.config = _agree(mine, group, rank, world_size)
+            self.config = agree(mine, group, rank, world_size)
             self._status = torch.zeros(3, dtype=torch.int64, device=self.device)
             self._transport = _make_transport(self.config, rank, self.device, self._status, group)
             self._slots = [self._transport.allocate(number) for number in range(slots)]
@@ -333,59 +333,6 @@ class MoEQuantDispatcher:
                 _, state = self._run(self._transport.dispatch, hidden[:tokens], ids[:tokens], slot)
                 self._run(self._transport.combine, output, weights[:tokens], hidden[:tokens], slot, state)
         torch.cuda.synchronize(self.device)
-
-
-def _membership(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
-    """The group, this process's rank in it, and its size; a single rank where torch.distributed is not initialised."""
-    if not (dist.is_available() and dist.is_initialized()):
-        if group is not None:
-            raise ValueError("a group was given, but torch.distributed is not initialised; call init_process_group first")
-        return None, 0, 1
-    group = dist.group.WORLD if group is None else group
-    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-        raise ValueError("this process is not a member of the group; only members may build a dispatcher on it")
-    return group, dist.get_rank(group), dist.get_world_size(group)
-
-
-def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) -> torch.device:
-    if device is None:
-        on_gpu = torch.cuda.is_available() and (group is None or "nccl" in str(dist.get_backend_config(group)))
-        device = "cuda" if on_gpu else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f'device must be a "cuda" device or "cpu", got {str(device)!r}')
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _attempt(settings: Callable[[], DispatcherConfig], alone: bool) -> DispatcherConfig | str:
-    """This rank's settings, or, where others wait for it, what is wrong with them, whatever it is."""
-    try:
-        return settings()
-    except Exception as error:
-        if alone:
-            raise
-        return str(error)
-
-
-def _agree(mine: DispatcherConfig | str, group: dist.ProcessGroup | None, rank: int, world_size: int) -> DispatcherConfig:
-    """This rank's settings, after all ranks have shown each other theirs. A rank whose settings are wrong tells the others, which would
-    otherwise wait for it."""
-    if world_size > 1:
-        everyone: list[DispatcherConfig | str] = [""] * world_size
-        dist.all_gather_object(everyone, mine, group=group)
-        for other, theirs in enumerate(everyone):
-            if isinstance(mine, str):
-                raise ValueError(mine)
-            if isinstance(theirs, str):
-                raise ConfigMismatchError(f"rank {other} of the group has wrong settings: {theirs}")
-            if mine != theirs:
-                raise ConfigMismatchError(
-                    f"ranks {rank} and {other} of the group disagree on {mine.difference(theirs)}; give all ranks the same settings"
-                )
-    assert isinstance(mine, DispatcherConfig)
-    return mine
 
 
 def _transport_class(config: DispatcherConfig) -> type[Transport]:
