@@ -64,7 +64,7 @@ def calls(p: Problem, a: QuantizedTensor, b: QuantizedTensor) -> dict[str, Calla
     out, expected = outputs(p), outputs(p)
 
     def fused(target: tuple[Tensor, Tensor] = out) -> None:
-        gemm1_swiglu_hopper(*left, *right, p.num_tokens, *target, **ARITHMETIC, expected_rows=p.rows)
+        gemm1_swiglu_hopper(*left, *right, p.num_tokens, *target, **ARITHMETIC)
 
     def gemm1() -> None:
         grouped_gemm_blockscale_hopper(*left, *right, p.num_tokens, gate_up, segments=2, expected_rows=p.rows)

@@ -30,15 +30,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from moequant.kernels.common import runs_gluon
-from moequant.kernels.hopper import Address, counters, descriptor, matrix, multiprocessors, takes
+from moequant.kernels.common import INF_BITS, runs_gluon
+from moequant.kernels.hopper import REGISTERS, counters, matrix, multiprocessors, scale_matrix, takes
 from moequant.kernels.hopper_ring import SCALAR, TILE_WORDS, advance, load_tiles, next_tile, product, release
 
-# The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
-INF_BITS = gl.constexpr(0x7F800000)
 STAGES = 4
-# Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
-REGISTERS = 168
 
 
 @gluon.jit
@@ -311,7 +307,6 @@ def gemm1_swiglu_hopper(
     eps: float,
     power_of_two: bool,
     reciprocal: bool,
-    expected_rows: int | None = None,
 ) -> None:
     """Writes values and scales of the valid rows, on arguments of which `supports_gemm1_swiglu` is true.
 
@@ -320,18 +315,16 @@ def gemm1_swiglu_hopper(
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
     values: (L, M, I) contiguous float8_e4m3fn. scales: (L, M, I / 128) float32, strides (any, 1, any).
     max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`.
-    expected_rows: without influence, as there is one configuration.
     """
     experts, rows, hidden = a.shape
     columns = w13.shape[1]
     groups = triton.cdiv(hidden, 128)
-    scale_rows = a_scales.stride(0) // a_scales.stride(2)
-    scales_shape = ((experts - 1) * scale_rows + groups, rows)
+    scales_matrix, scale_rows = scale_matrix(a_scales)
     tiles = experts * triton.cdiv(rows, 128) * (columns // 256)
     gemm1_swiglu_hopper_kernel[(min(multiprocessors(a.device), tiles),)](
         matrix(a, 64, 128),
         matrix(w13, 128, 128),
-        descriptor(Address(a_scales.data_ptr(), torch.float32), scales_shape, a_scales.stride(2), (1, 64)),
+        scales_matrix,
         matrix(values, 64, 128),
         values,
         scales,

@@ -27,14 +27,13 @@ import functools
 import math
 from typing import NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from moequant.kernels.hopper import Address, counters, descriptor, matrix, multiprocessors
+from moequant.kernels.hopper import REGISTERS, counters, matrix, multiprocessors, scale_matrix
 from moequant.kernels.hopper_ring import SCALAR, TILE_WORDS, advance, load_tiles, next_tile, product, release, scale_pointers
 
 
@@ -220,8 +219,6 @@ NARROW = Config(1, 5)
 # float32 chunks take twice the shared memory, and wide ones more registers than there are
 FLOAT32 = Config(1, 4)
 CANDIDATES = (WIDE, NARROW)
-# Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
-REGISTERS = 168
 
 
 def cost(halves: int, experts: int, columns: int, expected_rows: int, sms: int) -> float:
@@ -267,13 +264,12 @@ def grouped_gemm_blockscale_hopper(
         expected = rows if expected_rows is None else max(1, min(expected_rows, rows))
         config = choose_config(experts, columns, expected, out.element_size(), multiprocessors(a.device))
     groups = triton.cdiv(depth, 128)
-    scale_rows = a_scales.stride(0) // a_scales.stride(2)
-    scales_shape = ((experts - 1) * scale_rows + groups, rows)
+    scales_matrix, scale_rows = scale_matrix(a_scales)
     tiles = experts * triton.cdiv(rows, 128) * triton.cdiv(columns, 128 * config.halves)
     grouped_gemm_hopper_kernel[(min(multiprocessors(a.device), tiles),)](
         matrix(a, 64, 128),
         matrix(b, 128, 128),
-        descriptor(Address(a_scales.data_ptr(), torch.float32), scales_shape, a_scales.stride(2), (1, 64)),
+        scales_matrix,
         matrix(out, 64, 64),
         out,
         b_scales,

@@ -10,7 +10,10 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moequant.kernels.common import runs_gluon
+from moequant.kernels.common import num_sms, runs_gluon
+
+# Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
+REGISTERS = 168
 
 
 class Address(NamedTuple):
@@ -38,6 +41,15 @@ def matrix(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The descriptor of a contiguous (L, rows, columns) as one matrix (L * rows, columns)."""
     shape = (x.shape[0] * x.shape[1], x.shape[2])
     return descriptor(Address(x.data_ptr(), x.dtype), shape, x.shape[2], (rows, columns))
+
+
+def scale_matrix(a_scales: Tensor) -> tuple[TensorDescriptor, int]:
+    """The descriptor of scales (L, M, G) of strides (any, 1, any) as one matrix of groups by rows, in blocks of (1, 64), and how many of
+    its rows lie from one expert to the next."""
+    experts, rows, groups = a_scales.shape
+    scale_rows = a_scales.stride(0) // a_scales.stride(2)
+    shape = ((experts - 1) * scale_rows + groups, rows)
+    return descriptor(Address(a_scales.data_ptr(), torch.float32), shape, a_scales.stride(2), (1, 64)), scale_rows
 
 
 class TileCounters:
@@ -76,9 +88,9 @@ class TileCounters:
 counters = TileCounters()
 
 
-@functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """Of a GPU; without one, where kernels are only compiled, an H200's."""
+    return num_sms(device) if device.type == "cuda" else 132
 
 
 def supports(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, *, segments: int = 1) -> bool:

@@ -184,7 +184,7 @@ def gemm1_swiglu(
         from moequant.kernels.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel
 
         settings = quantize_settings(values, recipe, None)
-        kernel(a, a_scales, w13, w13_scales, num_tokens, values, scales, expected_rows=rows, **settings)
+        kernel(a, a_scales, w13, w13_scales, num_tokens, values, scales, **settings)
         return
     gate_up = torch.empty(*a.shape[:2], w13.shape[1], dtype=torch.bfloat16, device=a.device)
     grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, gate_up, 2, expected_rows)

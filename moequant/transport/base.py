@@ -95,5 +95,4 @@ def routing_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     return {
         "slots": BufferSpec((tokens, top_k), torch.int32),
         "rows": BufferSpec((tokens, top_k), torch.int32),
-        "counts": BufferSpec((config.num_experts,), torch.int32),
     }

@@ -102,7 +102,7 @@ class PaddedTransport(CollectiveTransport):
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
         experts, limit, columns = config.num_experts, config.rows_per_source, config.hidden_size
-        specs = {
+        return {
             **batch_specs(config),
             **routing_specs(config),
             # rows of each expert, then the number of the call
@@ -116,7 +116,6 @@ class PaddedTransport(CollectiveTransport):
             # G rows of scales and a row of sources for each expert
             "meta": BufferSpec((2, experts, (config.num_groups if config.quantized else 0) + 1, limit), torch.int32),
         }
-        return specs
 
     def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
         config, tokens = self.config, hidden_states.shape[0]
@@ -225,11 +224,9 @@ class PackedTransport(CollectiveTransport):
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
         ranks, experts = config.world_size, config.num_experts
-        routing = routing_specs(config)
-        del routing["counts"]
         return {
             **batch_specs(config),
-            **routing,
+            **routing_specs(config),
             # rows of each expert, the number of the call, tokens to each rank
             "counts": BufferSpec((experts + 1 + ranks,), torch.int32),
             "all_counts": BufferSpec((ranks, experts + 1 + ranks), torch.int32),
@@ -238,7 +235,7 @@ class PackedTransport(CollectiveTransport):
         }
 
     def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, slot: Slot) -> tuple[ExpertBatch, PackedState]:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 'exchange "packed" has to sync with the host and can\'t be captured in a graph; use exchange="padded"'
             )

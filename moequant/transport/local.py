@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from moequant import ops
@@ -18,7 +19,7 @@ from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, ro
 class LocalTransport(Transport):
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
-        return {**batch_specs(config), **routing_specs(config)}
+        return {**batch_specs(config), **routing_specs(config), "counts": BufferSpec((config.num_experts,), torch.int32)}
 
     def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
         tokens = hidden_states.shape[0]

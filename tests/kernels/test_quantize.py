@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +103,22 @@ def test_division_and_reciprocal_differ_on_the_ties():
         reference.quantize_groups(tied_rows(), 128, torch.float8_e4m3fn, name, 1e-4)[0] for name in ("default", "deepgemm")
     )
     assert (division.view(torch.uint8) != reciprocal.view(torch.uint8)).any()
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_the_scale_by_a_product_is_the_quotient_for_every_mantissa(name):
+    """What group_scale computes, step by step: q = amax * (1 / MAX), then
+    fma(fma(q, -MAX, amax), 1 / MAX, q). Exponents only shift it."""
+    largest = np.float32(FORMATS[name].max)
+    reciprocal = np.float32(1.0 / FORMATS[name].max)
+    amax = (np.arange(2**23, dtype=np.uint32) | 0x3F800000).view(np.float32)
+    q = amax * reciprocal
+    # products of two float32 are exact in 64 bits of mantissa
+    remainder = (amax.astype(np.longdouble) - q.astype(np.longdouble) * largest).astype(np.float32)
+    scale = (q.astype(np.longdouble) + remainder.astype(np.longdouble) * reciprocal).astype(np.float32)
+    assert np.array_equal(scale, amax / largest)
+    # without the correction it is not
+    assert name == "int8" or not np.array_equal(q, amax / largest)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 256])
