@@ -1,0 +1,97 @@
+"""Products of quantized operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moequant import reference
+from moequant.batch import QuantizedTensor
+from moequant.ops.quantization import quantize_settings, silu_mul_quantize
+from moequant.ops.registration import registered, uses_kernels
+
+
+def gemm_kernel(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, segments: int, expected_rows: int | None
+) -> Callable[..., None]:
+    """The kernel for a grouped GEMM: Hopper's in Gluon where it takes the arguments and is faster, plain Triton's everywhere else."""
+    from moequant.kernels import common
+
+    if common.runs_gluon(a.device):
+        from moequant.kernels import hopper
+
+        small = hopper.too_small(b.shape[0], b.shape[1], a.shape[1] if expected_rows is None else expected_rows, a.device)
+        if not small and hopper.supports(a, a_scales, b, b_scales, out, segments=segments):
+            from moequant.kernels.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
+
+            return grouped_gemm_blockscale_hopper
+    from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as plain
+
+    return plain
+
+
+@registered(mutates=("out",))
+def grouped_gemm_blockscale(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    num_tokens: Tensor | None,
+    out: Tensor,
+    segments: int = 1,
+    expected_rows: int | None = None,
+) -> None:
+    """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 operands."""
+    if not uses_kernels(a):
+        left = a if a_scales is None else QuantizedTensor(a, a_scales, "transposed")
+        right = b if b_scales is None else QuantizedTensor(b, b_scales, "block", segments=segments)
+        reference.grouped_gemm_blockscale(left, right, num_tokens, out=out)
+        return
+    kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments, expected_rows)
+    kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows)
+
+
+def fuses_gemm1(
+    a: Tensor, a_scales: Tensor, w13: Tensor, w13_scales: Tensor, values: Tensor, scales: Tensor, expected_rows: int
+) -> bool:
+    """Whether `gemm1_swiglu` is one kernel for these arguments, and faster than its two parts."""
+    from moequant.kernels import common
+
+    if not common.runs_gluon(a.device):
+        return False
+    from moequant.kernels import gemm1_swiglu_hopper as fused
+
+    if fused.faster_apart(w13.shape[0], w13.shape[1] // 2, expected_rows, a.device):
+        return False
+    return fused.supports_gemm1_swiglu(a, a_scales, w13, w13_scales, values, scales)
+
+
+@registered(mutates=("values", "scales"))
+def gemm1_swiglu(
+    a: Tensor,
+    a_scales: Tensor,
+    w13: Tensor,
+    w13_scales: Tensor,
+    num_tokens: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    recipe: str = "default",
+    expected_rows: int | None = None,
+) -> None:
+    """`grouped_gemm_blockscale` in bfloat16, then `silu_mul_quantize`: the same bits in one kernel, where `fuses_gemm1` says so.
+
+    a: (L, M, H), a_scales: (L, M, G), as for the GEMM. w13: (L, 2I, H), gate first, with scales of two segments. values (L, M, I) and
+    scales (L, M, ceil(I / 128)) are written for the valid rows.
+    """
+    rows = a.shape[1] if expected_rows is None else expected_rows
+    if uses_kernels(a) and fuses_gemm1(a, a_scales, w13, w13_scales, values, scales, rows):
+        from moequant.kernels.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel
+
+        settings = quantize_settings(values, recipe, None)
+        kernel(a, a_scales, w13, w13_scales, num_tokens, values, scales, **settings)
+        return
+    gate_up = torch.empty(*a.shape[:2], w13.shape[1], dtype=torch.bfloat16, device=a.device)
+    grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, gate_up, 2, expected_rows)
+    silu_mul_quantize(gate_up, num_tokens, values, scales, recipe)

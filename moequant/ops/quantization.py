@@ -1,0 +1,70 @@
+"""Quantization, and what is fused with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from moequant import reference
+from moequant.formats import format_of, recipe_of
+from moequant.ops.registration import registered, uses_kernels
+
+
+def quantize_settings(values: Tensor, recipe: str, eps: float | None) -> dict[str, Any]:
+    """A format and a recipe as the plain numbers that the kernels take."""
+    rule = recipe_of(recipe)
+    return {
+        "max_value": format_of(values.dtype).max,
+        "eps": rule.eps if eps is None else eps,
+        "power_of_two": rule.power_of_two,
+        "reciprocal": rule.reciprocal,
+    }
+
+
+@registered(mutates=("values", "scales"))
+def quantize_expert_batch(
+    x: Tensor,
+    num_tokens: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    group_size: int = 128,
+    recipe: str = "default",
+    eps: float | None = None,
+) -> None:
+    """`reference.quantize_expert_batch` into given outputs."""
+    if not uses_kernels(x):
+        reference.quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
+        return
+    from moequant.kernels.quantize import quantize_expert_batch as kernel
+
+    kernel(x, num_tokens, values, scales, group_size=group_size, **quantize_settings(values, recipe, eps))
+
+
+@registered(mutates=("values", "scales"))
+def silu_mul_quantize(
+    x: Tensor,
+    num_tokens: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    recipe: str = "default",
+    eps: float | None = None,
+) -> None:
+    """`reference.silu_mul_quantize` into given outputs."""
+    if not uses_kernels(x):
+        reference.quantize_rows(reference.swiglu(x), num_tokens, values, scales, 128, recipe, eps)
+        return
+    from moequant.kernels.silu_mul_quantize import silu_mul_quantize as kernel
+
+    kernel(x, num_tokens, values, scales, **quantize_settings(values, recipe, eps))
+
+
+@registered(mutates=("out",))
+def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
+    """`reference.silu_mul` into a given output."""
+    if not uses_kernels(x):
+        reference.silu_mul(x, num_tokens, out=out)
+        return
+    from moequant.kernels.silu_mul_quantize import silu_mul as kernel
+
+    kernel(x, num_tokens, out)

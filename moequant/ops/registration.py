@@ -1,0 +1,39 @@
+"""Where an operation runs, and how torch.library gets to know it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """Whether operations on x run as Triton kernels. With Triton's interpreter they can on a CPU too; tests ask for it by setting
+    MOEQUANT_CPU_KERNELS."""
+    return x.is_cuda or os.environ.get("MOEQUANT_CPU_KERNELS") == "1"
+
+
+def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
+    """Registers a function that only writes into its arguments as `torch.ops.moequant.<its name>`, and returns its plain form.
+
+    Kernels are launched on the device of the first argument, whichever is current.
+    """
+
+    def register(function: Function) -> Function:
+        @functools.wraps(function)
+        def on_device(x: Tensor, *args: Any, **kwargs: Any) -> None:
+            with torch.cuda.device_of(x):
+                function(x, *args, **kwargs)
+
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        operation = torch.library.custom_op(f"moequant::{function.__name__}", on_device, mutates_args=mutates, schema=schema)
+        operation.register_fake(lambda *args, **kwargs: None)
+        return cast(Function, on_device)
+
+    return register

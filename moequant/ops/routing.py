@@ -1,0 +1,142 @@
+"""Where rows go, and how they get there and back."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moequant import reference
+from moequant.ops.quantization import quantize_settings
+from moequant.ops.registration import registered, uses_kernels
+
+
+@registered(mutates=("slots", "counts", "num_tokens", "status"))
+def route(
+    topk_ids: Tensor,
+    slots: Tensor,
+    counts: Tensor,
+    capacity: int | None = None,
+    num_tokens: Tensor | None = None,
+    status: Tensor | None = None,
+) -> None:
+    """`reference.route` into given outputs; the number of experts is counts.shape[0]."""
+    if not uses_kernels(topk_ids):
+        reference.route(topk_ids, slots, counts, capacity, num_tokens, status)
+        return
+    from moequant.kernels.route import route as kernel
+
+    kernel(topk_ids, slots, counts, capacity, num_tokens, status)
+
+
+@registered(mutates=("offsets", "num_tokens", "status"))
+def expert_offsets(
+    counts: Tensor,
+    first_expert: int,
+    capacity: int,
+    rows_per_source: int,
+    offsets: Tensor,
+    num_tokens: Tensor,
+    status: Tensor | None = None,
+) -> None:
+    """`reference.expert_offsets`."""
+    if not uses_kernels(counts):
+        reference.expert_offsets(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
+        return
+    from moequant.kernels.expert_offsets import expert_offsets as kernel
+
+    kernel(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
+
+
+@registered(mutates=("send_tokens", "send_counts"))
+def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_counts: Tensor) -> None:
+    """`reference.plan_sends`."""
+    if not uses_kernels(topk_ids):
+        reference.plan_sends(topk_ids, local_experts, send_tokens, send_counts)
+        return
+    from moequant.kernels.plan_sends import plan_sends as kernel
+
+    kernel(topk_ids, local_experts, send_tokens, send_counts)
+
+
+@registered(mutates=("rows",))
+def plan_returns(
+    topk_ids: Tensor, slots: Tensor, offsets: Tensor, capacity: int, local_experts: int, starts: Tensor, rows: Tensor
+) -> None:
+    """`reference.plan_returns`."""
+    if not uses_kernels(topk_ids):
+        reference.plan_returns(topk_ids, slots, offsets, capacity, local_experts, starts, rows)
+        return
+    from moequant.kernels.plan_sends import plan_returns as kernel
+
+    kernel(topk_ids, slots, offsets, capacity, local_experts, starts, rows)
+
+
+@registered(mutates=("values", "scales", "rows", "sources"))
+def scatter(
+    x: Tensor,
+    topk_ids: Tensor,
+    slots: Tensor,
+    values: Tensor,
+    scales: Tensor | None = None,
+    x_scales: Tensor | None = None,
+    rows: Tensor | None = None,
+    sources: Tensor | None = None,
+    row_sources: Tensor | None = None,
+    first_expert: int = 0,
+    offsets: Tensor | None = None,
+    capacity: int | None = None,
+    recipe: str = "default",
+) -> None:
+    """`reference.scatter`."""
+    if not uses_kernels(x):
+        reference.scatter(
+            x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, recipe
+        )
+        return
+    from moequant.kernels.scatter import scatter as kernel
+
+    settings = quantize_settings(values, recipe, None) if scales is not None else {}
+    kernel(x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, **settings)
+
+
+@registered(mutates=("padded", "merged", "merged_scales", "merged_sources"))
+def move_source_rows(
+    padded: Tensor,
+    merged: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    first_expert: int,
+    to_merged: bool,
+    padded_scales: Tensor | None = None,
+    merged_scales: Tensor | None = None,
+    padded_sources: Tensor | None = None,
+    merged_sources: Tensor | None = None,
+) -> None:
+    """`reference.move_source_rows`."""
+    if not uses_kernels(padded):
+        move = reference.move_source_rows
+    else:
+        from moequant.kernels.move_source_rows import move_source_rows as move
+
+    move(
+        padded,
+        merged,
+        offsets,
+        counts,
+        first_expert,
+        to_merged,
+        padded_scales,
+        merged_scales,
+        padded_sources,
+        merged_sources,
+    )
+
+
+@registered(mutates=("out",))
+def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+    """`reference.combine`."""
+    if not uses_kernels(expert_output):
+        reference.combine(expert_output, rows, topk_weights, out)
+        return
+    from moequant.kernels.combine import combine as kernel
+
+    kernel(expert_output, rows, topk_weights, out)

@@ -1,0 +1,148 @@
+"""Quantization, and what is fused with it. Letters as in `moequant.reference`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
+from moequant.formats import format_of, recipe_of
+
+INF_BITS = 0x7F800000
+
+
+def group_scales(groups: Tensor, dtype: torch.dtype, recipe: str = "default", eps: float | None = None) -> Tensor:
+    """The scale of each group. groups: (..., group_size) float32. Returns (...) float32; NaN where a group holds NaN or Inf.
+
+    The absolute maximum is an integer maximum over the bits of |x|, which no NaN can slip through.
+    """
+    rule = recipe_of(recipe)
+    bits = groups.contiguous().abs().view(torch.int32).amax(-1)
+    amax = bits.view(torch.float32).clamp_min(rule.eps if eps is None else eps)
+    # by a tensor: CUDA's division by a number is a product with its reciprocal
+    scale = amax / torch.full_like(amax, format_of(dtype).max)
+    if rule.power_of_two:
+        # the next power of two: a mantissa that is not zero carries into the exponent
+        scale = ((scale.view(torch.int32) + 0x7FFFFF) & INF_BITS).view(torch.float32)
+    return torch.where(bits >= INF_BITS, torch.nan, scale)
+
+
+def round_to(quotient: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 to a narrow type: clamp to the format's range, round to nearest even. NaN becomes 0 (its group's scale is NaN)."""
+    fmt = format_of(dtype)
+    bounded = torch.nan_to_num(quotient, nan=0.0, posinf=fmt.max, neginf=-fmt.max).clamp(-fmt.max, fmt.max)
+    return (bounded.round() if dtype == torch.int8 else bounded).to(dtype)
+
+
+def quantize_groups(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str, eps: float | None) -> tuple[Tensor, Tensor]:
+    """Quantizes along the last dimension. x: (..., columns). Returns values (..., columns) and scales (..., groups), both contiguous."""
+    columns = x.shape[-1]
+    groups = ceil_div(columns, group_size)
+    padded = F.pad(x.float(), (0, groups * group_size - columns)).unflatten(-1, (groups, group_size))
+    scales = group_scales(padded, dtype, recipe, eps)
+    divisor = scales.unsqueeze(-1)
+    quotient = padded * (1.0 / divisor) if recipe_of(recipe).reciprocal else padded / divisor
+    return round_to(quotient, dtype).flatten(-2)[..., :columns].contiguous(), scales
+
+
+def counted_rows(num_tokens: Tensor | None, x: Tensor) -> Tensor:
+    """(L, M) bool: which rows of x (L, M, ...) are valid."""
+    experts, rows = x.shape[:2]
+    if num_tokens is None:
+        return torch.ones(experts, rows, dtype=torch.bool, device=x.device)
+    return torch.arange(rows, device=x.device) < num_tokens.unsqueeze(1)
+
+
+def quantize_expert_batch(
+    x: Tensor,
+    num_tokens: Tensor | None = None,
+    *,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+    eps: float | None = None,
+    values: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> QuantizedTensor:
+    """As `moequant.quantize_expert_batch`."""
+    experts, rows, columns = x.shape
+    values = torch.empty(x.shape, dtype=dtype, device=x.device) if values is None else values
+    scales = empty_transposed_scales(experts, rows, ceil_div(columns, group_size), x.device) if scales is None else scales
+    quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
+    return QuantizedTensor(values, scales, scale_layout(scales), recipe, group_size)
+
+
+def quantize_rows(
+    x: Tensor,
+    num_tokens: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    group_size: int = 128,
+    recipe: str = "default",
+    eps: float | None = None,
+) -> None:
+    """Quantizes the valid rows of x (L, M, H) into values (L, M, H) and scales (L, M, G) of any strides. Other rows stay as they are;
+    float8 travels as bytes, since torch can't select it."""
+    valid = counted_rows(num_tokens, x)
+    new_values, new_scales = quantize_groups(x, group_size, values.dtype, recipe, eps)
+    values.view(torch.int8)[valid] = new_values.view(torch.int8)[valid]
+    scales[valid] = new_scales[valid]
+
+
+def quantize_weight(
+    w: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, recipe: str = "default", segments: int = 1, group_size: int = 128
+) -> QuantizedTensor:
+    """As `moequant.quantize_weight`."""
+    rows, columns = w.shape[-2] // segments, w.shape[-1]
+    blocks = ceil_div(rows, group_size), ceil_div(columns, group_size)
+    # each segment is padded to whole blocks; a block is then the (group_size, group_size) tile of (..., segment, i, row, j, column)
+    pad = (0, blocks[1] * group_size - columns, 0, blocks[0] * group_size - rows)
+    tiles = F.pad(w.float().unflatten(-2, (segments, rows)), pad)
+    tiles = tiles.unflatten(-2, (blocks[0], group_size)).unflatten(-1, (blocks[1], group_size)).transpose(-3, -2)
+    scales = group_scales(tiles.flatten(-2), dtype, recipe)
+    divisor = scales[..., None, None]
+    quotient = tiles * (1.0 / divisor) if recipe_of(recipe).reciprocal else tiles / divisor
+    values = round_to(quotient.transpose(-3, -2).flatten(-2).flatten(-3, -2)[..., :rows, :columns], dtype)
+    return QuantizedTensor(
+        values.flatten(-3, -2).contiguous(), scales.flatten(-3, -2).contiguous(), "block", recipe, group_size, segments
+    )
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As `moequant.dequantize`."""
+    rows, columns = q.shape[-2:]
+    scales = q.scales.repeat_interleave(q.group_size, -1)[..., :columns]
+    if q.layout == "block":
+        segments = scales.unflatten(-2, (q.segments, -1))
+        scales = segments.repeat_interleave(q.group_size, -2)[..., : rows // q.segments, :].flatten(-3, -2)
+    return (q.values.float() * scales).to(dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """(..., 2I), gate first, to silu(gate) * up (..., I) in float32, not rounded in between."""
+    gate, up = x.float().chunk(2, -1)
+    return gate / (1.0 + torch.exp(-gate)) * up
+
+
+def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """As `moequant.silu_mul`."""
+    if out is None:
+        out = torch.empty(*x.shape[:2], x.shape[2] // 2, dtype=torch.bfloat16, device=x.device)
+    valid = counted_rows(num_tokens, x)
+    out[valid] = swiglu(x)[valid].to(out.dtype)
+    return out
+
+
+def silu_mul_quantize(
+    x: Tensor,
+    num_tokens: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+    eps: float | None = None,
+    values: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> QuantizedTensor:
+    """As `moequant.silu_mul_quantize`."""
+    return quantize_expert_batch(swiglu(x), num_tokens, dtype=dtype, recipe=recipe, eps=eps, values=values, scales=scales)
