@@ -15,7 +15,7 @@ CHOICES = {
     "transport": ("auto", "local", "collective"),
     "exchange": ("auto", "padded", "packed"),
     "on_overflow": ("error", "drop"),
-    "reduce": ("exact",),
+    "reduce": ("exact", "per_rank"),
 }
 POSITIVE = ("num_experts", "top_k", "hidden_size", "max_tokens_per_rank", "world_size", "slots")
 
@@ -105,6 +105,11 @@ class DispatcherConfig:
     @property
     def quantized(self) -> bool:
         return self.quant != "none"
+
+    @property
+    def per_rank(self) -> bool:
+        """Whether a token's rows are summed on each rank before they come back."""
+        return self.reduce == "per_rank"
 
     def difference(self, other: DispatcherConfig) -> str:
         """The settings that differ, as text; empty if none does."""

@@ -55,6 +55,9 @@ class MoEQuantDispatcher:
     on_overflow: rows without room are not sent, contribute nothing, and weights are not renormalised. "error": `check()` raises;
         "drop": `check()` returns their number.
     reduce: "exact": `combine` adds over k in order in float32, each product rounded first; the same bits on every transport.
+        "per_rank": the rows that one rank has for a token are summed there in the same way, rounded to bfloat16 and sent once, and the
+        ranks' sums are added in rank order in float32: fewer bytes come back, for one more rounding a rank. The bits are those of W
+        ranks, the same on every transport.
     recipe: of quantization: "default", "deepgemm", "ue8m0" (`moequant.formats.RECIPES`).
     slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
     timeout: seconds that a wait for other ranks may last, on CPUs; on GPUs the process group's own limit holds.
@@ -152,7 +155,7 @@ class MoEQuantDispatcher:
         hidden_states: (T, H) bfloat16, float16 or float32, T from 0 to max_tokens_per_rank; T may differ between ranks.
         topk_ids: (T, K) int32 or int64, ids of experts, -1 for "no expert". On a CPU an id outside -1..E-1 raises
             InvalidExpertIdError; on a GPU it counts as -1, and `check()` raises.
-        topk_weights: (T, K) float32 or bfloat16; used by `combine`, so it must not change before.
+        topk_weights: (T, K) float32 or bfloat16; used by `combine` too, so it must not change before.
         slot: whose buffers to use.
 
         Returns the batch of this rank's experts, views of the slot's buffers that are valid until its next dispatch, and the handle
@@ -168,7 +171,7 @@ class MoEQuantDispatcher:
             hidden_states = hidden_states.contiguous()
         topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
         buffers.generation += 1
-        batch, state = self._run(self._transport.dispatch, hidden_states, topk_ids, buffers)
+        batch, state = self._run(self._transport.dispatch, hidden_states, topk_ids, topk_weights, buffers)
         return batch, DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot, buffers.generation, state)
 
     @untraced
@@ -330,7 +333,7 @@ class MoEQuantDispatcher:
         for dtype in (torch.int32, torch.int64):
             ids = torch.full(weights.shape, -1, dtype=dtype, device=self.device)
             for tokens in (1, config.max_tokens_per_rank):
-                _, state = self._run(self._transport.dispatch, hidden[:tokens], ids[:tokens], slot)
+                _, state = self._run(self._transport.dispatch, hidden[:tokens], ids[:tokens], weights[:tokens], slot)
                 self._run(self._transport.combine, output, weights[:tokens], hidden[:tokens], slot, state)
         torch.cuda.synchronize(self.device)
 

@@ -1,4 +1,4 @@
-"""Tools for tests and benchmarks: routing generators, comparisons, poison, and a launcher of worker processes.
+"""Tools for tests and benchmarks: routing generators, a single-process result, comparisons, poison, and a launcher of worker processes.
 
 Letters: T tokens, K top-k, E experts.
 """
@@ -14,7 +14,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,6 +24,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from moequant import reference
+from moequant.batch import ExpertBatch
+from moequant.config import DispatcherConfig
+from moequant.transport.local import LocalTransport
 
 # After one rank has failed, how long the others have to end by themselves and say what they saw.
 GRACE_SECONDS = 3.0
@@ -74,6 +79,35 @@ def log_popularity(kind: str, num_experts: int) -> Tensor:
     elif kind == "uniform":
         return popularity
     raise ValueError(f'kind must be "uniform", "zipf:A" with a number A >= 0, or "one-hot", got {kind!r}')
+
+
+def in_one_process(
+    settings: Mapping[str, Any], inputs: Sequence[Sequence[Tensor]], experts: Callable[[ExpertBatch], Tensor]
+) -> tuple[ExpertBatch, list[Tensor], int]:
+    """What W ranks together have to get from a dispatch and a combine, computed on a CPU by one process with all ranks' tokens: what
+    any transport is compared with, bit for bit.
+
+    settings: of the dispatcher on W ranks; its transport, exchange and slots don't matter. inputs: each rank's hidden states (T, H), ids
+    and weights (T, K). experts: from the batch of all E experts to their output (E, M, H).
+
+    Returns the batch, whose sources are entry numbers, token * K + k, of all ranks' tokens joined; each rank's output (T, H); and the
+    number of rows that had no room.
+    """
+    ranks = len(inputs)
+    ignored = {"transport": "local", "exchange": "auto", "slots": 1, "reduce": "exact"}
+    most = ranks * settings["max_tokens_per_rank"]
+    sizes = {"max_tokens_per_rank": most, "capacity": settings.get("capacity") or most}
+    config = DispatcherConfig(**{**settings, **ignored, **sizes})
+    status = torch.zeros(3, dtype=torch.int64)
+    transport = LocalTransport(config, 0, torch.device("cpu"), status)
+    hidden, ids, weights = (torch.cat([tensor.cpu() for tensor in tensors]) for tensors in zip(*inputs, strict=True))
+    batch, rows = transport.dispatch(hidden, ids, weights, transport.allocate())
+    output, out = experts(batch).flatten(0, 1), torch.empty_like(hidden)
+    if settings.get("reduce", "exact") == "per_rank":
+        reference.combine_per_rank(output, rows, weights, output.shape[0] // ranks, out)
+    else:
+        reference.combine(output, rows, weights, out)
+    return batch, list(out.split([len(tensors[0]) for tensors in inputs])), int(status[1])
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:

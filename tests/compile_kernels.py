@@ -190,9 +190,23 @@ def move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
     ops.move_source_rows(padded, merged, offsets, counts, 32, True, padded_scales, merged_scales, sources, merged_sources)
 
 
-def combine(weights: torch.dtype = torch.float32) -> None:
-    rows, topk_weights = empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=weights)
+def partials(listed: bool) -> None:
+    ids, rows = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
+    starts = empty(8, dtype=torch.int32) if listed else None
+    ops.plan_partials(ids, rows, 32, 128, empty(128, 8, dtype=torch.int32), starts)
+    entries, offsets = empty(8, 3, 128, 8, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    shape = 8, 128, 8
+    ops.locate_entries(entries, offsets, 32, 128, 1024, empty(*shape, dtype=torch.int32), empty(*shape, dtype=torch.float32))
+
+
+def combine(weights: torch.dtype | None = torch.float32) -> None:
+    rows, topk_weights = empty(128, 8, dtype=torch.int32), None if weights is None else empty(128, 8, dtype=weights)
     ops.combine(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
+
+
+def presum() -> None:
+    rows, topk_weights = empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.float32)
+    ops.presum(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
 
 
 @dataclass(frozen=True)
@@ -277,7 +291,8 @@ CASES = {
         *cases(scatter, *each_format(quantized_before=True)),
     ],
     "move_source_rows": cases(move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True),
-    "combine": cases(combine, {}, {"weights": BF16}),
+    "combine": [*cases(combine, {}, {"weights": BF16}, {"weights": None}), *cases(presum, {})],
+    "partials": cases(partials, {"listed": False}, {"listed": True}, wide=False),
 }
 
 # Moves of 16 bytes a thread, or of a tile by TMA, in PTX and in AMD's assembly.

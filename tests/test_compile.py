@@ -25,6 +25,7 @@ OPERATIONS = (
     "scatter",
     "move_source_rows",
     "combine",
+    "partials",
 )
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950"}
 # the tensor cores' fastest way, where a GEMM must take it

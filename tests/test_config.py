@@ -54,7 +54,7 @@ BAD = {
         {"transport": "local", "world_size": 2},
         'serves one rank, got a group of 2; use "collective" or "auto"',
     ),
-    "a reduction of another issue": ({"reduce": "per_rank"}, "reduce must be one of 'exact', got 'per_rank'"),
+    "a reduction that is not there": ({"reduce": "tree"}, "reduce must be one of 'exact', 'per_rank', got 'tree'"),
 }
 
 

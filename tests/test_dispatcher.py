@@ -18,7 +18,7 @@ from moequant import (
     reference,
 )
 from moequant.batch import ExpertBatch
-from moequant.testing import assert_bit_equal, poison, relative_error, routing
+from moequant.testing import assert_bit_equal, in_one_process, poison, relative_error, routing
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 6, 3, 200, 20
 SETTINGS: dict[str, Any] = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
@@ -79,6 +79,18 @@ def test_the_stand_in_layer_has_the_expected_bits(quant, dtype, backend):
         expected = expected_output(hidden, ids, weights, dispatcher.config.dtype)
     assert_bit_equal(out.cpu(), expected)
     assert not out[7].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_per_rank_sum_of_one_rank_is_rounded_to_bfloat16(dtype, backend):
+    hidden, ids, weights = inputs(dtype=dtype)
+    ids[3, 1], ids[7] = -1, -1
+    with MoEQuantDispatcher(**SETTINGS, reduce="per_rank", device=backend) as dispatcher:
+        poison_buffers(dispatcher)
+        out = dispatcher(hidden.to(backend), ids.to(backend), weights.to(backend), stand_in)
+    assert_bit_equal(out.cpu(), expected_output(hidden, ids, weights).bfloat16().to(dtype))
+    _, (expected,), _ = in_one_process(SETTINGS | {"reduce": "per_rank"}, [(hidden, ids, weights)], stand_in)
+    assert_bit_equal(out.cpu(), expected)
 
 
 @pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "fp8_e5m2", "none"])
@@ -358,9 +370,10 @@ def test_a_cuda_graph_of_the_layer_replays_with_new_inputs(quant):
 
 
 @pytest.mark.gpu
-def test_nothing_on_the_device_path_syncs_with_the_host():
+@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+def test_nothing_on_the_device_path_syncs_with_the_host(reduce):
     arguments = inputs(device="cuda")
-    with MoEQuantDispatcher(**SETTINGS) as dispatcher:
+    with MoEQuantDispatcher(**SETTINGS, reduce=reduce) as dispatcher:
         experts = GroupedExperts.from_weights(
             torch.randn(EXPERTS, 256, HIDDEN, device="cuda").bfloat16(), torch.randn(EXPERTS, HIDDEN, 128, device="cuda").bfloat16()
         )

@@ -129,6 +129,29 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
             integers([9, 9], [9, 9]),
         )
     },
+    "plan_partials": {
+        "by rank": lambda: (integers([0, 1], [3, -1]), integers([0, -1], [7, -1]), 2, 5, integers([9, 9], [9, 9])),
+        "listed": lambda: (integers([0, 1], [3, 2]), integers([0, -1], [7, 1]), 2, 0, integers([9, 9], [9, 9]), small_counts()),
+    },
+    "locate_entries": {
+        "of one rank": lambda: (
+            integers([[[0, 1]], [[0, 0]], [[3, 4]]]),
+            integers([1]),
+            0,
+            2,
+            3,
+            integers([[9, 9]]),
+            torch.full((1, 1, 2), 9.0),
+        )
+    },
+    "presum": {
+        "of one token": lambda: (
+            torch.randn(4, 5).bfloat16(),
+            integers([0, 3], [-1, -1]),
+            torch.rand(2, 2),
+            torch.zeros(2, 5).bfloat16(),
+        )
+    },
     "scatter": {"quantizing": lambda: scatter_arguments(True), "converting": lambda: scatter_arguments(False)},
     "move_source_rows": {"to merged": lambda: move_arguments(True), "to padded": lambda: move_arguments(False)},
     "combine": {
@@ -137,7 +160,8 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
             integers([0, 3], [-1, 1]),
             torch.rand(2, 2),
             torch.zeros(2, 5).bfloat16(),
-        )
+        ),
+        "without weights": lambda: (torch.randn(4, 5).bfloat16(), integers([0, 3]), None, torch.zeros(1, 5)),
     },
 }
 ALL_CASES = [(name, case) for name, cases in CASES.items() for case in cases]

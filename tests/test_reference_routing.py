@@ -150,6 +150,50 @@ def test_combine_skips_absent_entries_whatever_their_weights():
     assert combined([math.nan], [-1], [1.0]) == 0.0
 
 
+def test_partial_sums_lie_by_rank_and_token_or_in_the_order_of_those_that_travelled():
+    ids = torch.tensor([[0, 1], [3, -1], [1, 2], [9, -5]])
+    rows = torch.tensor([[5, -1], [0, -1], [-1, 2], [-1, -1]], dtype=torch.int32)
+    partials = poison(torch.empty(4, 2, dtype=torch.int32))
+    reference.plan_partials(ids, rows, 2, 10, partials)
+    assert partials.tolist() == [[0, -1], [-1, 11], [-1, 12], [-1, -1]]
+    # token 2 travels to rank 0 as well, where its row had no room
+    reference.plan_partials(ids, rows, 2, 0, partials, torch.tensor([0, 2], dtype=torch.int32))
+    assert partials.tolist() == [[0, -1], [-1, 2], [-1, 3], [-1, -1]]
+
+
+def test_located_entries_are_the_rows_of_each_ranks_tokens_here():
+    # 2 ranks, experts 2 and 3 are here, C=2, M=4; a token of rank 1 lies behind 1 or 3 rows of rank 0
+    offsets = torch.tensor([[0, 0, 0, 0], [9, 9, 1, 3]], dtype=torch.int32)
+    slots = torch.tensor([[[0, 1], [-1, 2]], [[0, 0], [1, 1]]], dtype=torch.int32)
+    ids = torch.tensor([[[2, 3], [2, 3]], [[3, 1], [2, 3]]], dtype=torch.int32)
+    expected = torch.rand(2, 2, 2)
+    entries = torch.stack((slots, ids, expected.view(torch.int32)), 1)
+    rows, weights = poison(torch.empty(2, 2, 2, dtype=torch.int32)), poison(torch.empty(2, 2, 2))
+    reference.locate_entries(entries, offsets, 2, 2, 4, rows, weights)
+    assert rows.tolist() == [[[0, 5], [-1, -1]], [[7, -1], [2, -1]]]
+    assert_bit_equal(weights, expected)
+
+
+def summed_per_rank(expert_rows: list[float], rows: list[int], weights: list[float], dtype: torch.dtype = torch.float32) -> float:
+    out = poison(torch.empty(1, 1, dtype=dtype))
+    expert_output = torch.tensor(expert_rows, dtype=torch.bfloat16).unsqueeze(1)
+    reference.combine_per_rank(expert_output, torch.tensor([rows], dtype=torch.int32), torch.tensor([weights]), 2, out)
+    return out.item()
+
+
+def test_sums_of_a_rank_are_rounded_to_bfloat16_before_ranks_are_added():
+    # rank 0 has 1 + 2**-8, which alone is a tie that goes to 1; rank 1 has 2**-8
+    assert summed_per_rank([1.0, 2.0**-8, 2.0**-8, 0.0], [0, 1, 2], [1.0] * 3) == 1 + 2.0**-8
+    assert combined([1.0, 2.0**-8, 2.0**-8, 0.0], [0, 1, 2], [1.0] * 3) == 1 + 2.0**-7
+
+
+def test_ranks_are_added_in_their_order_and_absent_ones_are_skipped():
+    # by k this would be 2**24 - 2**24 + 1
+    assert summed_per_rank([2.0**24, 0.0, 1.0, 0.0, -(2.0**24), 0.0], [0, 4, 2], [1.0] * 3) == 0.0
+    assert summed_per_rank([math.nan, 2.0, math.nan, math.nan], [-1, 1, -1], [math.nan, 2.0, 1.0]) == 4.0
+    assert summed_per_rank([math.nan] * 4, [-1, -1, -1], [1.0] * 3) == 0.0
+
+
 def test_combine_equals_float32_steps_in_numpy():
     expert_output, weights = torch.randn(20, 17).bfloat16(), torch.randn(6, 5).bfloat16()
     rows = torch.randint(-1, 20, (6, 5), dtype=torch.int32)

@@ -42,13 +42,22 @@ from moequant.ops.routing import (
     expert_offsets as expert_offsets,
 )
 from moequant.ops.routing import (
+    locate_entries as locate_entries,
+)
+from moequant.ops.routing import (
     move_source_rows as move_source_rows,
+)
+from moequant.ops.routing import (
+    plan_partials as plan_partials,
 )
 from moequant.ops.routing import (
     plan_returns as plan_returns,
 )
 from moequant.ops.routing import (
     plan_sends as plan_sends,
+)
+from moequant.ops.routing import (
+    presum as presum,
 )
 from moequant.ops.routing import (
     route as route,

@@ -131,8 +131,45 @@ def move_source_rows(
     )
 
 
+@registered(mutates=("partials",))
+def plan_partials(
+    topk_ids: Tensor, rows: Tensor, local_experts: int, stride: int, partials: Tensor, starts: Tensor | None = None
+) -> None:
+    """`reference.plan_partials`."""
+    if not uses_kernels(topk_ids):
+        reference.plan_partials(topk_ids, rows, local_experts, stride, partials, starts)
+        return
+    from moequant.kernels.partials import plan_partials as kernel
+
+    kernel(topk_ids, rows, local_experts, stride, partials, starts)
+
+
+@registered(mutates=("rows", "weights"))
+def locate_entries(
+    entries: Tensor, offsets: Tensor, first_expert: int, limit: int, capacity: int, rows: Tensor, weights: Tensor
+) -> None:
+    """`reference.locate_entries`."""
+    if not uses_kernels(entries):
+        reference.locate_entries(entries, offsets, first_expert, limit, capacity, rows, weights)
+        return
+    from moequant.kernels.partials import locate_entries as kernel
+
+    kernel(entries, offsets, first_expert, limit, capacity, rows, weights)
+
+
 @registered(mutates=("out",))
-def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+def presum(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+    """`reference.presum`."""
+    if not uses_kernels(expert_output):
+        reference.presum(expert_output, rows, topk_weights, out)
+        return
+    from moequant.kernels.combine import presum as kernel
+
+    kernel(expert_output, rows, topk_weights, out)
+
+
+@registered(mutates=("out",))
+def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor | None, out: Tensor) -> None:
     """`reference.combine`."""
     if not uses_kernels(expert_output):
         reference.combine(expert_output, rows, topk_weights, out)

@@ -60,16 +60,28 @@ from moequant.reference.routing import (
     combine as combine,
 )
 from moequant.reference.routing import (
+    combine_per_rank as combine_per_rank,
+)
+from moequant.reference.routing import (
     expert_offsets as expert_offsets,
 )
 from moequant.reference.routing import (
+    locate_entries as locate_entries,
+)
+from moequant.reference.routing import (
     move_source_rows as move_source_rows,
+)
+from moequant.reference.routing import (
+    plan_partials as plan_partials,
 )
 from moequant.reference.routing import (
     plan_returns as plan_returns,
 )
 from moequant.reference.routing import (
     plan_sends as plan_sends,
+)
+from moequant.reference.routing import (
+    presum as presum,
 )
 from moequant.reference.routing import (
     route as route,

@@ -199,15 +199,99 @@ def move_source_rows(
         merged_sources[expert, target] = padded_sources[source, expert, row].long() + (source << 32)
 
 
-def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+def plan_partials(
+    topk_ids: Tensor, rows: Tensor, local_experts: int, stride: int, partials: Tensor, starts: Tensor | None = None
+) -> None:
+    """`reduce="per_rank"`: where the sums that ranks make of each token's rows lie, once they have come back.
+
+    topk_ids: (T, K); rank w has experts w * local_experts .. (w + 1) * local_experts - 1. rows: (T, K); not negative where an entry has
+    a row. partials: (T, W) int32, written: -1 where rank w has no row of the token, otherwise the sum's row: w * stride + t, or, with
+    starts (W,) int32, starts[w] + the number of earlier tokens that name an expert of rank w, as `plan_sends` lists them.
+
+    Example: local_experts=2, ids [[0, 1], [3, -1], [1, 2]], of which [1, 2]'s first has no row: partials are [[0, -1], [-1, 4],
+    [-1, 5]] with stride 3, and [[0, -1], [-1, 2], [-1, 3]] with starts [0, 2].
+    """
+    tokens, ranks = partials.shape
+    ids = topk_ids.long().unsqueeze(-1)
+    # not a division: the ids out of range have to be nobody's
+    first = torch.arange(ranks, device=ids.device) * local_experts
+    here = (ids >= first) & (ids < first + local_experts)
+    if starts is None:
+        token = torch.arange(tokens, device=ids.device).unsqueeze(1)
+        row = token + stride * torch.arange(ranks, device=ids.device)
+    else:
+        named = here.any(1).long()
+        row = starts + named.cumsum(0) - named
+    partials.copy_(torch.where((here & (rows >= 0).unsqueeze(-1)).any(1), row, -1))
+
+
+def locate_entries(
+    entries: Tensor, offsets: Tensor, first_expert: int, limit: int, capacity: int, rows: Tensor, weights: Tensor
+) -> None:
+    """Padded exchange with `reduce="per_rank"`: where the rows of every rank's tokens lie in this rank's expert buffers.
+
+    entries: (W, 3, T, K) int32, of each rank: slots, as `route` gave them (-1 for tokens that the rank doesn't have), the low halves of
+        topk_ids, and the bits of float32 weights. offsets: (W, E) int32. limit: C; slots from there on were not sent. capacity: M.
+    rows: (W, T, K) int32, written: the flat row (id - first_expert) * M + offsets[w, id] + slot; -1 for experts that are not among the L
+        from first_expert on, and for rows without a place. weights: (W, T, K) float32, written.
+
+    Example: first_expert=2, C=2, M=4, of rank 0 ids [3, 0], slots [1, 0], offsets[0, 3] 2: rows [4 + 2 + 1, -1] = [7, -1].
+    """
+    slots, ids = entries[:, 0].long(), entries[:, 1].long()
+    experts = offsets.shape[1] // offsets.shape[0]
+    local = ids - first_expert
+    placed = (slots >= 0) & (slots < limit) & (local >= 0) & (local < experts)
+    row = offsets.long().gather(1, torch.where(placed, ids, 0).flatten(1)).view(ids.shape) + slots
+    rows.copy_(torch.where(placed & (row < capacity), local * capacity + row, -1))
+    weights.copy_(entries[:, 2].contiguous().view(torch.float32))
+
+
+def weighted_sum(expert_output: Tensor, rows: Tensor, topk_weights: Tensor | None) -> Tensor:
+    """(T, H) float32; see `combine`."""
+    acc = torch.zeros(rows.shape[0], expert_output.shape[1], dtype=torch.float32, device=rows.device)
+    for k in range(rows.shape[1]):
+        present = rows[:, k] >= 0
+        product = expert_output[rows[present, k].long()].float()
+        if topk_weights is not None:
+            product = topk_weights[present, k].float().unsqueeze(1) * product
+        acc[present] = acc[present] + product
+    return acc
+
+
+def presum(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tensor) -> None:
+    """`reduce="per_rank"`: what one rank's rows contribute to each token, by the arithmetic of `combine`, rounded to out's type.
+
+    expert_output: (R, H) rows of this rank. rows: (N, K) int32 indices into them, -1 for absent. topk_weights: (N, K). out: (N, H)
+    bfloat16; a token without a row here is not written.
+    """
+    present = (rows >= 0).any(1)
+    out[present] = weighted_sum(expert_output, rows[present], topk_weights[present]).to(out.dtype)
+
+
+def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor | None, out: Tensor) -> None:
     """Sums each token's expert rows by their weights: over k in order, `acc = acc + weight * row` in float32, the product rounded
     before the addition, rounded once to out's type. Absent entries are skipped, never multiplied by zero.
 
-    expert_output: (R, H) rows. rows: (T, K) int32 indices into them, -1 for absent. topk_weights: (T, K). out: (T, H), written.
+    expert_output: (R, H) rows. rows: (T, K) int32 indices into them, -1 for absent. topk_weights: (T, K), or None for a sum without
+    weights: that of the ranks' partial sums, where K is W. out: (T, H), written.
     """
-    acc = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-    for k in range(rows.shape[1]):
-        present = rows[:, k] >= 0
-        product = topk_weights[present, k].float().unsqueeze(1) * expert_output[rows[present, k].long()].float()
-        acc[present] = acc[present] + product
-    out.copy_(acc)
+    out.copy_(weighted_sum(expert_output, rows, topk_weights))
+
+
+def combine_per_rank(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, rows_per_rank: int, out: Tensor) -> None:
+    """All of `reduce="per_rank"`, as if one process had every rank's rows: `presum` for each rank, then `combine` of the partial sums in
+    rank order.
+
+    As `combine`'s arguments; rank w has rows w * rows_per_rank .. (w + 1) * rows_per_rank - 1 of expert_output.
+
+    Example: rows_per_rank=2, rows[t] [3, 0, 2]: (0 + bf16(w1 * y[0])) + bf16(w0 * y[3] + w2 * y[2]).
+    """
+    tokens, ranks = rows.shape[0], expert_output.shape[0] // rows_per_rank
+    sums = torch.empty(ranks, *out.shape, dtype=torch.bfloat16, device=out.device)
+    partials = torch.full((tokens, ranks), -1, dtype=torch.int32, device=out.device)
+    for rank in range(ranks):
+        here = (rows >= rank * rows_per_rank) & (rows < (rank + 1) * rows_per_rank)
+        presum(expert_output, torch.where(here, rows, -1), topk_weights, sums[rank])
+        held = here.any(1)
+        partials[held, rank] = (rank * tokens + held.nonzero().flatten()).int()
+    combine(sums.flatten(0, 1), partials, None, out)

@@ -55,8 +55,9 @@ class Transport(ABC):
         """The buffers of one slot."""
 
     @abstractmethod
-    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, slot: Slot) -> tuple[ExpertBatch, Any]:
-        """hidden_states (T, H) with contiguous rows, topk_ids (T, K) contiguous. Returns the batch, and what `combine` needs."""
+    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Any]:
+        """hidden_states (T, H) with contiguous rows, topk_ids and topk_weights (T, K) contiguous. Returns the batch, and what `combine`
+        needs. Weights travel with `reduce="per_rank"` alone."""
 
     @abstractmethod
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Any) -> None:
@@ -95,4 +96,6 @@ def routing_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     return {
         "slots": BufferSpec((tokens, top_k), torch.int32),
         "rows": BufferSpec((tokens, top_k), torch.int32),
+        # where `plan_partials` says that the ranks' partial sums lie
+        **({"partials": BufferSpec((tokens, config.world_size), torch.int32)} if config.per_rank else {}),
     }

@@ -19,9 +19,12 @@ from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, ro
 class LocalTransport(Transport):
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
-        return {**batch_specs(config), **routing_specs(config), "counts": BufferSpec((config.num_experts,), torch.int32)}
+        specs = {**batch_specs(config), **routing_specs(config), "counts": BufferSpec((config.num_experts,), torch.int32)}
+        if config.per_rank:
+            specs["sums"] = BufferSpec((config.max_tokens_per_rank, config.hidden_size), torch.bfloat16)
+        return specs
 
-    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
+    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
         tokens = hidden_states.shape[0]
         slots, rows = slot["slots"][:tokens], slot["rows"][:tokens]
         batch = self.expert_batch(slot, tokens)
@@ -36,7 +39,14 @@ class LocalTransport(Transport):
             sources=batch.sources,
             recipe=self.config.recipe,
         )
+        if self.config.per_rank:
+            ops.plan_partials(topk_ids, rows, self.config.num_experts, tokens, slot["partials"][:tokens])
         return batch, rows
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
-        ops.combine(expert_output.flatten(0, 1), state, topk_weights, out)
+        if not self.config.per_rank:
+            ops.combine(expert_output.flatten(0, 1), state, topk_weights, out)
+            return
+        tokens = out.shape[0]
+        ops.presum(expert_output.flatten(0, 1), state, topk_weights, slot["sums"][:tokens])
+        ops.combine(slot["sums"], slot["partials"][:tokens], None, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from typing import Any
@@ -12,14 +13,13 @@ import torch.distributed as dist
 
 from moequant import ConfigMismatchError, MoEQuantDispatcher, OutOfStepError, PeerTimeoutError, ops
 from moequant.batch import ExpertBatch
-from moequant.config import DispatcherConfig
-from moequant.testing import assert_bit_equal, run_ranks
-from moequant.transport.local import LocalTransport
+from moequant.testing import assert_bit_equal, in_one_process, run_ranks
 
 EXCHANGES = ("padded", "packed")
+REDUCES = ("exact", "per_rank")
 
 
-def stand_in(batch: ExpertBatch, first_expert: int) -> torch.Tensor:
+def stand_in(batch: ExpertBatch, first_expert: int = 0) -> torch.Tensor:
     """An elementwise expert, exact by construction, different for neighbouring experts."""
     values = batch.values.float()
     if batch.scales is not None:
@@ -47,6 +47,7 @@ def draw(trial: int, ranks: int) -> tuple[dict[str, Any], list[list[torch.Tensor
         "recipe": ("default", "ue8m0")[pick(0, 2)],
         "capacity": (None, pick(1, 40))[pick(0, 2)],
         "on_overflow": "drop",
+        "reduce": ("exact", "per_rank")[pick(0, 2)],
     }
     inputs = []
     for _ in range(ranks):
@@ -60,25 +61,10 @@ def draw(trial: int, ranks: int) -> tuple[dict[str, Any], list[list[torch.Tensor
     return settings, inputs
 
 
-def one_process(settings: dict[str, Any], inputs: list[list[torch.Tensor]]) -> tuple[ExpertBatch, torch.Tensor, int]:
-    """All ranks' tokens through a single rank's buffers of the same size. Returns batch, outputs, rows dropped."""
-    tokens = len(inputs) * settings["max_tokens_per_rank"]
-    capacity = settings["capacity"] or tokens
-    config = DispatcherConfig(**{**settings, "max_tokens_per_rank": tokens, "capacity": capacity})
-    status = torch.zeros(2, dtype=torch.int64)
-    transport = LocalTransport(config, 0, torch.device("cpu"), status)
-    hidden, ids, weights = (torch.cat(tensors) for tensors in zip(*inputs, strict=True))
-    slot = transport.allocate()
-    batch, rows = transport.dispatch(hidden, ids, slot)
-    out = torch.empty_like(hidden)
-    transport.combine(stand_in(batch, 0), weights, out, slot, rows)
-    return batch, out, int(status[1])
-
-
 def check_trial(rank: int, ranks: int, trial: int, exchange: str, group: dist.ProcessGroup | None, device: str) -> None:
     """One random setting through the group, compared with one process."""
     settings, inputs = draw(trial, ranks)
-    expected, outputs, dropped = one_process(settings, inputs)
+    expected, outputs, dropped = in_one_process(settings, inputs, stand_in)
     with MoEQuantDispatcher(group, **settings, transport="collective", exchange=exchange, device=device) as dispatcher:
         for buffer in dispatcher._slots[0].buffers.values():
             buffer.view(torch.uint8).fill_(0xFF)
@@ -98,7 +84,7 @@ def check_trial(rank: int, ranks: int, trial: int, exchange: str, group: dist.Pr
         source = batch.sources[expert, :count].cpu()
         entry = starts[source >> 32] * settings["top_k"] + (source & 0xFFFFFFFF)
         assert_bit_equal(entry, expected.sources[whole, :count], name)
-    assert_bit_equal(out.cpu(), outputs[starts[rank] : starts[rank + 1]], name)
+    assert_bit_equal(out.cpu(), outputs[rank], name)
 
 
 def run_trials(rank: int, ranks: int, trials: int, device: str = "cpu") -> None:
@@ -147,8 +133,9 @@ def test_two_groups_of_two_in_a_world_of_four_work_apart():
 
 def run_repeats(rank: int, ranks: int) -> None:
     """Many calls of one dispatcher on two slots: nothing of an earlier call may show."""
-    settings: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 130, "max_tokens_per_rank": 30, "capacity": None}
-    for exchange in EXCHANGES:
+    sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 130, "max_tokens_per_rank": 30, "capacity": None}
+    for exchange, reduce in itertools.product(EXCHANGES, REDUCES):
+        settings: dict[str, Any] = sizes | {"reduce": reduce}
         with MoEQuantDispatcher(**settings, exchange=exchange, transport="collective", slots=2) as dispatcher:
             for trial in range(10):
                 generator = torch.Generator().manual_seed(trial)
@@ -158,11 +145,10 @@ def run_repeats(rank: int, ranks: int) -> None:
                     ids = torch.rand(tokens, 4, generator=generator).argsort(1)[:, :2].int()
                     hidden = torch.randn(tokens, 130, generator=generator).bfloat16()
                     inputs.append([hidden, ids, torch.rand(tokens, 2, generator=generator)])
-                _, outputs, _ = one_process(settings, inputs)
+                _, outputs, _ = in_one_process(settings, inputs, stand_in)
                 batch, handle = dispatcher.dispatch(*inputs[rank], slot=trial % 2)
                 out = dispatcher.combine(stand_in(batch, rank * 2), handle)
-                start = sum(len(hidden) for hidden, _, _ in inputs[:rank])
-                assert_bit_equal(out, outputs[start : start + len(out)])
+                assert_bit_equal(out, outputs[rank])
 
 
 def test_repeated_calls_on_two_slots_leave_nothing_behind():
@@ -280,7 +266,7 @@ def test_random_settings_on_nccl_have_the_bits_of_one_process(ranks):
     run_ranks(run_nccl, ranks, 25, backend="nccl", timeout=250)
 
 
-def run_graph(rank: int, ranks: int) -> None:
+def run_graph(rank: int, ranks: int, reduce: str) -> None:
     device = f"cuda:{rank}"
     settings: dict[str, Any] = {
         "num_experts": 2 * ranks,
@@ -288,6 +274,7 @@ def run_graph(rank: int, ranks: int) -> None:
         "hidden_size": 384,
         "max_tokens_per_rank": 32,
         "capacity": None,
+        "reduce": reduce,
     }
 
     def fresh(seed: int) -> list[list[torch.Tensor]]:
@@ -311,8 +298,8 @@ def run_graph(rank: int, ranks: int) -> None:
             for target, source in zip(static, inputs[rank], strict=True):
                 target.copy_(source)
             graph.replay()
-            _, outputs, _ = one_process(settings, inputs)
-            assert_bit_equal(out.cpu(), outputs[32 * rank : 32 * rank + 32])
+            _, outputs, _ = in_one_process(settings, inputs, stand_in)
+            assert_bit_equal(out.cpu(), outputs[rank])
     with MoEQuantDispatcher(**settings, transport="collective", exchange="packed") as dispatcher:
         packed = torch.cuda.CUDAGraph()
         with (
@@ -323,5 +310,6 @@ def run_graph(rank: int, ranks: int) -> None:
 
 
 @pytest.mark.multigpu
-def test_a_graph_of_the_padded_exchange_replays_with_new_inputs():
-    run_ranks(run_graph, 2, backend="nccl", timeout=120)
+@pytest.mark.parametrize("reduce", REDUCES)
+def test_a_graph_of_the_padded_exchange_replays_with_new_inputs(reduce):
+    run_ranks(run_graph, 2, reduce, backend="nccl", timeout=120)

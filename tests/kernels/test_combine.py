@@ -48,6 +48,27 @@ def test_no_tokens_and_no_rows(device):
     both(empty, torch.full((3, 2), -1, dtype=torch.int32, device=device), torch.ones(3, 2, device=device), torch.bfloat16)
 
 
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_a_sum_without_weights_matches_the_reference(ranks, device):
+    y = torch.randn(40, 1300, dtype=torch.bfloat16).to(device)
+    both(y, torch.randint(-1, 40, (9, ranks), dtype=torch.int32, device=device), None, torch.float32)
+
+
+@pytest.mark.parametrize("top_k", [1, 6])
+def test_a_ranks_sums_match_the_reference_and_leave_tokens_without_a_row(top_k, device):
+    from moequant.kernels.combine import presum
+
+    y = torch.randn(20, 1300, dtype=torch.float16).to(device)
+    rows = torch.randint(-1, 20, (12, top_k), dtype=torch.int32, device=device)
+    rows[3] = rows[11] = -1
+    weights = torch.randn(12, top_k, device=device)
+    outputs = [torch.full((12, 1300), 7.0, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    presum(y, rows, weights, outputs[0])
+    reference.presum(y, rows, weights, outputs[1])
+    assert_bit_equal(outputs[0], outputs[1])
+    assert (outputs[0][[3, 11]] == 7).all()
+
+
 def test_the_product_is_rounded_before_the_addition(device):
     """1 + (1 + 2**-12)**2 with a fused multiply-add keeps the 2**-24, which two roundings lose."""
     value = 1 + 2.0**-7
