@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.symmetric import NO_FAULT, load_fault
+
 
 @triton.jit
 def combine_kernel(
@@ -16,17 +18,27 @@ def combine_kernel(
     rows_ptr,
     weights_ptr,
     out_ptr,
+    peers_ptr,
+    abort_ptr,
+    peer_offset,
+    rows_of_rank,
     columns,
     out_stride_t,
     SKIPS: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     K: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (t, b) sums columns b * BLOCK.. of token t over k in order. The launch forbids fused multiply-add: the product is rounded
-    before the addition. SKIPS: tokens without any row are not written.
+    before the addition. SKIPS: tokens without any row are not written. IN_ORDER: the row of entry (t, k) is t * K + k, if rows[t, k] is
+    not negative.
 
-    Example: K=3, rows[t] [7, -1, 2]: acc = (0 + weights[t, 0] * y[7]) + weights[t, 2] * y[2].
+    With peers_ptr, row i is row i % rows_of_rank of rank i // rows_of_rank, whose rows begin at byte peer_offset of its block of memory
+    (`symmetric.py`); y_ptr tells their type alone. With abort_ptr, every sum is NaN after a fault.
+
+    Example: K=3, rows[t] [7, -1, 2]: acc = (0 + weights[t, 0] * y[7]) + weights[t, 2] * y[2]. With rows_of_rank=4, y[7] is row 3 of
+    rank 1.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -34,14 +46,27 @@ def combine_kernel(
     rows = tl.load(rows_ptr + token * K + lane, mask=lane < K, other=-1)
     if weights_ptr is not None:
         weights = tl.load(weights_ptr + token * K + lane, mask=lane < K, other=0.0).to(tl.float32)
+    if IN_ORDER:
+        rows = tl.where(rows >= 0, tl.program_id(0) * K + lane, -1)
+    if peers_ptr is not None:
+        ranks = tl.maximum(rows, 0) // rows_of_rank
+        blocks = tl.load(peers_ptr + ranks, mask=rows >= 0, other=0) + peer_offset
+        rows = tl.where(rows >= 0, rows - ranks * rows_of_rank, -1)
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         row = tl.sum(tl.where(lane == k, rows, 0), axis=0)
         present = row >= 0
-        y = tl.load(y_ptr + row.to(tl.int64) * columns + column, mask=present & (column < columns), other=0.0).to(tl.float32)
+        first = y_ptr
+        if peers_ptr is not None:
+            block = tl.sum(tl.where(lane == k, blocks, 0), axis=0)
+            # which the compiler can't know of an address from a table
+            first = tl.multiple_of(block.to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
+        y = tl.load(first + row.to(tl.int64) * columns + column, mask=present & (column < columns), other=0.0).to(tl.float32)
         if weights_ptr is not None:
             y = tl.sum(tl.where(lane == k, weights, 0.0), axis=0) * y
         acc = tl.where(present, acc + y, acc)
+    if abort_ptr is not None:
+        acc = tl.where(load_fault(abort_ptr) == NO_FAULT, acc, float("nan"))
     written = column < columns
     if SKIPS:
         written = written & (tl.max(rows, axis=0) >= 0)
@@ -50,7 +75,7 @@ def combine_kernel(
 
 def combine(expert_output: torch.Tensor, rows: torch.Tensor, topk_weights: torch.Tensor | None, out: torch.Tensor) -> None:
     """As `moequant.reference.combine`. expert_output (R, H), rows and topk_weights (T, K) contiguous; out (T, H) with contiguous rows."""
-    launch(expert_output, rows, topk_weights, out, skips=False)
+    launch(expert_output, rows, topk_weights, out)
 
 
 def presum(expert_output: torch.Tensor, rows: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor) -> None:
@@ -58,8 +83,49 @@ def presum(expert_output: torch.Tensor, rows: torch.Tensor, topk_weights: torch.
     launch(expert_output, rows, topk_weights, out, skips=True)
 
 
+def combine_shared(
+    expert_output: torch.Tensor,
+    rows: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    out: torch.Tensor,
+    abort: torch.Tensor,
+    *,
+    in_order: bool = False,
+    peers: torch.Tensor | None = None,
+    peer_offset: int = 0,
+    rows_of_rank: int = 0,
+) -> None:
+    """`combine` of rows that other ranks stored, or that lie with them; out is NaN after a fault.
+
+    abort: the abort word of `symmetric.py`. in_order: the row of entry (t, k) is t * K + k, if rows[t, k] is not negative.
+    peers: (W,) int64, where each rank's block of memory begins; its rows_of_rank rows begin peer_offset bytes further on, and row i is row
+    i % rows_of_rank of rank i // rows_of_rank. Of expert_output only the type counts then.
+    """
+    launch(
+        expert_output,
+        rows,
+        topk_weights,
+        out,
+        abort=abort,
+        in_order=in_order,
+        peers=peers,
+        peer_offset=peer_offset,
+        rows_of_rank=rows_of_rank,
+    )
+
+
 def launch(
-    expert_output: torch.Tensor, rows: torch.Tensor, topk_weights: torch.Tensor | None, out: torch.Tensor, skips: bool
+    expert_output: torch.Tensor,
+    rows: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    skips: bool = False,
+    in_order: bool = False,
+    abort: torch.Tensor | None = None,
+    peers: torch.Tensor | None = None,
+    peer_offset: int = 0,
+    rows_of_rank: int = 0,
 ) -> None:
     tokens, columns = out.shape
     if tokens == 0:
@@ -71,9 +137,14 @@ def launch(
         rows,
         topk_weights,
         out,
+        peers,
+        abort,
+        peer_offset,
+        rows_of_rank,
         columns,
         out.stride(0),
         SKIPS=skips,
+        IN_ORDER=in_order,
         K=top_k,
         LANES=triton.next_power_of_2(top_k),
         BLOCK=block,

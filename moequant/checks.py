@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moequant.batch import DispatchHandle
+from moequant.config import DispatcherConfig
+from moequant.errors import InvalidExpertIdError
+
 
 def check_tensor(
     name: str,
@@ -59,3 +63,48 @@ def check_no_grad(**tensors: Tensor | None) -> None:
                 raise RuntimeError(
                     f"{name} requires grad, and moequant has no backward yet; call under torch.no_grad(), or pass {name}.detach()"
                 )
+
+
+def check_tokens(
+    config: DispatcherConfig, device: torch.device, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
+) -> None:
+    """Raises unless these are what `MoEQuantDispatcher.dispatch` takes."""
+    floats = (torch.bfloat16, torch.float16, torch.float32)
+    check_tensor("hidden_states", hidden_states, dims=2, dtypes=floats, device=device)
+    tokens = hidden_states.shape[0]
+    if tokens > config.max_tokens_per_rank:
+        raise ValueError(
+            f"hidden_states has {tokens} tokens, max_tokens_per_rank is {config.max_tokens_per_rank}; split the tokens, or build "
+            "the dispatcher with more"
+        )
+    check_tensor("hidden_states", hidden_states, shape=(tokens, config.hidden_size))
+    routing = (tokens, config.top_k)
+    check_tensor("topk_ids", topk_ids, shape=routing, dtypes=(torch.int32, torch.int64), device=device)
+    check_tensor("topk_weights", topk_weights, shape=routing, dtypes=(torch.float32, torch.bfloat16), device=device)
+    check_no_grad(hidden_states=hidden_states, topk_weights=topk_weights)
+    if device.type == "cpu" and tokens:
+        low, high = topk_ids.aminmax()
+        if low < -1 or high >= config.num_experts:
+            raise InvalidExpertIdError(
+                f"topk_ids must be in -1..{config.num_experts - 1}, got ids from {int(low)} to {int(high)}; -1 means no expert"
+            )
+
+
+def check_expert_output(config: DispatcherConfig, device: torch.device, expert_output: Tensor) -> Tensor:
+    """expert_output, contiguous. Raises unless it is what `MoEQuantDispatcher.combine` takes."""
+    shape = (config.num_local_experts, config.max_rows, config.hidden_size)
+    check_tensor("expert_output", expert_output, shape=shape, dtypes=(torch.bfloat16, torch.float16), device=device)
+    check_no_grad(expert_output=expert_output)
+    return expert_output.contiguous()
+
+
+def check_out(config: DispatcherConfig, device: torch.device, handle: DispatchHandle, out: Tensor | None) -> Tensor:
+    """The output that was given for a handle's tokens, or a new one. Raises unless it is what `MoEQuantDispatcher.combine` takes."""
+    shape = (handle.topk_weights.shape[0], config.hidden_size)
+    if out is None:
+        return torch.empty(shape, dtype=handle.dtype, device=device)
+    check_tensor("out", out, shape=shape, dtypes=(handle.dtype,), device=device)
+    check_no_grad(out=out)
+    if out.stride(-1) != 1:
+        raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
+    return out

@@ -12,7 +12,7 @@ from moequant.formats import FORMATS, recipe_of
 QUANT_DTYPES = {"none": torch.bfloat16, **{name: fmt.dtype for name, fmt in FORMATS.items()}}
 CHOICES = {
     "quant": tuple(QUANT_DTYPES),
-    "transport": ("auto", "local", "collective"),
+    "transport": ("auto", "local", "collective", "symmetric"),
     "exchange": ("auto", "padded", "packed"),
     "on_overflow": ("error", "drop"),
     "reduce": ("exact", "per_rank"),

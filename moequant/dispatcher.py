@@ -6,6 +6,7 @@ G = ceil(H / 128) groups.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from types import TracebackType
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from moequant.agreement import agree, attempt, choose_device, membership
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_format, check_no_grad, check_tensor
+from moequant.checks import check_expert_output, check_format, check_out, check_tokens
 from moequant.config import DispatcherConfig
 from moequant.errors import (
     CapacityOverflowError,
@@ -27,9 +28,10 @@ from moequant.errors import (
     PeerTimeoutError,
     StaleHandleError,
 )
-from moequant.transport.base import Slot, Transport
-from moequant.transport.collective import PackedTransport, PaddedTransport, choose_exchange
-from moequant.transport.local import LocalTransport
+from moequant.experts import GroupedExperts
+from moequant.transport.base import Slot
+from moequant.transport.select import make_transport, resolve, transport_class
+from moequant.transport.symmetric import SymmetricTransport
 
 _NUMBERS = itertools.count()
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -47,7 +49,8 @@ class MoEQuantDispatcher:
         is not initialised. Rank r of the group holds experts r * L .. r * L + L - 1.
     num_experts, top_k, hidden_size, max_tokens_per_rank: E, K, H and the largest T of any rank and call. E must be divisible by W.
     quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or "none" for bfloat16 rows without scales.
-    transport: "local" (one rank), "collective" (torch.distributed), or "auto".
+    transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory: NVIDIA GPUs
+        of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
     exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once to each
         rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
     capacity: M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow unless tokens name an expert
@@ -60,7 +63,7 @@ class MoEQuantDispatcher:
         ranks, the same on every transport.
     recipe: of quantization: "default", "deepgemm", "ue8m0" (`moequant.formats.RECIPES`).
     slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
-    timeout: seconds that a wait for other ranks may last, on CPUs; on GPUs the process group's own limit holds.
+    timeout: seconds that a wait for other ranks may last. On GPUs "collective" has the process group's own limit instead.
     device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
     The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes, and
@@ -120,12 +123,13 @@ class MoEQuantDispatcher:
 
         mine = attempt(settings, alone=world_size == 1)
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            self.config = agree(mine, group, rank, world_size)
+            self.config = resolve(agree(mine, group, rank, world_size), group, self.device)
             self._status = torch.zeros(3, dtype=torch.int64, device=self.device)
-            self._transport = _make_transport(self.config, rank, self.device, self._status, group)
+            self._transport = make_transport(self.config, rank, self.device, self._status, group)
             self._slots = [self._transport.allocate(number) for number in range(slots)]
             if self.device.type == "cuda":
                 self._warm_up()
+            self._transport.start()
 
     @staticmethod
     def buffer_bytes(
@@ -133,7 +137,8 @@ class MoEQuantDispatcher:
     ) -> int:
         """Bytes of device memory that a dispatcher with these settings allocates on each rank. Needs no GPU and no group.
 
-        settings: as the constructor's; world_size stands in for the group.
+        settings: as the constructor's; world_size stands in for the group. transport="auto" with several ranks means "symmetric" on a
+            machine that has GPUs, and "collective" on one that has none.
         """
         config = DispatcherConfig(
             num_experts=num_experts,
@@ -143,7 +148,11 @@ class MoEQuantDispatcher:
             world_size=world_size,
             **settings,
         )
-        specs = _transport_class(config).buffer_specs(config)
+        if config.transport == "auto":
+            shared = world_size > 1 and config.exchange == "auto" and torch.cuda.is_available()
+            transport = "local" if world_size == 1 else "symmetric" if shared else "collective"
+            config = dataclasses.replace(config, transport=transport)
+        specs = transport_class(config).buffer_specs(config)
         return config.slots * sum(spec.nbytes for spec in specs.values())
 
     @untraced
@@ -161,55 +170,92 @@ class MoEQuantDispatcher:
         Returns the batch of this rank's experts, views of the slot's buffers that are valid until its next dispatch, and the handle
         that `combine` takes. Raises ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode.
         """
-        self._check_open()
-        # a call that is refused counts too: ranks that go on without this one must notice
-        self._calls += 1
-        buffers = self._slot(slot)
-        buffers.call = (self._calls % 2**30) * 2 + slot
-        self._check_inputs(hidden_states, topk_ids, topk_weights)
-        if hidden_states.stride(-1) != 1:
-            hidden_states = hidden_states.contiguous()
-        topk_ids, topk_weights = topk_ids.contiguous(), topk_weights.contiguous()
-        buffers.generation += 1
-        batch, state = self._run(self._transport.dispatch, hidden_states, topk_ids, topk_weights, buffers)
-        return batch, DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot, buffers.generation, state)
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot)
+        batch, state = self._run(self._transport.dispatch, *arguments, buffers)
+        return batch, self._handle(*arguments, buffers, state)
+
+    @untraced
+    def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0) -> DispatchHandle:
+        """The first half of `dispatch`: sends this rank's rows, and does not wait for the others' to arrive. Collective.
+
+        Other work can be queued between it and `dispatch_recv`. With transport "symmetric" it does wait for the other ranks' counts, which
+        say where the rows go, and so for the ranks to come to this call. The transports that can't part the two do all of it here.
+        Arguments and errors as for `dispatch`.
+        """
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot)
+        state = self._run(self._transport.dispatch_send, *arguments, buffers)
+        return self._handle(*arguments, buffers, state)
+
+    @untraced
+    def dispatch_recv(self, handle: DispatchHandle) -> ExpertBatch:
+        """The second half of `dispatch`: the batch, when all ranks' rows are there. Collective. handle: of `dispatch_send`."""
+        buffers = self._slot_of(handle)
+        return self._run(self._transport.dispatch_recv, handle.topk_weights.shape[0], buffers)
 
     @untraced
     def combine(self, expert_output: Tensor, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
         """Brings each token's rows back from its experts and sums them by their weights. Collective.
 
-        expert_output: (L, M, H) bfloat16 or float16: for each valid row of the batch what its expert made of it.
+        expert_output: (L, M, H) bfloat16 or float16: for each valid row of the batch what its expert made of it. Transport "symmetric"
+            copies it first, unless it is `output_buffer`.
         handle: of the dispatch that this answers.
         out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
 
         Returns out. A token whose entries are all absent (-1, or dropped) gets zeros. Raises StaleHandleError if the handle's slot has
         dispatched again since, ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode.
         """
-        self._check_open()
-        if not isinstance(handle, DispatchHandle):
-            raise ValueError(f"handle must be the DispatchHandle that dispatch returned, got {type(handle).__name__}")
-        if handle.dispatcher != self._number:
-            raise StaleHandleError(
-                "the handle was made by another dispatcher; give combine the handle that this one's dispatch returned"
-            )
-        buffers = self._slots[handle.slot]
-        if handle.generation != buffers.generation:
-            raise StaleHandleError(
-                f"the handle is of dispatch {handle.generation} of slot {handle.slot}, which has dispatched {buffers.generation} times "
-                "since and reused its buffers; combine before the next dispatch, or use slots=2"
-            )
-        config, weights = self.config, handle.topk_weights
-        shape = (config.num_local_experts, config.max_rows, config.hidden_size)
-        check_tensor("expert_output", expert_output, shape=shape, dtypes=(torch.bfloat16, torch.float16), device=self.device)
-        check_no_grad(expert_output=expert_output)
-        if out is None:
-            out = torch.empty(weights.shape[0], config.hidden_size, dtype=handle.dtype, device=self.device)
-        check_tensor("out", out, shape=(weights.shape[0], config.hidden_size), dtypes=(handle.dtype,), device=self.device)
-        check_no_grad(out=out)
-        if out.stride(-1) != 1:
-            raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
-        self._run(self._transport.combine, expert_output.contiguous(), weights, out, buffers, handle.state)
+        buffers = self._slot_of(handle)
+        expert_output, out = (
+            check_expert_output(self.config, self.device, expert_output),
+            check_out(self.config, self.device, handle, out),
+        )
+        self._run(self._transport.combine, expert_output, handle.topk_weights, out, buffers, handle.state)
         return out
+
+    @untraced
+    def combine_send(self, expert_output: Tensor, handle: DispatchHandle) -> None:
+        """The first half of `combine`: makes this rank's rows available, and does not wait for the others'. Collective.
+
+        Other work can be queued between it and `combine_recv`, but none that writes expert_output. Arguments and errors as for `combine`.
+        """
+        self._run(self._transport.combine_send, check_expert_output(self.config, self.device, expert_output), self._slot_of(handle))
+
+    @untraced
+    def combine_recv(self, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
+        """The second half of `combine`: the sums, when all ranks' rows are there. Collective. After `combine_send` of the same handle."""
+        buffers, out = self._slot_of(handle), check_out(self.config, self.device, handle, out)
+        if buffers.pending is None:
+            raise RuntimeError("combine_recv came without combine_send; call combine_send(expert_output, handle) first")
+        self._run(self._transport.combine_recv, handle.topk_weights, out, buffers, handle.state)
+        buffers.pending = None
+        return out
+
+    @untraced
+    def push(self, expert_output: Tensor, handle: DispatchHandle) -> None:
+        """Stores each valid row of expert_output (L, M, H) at `handle.destinations`, as a producer can do that has the addresses itself.
+        Then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone."""
+        self._run(self._pushing(handle).push, check_expert_output(self.config, self.device, expert_output), self._slot_of(handle))
+
+    @untraced
+    def combine_pushed(self, handle: DispatchHandle, *, out: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """`combine` of rows that have been stored at `handle.destinations`: waits until all ranks' are, and sums them. Collective.
+
+        dtype: of the rows, bfloat16 or float16. The same bits as `combine`. Transport "symmetric" with reduce="exact" alone.
+        """
+        transport = self._pushing(handle)
+        buffers, out = self._slot_of(handle), check_out(self.config, self.device, handle, out)
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, got {dtype}")
+        self._run(transport.combine_pushed, dtype, handle.topk_weights, out, buffers, handle.state)
+        return out
+
+    def output_buffer(self, slot: int = 0) -> Tensor:
+        """(L, M, H) bfloat16: a slot's buffer for expert output. Transport "symmetric" combines from it without a copy.
+
+        It may be written from the slot's dispatch to its combine, not outside.
+        """
+        self._check_open()
+        return self._transport.output_buffer(self._slot(slot))
 
     @untraced
     def __call__(
@@ -223,6 +269,8 @@ class MoEQuantDispatcher:
     ) -> Tensor:
         """dispatch, experts, combine. Returns (T, H) of the hidden states' type."""
         batch, handle = self.dispatch(hidden_states, topk_ids, topk_weights, slot=slot)
+        if isinstance(experts, GroupedExperts) and self.config.transport == "symmetric":
+            return self.combine(experts(batch, out=self.output_buffer(slot)), handle)
         return self.combine(experts(batch), handle)
 
     def check(self) -> int:
@@ -238,6 +286,7 @@ class MoEQuantDispatcher:
     def _report(self) -> int:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        self._raise_fault()
         invalid, dropped, strangers = self._status.tolist()
         self._status.zero_()
         if strangers:
@@ -282,8 +331,17 @@ class MoEQuantDispatcher:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this dispatcher is closed; build a new one")
+        earlier = self._fault
+        if earlier is not None:
+            message = f"this dispatcher lost a rank earlier: {earlier}"
+            raise PeerTimeoutError(message, earlier.rank) if isinstance(earlier, PeerTimeoutError) else OutOfStepError(message)
+        self._raise_fault()
+
+    def _raise_fault(self) -> None:
+        """Raises what the transport's kernels have noticed."""
+        self._fault = self._transport.fault()
         if self._fault is not None:
-            raise type(self._fault)(f"this dispatcher lost a rank earlier: {self._fault}")
+            raise self._fault
 
     def _slot(self, slot: int) -> Slot:
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self._slots):
@@ -292,27 +350,51 @@ class MoEQuantDispatcher:
             )
         return self._slots[slot]
 
-    def _check_inputs(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
-        config = self.config
-        floats = (torch.bfloat16, torch.float16, torch.float32)
-        check_tensor("hidden_states", hidden_states, dims=2, dtypes=floats, device=self.device)
-        tokens = hidden_states.shape[0]
-        if tokens > config.max_tokens_per_rank:
-            raise ValueError(
-                f"hidden_states has {tokens} tokens, max_tokens_per_rank is {config.max_tokens_per_rank}; split the tokens, or build "
-                "the dispatcher with more"
+    def _begin(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
+        """The start of a dispatch: the call is counted, the inputs are checked and made contiguous."""
+        self._check_open()
+        # a call that is refused counts too: ranks that go on without this one must notice
+        self._calls += 1
+        buffers = self._slot(slot)
+        buffers.call = (self._calls % 2**30) * 2 + slot
+        check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
+        if hidden_states.stride(-1) != 1:
+            hidden_states = hidden_states.contiguous()
+        buffers.generation += 1
+        buffers.pending = None
+        return (hidden_states, topk_ids.contiguous(), topk_weights.contiguous()), buffers
+
+    def _handle(self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor, slot: Slot, state: Any) -> DispatchHandle:
+        destinations = slot.buffers.get("destinations")
+        return DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot.number, slot.generation, state, destinations)
+
+    def _slot_of(self, handle: DispatchHandle) -> Slot:
+        """The slot of a handle that is still good."""
+        self._check_open()
+        if not isinstance(handle, DispatchHandle):
+            raise ValueError(f"handle must be the DispatchHandle that dispatch returned, got {type(handle).__name__}")
+        if handle.dispatcher != self._number:
+            raise StaleHandleError(
+                "the handle was made by another dispatcher; give combine the handle that this one's dispatch returned"
             )
-        check_tensor("hidden_states", hidden_states, shape=(tokens, config.hidden_size))
-        routing = (tokens, config.top_k)
-        check_tensor("topk_ids", topk_ids, shape=routing, dtypes=(torch.int32, torch.int64), device=self.device)
-        check_tensor("topk_weights", topk_weights, shape=routing, dtypes=(torch.float32, torch.bfloat16), device=self.device)
-        check_no_grad(hidden_states=hidden_states, topk_weights=topk_weights)
-        if self.device.type == "cpu" and tokens:
-            low, high = topk_ids.aminmax()
-            if low < -1 or high >= config.num_experts:
-                raise InvalidExpertIdError(
-                    f"topk_ids must be in -1..{config.num_experts - 1}, got ids from {int(low)} to {int(high)}; -1 means no expert"
-                )
+        buffers = self._slots[handle.slot]
+        if handle.generation != buffers.generation:
+            raise StaleHandleError(
+                f"the handle is of dispatch {handle.generation} of slot {handle.slot}, which has dispatched {buffers.generation} times "
+                "since and reused its buffers; combine before the next dispatch, or use slots=2"
+            )
+        return buffers
+
+    def _pushing(self, handle: DispatchHandle) -> SymmetricTransport:
+        self._slot_of(handle)
+        if not isinstance(self._transport, SymmetricTransport) or handle.destinations is None:
+            raise RuntimeError(
+                f'rows can be pushed with transport "symmetric" and reduce="exact" alone, not with "{self.config.transport}" and '
+                f'"{self.config.reduce}"; use combine'
+            )
+        return self._transport
 
     def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         """A transport's step; after a fault every later call raises."""
@@ -335,22 +417,8 @@ class MoEQuantDispatcher:
             for tokens in (1, config.max_tokens_per_rank):
                 _, state = self._run(self._transport.dispatch, hidden[:tokens], ids[:tokens], weights[:tokens], slot)
                 self._run(self._transport.combine, output, weights[:tokens], hidden[:tokens], slot, state)
+                state = self._run(self._transport.dispatch_send, hidden[:tokens], ids[:tokens], weights[:tokens], slot)
+                self._run(self._transport.dispatch_recv, tokens, slot)
+                self._run(self._transport.combine_send, output, slot)
+                self._run(self._transport.combine_recv, weights[:tokens], hidden[:tokens], slot, state)
         torch.cuda.synchronize(self.device)
-
-
-def _transport_class(config: DispatcherConfig) -> type[Transport]:
-    if config.transport == "local" or (config.transport == "auto" and config.world_size == 1):
-        return LocalTransport
-    return PaddedTransport if choose_exchange(config) == "padded" else PackedTransport
-
-
-def _make_transport(
-    config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup | None
-) -> Transport:
-    kind = _transport_class(config)
-    if kind is LocalTransport:
-        return LocalTransport(config, rank, device, status)
-    if group is None:
-        raise ValueError('transport "collective" needs torch.distributed; call init_process_group first, or use "auto"')
-    assert issubclass(kind, (PaddedTransport, PackedTransport))
-    return kind(config, rank, device, status, group)

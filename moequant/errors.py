@@ -30,4 +30,15 @@ class OutOfStepError(RuntimeError):
 
 
 class PeerTimeoutError(RuntimeError):
-    """A rank did not answer within the dispatcher's time limit, or was lost."""
+    """A rank did not answer within the dispatcher's time limit, or was lost.
+
+    rank: which one, as its rank in the group; None where it is not known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class UnreachableError(ValueError):
+    """`transport="symmetric"` was asked for where ranks can't address each other's memory."""

@@ -209,6 +209,91 @@ def presum() -> None:
     ops.presum(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
 
 
+def peer_arguments() -> dict[str, Any]:
+    """What every kernel of the symmetric transport is told of the others."""
+    integer = empty(1, dtype=torch.int32)
+    return {
+        "peers": empty(8, dtype=torch.int64),
+        "epoch": integer,
+        "record": integer,
+        "flags_offset": 4096,
+        "abort_offset": 8192,
+        "rank": 3,
+        "limit": 1000,
+    }
+
+
+def exchange_counts() -> None:
+    from moequant.kernels.exchange_counts import exchange_counts as kernel
+
+    counts, num_tokens = empty(256, dtype=torch.int32), empty(32, dtype=torch.int32)
+    kernel(counts, counts, num_tokens, empty(3, dtype=torch.int64), counts_offset=1024, capacity=1024, call=7, **peer_arguments())
+
+
+def push_tokens(dtype: torch.dtype, tokens: int = 128, once: bool = True, per_rank: bool = False) -> None:
+    from moequant.kernels.push_tokens import push_tokens as kernel
+
+    entries = empty(tokens, 8, dtype=torch.int32)
+    kernel(
+        empty(tokens, 7168),
+        entries,
+        entries,
+        empty(tokens, 8, dtype=torch.float32) if per_rank else None,
+        empty(256, dtype=torch.int32),
+        entries,
+        entries if per_rank else None,
+        ticket=empty(1, dtype=torch.int32),
+        values_offset=256,
+        notes_offset=1024,
+        max_tokens=128,
+        local_experts=32,
+        capacity=1024,
+        dtype=dtype,
+        once=once,
+        wait=True,
+        **peer_arguments(),
+        **({} if dtype == BF16 else ops.quantize_settings(empty(1, dtype=dtype), "default", None)),
+    )
+
+
+def land_rows(dtype: torch.dtype) -> None:
+    from moequant.kernels.land_rows import land_rows as kernel
+
+    values, scales = quantized(32, 1024, 7168, dtype)
+    notes, sources = empty(32, 1024, 4 if scales is None else 60, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
+    peers, abort = empty(8, dtype=torch.int64), empty(1, dtype=torch.int32)
+    kernel(values, notes, counted(values), scales, sources, sources, peers, abort, 1024, 1024, 14336)
+
+
+def push_rows(remote: bool) -> None:
+    from moequant.kernels.push_rows import push_rows as kernel
+
+    y, destinations = empty(32, 1024, 7168), empty(32, 1024, dtype=torch.int64)
+    kernel(y, counted(y), None if remote else y, destinations if remote else None)
+
+
+def push_partial_sums() -> None:
+    from moequant.kernels.push_partial_sums import push_partial_sums as kernel
+
+    y, notes, ticket = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(1, dtype=torch.int32)
+    settings = {"returns_offset": 1024, "max_tokens": 128, "top_k": 8, "scale_words": 56, "wait": True}
+    kernel(y, notes, counted(y), ticket=ticket, **settings, **peer_arguments())
+
+
+def signal_and_wait() -> None:
+    from moequant.kernels.signal_and_wait import signal_and_wait as kernel
+
+    kernel(phase=2, **peer_arguments())
+
+
+def combine_shared() -> None:
+    from moequant.kernels.combine import combine_shared as kernel
+
+    rows, weights = empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.float32)
+    peers, abort = empty(8, dtype=torch.int64), empty(1, dtype=torch.int32)
+    kernel(empty(1, 7168), rows, weights, empty(128, 7168), abort, peers=peers, peer_offset=256, rows_of_rank=32768)
+
+
 @dataclass(frozen=True)
 class Case:
     """A call whose launches are compiled.
@@ -216,6 +301,7 @@ class Case:
     arguments: of the call. One that is a float8 format limits the case to the targets that have it (`anywhere`: it does not).
     may_spill: no registers are promised, as for rows that have to be read element by element.
     hopper: for sm_90 alone: compiling a Hopper kernel for another target aborts.
+    nvidia: for NVIDIA GPUs alone.
     wide: rows lie on 16-byte boundaries, and NVIDIA GPUs must move them in 16-byte loads and stores.
     """
 
@@ -225,9 +311,12 @@ class Case:
     anywhere: bool = False
     may_spill: bool = False
     hopper: bool = False
+    nvidia: bool = False
 
     def builds_for(self, target: Target) -> bool:
         if self.hopper and target is not TARGETS["sm_90"]:
+            return False
+        if self.nvidia and target.gpu.backend != "cuda":
             return False
         narrow = [value for value in self.arguments.values() if value in FLOAT8]
         return self.anywhere or all(dtype in target.float8 for dtype in narrow)
@@ -291,8 +380,17 @@ CASES = {
         *cases(scatter, *each_format(quantized_before=True)),
     ],
     "move_source_rows": cases(move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True),
-    "combine": [*cases(combine, {}, {"weights": BF16}, {"weights": None}), *cases(presum, {})],
+    "combine": [*cases(combine, {}, {"weights": BF16}, {"weights": None}), *cases(presum, {}), *cases(combine_shared, {})],
     "partials": cases(partials, {"listed": False}, {"listed": True}, wide=False),
+    "exchange_counts": cases(exchange_counts, {}, wide=False, nvidia=True),
+    "push_tokens": [
+        *cases(push_tokens, *each_format(BF16), {"dtype": E4M3, "once": False}, nvidia=True),
+        *cases(push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, nvidia=True),
+    ],
+    "land_rows": cases(land_rows, {"dtype": INT8}, {"dtype": BF16}),
+    "push_rows": cases(push_rows, {"remote": False}, {"remote": True}),
+    "push_partial_sums": cases(push_partial_sums, {}, nvidia=True),
+    "signal_and_wait": cases(signal_and_wait, {}, wide=False, nvidia=True),
 }
 
 # Moves of 16 bytes a thread, or of a tile by TMA, in PTX and in AMD's assembly.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moequant.batch import ExpertBatch, ceil_div
 from moequant.config import DispatcherConfig
+from moequant.errors import PeerTimeoutError
 
 
 class BufferSpec(NamedTuple):
@@ -34,6 +35,10 @@ class Slot:
         # twice the number of the dispatcher's call, plus the slot's number: the same on all ranks that are in step
         self.call = 0
         self.generation = 0
+        # the expert output that `combine_send` was given, for `combine_recv`
+        self.pending: Tensor | None = None
+        # whether the last dispatch was combined
+        self.answered = True
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[name]
@@ -62,6 +67,39 @@ class Transport(ABC):
     @abstractmethod
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Any) -> None:
         """expert_output (L, M, H) contiguous, topk_weights (T, K) contiguous. Writes out (T, H)."""
+
+    def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> Any:
+        """`dispatch` without waiting for the other ranks' rows, where that can be. Returns what `dispatch_recv` and `combine` need."""
+        _, state = self.dispatch(hidden_states, topk_ids, topk_weights, slot)
+        return state
+
+    def dispatch_recv(self, tokens: int, slot: Slot) -> ExpertBatch:
+        """The batch of the slot's last `dispatch_send`, which had so many tokens."""
+        return self.expert_batch(slot, tokens)
+
+    def combine_send(self, expert_output: Tensor, slot: Slot) -> None:
+        """`combine` without waiting for the other ranks' rows, where that can be."""
+        slot.pending = expert_output
+
+    def combine_recv(self, topk_weights: Tensor, out: Tensor, slot: Slot, state: Any) -> None:
+        """The rest of `combine` after `combine_send`. Writes out (T, H)."""
+        assert slot.pending is not None
+        self.combine(slot.pending, topk_weights, out, slot, state)
+
+    def output_buffer(self, slot: Slot) -> Tensor:
+        """(L, M, H) bfloat16, where expert output is best written."""
+        if "output" not in slot.buffers:
+            config = self.config
+            shape = config.num_local_experts, config.max_rows, config.hidden_size
+            slot.buffers["output"] = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return slot["output"]
+
+    def start(self) -> None:  # noqa: B027 (most transports have nothing to do)
+        """Called once, on all ranks, when the kernels are compiled and before the first call."""
+
+    def fault(self) -> PeerTimeoutError | None:
+        """What went wrong on the device since the start, without waiting for it."""
+        return None
 
     def allocate(self, number: int = 0) -> Slot:
         """A slot's buffers on the device, uninitialised."""

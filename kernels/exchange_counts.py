@@ -1,0 +1,123 @@
+"""How many rows each rank sends to each expert: told to all ranks, and turned into the places of this rank's rows.
+
+W ranks, E experts, L local experts, M rows of an expert's buffer. Memory and flags: `symmetric.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moequant.kernels.symmetric import COUNTS, NO_FAULT, peer_block, signal_peers, wait_for_peers
+
+
+@triton.jit(do_not_specialize=["call", "limit"])
+def exchange_counts_kernel(
+    counts_ptr,
+    offsets_ptr,
+    num_tokens_ptr,
+    status_ptr,
+    peers_ptr,
+    epoch_ptr,
+    record_ptr,
+    counts_offset,
+    flags_offset,
+    abort_offset,
+    rank,
+    ranks,
+    experts,
+    local_experts,
+    capacity,
+    call,
+    limit,
+    EXPERTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """One program, the only one of a dispatch that waits for counts. Begins the slot's next epoch.
+
+    After a fault nothing has a place: offsets are M, and the batch is empty.
+
+    Example: rank 1 of 2, M=5, L=1, counts [2, 4] of rank 0 and [1, 3] of rank 1: rank 1's rows begin at row 2 of expert 0 and row 4 of
+    expert 1; of expert 1, which is rank 1's, min(4 + 3, 5) = 5 rows are valid and 2 have no place.
+    """
+    epoch = tl.load(epoch_ptr) + 1
+    tl.store(epoch_ptr, epoch)
+    expert = tl.arange(0, EXPERTS)
+    inside = expert < experts
+    # the number of the call travels behind the counts
+    width = experts + 1
+    counts = tl.where(inside, tl.load(counts_ptr + expert, mask=inside, other=0), tl.cast(call, tl.int32))
+    for peer in range(ranks):
+        at = peer_block(peers_ptr, peer, counts_offset, tl.int32) + rank * width + expert
+        tl.store(at, counts, mask=expert < width)
+    signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
+    fault = wait_for_peers(peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, COUNTS, LANES)
+
+    before = tl.zeros((EXPERTS,), tl.int32)
+    wanted = tl.zeros((EXPERTS,), tl.int32)
+    strangers = tl.zeros((), tl.int32)
+    mine = peer_block(peers_ptr, rank, counts_offset, tl.int32)
+    for source in range(ranks):
+        theirs = tl.load(mine + source * width + expert, mask=expert < width, other=0, volatile=True)
+        strangers += (tl.sum(tl.where(expert == experts, theirs, 0), axis=0) != call).to(tl.int32)
+        # whatever came, the sums stay in int32 and in order
+        theirs = tl.minimum(tl.maximum(theirs, 0), 1 << 24)
+        before += tl.where(source < rank, theirs, 0)
+        wanted += theirs
+    placed = tl.minimum(wanted, capacity)
+    local = expert - rank * local_experts
+    is_local = (local >= 0) & (local < local_experts)
+    well = fault == NO_FAULT
+    tl.store(offsets_ptr + expert, tl.where(well, before, capacity), mask=inside)
+    tl.store(num_tokens_ptr + local, tl.where(well, placed, 0), mask=is_local)
+    dropped = tl.sum(tl.where(inside, (wanted - placed).to(tl.int64), 0), axis=0)
+    if well & (strangers > 0):
+        tl.atomic_add(status_ptr + 2, strangers.to(tl.int64), sem="relaxed")
+    if well & (dropped > 0):
+        tl.atomic_add(status_ptr + 1, dropped, sem="relaxed")
+
+
+def exchange_counts(
+    counts: torch.Tensor,
+    offsets: torch.Tensor,
+    num_tokens: torch.Tensor,
+    status: torch.Tensor,
+    peers: torch.Tensor,
+    epoch: torch.Tensor,
+    record: torch.Tensor,
+    counts_offset: int,
+    flags_offset: int,
+    abort_offset: int,
+    rank: int,
+    capacity: int,
+    call: int,
+    limit: int,
+) -> None:
+    """counts: (E,) int32, rows of this rank for each expert. Written: offsets (E,) int32, num_tokens (L,) int32, status, epoch.
+
+    call: the number of the dispatcher's call, the same on all ranks that are in step. limit: of the wait, in units of 1024 ns.
+    """
+    experts, ranks = counts.shape[0], peers.shape[0]
+    exchange_counts_kernel[(1,)](
+        counts,
+        offsets,
+        num_tokens,
+        status,
+        peers,
+        epoch,
+        record,
+        counts_offset,
+        flags_offset,
+        abort_offset,
+        rank,
+        ranks,
+        experts,
+        num_tokens.shape[0],
+        capacity,
+        call,
+        limit,
+        EXPERTS=triton.next_power_of_2(experts + 1),
+        LANES=triton.next_power_of_2(ranks),
+        num_warps=4,
+    )

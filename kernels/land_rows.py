@@ -1,0 +1,128 @@
+"""Makes an expert batch of the rows that other ranks stored: scales transposed, sources, and copies of tokens that came once.
+
+W ranks, K top-k, L local experts, M rows of an expert's buffer, H hidden size, G groups. Notes: `push_tokens.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moequant.kernels.common import locate_block, num_sms, row_blocks
+from moequant.kernels.symmetric import NO_FAULT, load_fault
+
+
+@triton.jit
+def land_rows_kernel(
+    values_ptr,
+    notes_ptr,
+    num_tokens_ptr,
+    scales_ptr,
+    sources_ptr,
+    destinations_ptr,
+    peers_ptr,
+    abort_ptr,
+    returns_offset,
+    ranks,
+    entries,
+    local_experts,
+    capacity,
+    row_bytes,
+    return_bytes,
+    groups,
+    NOTE: tl.constexpr,
+    SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Blocks of BLOCK valid rows are dealt to the programs in turn.
+
+    Example: M=8, L=2, NOTE=4: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2, leader 3, sent 3,
+    then sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
+    """
+    counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, BLOCK, EXPERTS, True)
+    # after a fault the notes may be anything
+    blocks = tl.where(load_fault(abort_ptr) == NO_FAULT, tl.max(ends, axis=0), 0)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        expert, first_row, count = locate_block(block, counts, ends, BLOCK, EXPERTS)
+        row = first_row + tl.arange(0, BLOCK)
+        there = row < count
+        flat = expert.to(tl.int64) * capacity + row
+        note = notes_ptr + flat * NOTE + SCALES
+        entry = tl.load(note, mask=there, other=0)
+        source = tl.load(note + 1, mask=there, other=0)
+        copied = tl.load(note + 3, mask=there, other=0)
+        tl.store(sources_ptr + flat, (source.to(tl.int64) << 32) | entry, mask=there)
+        if destinations_ptr is not None:
+            # nothing that came from another rank becomes an address unchecked
+            known = there & (source >= 0) & (source < ranks) & (entry >= 0) & (entry < entries)
+            returns = tl.load(peers_ptr + source, mask=known, other=0) + returns_offset
+            tl.store(destinations_ptr + flat, returns + entry.to(tl.int64) * return_bytes, mask=known)
+        there = there & (copied >= 0) & (copied < local_experts * capacity)
+        copied = copied.to(tl.int64)
+        if SCALES > 0:
+            for first_group in range(0, groups, BLOCK_G):
+                group = first_group + tl.arange(0, BLOCK_G)
+                inside = there[:, None] & (group < groups)[None, :]
+                scales = tl.load(notes_ptr + copied[:, None] * NOTE + group[None, :], mask=inside, other=0)
+                at = (expert * groups + group).to(tl.int64)[None, :] * capacity + row[:, None]
+                tl.store(scales_ptr + at, scales.to(tl.float32, bitcast=True), mask=inside)
+        follows = there & (copied != flat)
+        if tl.max(follows.to(tl.int32), axis=0) > 0:
+            for first_byte in range(0, row_bytes, BLOCK_B):
+                byte = first_byte + tl.arange(0, BLOCK_B)
+                inside = follows[:, None] & (byte < row_bytes)[None, :]
+                values = tl.load(values_ptr + copied[:, None] * row_bytes + byte[None, :], mask=inside, other=0)
+                tl.store(values_ptr + flat[:, None] * row_bytes + byte[None, :], values, mask=inside)
+
+
+def land_rows(
+    values: torch.Tensor,
+    notes: torch.Tensor,
+    num_tokens: torch.Tensor,
+    scales: torch.Tensor | None,
+    sources: torch.Tensor,
+    destinations: torch.Tensor | None,
+    peers: torch.Tensor,
+    abort: torch.Tensor,
+    returns_offset: int,
+    entries: int,
+    return_bytes: int,
+) -> None:
+    """values: (L, M, H), notes (L, M, words) int32: as `push_tokens` on all ranks left them. num_tokens: (L,) int32.
+
+    Written for the valid rows: values of rows that were not sent themselves, scales (L, M, G) with strides (M*G, 1, M), sources (L, M) int64, and
+    destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries.
+    """
+    local_experts, capacity, columns = values.shape
+    groups = 0 if scales is None else scales.shape[2]
+    block = 8
+    worst = local_experts * triton.cdiv(capacity, block)
+    land_rows_kernel[(min(worst, 4 * num_sms(values.device)),)](
+        values.view(torch.uint8),
+        notes,
+        num_tokens,
+        scales,
+        sources,
+        destinations,
+        peers,
+        abort,
+        returns_offset,
+        peers.shape[0],
+        entries,
+        local_experts,
+        capacity,
+        columns * values.element_size(),
+        return_bytes,
+        groups,
+        NOTE=notes.shape[2],
+        SCALES=triton.cdiv(groups, 4) * 4,
+        BLOCK=block,
+        BLOCK_G=min(64, triton.next_power_of_2(max(groups, 1))),
+        BLOCK_B=1024,
+        EXPERTS=triton.next_power_of_2(local_experts),
+        num_warps=4,
+    )

@@ -1,0 +1,100 @@
+"""Device functions of the symmetric transport: addresses in other ranks' memory, flags, and waits that end.
+
+W ranks. Every rank has one block of memory of the same layout, which all of them can address; `peers` is a (W,) int64 table of where
+each rank's block lies in this rank's address space, and an offset counts bytes from the beginning of a block.
+
+Flags are int32 words, W of them for each phase of a call, in the memory of the rank that waits: word r belongs to rank r, which writes
+the number of the call (the epoch) into it. Epochs live in device memory, so that a captured graph counts on when it is replayed, and are
+compared by their difference, which is right across the wrap to negative numbers.
+
+Why nothing is overwritten too early: a rank publishes its counts for call n + 1 of a slot only after all its own work on call n, in
+stream order, and no rank stores rows of call n + 1 anywhere before it has the counts of all ranks for it. Whoever reads a buffer in call
+n has thus finished before the first store of call n + 1 to it, whether combine was called or not. A rank without tokens publishes its
+counts as well.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+# The abort word while all is well. A fault is a smaller number: step << 8 | rank, where step is (epoch * 4 + phase) modulo 2**22. Ranks
+# that notice different faults agree on the smallest, the earliest step.
+NO_FAULT = tl.constexpr(0x7FFFFFFF)
+STEP_MASK = tl.constexpr((1 << 22) - 1)
+# The phases of a call.
+COUNTS, ROWS, OUTPUTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def peer_block(peers_ptr, rank, offset, element: tl.constexpr):
+    """The address of byte `offset` of a rank's block, a multiple of 16, which the compiler can't know of an address from a table."""
+    return tl.multiple_of((tl.load(peers_ptr + rank) + offset).to(tl.pointer_type(element)), 16)
+
+
+@triton.jit
+def load_fault(abort_ptr):
+    """The abort word of this rank."""
+    return tl.load(abort_ptr, volatile=True)
+
+
+@triton.jit
+def signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES: tl.constexpr):
+    """Tells all ranks that this one's stores for a phase are done: those of this program, and those of programs that this one has
+    synchronised with."""
+    lane = tl.arange(0, LANES)
+    inside = lane < ranks
+    flags = (tl.load(peers_ptr + lane, mask=inside, other=0) + flags_offset).to(tl.pointer_type(tl.int32)) + rank
+    # every warp's stores are issued before one lane for each peer releases them
+    tl.debug_barrier()
+    tl.atomic_xchg(flags, tl.zeros((LANES,), tl.int32) + epoch, mask=inside, sem="release", scope="sys")
+
+
+@triton.jit
+def wait_for_peers(
+    peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, PHASE: tl.constexpr, LANES: tl.constexpr
+):
+    """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT.
+
+    Ends as well when a fault is known, or after `limit` units of 1024 ns: then the first rank that is missing is the culprit, and every
+    rank is told. A fault stays, so that later waits end at once; record_ptr, in the host's memory, gets it.
+    """
+    lane = tl.arange(0, LANES)
+    inside = lane < ranks
+    mine = tl.load(peers_ptr + rank)
+    flags = (mine + flags_offset).to(tl.pointer_type(tl.int32)) + lane
+    abort = (mine + abort_offset).to(tl.pointer_type(tl.int32))
+    started = globaltimer()
+    fault = tl.atomic_add(abort, 0, sem="acquire", scope="sys")
+    arrived = tl.atomic_add(flags, tl.zeros((LANES,), tl.int32), mask=inside, sem="acquire", scope="sys")
+    missing = tl.min(tl.where(inside & (arrived - epoch < 0), lane, LANES), axis=0)
+    waited = (globaltimer() - started) >> 10
+    while (missing < LANES) & (fault == NO_FAULT) & (waited < limit):
+        fault = tl.atomic_add(abort, 0, sem="acquire", scope="sys")
+        arrived = tl.atomic_add(flags, tl.zeros((LANES,), tl.int32), mask=inside, sem="acquire", scope="sys")
+        missing = tl.min(tl.where(inside & (arrived - epoch < 0), lane, LANES), axis=0)
+        waited = (globaltimer() - started) >> 10
+    if (missing < LANES) & (fault == NO_FAULT):
+        fault = (((epoch * 4 + PHASE) & STEP_MASK) << 8) | missing
+        aborts = (tl.load(peers_ptr + lane, mask=inside, other=0) + abort_offset).to(tl.pointer_type(tl.int32))
+        tl.atomic_min(aborts, tl.zeros((LANES,), tl.int32) + fault, mask=inside, sem="release", scope="sys")
+    if fault != NO_FAULT:
+        tl.store(record_ptr, fault)
+    # loads of what the peers stored come after the wait in every warp
+    tl.debug_barrier()
+    return fault
+
+
+@triton.jit
+def last_program(ticket_ptr):
+    """Whether this program is the last of its launch to come here; what the others stored before is then visible to it.
+
+    The word goes back to 0 for the next launch.
+    """
+    tl.debug_barrier()
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last

@@ -1,0 +1,333 @@
+"""Dispatch and combine over NVLink with nothing in between: kernels that store to other ranks' memory, and load from it.
+
+    dispatch   route            slots and counts of this rank's tokens
+               exchange_counts  counts to all ranks, one flag round, where each row goes
+               push_tokens      quantizes each token once, stores it to its final rows; the last program raises the flags
+               land_rows        transposes scales, fills in sources, copies tokens that came once for several experts
+    combine    "exact", pulled  a flag round, then `combine` reads the rows where they lie
+               "exact", pushed  whoever makes the rows stores them to `handle.destinations`; a flag round, then a local `combine`
+               "per_rank"       push_partial_sums sums what this rank holds of a token, and stores it at the token's rank; a local `combine`
+
+Why no buffer is overwritten too early stands in `kernels/symmetric.py`, with flags, epochs and faults. Nothing here syncs with the host, so
+a CUDA graph can hold all of it.
+
+T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, H hidden size, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moequant import ops
+from moequant.batch import ExpertBatch
+from moequant.config import DispatcherConfig, round_up
+from moequant.errors import PeerTimeoutError
+from moequant.ops import quantize_settings
+from moequant.peer_memory import PeerMemory
+from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
+
+# of a phase that is not done in time: what the culprit did not do
+PHASES = ("say how many rows it sends", "send its rows", "finish its experts' output")
+# the first call compiles kernels, each rank at its own speed
+WARM_UP_SECONDS = 600.0
+# Up to so many tokens of this rank, one row for each expert is sent and nothing copied: see benchmarks/notes_transport.md.
+SEND_ONCE_FROM = 1
+
+
+def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
+    """What other ranks write to and read from, for one slot."""
+    from moequant.kernels.push_tokens import note_words
+
+    ranks, experts, rows, columns = config.world_size, config.num_local_experts, config.max_rows, config.hidden_size
+    words = note_words(config.num_groups if config.quantized else 0, config.top_k, config.per_rank)
+    returned = ranks if config.per_rank else config.top_k
+    return {
+        # words of the three phases, one for each rank
+        "flags": BufferSpec((3, ranks), torch.int32),
+        # rows for each expert and the number of the call, of each rank
+        "all_counts": BufferSpec((ranks, config.num_experts + 1), torch.int32),
+        "values": BufferSpec((experts, rows, columns), config.dtype),
+        "notes": BufferSpec((experts, rows, words), torch.int32),
+        "output": BufferSpec((experts, rows, columns), torch.bfloat16),
+        # rows pushed back to this rank: one an entry, or one for each rank and token
+        "returns": BufferSpec((config.max_tokens_per_rank * returned, columns), torch.bfloat16),
+    }
+
+
+def offsets_of(specs: Mapping[str, BufferSpec]) -> tuple[dict[str, int], int]:
+    """Where each buffer begins in one block of memory, and the block's bytes. Each begins at a multiple of 256."""
+    offsets, end = {}, 0
+    for name, spec in specs.items():
+        offsets[name] = end
+        end += round_up(spec.nbytes, 256)
+    return offsets, end
+
+
+class SymmetricTransport(Transport):
+    def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup) -> None:
+        from moequant.kernels.symmetric import NO_FAULT
+
+        super().__init__(config, rank, device, status)
+        self.group = group
+        self.offsets, self.slot_bytes = offsets_of(shared_specs(config))
+        # behind the slots: the abort word
+        self.abort_offset = config.slots * self.slot_bytes
+        self.memory = PeerMemory(group, self.abort_offset + 256, device)
+        self.abort = self.memory.local[self.abort_offset :][:4].view(torch.int32)
+        self.no_fault: int = NO_FAULT.value
+        self.abort.fill_(self.no_fault)
+        # in the host's memory, so that reading it waits for nothing
+        self.record = torch.full((1,), self.no_fault, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.limit = self._units(WARM_UP_SECONDS)
+        # no rank may signal before every abort word and flag is set
+        self._barrier()
+
+    @staticmethod
+    def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
+        experts = config.num_experts
+        specs = {
+            **batch_specs(config),
+            **routing_specs(config),
+            **shared_specs(config),
+            "counts": BufferSpec((experts,), torch.int32),
+            "row_offsets": BufferSpec((experts,), torch.int32),
+            # how many dispatches and combines the slot has seen; how many programs of a kernel are done
+            "epochs": BufferSpec((2,), torch.int32),
+            "ticket": BufferSpec((1,), torch.int32),
+        }
+        if not config.per_rank:
+            specs["destinations"] = BufferSpec((config.num_local_experts, config.max_rows), torch.int64)
+        return specs
+
+    def allocate(self, number: int = 0) -> Slot:
+        begin = number * self.slot_bytes
+        buffers = {}
+        for name, spec in self.buffer_specs(self.config).items():
+            if name in self.offsets:
+                block = self.memory.local[begin + self.offsets[name] :][: spec.nbytes]
+                buffers[name] = block.view(spec.dtype).view(spec.shape)
+            else:
+                buffers[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+        buffers["epochs"].zero_()
+        buffers["ticket"].zero_()
+        return Slot(number, buffers)
+
+    def start(self) -> None:
+        self.limit = self._units(self.config.timeout)
+        fault = self.fault()
+        if fault is not None:
+            raise fault
+        self._barrier()
+
+    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
+        rows = self._send(hidden_states, topk_ids, topk_weights, slot, wait=True)
+        return self._land(slot, hidden_states.shape[0]), rows
+
+    def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> Tensor:
+        return self._send(hidden_states, topk_ids, topk_weights, slot, wait=False)
+
+    def dispatch_recv(self, tokens: int, slot: Slot) -> ExpertBatch:
+        self._flag_round(slot, 1, signal=False)
+        return self._land(slot, tokens)
+
+    def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
+        self._return(expert_output, slot, wait=True)
+        self._sum(expert_output.dtype, topk_weights, out, slot, state)
+
+    def combine_send(self, expert_output: Tensor, slot: Slot) -> None:
+        self._return(expert_output, slot, wait=False)
+        slot.pending = expert_output
+
+    def combine_recv(self, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
+        assert slot.pending is not None
+        self._flag_round(slot, 2, signal=False)
+        self._sum(slot.pending.dtype, topk_weights, out, slot, state)
+
+    def fault(self) -> PeerTimeoutError | None:
+        word = int(self.record)
+        if word == self.no_fault:
+            return None
+        step, culprit = word >> 8, word & 0xFF
+        return PeerTimeoutError(
+            f"rank {culprit} of the group did not {PHASES[step & 3]} within {self.config.timeout:g} s of call {step >> 2}: it is lost or "
+            "late, and results since then are NaN; close this dispatcher and build one on a new group of the ranks that are left",
+            culprit,
+        )
+
+    def _send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, wait: bool) -> Tensor:
+        """Returns rows (T, K) int32: the row of each entry among all ranks' E * M rows, -1 where there is none."""
+        from moequant.kernels.exchange_counts import exchange_counts
+        from moequant.kernels.push_tokens import push_tokens
+
+        config, tokens = self.config, hidden_states.shape[0]
+        slots, rows = slot["slots"][:tokens], slot["rows"][:tokens]
+        slot.answered = False
+        ops.route(topk_ids, slots, slot["counts"], status=self.status)
+        exchange_counts(
+            slot["counts"],
+            slot["row_offsets"],
+            slot["num_tokens"],
+            self.status,
+            self.memory.pointers,
+            slot["epochs"],
+            self.record,
+            self._offset(slot, "all_counts"),
+            self._flags(slot, 0),
+            self.abort_offset,
+            self.rank,
+            config.max_rows,
+            slot.call,
+            self.limit,
+        )
+        settings = quantize_settings(slot["values"], config.recipe, None) if config.quantized else {}
+        push_tokens(
+            hidden_states,
+            topk_ids,
+            slots,
+            topk_weights if config.per_rank else None,
+            slot["row_offsets"],
+            rows,
+            slot["partials"] if config.per_rank else None,
+            self.memory.pointers,
+            slot["epochs"],
+            slot["ticket"],
+            self.record,
+            self._offset(slot, "values"),
+            self._offset(slot, "notes"),
+            self._flags(slot, 1),
+            self.abort_offset,
+            self.rank,
+            config.max_tokens_per_rank,
+            config.num_local_experts,
+            config.max_rows,
+            config.dtype,
+            tokens >= SEND_ONCE_FROM,
+            wait,
+            self.limit,
+            **settings,
+        )
+        return rows
+
+    def _land(self, slot: Slot, tokens: int) -> ExpertBatch:
+        from moequant.kernels.land_rows import land_rows
+
+        config, batch = self.config, self.expert_batch(slot, tokens)
+        land_rows(
+            batch.values,
+            slot["notes"],
+            batch.num_tokens,
+            batch.scales,
+            batch.sources,
+            slot.buffers.get("destinations"),
+            self.memory.pointers,
+            self.abort,
+            self._offset(slot, "returns"),
+            config.max_tokens_per_rank * config.top_k,
+            2 * config.hidden_size,
+        )
+        return batch
+
+    def _return(self, expert_output: Tensor, slot: Slot, wait: bool) -> None:
+        """Makes the experts' output available to the tokens' ranks."""
+        from moequant.kernels.push_partial_sums import push_partial_sums
+        from moequant.kernels.push_rows import push_rows
+
+        config = self.config
+        self._answer(slot)
+        if config.per_rank:
+            groups = config.num_groups if config.quantized else 0
+            push_partial_sums(
+                expert_output,
+                slot["notes"],
+                slot["num_tokens"],
+                self.memory.pointers,
+                slot["epochs"][1:],
+                slot["ticket"],
+                self.record,
+                self._offset(slot, "returns"),
+                self._flags(slot, 2),
+                self.abort_offset,
+                self.rank,
+                config.max_tokens_per_rank,
+                config.top_k,
+                round_up(groups, 4),
+                wait,
+                self.limit,
+            )
+            return
+        output = slot["output"]
+        if expert_output.data_ptr() != output.data_ptr():
+            push_rows(expert_output, slot["num_tokens"], output.view(expert_output.dtype), None)
+        self._flag_round(slot, 2, wait=wait)
+
+    def push(self, expert_output: Tensor, slot: Slot) -> None:
+        from moequant.kernels.push_rows import push_rows
+
+        push_rows(expert_output, slot["num_tokens"], None, slot["destinations"])
+
+    def combine_pushed(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
+        from moequant.kernels.combine import combine_shared
+
+        self._answer(slot)
+        self._flag_round(slot, 2)
+        combine_shared(slot["returns"].view(dtype), state, topk_weights, out, self.abort, in_order=True)
+
+    def _sum(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, rows: Tensor) -> None:
+        from moequant.kernels.combine import combine_shared
+
+        config = self.config
+        if config.per_rank:
+            combine_shared(slot["returns"], slot["partials"][: out.shape[0]], None, out, self.abort)
+            return
+        combine_shared(
+            slot["output"].view(dtype),
+            rows,
+            topk_weights,
+            out,
+            self.abort,
+            peers=self.memory.pointers,
+            peer_offset=self._offset(slot, "output"),
+            rows_of_rank=config.num_local_experts * config.max_rows,
+        )
+
+    def _flag_round(self, slot: Slot, phase: int, signal: bool = True, wait: bool = True) -> None:
+        from moequant.kernels.signal_and_wait import signal_and_wait
+
+        signal_and_wait(
+            self.memory.pointers,
+            slot["epochs"][phase // 2 :],
+            self.record,
+            self._flags(slot, phase),
+            self.abort_offset,
+            self.rank,
+            self.limit,
+            phase,
+            signal,
+            wait,
+        )
+
+    def _answer(self, slot: Slot) -> None:
+        """A second combine of one dispatch must not write what a slower rank still reads for the first."""
+        if slot.answered:
+            self._flag_round(slot, 2)
+        slot.answered = True
+
+    def _offset(self, slot: Slot, name: str) -> int:
+        return slot.number * self.slot_bytes + self.offsets[name]
+
+    def _flags(self, slot: Slot, phase: int) -> int:
+        return self._offset(slot, "flags") + 4 * self.config.world_size * phase
+
+    def _barrier(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        dist.barrier(self.group)
+
+    @staticmethod
+    def _units(seconds: float) -> int:
+        """Units of 1024 ns."""
+        return min(int(seconds * 1e9) >> 10, 2**31 - 1)

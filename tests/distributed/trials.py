@@ -1,0 +1,103 @@
+"""Random settings and inputs for transports, and their comparison with one process that has all ranks' tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moequant import MoEQuantDispatcher
+from moequant.batch import ExpertBatch
+from moequant.testing import assert_bit_equal, in_one_process
+
+Way = Callable[[MoEQuantDispatcher, list[torch.Tensor], int], tuple[ExpertBatch, torch.Tensor]]
+# buffers that hold something from one call to the next
+KEPT = ("flags", "epochs", "ticket")
+
+
+def stand_in(batch: ExpertBatch, first_expert: int = 0) -> torch.Tensor:
+    """An elementwise expert, exact by construction, different for neighbouring experts."""
+    values = batch.values.float()
+    if batch.scales is not None:
+        values = values * batch.scales.repeat_interleave(128, 2)[..., : values.shape[2]]
+    expert = first_expert + torch.arange(values.shape[0], device=values.device)
+    return (values * (1.0 + expert % 3)[:, None, None]).bfloat16()
+
+
+def draw(trial: int, ranks: int) -> tuple[dict[str, Any], list[list[torch.Tensor]]]:
+    """Random settings, and each rank's hidden states, ids and weights; the same on every rank."""
+    generator = torch.Generator().manual_seed(trial)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    experts = ranks * pick(1, 5)
+    top_k, hidden, most = pick(1, min(experts, 6) + 1), pick(1, 300), pick(1, 40)
+    dtype = (torch.bfloat16, torch.float32, torch.float16)[trial % 3]
+    settings = {
+        "num_experts": experts,
+        "top_k": top_k,
+        "hidden_size": hidden,
+        "max_tokens_per_rank": most,
+        "quant": ("fp8_e4m3fn", "int8", "none", "fp8_e5m2")[pick(0, 4)],
+        "recipe": ("default", "ue8m0")[pick(0, 2)],
+        "capacity": (None, pick(1, 40))[pick(0, 2)],
+        "on_overflow": "drop",
+        "reduce": ("exact", "per_rank")[pick(0, 2)],
+    }
+    inputs = []
+    for _ in range(ranks):
+        # some ranks have no tokens
+        tokens = pick(0, most + 1) * min(1, pick(0, 4))
+        scores = torch.rand(tokens, experts, generator=generator)
+        ids = scores.argsort(1)[:, :top_k].contiguous()
+        ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
+        weights = torch.rand(tokens, top_k, generator=generator)
+        inputs.append([torch.randn(tokens, hidden, generator=generator).to(dtype), ids, weights])
+    return settings, inputs
+
+
+def there_and_back(
+    dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], first_expert: int
+) -> tuple[ExpertBatch, torch.Tensor]:
+    """The plain way through a dispatcher: what dispatch and combine return."""
+    batch, handle = dispatcher.dispatch(*inputs)
+    return batch, dispatcher.combine(stand_in(batch, first_expert), handle)
+
+
+def check_trial(
+    rank: int,
+    ranks: int,
+    trial: int,
+    transport: dict[str, Any],
+    group: dist.ProcessGroup | None,
+    device: str,
+    way: Way = there_and_back,
+) -> None:
+    """One random setting through the group, compared with one process. transport: further settings. way: how, as `there_and_back`."""
+    settings, inputs = draw(trial, ranks)
+    expected, outputs, dropped = in_one_process(settings, inputs, stand_in)
+    with MoEQuantDispatcher(group, **settings, **transport, device=device) as dispatcher:
+        for name, buffer in dispatcher._slots[0].buffers.items():
+            if name not in KEPT:
+                buffer.view(torch.uint8).fill_(0xFF)
+        # a faster rank's first rows must not be overwritten
+        dist.barrier(group)
+        local = settings["num_experts"] // ranks
+        batch, out = way(dispatcher, [tensor.to(device) for tensor in inputs[rank]], rank * local)
+        assert dispatcher.check() == dropped
+    mine = slice(rank * local, (rank + 1) * local)
+    name = f"trial {trial}, {transport}, {way.__name__}, {settings}"
+    assert_bit_equal(batch.num_tokens.cpu(), expected.num_tokens[mine], name)
+    starts = torch.tensor([0, *(len(hidden) for hidden, _, _ in inputs)]).cumsum(0)
+    for expert, count in enumerate(batch.num_tokens.tolist()):
+        whole = rank * local + expert
+        assert_bit_equal(batch.values[expert, :count].cpu(), expected.values[whole, :count], name)
+        if batch.scales is not None and expected.scales is not None:
+            assert_bit_equal(batch.scales[expert, :count].cpu(), expected.scales[whole, :count], name)
+        source = batch.sources[expert, :count].cpu()
+        entry = starts[source >> 32] * settings["top_k"] + (source & 0xFFFFFFFF)
+        assert_bit_equal(entry, expected.sources[whole, :count], name)
+    assert_bit_equal(out.cpu(), outputs[rank], name)
