@@ -52,6 +52,7 @@ def wire_ceilings(rank: int, ranks: int, device: torch.device) -> dict[str, floa
     """GB/s at which every rank at once stores to ("push"), and loads from ("pull"), the memory of all others."""
     rows, columns = 2048 * (ranks - 1), 7168
     size = rows * columns * 2
+    assert dist.group.WORLD is not None
     memory = PeerMemory(dist.group.WORLD, size, device)
     local = memory.local.view(torch.bfloat16).view(1, rows, columns)
     mine = torch.zeros_like(local)

@@ -13,6 +13,7 @@ from moequant.batch import ExpertBatch
 from moequant.testing import assert_bit_equal, in_one_process
 
 Way = Callable[[MoEQuantDispatcher, list[torch.Tensor], int], tuple[ExpertBatch, torch.Tensor]]
+SHAPES = 12
 # buffers that hold something from one call to the next
 KEPT = ("flags", "epochs", "ticket")
 
@@ -27,31 +28,36 @@ def stand_in(batch: ExpertBatch, first_expert: int = 0) -> torch.Tensor:
 
 
 def draw(trial: int, ranks: int) -> tuple[dict[str, Any], list[list[torch.Tensor]]]:
-    """Random settings, and each rank's hidden states, ids and weights; the same on every rank."""
-    generator = torch.Generator().manual_seed(trial)
+    """Random settings, and each rank's hidden states, ids and weights; the same on every rank.
+
+    What kernels are compiled for is drawn from SHAPES sets; everything else is new in each trial.
+    """
+    generator = torch.Generator().manual_seed(trial % SHAPES)
 
     def pick(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=generator))
 
-    experts = ranks * pick(1, 5)
-    top_k, hidden, most = pick(1, min(experts, 6) + 1), pick(1, 300), pick(1, 40)
-    dtype = (torch.bfloat16, torch.float32, torch.float16)[trial % 3]
+    top_k, hidden = pick(1, 7), pick(1, 300)
+    dtype = (torch.bfloat16, torch.float32, torch.float16)[trial % SHAPES % 3]
     settings = {
-        "num_experts": experts,
         "top_k": top_k,
         "hidden_size": hidden,
-        "max_tokens_per_rank": most,
-        "quant": ("fp8_e4m3fn", "int8", "none", "fp8_e5m2")[pick(0, 4)],
+        "quant": ("fp8_e4m3fn", "int8", "none", "fp8_e5m2")[trial % SHAPES % 4],
         "recipe": ("default", "ue8m0")[pick(0, 2)],
-        "capacity": (None, pick(1, 40))[pick(0, 2)],
+        "reduce": ("exact", "per_rank")[trial % SHAPES // 4 % 2],
         "on_overflow": "drop",
-        "reduce": ("exact", "per_rank")[pick(0, 2)],
     }
+    generator.manual_seed(1000 + trial)
+    experts, most = ranks * pick(-(-top_k // ranks), 8), pick(1, 40)
+    settings |= {"num_experts": experts, "max_tokens_per_rank": most, "capacity": (None, pick(1, 40))[pick(0, 2)]}
+    hot = pick(0, 4) == 0
     inputs = []
     for _ in range(ranks):
         # some ranks have no tokens
         tokens = pick(0, most + 1) * min(1, pick(0, 4))
         scores = torch.rand(tokens, experts, generator=generator)
+        if hot:
+            scores[:, 0] = -1.0
         ids = scores.argsort(1)[:, :top_k].contiguous()
         ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
         weights = torch.rand(tokens, top_k, generator=generator)
