@@ -22,8 +22,10 @@ def combine_kernel(
     abort_ptr,
     peer_offset,
     rows_of_rank,
+    num_peers,
     columns,
     out_stride_t,
+    PEERS: tl.constexpr,
     SKIPS: tl.constexpr,
     IN_ORDER: tl.constexpr,
     K: tl.constexpr,
@@ -49,8 +51,11 @@ def combine_kernel(
     if IN_ORDER:
         rows = tl.where(rows >= 0, tl.program_id(0) * K + lane, -1)
     if peers_ptr is not None:
+        # the table is loaded while the rows are, not after them
+        peer = tl.arange(0, PEERS)
+        table = tl.load(peers_ptr + peer, mask=peer < num_peers, other=0) + peer_offset
         ranks = tl.maximum(rows, 0) // rows_of_rank
-        blocks = tl.load(peers_ptr + ranks, mask=rows >= 0, other=0) + peer_offset
+        blocks = tl.sum(tl.where(ranks[:, None] == peer[None, :], table[None, :], 0), axis=1)
         rows = tl.where(rows >= 0, rows - ranks * rows_of_rank, -1)
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
@@ -130,7 +135,7 @@ def launch(
     tokens, columns = out.shape
     if tokens == 0:
         return
-    top_k = rows.shape[1]
+    top_k, ranks = rows.shape[1], 1 if peers is None else peers.shape[0]
     block = min(1024, triton.next_power_of_2(columns))
     combine_kernel[(tokens, triton.cdiv(columns, block))](
         expert_output,
@@ -141,8 +146,10 @@ def launch(
         abort,
         peer_offset,
         rows_of_rank,
+        ranks,
         columns,
         out.stride(0),
+        PEERS=triton.next_power_of_2(ranks),
         SKIPS=skips,
         IN_ORDER=in_order,
         K=top_k,

@@ -45,26 +45,28 @@ def exchange_counts_kernel(
     tl.store(epoch_ptr, epoch)
     expert = tl.arange(0, EXPERTS)
     inside = expert < experts
-    # the number of the call travels behind the counts
-    width = experts + 1
-    counts = tl.where(inside, tl.load(counts_ptr + expert, mask=inside, other=0), tl.cast(call, tl.int32))
-    for peer in range(ranks):
-        at = peer_block(peers_ptr, peer, counts_offset, tl.int32) + rank * width + expert
-        tl.store(at, counts, mask=expert < width)
+    peer = tl.arange(0, LANES)
+    # the number of the call travels behind the counts; rows begin at multiples of 16 bytes
+    width = (experts + 4) // 4 * 4
+    counts = tl.load(counts_ptr + expert, mask=inside, other=0)
+    theirs = tl.load(peers_ptr + peer, mask=peer < ranks, other=0) + (counts_offset + 4 * rank * width)
+    theirs = tl.multiple_of(theirs.to(tl.pointer_type(tl.int32)), 16)
+    # all stores and all loads are in flight at once
+    at = tl.max_contiguous(tl.multiple_of(theirs[:, None] + expert[None, :], (1, 16)), (1, EXPERTS))
+    everyone = (peer < ranks)[:, None] & inside[None, :]
+    tl.store(at, tl.broadcast_to(counts[None, :], (LANES, EXPERTS)), mask=everyone)
+    tl.store(theirs + experts, tl.zeros((LANES,), tl.int32) + call, mask=peer < ranks)
     signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
     fault = wait_for_peers(peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, COUNTS, LANES)
 
-    before = tl.zeros((EXPERTS,), tl.int32)
-    wanted = tl.zeros((EXPERTS,), tl.int32)
-    strangers = tl.zeros((), tl.int32)
     mine = peer_block(peers_ptr, rank, counts_offset, tl.int32)
-    for source in range(ranks):
-        theirs = tl.load(mine + source * width + expert, mask=expert < width, other=0, volatile=True)
-        strangers += (tl.sum(tl.where(expert == experts, theirs, 0), axis=0) != call).to(tl.int32)
-        # whatever came, the sums stay in int32 and in order
-        theirs = tl.minimum(tl.maximum(theirs, 0), 1 << 24)
-        before += tl.where(source < rank, theirs, 0)
-        wanted += theirs
+    calls = tl.load(mine + peer * width + experts, mask=peer < ranks, other=0, volatile=True)
+    strangers = tl.sum(((calls != call) & (peer < ranks)).to(tl.int32), axis=0)
+    counts = tl.load(mine + peer[:, None] * width + expert[None, :], mask=everyone, other=0, volatile=True)
+    # whatever came, the sums stay in int32 and in order
+    counts = tl.minimum(tl.maximum(counts, 0), 1 << 24)
+    before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)
+    wanted = tl.sum(counts, axis=0)
     placed = tl.minimum(wanted, capacity)
     local = expert - rank * local_experts
     is_local = (local >= 0) & (local < local_experts)
@@ -117,7 +119,7 @@ def exchange_counts(
         capacity,
         call,
         limit,
-        EXPERTS=triton.next_power_of_2(experts + 1),
+        EXPERTS=triton.next_power_of_2(experts),
         LANES=triton.next_power_of_2(ranks),
         num_warps=4,
     )

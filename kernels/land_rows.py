@@ -28,55 +28,56 @@ def land_rows_kernel(
     entries,
     local_experts,
     capacity,
-    row_bytes,
+    columns,
     return_bytes,
     groups,
     NOTE: tl.constexpr,
     SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Blocks of BLOCK valid rows are dealt to the programs in turn.
+    """Tiles of BLOCK valid rows and BLOCK_G groups of columns are dealt to the programs in turn.
 
     Example: M=8, L=2, NOTE=4: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2, leader 3, sent 3,
     then sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
     """
     counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, BLOCK, EXPERTS, True)
+    column_blocks = tl.cdiv(groups, BLOCK_G)
     # after a fault the notes may be anything
-    blocks = tl.where(load_fault(abort_ptr) == NO_FAULT, tl.max(ends, axis=0), 0)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        expert, first_row, count = locate_block(block, counts, ends, BLOCK, EXPERTS)
+    tiles = tl.where(load_fault(abort_ptr) == NO_FAULT, tl.max(ends, axis=0) * column_blocks, 0)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        expert, first_row, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
+        first_group = tile % column_blocks * BLOCK_G
         row = first_row + tl.arange(0, BLOCK)
         there = row < count
         flat = expert.to(tl.int64) * capacity + row
         note = notes_ptr + flat * NOTE + SCALES
-        entry = tl.load(note, mask=there, other=0)
-        source = tl.load(note + 1, mask=there, other=0)
         copied = tl.load(note + 3, mask=there, other=0)
-        tl.store(sources_ptr + flat, (source.to(tl.int64) << 32) | entry, mask=there)
-        if destinations_ptr is not None:
-            # nothing that came from another rank becomes an address unchecked
-            known = there & (source >= 0) & (source < ranks) & (entry >= 0) & (entry < entries)
-            returns = tl.load(peers_ptr + source, mask=known, other=0) + returns_offset
-            tl.store(destinations_ptr + flat, returns + entry.to(tl.int64) * return_bytes, mask=known)
+        if first_group == 0:
+            entry = tl.load(note, mask=there, other=0)
+            source = tl.load(note + 1, mask=there, other=0)
+            tl.store(sources_ptr + flat, (source.to(tl.int64) << 32) | entry, mask=there)
+            if destinations_ptr is not None:
+                # nothing that came from another rank becomes an address unchecked
+                known = there & (source >= 0) & (source < ranks) & (entry >= 0) & (entry < entries)
+                returns = tl.load(peers_ptr + source, mask=known, other=0) + returns_offset
+                tl.store(destinations_ptr + flat, returns + entry.to(tl.int64) * return_bytes, mask=known)
         there = there & (copied >= 0) & (copied < local_experts * capacity)
         copied = copied.to(tl.int64)
         if SCALES > 0:
-            for first_group in range(0, groups, BLOCK_G):
-                group = first_group + tl.arange(0, BLOCK_G)
-                inside = there[:, None] & (group < groups)[None, :]
-                scales = tl.load(notes_ptr + copied[:, None] * NOTE + group[None, :], mask=inside, other=0)
-                at = (expert * groups + group).to(tl.int64)[None, :] * capacity + row[:, None]
-                tl.store(scales_ptr + at, scales.to(tl.float32, bitcast=True), mask=inside)
+            group = first_group + tl.arange(0, BLOCK_G)
+            scaled = there[:, None] & (group < groups)[None, :]
+            scales = tl.load(notes_ptr + copied[:, None] * NOTE + group[None, :], mask=scaled, other=0)
+            at = (expert * groups + group).to(tl.int64)[None, :] * capacity + row[:, None]
+            tl.store(scales_ptr + at, scales.to(tl.float32, bitcast=True), mask=scaled)
         follows = there & (copied != flat)
         if tl.max(follows.to(tl.int32), axis=0) > 0:
-            for first_byte in range(0, row_bytes, BLOCK_B):
-                byte = first_byte + tl.arange(0, BLOCK_B)
-                inside = follows[:, None] & (byte < row_bytes)[None, :]
-                values = tl.load(values_ptr + copied[:, None] * row_bytes + byte[None, :], mask=inside, other=0)
-                tl.store(values_ptr + flat[:, None] * row_bytes + byte[None, :], values, mask=inside)
+            byte = first_group * (128 * WIDTH) + tl.arange(0, BLOCK_G * 128 * WIDTH)
+            inside = follows[:, None] & (byte < columns * WIDTH)[None, :]
+            values = tl.load(values_ptr + copied[:, None] * columns * WIDTH + byte[None, :], mask=inside, other=0)
+            tl.store(values_ptr + flat[:, None] * columns * WIDTH + byte[None, :], values, mask=inside)
 
 
 def land_rows(
@@ -98,10 +99,10 @@ def land_rows(
     destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries.
     """
     local_experts, capacity, columns = values.shape
-    groups = 0 if scales is None else scales.shape[2]
-    block = 8
-    worst = local_experts * triton.cdiv(capacity, block)
-    land_rows_kernel[(min(worst, 4 * num_sms(values.device)),)](
+    groups = triton.cdiv(columns, 128)
+    block, block_g = 8, min(8, triton.next_power_of_2(groups))
+    worst = local_experts * triton.cdiv(capacity, block) * triton.cdiv(groups, block_g)
+    land_rows_kernel[(min(worst, 8 * num_sms(values.device)),)](
         values.view(torch.uint8),
         notes,
         num_tokens,
@@ -115,14 +116,14 @@ def land_rows(
         entries,
         local_experts,
         capacity,
-        columns * values.element_size(),
+        columns,
         return_bytes,
         groups,
         NOTE=notes.shape[2],
-        SCALES=triton.cdiv(groups, 4) * 4,
+        SCALES=0 if scales is None else triton.cdiv(groups, 4) * 4,
         BLOCK=block,
-        BLOCK_G=min(64, triton.next_power_of_2(max(groups, 1))),
-        BLOCK_B=1024,
+        WIDTH=values.element_size(),
+        BLOCK_G=block_g,
         EXPERTS=triton.next_power_of_2(local_experts),
         num_warps=4,
     )

@@ -73,7 +73,7 @@ def push_partial_sums_kernel(
                 acc = tl.where(present, acc + weight * y.to(tl.float32), acc)
             out = peer_block(peers_ptr, source, returns_offset, tl.bfloat16)
             tl.store(out + (rank * max_tokens + token).to(tl.int64) * columns + column, acc.to(tl.bfloat16), mask=inside)
-    if last_program(ticket_ptr):
+    if last_program(ticket_ptr, False):
         epoch = tl.load(epoch_ptr) + 1
         tl.store(epoch_ptr, epoch)
         signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
@@ -108,7 +108,7 @@ def push_partial_sums(
     ranks = peers.shape[0]
     block = min(1024, triton.next_power_of_2(columns))
     worst = local_experts * capacity * triton.cdiv(columns, block)
-    push_partial_sums_kernel[(min(worst, 8 * num_sms(y.device)),)](
+    push_partial_sums_kernel[(min(worst, 16 * num_sms(y.device)),)](
         y,
         notes,
         num_tokens,

@@ -66,6 +66,7 @@ def push_tokens_kernel(
     PER_RANK: tl.constexpr,
     ONCE: tl.constexpr,
     WAIT: tl.constexpr,
+    ALONE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -83,7 +84,7 @@ def push_tokens_kernel(
     # after a fault the counts, and so the offsets, may be anything
     well = load_fault(peer_block(peers_ptr, rank, abort_offset, tl.int32)) == NO_FAULT
     # a launch has a program even where there is no token
-    if (token < tokens) & well:
+    if token < tokens:
         group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
         column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
         inside = column < columns
@@ -94,7 +95,7 @@ def push_tokens_kernel(
         for k in tl.static_range(K):
             expert = tl.load(ids_ptr + token * K + k).to(tl.int64)
             slot = tl.load(slots_ptr + token * K + k)
-            named = (slot >= 0) & (expert >= 0) & (expert < experts)
+            named = well & (slot >= 0) & (expert >= 0) & (expert < experts)
             place = tl.load(offsets_ptr + expert, mask=named, other=capacity) + slot
             placed = named & (place >= 0) & (place < capacity)
             # int32 holds a row's number, not its offset in elements
@@ -148,7 +149,7 @@ def push_tokens_kernel(
                         weights = tl.load(weights_ptr + token * K + lane, mask=lane < K, other=0.0).to(tl.float32)
                         at = note + (SCALES + 4 + (K + 3) // 4 * 4) + lane
                         tl.store(at, weights.to(tl.int32, bitcast=True), mask=lane < K)
-    if last_program(ticket_ptr):
+    if last_program(ticket_ptr, ALONE):
         signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
         if WAIT:
             wait_for_peers(peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, ROWS, LANES)
@@ -204,10 +205,12 @@ def push_tokens(
     ranks, experts = peers.shape[0], offsets.shape[0]
     quantized = dtype != torch.bfloat16
     groups = triton.cdiv(columns, 128)
-    # whole tokens where they fill the device; parts of 16 groups where they don't
-    block_g = min(triton.next_power_of_2(groups), 64 if tokens >= num_sms(x.device) // 2 else 16)
+    # whole tokens where they fill the device, and where one program then need not ask whether it is the last; otherwise parts
+    whole = tokens >= num_sms(x.device) // 2 or (tokens <= 1 and groups <= 64)
+    block_g = min(triton.next_power_of_2(groups), 64 if whole else 8)
+    blocks = triton.cdiv(groups, block_g)
     words = note_words(groups if quantized else 0, top_k, topk_weights is not None)
-    push_tokens_kernel[(max(tokens, 1), triton.cdiv(groups, block_g))](
+    push_tokens_kernel[(max(tokens, 1), blocks)](
         x,
         topk_ids,
         slots,
@@ -246,6 +249,7 @@ def push_tokens(
         PER_RANK=topk_weights is not None,
         ONCE=once,
         WAIT=wait,
+        ALONE=tokens <= 1 and blocks == 1,
         BLOCK_G=block_g,
         LANES=triton.next_power_of_2(ranks),
         num_warps=max(2, block_g // 8),

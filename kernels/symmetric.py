@@ -52,6 +52,15 @@ def signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES: tl.constexp
 
 
 @triton.jit
+def look(words, epoch, ranks, LANES: tl.constexpr):
+    """The first rank whose flag is behind the epoch, or `ranks`; and the abort word. words: of the ranks' flags, then the abort word."""
+    lane = tl.arange(0, 2 * LANES)
+    seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
+    missing = tl.min(tl.where((lane < ranks) & (seen - epoch < 0), lane, ranks), axis=0)
+    return missing, tl.sum(tl.where(lane == ranks, seen, 0), axis=0)
+
+
+@triton.jit
 def wait_for_peers(
     peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, PHASE: tl.constexpr, LANES: tl.constexpr
 ):
@@ -60,25 +69,20 @@ def wait_for_peers(
     Ends as well when a fault is known, or after `limit` units of 1024 ns: then the first rank that is missing is the culprit, and every
     rank is told. A fault stays, so that later waits end at once; record_ptr, in the host's memory, gets it.
     """
-    lane = tl.arange(0, LANES)
+    lane = tl.arange(0, 2 * LANES)
     inside = lane < ranks
     mine = tl.load(peers_ptr + rank)
-    flags = (mine + flags_offset).to(tl.pointer_type(tl.int32)) + lane
-    abort = (mine + abort_offset).to(tl.pointer_type(tl.int32))
+    # the abort word is looked at together with the flags: one way to memory and back, not two
+    words = mine + tl.where(lane == ranks, abort_offset, flags_offset + 4 * lane)
+    words = words.to(tl.pointer_type(tl.int32))
     started = globaltimer()
-    fault = tl.atomic_add(abort, 0, sem="acquire", scope="sys")
-    arrived = tl.atomic_add(flags, tl.zeros((LANES,), tl.int32), mask=inside, sem="acquire", scope="sys")
-    missing = tl.min(tl.where(inside & (arrived - epoch < 0), lane, LANES), axis=0)
-    waited = (globaltimer() - started) >> 10
-    while (missing < LANES) & (fault == NO_FAULT) & (waited < limit):
-        fault = tl.atomic_add(abort, 0, sem="acquire", scope="sys")
-        arrived = tl.atomic_add(flags, tl.zeros((LANES,), tl.int32), mask=inside, sem="acquire", scope="sys")
-        missing = tl.min(tl.where(inside & (arrived - epoch < 0), lane, LANES), axis=0)
-        waited = (globaltimer() - started) >> 10
-    if (missing < LANES) & (fault == NO_FAULT):
+    missing, fault = look(words, epoch, ranks, LANES)
+    while (missing < ranks) & (fault == NO_FAULT) & (((globaltimer() - started) >> 10) < limit):
+        missing, fault = look(words, epoch, ranks, LANES)
+    if (missing < ranks) & (fault == NO_FAULT):
         fault = (((epoch * 4 + PHASE) & STEP_MASK) << 8) | missing
         aborts = (tl.load(peers_ptr + lane, mask=inside, other=0) + abort_offset).to(tl.pointer_type(tl.int32))
-        tl.atomic_min(aborts, tl.zeros((LANES,), tl.int32) + fault, mask=inside, sem="release", scope="sys")
+        tl.atomic_min(aborts, tl.zeros((2 * LANES,), tl.int32) + fault, mask=inside, sem="release", scope="sys")
     if fault != NO_FAULT:
         tl.store(record_ptr, fault)
     # loads of what the peers stored come after the wait in every warp
@@ -87,11 +91,13 @@ def wait_for_peers(
 
 
 @triton.jit
-def last_program(ticket_ptr):
+def last_program(ticket_ptr, ALONE: tl.constexpr):
     """Whether this program is the last of its launch to come here; what the others stored before is then visible to it.
 
-    The word goes back to 0 for the next launch.
+    The word goes back to 0 for the next launch. ALONE: there is one program.
     """
+    if ALONE:
+        return True
     tl.debug_barrier()
     programs = tl.num_programs(0) * tl.num_programs(1)
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1

@@ -49,7 +49,7 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
         # words of the three phases, one for each rank
         "flags": BufferSpec((3, ranks), torch.int32),
         # rows for each expert and the number of the call, of each rank
-        "all_counts": BufferSpec((ranks, config.num_experts + 1), torch.int32),
+        "all_counts": BufferSpec((ranks, round_up(config.num_experts + 1, 4)), torch.int32),
         "values": BufferSpec((experts, rows, columns), config.dtype),
         "notes": BufferSpec((experts, rows, words), torch.int32),
         "output": BufferSpec((experts, rows, columns), torch.bfloat16),
