@@ -60,11 +60,11 @@ def wire_ceilings(rank: int, ranks: int, device: torch.device) -> dict[str, floa
     row = torch.arange(rows, device=device)
     peers = (rank + 1 + row % (ranks - 1)) % ranks
     addresses = (memory.pointers[peers] + row * columns * 2).view(1, rows)
-    flat = (peers * rows + row).int().view(rows, 1)
+    flat = (peers * rows + row).int().view(rows // 8, 8)
     well = torch.full((1,), NO_FAULT.value, dtype=torch.int32, device=device)
 
     def pull() -> None:
-        combine_shared(mine, flat, None, mine[0], well, peers=memory.pointers, rows_of_rank=rows)
+        combine_shared(mine, flat, None, mine[0, : rows // 8], well, peers=memory.pointers, rows_of_rank=rows)
 
     gbps = {}
     for way, step in (("push", lambda: push_rows(mine, counts, None, addresses)), ("pull", pull)):

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.symmetric import NO_FAULT, load_fault
+from moequant.kernels.common import num_sms
+from moequant.kernels.symmetric import EARLY_WARPS, NO_FAULT, await_previous, begins_early, launch_option, load_fault
 
 
 @triton.jit
@@ -28,6 +29,7 @@ def combine_kernel(
     PEERS: tl.constexpr,
     SKIPS: tl.constexpr,
     IN_ORDER: tl.constexpr,
+    EARLY: tl.constexpr,
     K: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,6 +59,8 @@ def combine_kernel(
         ranks = tl.maximum(rows, 0) // rows_of_rank
         blocks = tl.sum(tl.where(ranks[:, None] == peer[None, :], table[None, :], 0), axis=1)
         rows = tl.where(rows >= 0, rows - ranks * rows_of_rank, -1)
+    # the rows are those of others, who may still be writing them; what says where they lie is older
+    await_previous(EARLY)
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         row = tl.sum(tl.where(lane == k, rows, 0), axis=0)
@@ -137,6 +141,10 @@ def launch(
         return
     top_k, ranks = rows.shape[1], 1 if peers is None else peers.shape[0]
     block = min(1024, triton.next_power_of_2(columns))
+    programs = tokens * triton.cdiv(columns, block)
+    # few programs get more warps, which load less each
+    warps = 8 if programs <= 4 * num_sms(out.device) else 4
+    early = abort is not None and begins_early(out.device) and programs * warps <= EARLY_WARPS * num_sms(out.device)
     combine_kernel[(tokens, triton.cdiv(columns, block))](
         expert_output,
         rows,
@@ -152,9 +160,11 @@ def launch(
         PEERS=triton.next_power_of_2(ranks),
         SKIPS=skips,
         IN_ORDER=in_order,
+        EARLY=early,
         K=top_k,
         LANES=triton.next_power_of_2(top_k),
         BLOCK=block,
-        num_warps=4,
+        num_warps=warps,
         enable_fp_fusion=False,
+        **launch_option(early),
     )

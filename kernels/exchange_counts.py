@@ -8,8 +8,15 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
-from moequant.kernels.symmetric import COUNTS, NO_FAULT, peer_block, signal_peers, wait_for_peers
+from moequant.kernels.symmetric import COUNTS, NO_FAULT, begins_early, end_wait, let_next_begin, load_fault, peer_block
+
+
+@triton.jit
+def behind(words, epoch):
+    """Which words are of an earlier epoch, as 1."""
+    return ((words >> 32).to(tl.int32) - epoch < 0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["call", "limit"])
@@ -21,8 +28,7 @@ def exchange_counts_kernel(
     peers_ptr,
     epoch_ptr,
     record_ptr,
-    counts_offset,
-    flags_offset,
+    words_offset,
     abort_offset,
     rank,
     ranks,
@@ -33,38 +39,55 @@ def exchange_counts_kernel(
     limit,
     EXPERTS: tl.constexpr,
     LANES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program, the only one of a dispatch that waits for counts. Begins the slot's next epoch.
 
+    Each count travels in one word of 8 bytes together with the epoch: it is complete when it is there, and needs no flag behind it. Nothing
+    else is read here that a peer has stored; the kernels that follow see, as after any kernel, what this one has seen.
     After a fault nothing has a place: offsets are M, and the batch is empty.
 
     Example: rank 1 of 2, M=5, L=1, counts [2, 4] of rank 0 and [1, 3] of rank 1: rank 1's rows begin at row 2 of expert 0 and row 4 of
     expert 1; of expert 1, which is rank 1's, min(4 + 3, 5) = 5 rows are valid and 2 have no place.
     """
+    let_next_begin(EARLY)
     epoch = tl.load(epoch_ptr) + 1
     tl.store(epoch_ptr, epoch)
     expert = tl.arange(0, EXPERTS)
     inside = expert < experts
     peer = tl.arange(0, LANES)
-    # the number of the call travels behind the counts; rows begin at multiples of 16 bytes
-    width = (experts + 4) // 4 * 4
-    counts = tl.load(counts_ptr + expert, mask=inside, other=0)
-    theirs = tl.load(peers_ptr + peer, mask=peer < ranks, other=0) + (counts_offset + 4 * rank * width)
-    theirs = tl.multiple_of(theirs.to(tl.pointer_type(tl.int32)), 16)
-    # all stores and all loads are in flight at once
-    at = tl.max_contiguous(tl.multiple_of(theirs[:, None] + expert[None, :], (1, 16)), (1, EXPERTS))
-    everyone = (peer < ranks)[:, None] & inside[None, :]
-    tl.store(at, tl.broadcast_to(counts[None, :], (LANES, EXPERTS)), mask=everyone)
-    tl.store(theirs + experts, tl.zeros((LANES,), tl.int32) + call, mask=peer < ranks)
-    signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
-    fault = wait_for_peers(peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, COUNTS, LANES)
+    present = peer < ranks
+    everyone = present[:, None] & inside[None, :]
+    # the number of the call travels behind the counts
+    width = experts + 1
+    upper = epoch.to(tl.int64) << 32
+    count_words = upper | tl.load(counts_ptr + expert, mask=inside, other=0)
+    theirs = tl.load(peers_ptr + peer, mask=present, other=0) + (words_offset + 8 * rank * width)
+    theirs = theirs.to(tl.pointer_type(tl.int64))
+    # all stores, and later all loads, are in flight at once
+    tl.store(theirs[:, None] + expert[None, :], tl.broadcast_to(count_words[None, :], (LANES, EXPERTS)), mask=everyone)
+    tl.store(theirs + experts, tl.zeros((LANES,), tl.int64) + (upper | call), mask=present)
 
-    mine = peer_block(peers_ptr, rank, counts_offset, tl.int32)
-    calls = tl.load(mine + peer * width + experts, mask=peer < ranks, other=0, volatile=True)
-    strangers = tl.sum(((calls != call) & (peer < ranks)).to(tl.int32), axis=0)
-    counts = tl.load(mine + peer[:, None] * width + expert[None, :], mask=everyone, other=0, volatile=True)
+    words = peer_block(peers_ptr, rank, words_offset, tl.int64) + peer * width
+    abort_ptr = peer_block(peers_ptr, rank, abort_offset, tl.int32)
+    started = globaltimer()
+    waited = started - started
+    missing = tl.zeros((), tl.int32)
+    fault = tl.full((), NO_FAULT, tl.int32)
+    counts = tl.zeros((LANES, EXPERTS), tl.int64)
+    calls = tl.zeros((LANES, 1), tl.int64)
+    while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
+        fault = load_fault(abort_ptr)
+        counts = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True)
+        calls = tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True)
+        late = tl.where(everyone, behind(counts, epoch), 0) | tl.where(present[:, None], behind(calls, epoch), 0)
+        missing = tl.min(tl.min(tl.where(late > 0, peer[:, None], ranks), axis=1), axis=0)
+        waited = (globaltimer() - started) >> 10
+    fault = end_wait(peers_ptr, abort_offset, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
+
+    strangers = tl.sum(tl.sum((present[:, None] & (calls.to(tl.int32) != call)).to(tl.int32), axis=1), axis=0)
     # whatever came, the sums stay in int32 and in order
-    counts = tl.minimum(tl.maximum(counts, 0), 1 << 24)
+    counts = tl.where(everyone, tl.minimum(tl.maximum(counts.to(tl.int32), 0), 1 << 24), 0)
     before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)
     wanted = tl.sum(counts, axis=0)
     placed = tl.minimum(wanted, capacity)
@@ -88,8 +111,7 @@ def exchange_counts(
     peers: torch.Tensor,
     epoch: torch.Tensor,
     record: torch.Tensor,
-    counts_offset: int,
-    flags_offset: int,
+    words_offset: int,
     abort_offset: int,
     rank: int,
     capacity: int,
@@ -109,8 +131,7 @@ def exchange_counts(
         peers,
         epoch,
         record,
-        counts_offset,
-        flags_offset,
+        words_offset,
         abort_offset,
         rank,
         ranks,
@@ -121,5 +142,6 @@ def exchange_counts(
         limit,
         EXPERTS=triton.next_power_of_2(experts),
         LANES=triton.next_power_of_2(ranks),
-        num_warps=4,
+        EARLY=begins_early(counts.device),
+        num_warps=8,
     )

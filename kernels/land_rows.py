@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import locate_block, num_sms, row_blocks
-from moequant.kernels.symmetric import NO_FAULT, load_fault
+from moequant.kernels.symmetric import EARLY_WARPS, NO_FAULT, await_previous, begins_early, launch_option, load_fault
 
 
 @triton.jit
@@ -37,12 +37,14 @@ def land_rows_kernel(
     WIDTH: tl.constexpr,
     BLOCK_G: tl.constexpr,
     EXPERTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Tiles of BLOCK valid rows and BLOCK_G groups of columns are dealt to the programs in turn.
 
     Example: M=8, L=2, NOTE=4: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2, leader 3, sent 3,
     then sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
     """
+    await_previous(EARLY)
     counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, BLOCK, EXPERTS, True)
     column_blocks = tl.cdiv(groups, BLOCK_G)
     # after a fault the notes may be anything
@@ -102,7 +104,9 @@ def land_rows(
     groups = triton.cdiv(columns, 128)
     block, block_g = 8, min(8, triton.next_power_of_2(groups))
     worst = local_experts * triton.cdiv(capacity, block) * triton.cdiv(groups, block_g)
-    land_rows_kernel[(min(worst, 8 * num_sms(values.device)),)](
+    early, warps = begins_early(values.device), 4
+    programs = EARLY_WARPS // warps * num_sms(values.device)
+    land_rows_kernel[(min(worst, programs),)](
         values.view(torch.uint8),
         notes,
         num_tokens,
@@ -125,5 +129,7 @@ def land_rows(
         WIDTH=values.element_size(),
         BLOCK_G=block_g,
         EXPERTS=triton.next_power_of_2(local_experts),
-        num_warps=4,
+        EARLY=early,
+        num_warps=warps,
+        **launch_option(early),
     )

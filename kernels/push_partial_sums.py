@@ -73,7 +73,7 @@ def push_partial_sums_kernel(
                 acc = tl.where(present, acc + weight * y.to(tl.float32), acc)
             out = peer_block(peers_ptr, source, returns_offset, tl.bfloat16)
             tl.store(out + (rank * max_tokens + token).to(tl.int64) * columns + column, acc.to(tl.bfloat16), mask=inside)
-    if last_program(ticket_ptr, False):
+    if last_program(ticket_ptr):
         epoch = tl.load(epoch_ptr) + 1
         tl.store(epoch_ptr, epoch)
         signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)

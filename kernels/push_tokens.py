@@ -18,7 +18,20 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import num_sms, quantize_group
-from moequant.kernels.symmetric import NO_FAULT, ROWS, last_program, load_fault, peer_block, signal_peers, wait_for_peers
+from moequant.kernels.symmetric import (
+    EARLY_WARPS,
+    NO_FAULT,
+    ROWS,
+    await_previous,
+    begins_early,
+    last_program,
+    launch_option,
+    let_next_begin,
+    load_fault,
+    peer_block,
+    signal_peers,
+    wait_for_peers,
+)
 
 
 def note_words(groups: int, top_k: int, per_rank: bool) -> int:
@@ -66,7 +79,7 @@ def push_tokens_kernel(
     PER_RANK: tl.constexpr,
     ONCE: tl.constexpr,
     WAIT: tl.constexpr,
-    ALONE: tl.constexpr,
+    EARLY: tl.constexpr,
     BLOCK_G: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -79,16 +92,23 @@ def push_tokens_kernel(
     1 * 8 + 5 = 13 of rank 1; entry 1 to row 5 of expert 0 on rank 0; entry 2 would be row 8 of expert 2, for which there is no room.
     rows[t] is [3 * 8 + 5, 0 * 8 + 5, -1].
     """
+    let_next_begin(EARLY)
     token = tl.program_id(0)
+    # a launch has a program even where there is no token
+    here = token < tokens
+    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    inside = column < columns
+    x = tl.load(x_ptr + token.to(tl.int64) * x_stride_t + column, mask=inside & here, other=0.0)
+    if QUANTIZED:
+        values, scales = quantize_group(x.to(tl.float32), eps, 1, MAX, POWER_OF_TWO, RECIPROCAL, VALUE)
+    else:
+        values = x.to(VALUE)
+    await_previous(EARLY)
     epoch = tl.load(epoch_ptr)
     # after a fault the counts, and so the offsets, may be anything
     well = load_fault(peer_block(peers_ptr, rank, abort_offset, tl.int32)) == NO_FAULT
-    # a launch has a program even where there is no token
-    if token < tokens:
-        group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
-        column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-        inside = column < columns
-        x = tl.load(x_ptr + token.to(tl.int64) * x_stride_t + column, mask=inside, other=0.0)
+    if here:
         rows = ()
         owners = ()
         leaders = ()
@@ -118,10 +138,6 @@ def push_tokens_kernel(
                         present = present | (owners[k] == peer)
                     tl.store(partials_ptr + token * ranks + peer, tl.where(present, peer * max_tokens + token, -1))
 
-        if QUANTIZED:
-            values, scales = quantize_group(x.to(tl.float32), eps, 1, MAX, POWER_OF_TWO, RECIPROCAL, VALUE)
-        else:
-            values = x.to(VALUE)
         word = tl.arange(0, 4)
         lane = tl.arange(0, TOPK_LANES)
         rows_of_rank = local_experts * capacity
@@ -149,7 +165,7 @@ def push_tokens_kernel(
                         weights = tl.load(weights_ptr + token * K + lane, mask=lane < K, other=0.0).to(tl.float32)
                         at = note + (SCALES + 4 + (K + 3) // 4 * 4) + lane
                         tl.store(at, weights.to(tl.int32, bitcast=True), mask=lane < K)
-    if last_program(ticket_ptr, ALONE):
+    if last_program(ticket_ptr):
         signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
         if WAIT:
             wait_for_peers(peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, ROWS, LANES)
@@ -163,6 +179,11 @@ VALUE_TYPES = {
     torch.int8: tl.int8,
     torch.bfloat16: tl.bfloat16,
 }
+
+
+def groups_per_program(tokens: int, groups: int, sms: int) -> int:
+    """Large parts of a token where they fill the device, otherwise small ones."""
+    return min(triton.next_power_of_2(groups), 32 if tokens >= sms // 2 else 8)
 
 
 def push_tokens(
@@ -205,12 +226,11 @@ def push_tokens(
     ranks, experts = peers.shape[0], offsets.shape[0]
     quantized = dtype != torch.bfloat16
     groups = triton.cdiv(columns, 128)
-    # whole tokens where they fill the device, and where one program then need not ask whether it is the last; otherwise parts
-    whole = tokens >= num_sms(x.device) // 2 or (tokens <= 1 and groups <= 64)
-    block_g = min(triton.next_power_of_2(groups), 64 if whole else 8)
-    blocks = triton.cdiv(groups, block_g)
+    block_g = groups_per_program(tokens, groups, num_sms(x.device))
+    programs, warps = max(tokens, 1) * triton.cdiv(groups, block_g), max(2, block_g // 8)
+    early = begins_early(x.device) and programs * warps <= EARLY_WARPS * num_sms(x.device)
     words = note_words(groups if quantized else 0, top_k, topk_weights is not None)
-    push_tokens_kernel[(max(tokens, 1), blocks)](
+    push_tokens_kernel[(max(tokens, 1), triton.cdiv(groups, block_g))](
         x,
         topk_ids,
         slots,
@@ -249,10 +269,11 @@ def push_tokens(
         PER_RANK=topk_weights is not None,
         ONCE=once,
         WAIT=wait,
-        ALONE=tokens <= 1 and blocks == 1,
+        EARLY=early,
         BLOCK_G=block_g,
         LANES=triton.next_power_of_2(ranks),
-        num_warps=max(2, block_g // 8),
+        num_warps=warps,
         # as in the quantize kernel
         enable_fp_fusion=False,
+        **launch_option(early),
     )

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.symmetric import signal_peers, wait_for_peers
+from moequant.kernels.symmetric import begins_early, let_next_begin, signal_peers, wait_for_peers
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -23,12 +23,14 @@ def signal_and_wait_kernel(
     SIGNAL: tl.constexpr,
     WAIT: tl.constexpr,
     LANES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program. Kernels before it on the stream have done their stores; kernels after it see those of all ranks. SIGNAL begins the
     next epoch.
 
     Example: W=2, epoch 6: rank 0 writes 7 into word 0 of both ranks' flags, and waits until both words of its own are at least 7.
     """
+    let_next_begin(EARLY)
     epoch = tl.load(epoch_ptr)
     if SIGNAL:
         epoch += 1
@@ -65,5 +67,6 @@ def signal_and_wait(
         SIGNAL=signal,
         WAIT=wait,
         LANES=triton.next_power_of_2(ranks),
+        EARLY=begins_early(peers.device),
         num_warps=1,
     )

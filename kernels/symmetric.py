@@ -3,9 +3,13 @@
 W ranks. Every rank has one block of memory of the same layout, which all of them can address; `peers` is a (W,) int64 table of where
 each rank's block lies in this rank's address space, and an offset counts bytes from the beginning of a block.
 
-Flags are int32 words, W of them for each phase of a call, in the memory of the rank that waits: word r belongs to rank r, which writes
-the number of the call (the epoch) into it. Epochs live in device memory, so that a captured graph counts on when it is replayed, and are
+Flags are int32 words, W of them for the rows and for the outputs of a call, in the memory of the rank that waits: word r belongs to rank r,
+which writes the number of the call (the epoch) into it. Counts carry their epoch with them (`exchange_counts.py`). Epochs live in device memory, so that a captured graph counts on when it is replayed, and are
 compared by their difference, which is right across the wrap to negative numbers.
+
+Small launches may begin early (programmatic dependent launch, from Hopper on): while the kernel before them runs, they are set up and do what
+does not depend on it, and then wait for its end, in hardware. The kernel before may be spinning, so what waits must leave room on the device
+for what it waits for: at most EARLY_WARPS warps for each multiprocessor, of which two slots take no more than half of its registers.
 
 Why nothing is overwritten too early: a rank publishes its counts for call n + 1 of a slot only after all its own work on call n, in
 stream order, and no rank stores rows of call n + 1 anywhere before it has the counts of all ranks for it. Whoever reads a buffer in call
@@ -15,9 +19,13 @@ counts as well.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import globaltimer
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 # The abort word while all is well. A fault is a smaller number: step << 8 | rank, where step is (epoch * 4 + phase) modulo 2**22. Ranks
 # that notice different faults agree on the smallest, the earliest step.
@@ -25,6 +33,37 @@ NO_FAULT = tl.constexpr(0x7FFFFFFF)
 STEP_MASK = tl.constexpr((1 << 22) - 1)
 # The phases of a call.
 COUNTS, ROWS, OUTPUTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+# Warps for each multiprocessor of a launch that may begin early.
+EARLY_WARPS = 16
+
+
+@functools.lru_cache
+def begins_early(device: torch.device) -> bool:
+    """Whether launches on a device can begin before the one before them has ended."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch_option(early: bool) -> dict[str, Any]:
+    """What a launch that may begin early needs besides. Not every kind of GPU knows the option."""
+    return {"launch_pdl": True} if early else {}
+
+
+@triton.jit
+def let_next_begin(EARLY: tl.constexpr):
+    """The next launch may begin, if it is one that may begin early."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def await_previous(EARLY: tl.constexpr):
+    """Waits for the end of the launch before, if this one may have begun early."""
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit
@@ -52,12 +91,19 @@ def signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES: tl.constexp
 
 
 @triton.jit
-def look(words, epoch, ranks, LANES: tl.constexpr):
-    """The first rank whose flag is behind the epoch, or `ranks`; and the abort word. words: of the ranks' flags, then the abort word."""
-    lane = tl.arange(0, 2 * LANES)
-    seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
-    missing = tl.min(tl.where((lane < ranks) & (seen - epoch < 0), lane, ranks), axis=0)
-    return missing, tl.sum(tl.where(lane == ranks, seen, 0), axis=0)
+def end_wait(peers_ptr, abort_offset, record_ptr, epoch, missing, fault, ranks, PHASE: tl.constexpr, LANES: tl.constexpr):
+    """After a wait: where rank `missing` did not come, and nobody has said so yet, tells all ranks. Returns the fault, or NO_FAULT."""
+    if (missing < ranks) & (fault == NO_FAULT):
+        fault = (((epoch * 4 + PHASE) & STEP_MASK) << 8) | missing
+        lane = tl.arange(0, LANES)
+        inside = lane < ranks
+        aborts = (tl.load(peers_ptr + lane, mask=inside, other=0) + abort_offset).to(tl.pointer_type(tl.int32))
+        tl.atomic_min(aborts, tl.zeros((LANES,), tl.int32) + fault, mask=inside, sem="release", scope="sys")
+    if fault != NO_FAULT:
+        tl.store(record_ptr, fault)
+    # loads of what the peers stored come after the wait in every warp
+    tl.debug_barrier()
+    return fault
 
 
 @triton.jit
@@ -70,34 +116,28 @@ def wait_for_peers(
     rank is told. A fault stays, so that later waits end at once; record_ptr, in the host's memory, gets it.
     """
     lane = tl.arange(0, 2 * LANES)
-    inside = lane < ranks
     mine = tl.load(peers_ptr + rank)
     # the abort word is looked at together with the flags: one way to memory and back, not two
     words = mine + tl.where(lane == ranks, abort_offset, flags_offset + 4 * lane)
     words = words.to(tl.pointer_type(tl.int32))
     started = globaltimer()
-    missing, fault = look(words, epoch, ranks, LANES)
-    while (missing < ranks) & (fault == NO_FAULT) & (((globaltimer() - started) >> 10) < limit):
-        missing, fault = look(words, epoch, ranks, LANES)
-    if (missing < ranks) & (fault == NO_FAULT):
-        fault = (((epoch * 4 + PHASE) & STEP_MASK) << 8) | missing
-        aborts = (tl.load(peers_ptr + lane, mask=inside, other=0) + abort_offset).to(tl.pointer_type(tl.int32))
-        tl.atomic_min(aborts, tl.zeros((2 * LANES,), tl.int32) + fault, mask=inside, sem="release", scope="sys")
-    if fault != NO_FAULT:
-        tl.store(record_ptr, fault)
-    # loads of what the peers stored come after the wait in every warp
-    tl.debug_barrier()
-    return fault
+    waited = started - started
+    missing = tl.zeros((), tl.int32)
+    fault = tl.full((), NO_FAULT, tl.int32)
+    while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
+        seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
+        missing = tl.min(tl.where((lane < ranks) & (seen - epoch < 0), lane, ranks), axis=0)
+        fault = tl.sum(tl.where(lane == ranks, seen, 0), axis=0)
+        waited = (globaltimer() - started) >> 10
+    return end_wait(peers_ptr, abort_offset, record_ptr, epoch, missing, fault, ranks, PHASE, LANES)
 
 
 @triton.jit
-def last_program(ticket_ptr, ALONE: tl.constexpr):
+def last_program(ticket_ptr):
     """Whether this program is the last of its launch to come here; what the others stored before is then visible to it.
 
-    The word goes back to 0 for the next launch. ALONE: there is one program.
+    The word goes back to 0 for the next launch.
     """
-    if ALONE:
-        return True
     tl.debug_barrier()
     programs = tl.num_programs(0) * tl.num_programs(1)
     last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1

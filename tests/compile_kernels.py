@@ -35,10 +35,22 @@ from triton.runtime.jit import JITFunction
 
 from moequant import ops
 from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.kernels import combine as combine_module
 from moequant.kernels import common
+from moequant.kernels import exchange_counts as exchange_counts_module
 from moequant.kernels import grouped_gemm as grouped_gemm_module
+from moequant.kernels import land_rows as land_rows_module
+from moequant.kernels import push_tokens as push_tokens_module
+from moequant.kernels import signal_and_wait as signal_and_wait_module
 from moequant.kernels.grouped_gemm import Limits
 
+EARLY_MODULES: Any = (
+    combine_module,
+    exchange_counts_module,
+    land_rows_module,
+    push_tokens_module,
+    signal_and_wait_module,
+)
 BF16, INT8 = torch.bfloat16, torch.int8
 E4M3, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
 FLOAT8 = (E4M3, FNUZ, E5M2)
@@ -224,17 +236,17 @@ def peer_arguments() -> dict[str, Any]:
 
 
 def exchange_counts() -> None:
-    from moequant.kernels.exchange_counts import exchange_counts as kernel
-
     counts, num_tokens = empty(256, dtype=torch.int32), empty(32, dtype=torch.int32)
-    kernel(counts, counts, num_tokens, empty(3, dtype=torch.int64), counts_offset=1024, capacity=1024, call=7, **peer_arguments())
+    arguments = peer_arguments()
+    del arguments["flags_offset"]
+    exchange_counts_module.exchange_counts(
+        counts, counts, num_tokens, empty(3, dtype=torch.int64), words_offset=1024, capacity=1024, call=7, **arguments
+    )
 
 
 def push_tokens(dtype: torch.dtype, tokens: int = 128, once: bool = True, per_rank: bool = False) -> None:
-    from moequant.kernels.push_tokens import push_tokens as kernel
-
     entries = empty(tokens, 8, dtype=torch.int32)
-    kernel(
+    push_tokens_module.push_tokens(
         empty(tokens, 7168),
         entries,
         entries,
@@ -257,12 +269,10 @@ def push_tokens(dtype: torch.dtype, tokens: int = 128, once: bool = True, per_ra
 
 
 def land_rows(dtype: torch.dtype) -> None:
-    from moequant.kernels.land_rows import land_rows as kernel
-
     values, scales = quantized(32, 1024, 7168, dtype)
     notes, sources = empty(32, 1024, 4 if scales is None else 60, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
     peers, abort = empty(8, dtype=torch.int64), empty(1, dtype=torch.int32)
-    kernel(values, notes, counted(values), scales, sources, sources, peers, abort, 1024, 1024, 14336)
+    land_rows_module.land_rows(values, notes, counted(values), scales, sources, sources, peers, abort, 1024, 1024, 14336)
 
 
 def push_rows(remote: bool) -> None:
@@ -281,9 +291,7 @@ def push_partial_sums() -> None:
 
 
 def signal_and_wait() -> None:
-    from moequant.kernels.signal_and_wait import signal_and_wait as kernel
-
-    kernel(phase=2, **peer_arguments())
+    signal_and_wait_module.signal_and_wait(phase=2, **peer_arguments())
 
 
 def combine_shared() -> None:
@@ -456,6 +464,9 @@ def compile_operation(name: str) -> None:
             print(json.dumps(report), flush=True)
             launched.clear()
             common.runs_gluon = lambda device, wanted=case.hopper: wanted
+            begins_early = target.gpu.backend == "cuda" and target.gpu.arch >= 90
+            for module in EARLY_MODULES:
+                module.begins_early = lambda device, early=begins_early: early
             case.call(**case.arguments)
             assert launched, f"{case.call.__name__} launched no kernel"
             assert all(("hopper" in kernel) == case.hopper for kernel, _ in launched), f"{launched} for {case}"

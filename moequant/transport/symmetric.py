@@ -46,10 +46,10 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     words = note_words(config.num_groups if config.quantized else 0, config.top_k, config.per_rank)
     returned = ranks if config.per_rank else config.top_k
     return {
-        # words of the three phases, one for each rank
-        "flags": BufferSpec((3, ranks), torch.int32),
-        # rows for each expert and the number of the call, of each rank
-        "all_counts": BufferSpec((ranks, round_up(config.num_experts + 1, 4)), torch.int32),
+        # of the rows and of the outputs, one for each rank
+        "flags": BufferSpec((2, ranks), torch.int32),
+        # of each rank: rows for each expert and the number of the call, with the epoch in the upper half
+        "count_words": BufferSpec((ranks, config.num_experts + 1), torch.int64),
         "values": BufferSpec((experts, rows, columns), config.dtype),
         "notes": BufferSpec((experts, rows, words), torch.int32),
         "output": BufferSpec((experts, rows, columns), torch.bfloat16),
@@ -175,8 +175,7 @@ class SymmetricTransport(Transport):
             self.memory.pointers,
             slot["epochs"],
             self.record,
-            self._offset(slot, "all_counts"),
-            self._flags(slot, 0),
+            self._offset(slot, "count_words"),
             self.abort_offset,
             self.rank,
             config.max_rows,
@@ -299,7 +298,7 @@ class SymmetricTransport(Transport):
 
         signal_and_wait(
             self.memory.pointers,
-            slot["epochs"][phase // 2 :],
+            slot["epochs"][phase - 1 :],
             self.record,
             self._flags(slot, phase),
             self.abort_offset,
@@ -320,7 +319,7 @@ class SymmetricTransport(Transport):
         return slot.number * self.slot_bytes + self.offsets[name]
 
     def _flags(self, slot: Slot, phase: int) -> int:
-        return self._offset(slot, "flags") + 4 * self.config.world_size * phase
+        return self._offset(slot, "flags") + 4 * self.config.world_size * (phase - 1)
 
     def _barrier(self) -> None:
         if self.device.type == "cuda":
