@@ -50,7 +50,7 @@ def make_parser() -> OneLineParser:
 
 def wire_ceilings(rank: int, ranks: int, device: torch.device) -> dict[str, float]:
     """GB/s at which every rank at once stores to ("push"), and loads from ("pull"), the memory of all others."""
-    rows, columns = 2048 * (ranks - 1), 7168
+    rows, columns = 8192 * (ranks - 1), 7168
     size = rows * columns * 2
     assert dist.group.WORLD is not None
     memory = PeerMemory(dist.group.WORLD, size, device)

@@ -94,19 +94,23 @@ def land_rows(
     returns_offset: int,
     entries: int,
     return_bytes: int,
+    expected_rows: int,
 ) -> None:
     """values: (L, M, H), notes (L, M, words) int32: as `push_tokens` on all ranks left them. num_tokens: (L,) int32.
 
     Written for the valid rows: values of rows that were not sent themselves, scales (L, M, G) with strides (M*G, 1, M), sources (L, M) int64, and
     destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries.
+
+    expected_rows: of an expert, a guess by which the launch is sized.
     """
     local_experts, capacity, columns = values.shape
     groups = triton.cdiv(columns, 128)
     block, block_g = 8, min(8, triton.next_power_of_2(groups))
-    worst = local_experts * triton.cdiv(capacity, block) * triton.cdiv(groups, block_g)
-    early, warps = begins_early(values.device), 4
-    programs = EARLY_WARPS // warps * num_sms(values.device)
-    land_rows_kernel[(min(worst, programs),)](
+    columns_of_tiles, warps, sms = local_experts * triton.cdiv(groups, block_g), 4, num_sms(values.device)
+    fits = EARLY_WARPS // warps * sms
+    early = begins_early(values.device) and columns_of_tiles * triton.cdiv(expected_rows, block) <= 4 * fits
+    worst = columns_of_tiles * triton.cdiv(capacity, block)
+    land_rows_kernel[(min(worst, fits if early else 2 * fits),)](
         values.view(torch.uint8),
         notes,
         num_tokens,

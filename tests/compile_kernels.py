@@ -272,7 +272,7 @@ def land_rows(dtype: torch.dtype) -> None:
     values, scales = quantized(32, 1024, 7168, dtype)
     notes, sources = empty(32, 1024, 4 if scales is None else 60, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
     peers, abort = empty(8, dtype=torch.int64), empty(1, dtype=torch.int32)
-    land_rows_module.land_rows(values, notes, counted(values), scales, sources, sources, peers, abort, 1024, 1024, 14336)
+    land_rows_module.land_rows(values, notes, counted(values), scales, sources, sources, peers, abort, 1024, 1024, 14336, 128)
 
 
 def push_rows(remote: bool) -> None:

@@ -227,6 +227,7 @@ class SymmetricTransport(Transport):
             self._offset(slot, "returns"),
             config.max_tokens_per_rank * config.top_k,
             2 * config.hidden_size,
+            batch.expected_rows,
         )
         return batch
 
