@@ -1,6 +1,6 @@
 # Everything here sets itself up, in .venv. See CONTRIBUTING.md.
 PYTHON_ENV := .venv/bin/python
-SOURCES := moequant kernels launch benchmarks tests
+SOURCES := moequant kernels launch benchmarks examples tests
 GPUS := $(wildcard /dev/nvidia[0-9]*)
 # test processes: one for each core, or a few where they share GPUs
 WORKERS ?= $(if $(GPUS),4,auto)
