@@ -43,6 +43,7 @@ def routing(
         "zipf:A": the p-th most popular expert is drawn in proportion to p**-A, without replacement. Which expert is how popular is a
             fixed shuffle of num_experts, the same on every rank.
         "one-hot": every token's first choice is expert 0, the others are uniform.
+        "half": the same of every second token, and the others don't choose expert 0.
     generator: decides everything random here; its device is the result's. None for the CPU's default one.
 
     Returns ids (T, K) int32 and weights (T, K) float32, positive, each row summing to 1. Raises ValueError for an unknown kind, or if
@@ -56,6 +57,8 @@ def routing(
     # the K largest of log-weight + Gumbel noise are a draw without replacement in proportion to the weights
     noise = torch.rand(tokens, num_experts, generator=generator, device=device).clamp_min(1e-30)
     scores = log_popularity(kind, num_experts).to(device) - (-noise.log()).log()
+    if kind == "half":
+        scores[::2, 0], scores[1::2, 0] = math.inf, -math.inf
     ids = scores.topk(top_k, dim=1).indices.to(torch.int32)
     weights = torch.rand(tokens, top_k, generator=generator, device=device) + 0.1
     return ids, weights / weights.sum(1, keepdim=True)
@@ -76,9 +79,9 @@ def log_popularity(kind: str, num_experts: int) -> Tensor:
         if exponent >= 0:
             order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(0))
             return -exponent * torch.log1p(order.float())
-    elif kind == "uniform":
+    elif kind in ("uniform", "half"):
         return popularity
-    raise ValueError(f'kind must be "uniform", "zipf:A" with a number A >= 0, or "one-hot", got {kind!r}')
+    raise ValueError(f'kind must be "uniform", "zipf:A" with a number A >= 0, "one-hot" or "half", got {kind!r}')
 
 
 def in_one_process(

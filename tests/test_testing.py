@@ -36,7 +36,7 @@ ALL_DTYPES = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["uniform", "zipf:1.2", "zipf:0", "one-hot"])
+@pytest.mark.parametrize("kind", ["uniform", "zipf:1.2", "zipf:0", "one-hot", "half"])
 def test_routing_gives_distinct_experts_and_normalised_weights(kind):
     ids, weights = routing(64, 6, 16, kind, torch.Generator().manual_seed(1))
     assert ids.dtype == torch.int32 and weights.dtype == torch.float32
@@ -65,6 +65,11 @@ def test_uniform_routing_loads_experts_evenly_and_zipf_does_not():
 def test_one_hot_routing_sends_every_first_choice_to_expert_0():
     ids, _ = routing(32, 3, 8, "one-hot")
     assert (ids[:, 0] == 0).all() and (ids[:, 1:] != 0).all()
+
+
+def test_half_routing_sends_half_of_the_tokens_to_expert_0():
+    ids, _ = routing(33, 3, 8, "half")
+    assert (ids[::2, 0] == 0).all() and (ids[1::2] != 0).all() and (ids[::2, 1:] != 0).all()
 
 
 def test_routing_of_no_tokens():

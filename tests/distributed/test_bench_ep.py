@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.common import TOLERANCES, Timing, check_output
+from benchmarks.timing import Modes, Way, time_turn_about
 from launch import bench_ep
 
 SCRIPT = str(Path(bench_ep.__file__).resolve())
@@ -44,6 +45,8 @@ def test_two_ranks_write_well_formed_records(tmp_path, exchange):
     for record in records:
         assert {"op", "case", "us", "us_p20", "us_p80", "floor_us", "env", "commit", "date"} <= set(record)
         assert 0 < record["us_p20"] <= record["us"] <= record["us_p80"]
+        if record["op"] not in ("copy", "matmul"):
+            assert 0 < record["fresh_us_p20"] <= record["fresh_us"] <= record["fresh_us_p80"]
         assert set(record["env"]) == {"gpu", "torch", "triton", "nccl", "cuda"}
     layer, compared = records[-2:]
     expected = {"T": 8, "H": 144, "I": 64, "E": 8, "K": 2, "W": 2, "quant": "fp8_e4m3fn", "transport": "collective"}
@@ -53,6 +56,33 @@ def test_two_ranks_write_well_formed_records(tmp_path, exchange):
     if exchange == "padded":
         # half of 8 experts of 16 rows each: values and 2 scales and a source out, bfloat16 back
         assert layer["wire_bytes"] == 4 * 16 * (144 + 3 * 4 + 288)
+
+
+def test_skewed_routing_has_rows_of_its_own_and_traces_name_the_steps(tmp_path):
+    path, folder = tmp_path / "records.jsonl", tmp_path / "chrome"
+    options = ["--num-experts", "4", "--skew", "--reduce", "per_rank", "--trace", str(folder), "--output-json", str(path)]
+    done = start(*TINY, *options, ranks=2)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    layers = [record for record in records if record["op"] == "layer"]
+    assert [record["case"]["routing"] for record in layers] == ["uniform", "zipf:1", "one-hot", "half", "empty-ranks", "uniform"]
+    assert {record["case"]["reduce"] for record in layers} == {"per_rank"}
+    combines = {record["case"]["routing"]: record for record in records if record["op"] == "combine"}
+    # a sum of 8 tokens of the other rank, of which empty-ranks has none, but sizes are fixed
+    assert {combine["wire_bytes"] for combine in combines.values()} == {8 * 288}
+    assert done.stdout.count("right: relative error") == 6
+    for rank in range(2):
+        events = json.loads((folder / f"layer-fp8_e4m3fn-rank{rank}.json").read_text())["traceEvents"]
+        assert {"dispatch", "GEMM 1", "SwiGLU + quantize", "GEMM 2", "combine"} <= {event.get("name") for event in events}
+
+
+def test_ways_are_timed_turn_about():
+    calls = []
+    ways = {name: Way(lambda name=name: calls.append(name), False) for name in ("ours", "theirs")}
+    timings = time_turn_about(ways, device="cpu", reps=8, rounds=4)
+    assert set(timings) == {"ours", "theirs"} and all(modes.fresh.us >= 0 for modes in timings.values())
+    turns = [name for name, before in zip(calls, [None, *calls], strict=False) if name != before]
+    assert turns == ["ours", "theirs"] * 4
 
 
 def test_one_rank_drops_what_the_capacity_implies(tmp_path):
@@ -101,7 +131,7 @@ def test_a_model_gives_the_shape_and_ranks_below_8_get_their_share():
 def test_a_wrong_result_gives_exit_code_1(monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(bench_ep, "check_output", lambda out, expected, quant: check_output(out * 1.2, expected, quant))
-    monkeypatch.setattr(bench_ep.Layer, "time", lambda self, name, step: Timing(1.0, 1.0, 1.0))
+    monkeypatch.setattr(bench_ep.Layer, "time", lambda self, name, step: Modes(Timing(1.0, 1.0, 1.0), Timing(1.0, 1.0, 1.0)))
     threads = torch.get_num_threads()
     try:
         assert bench_ep.main([*TINY, "--num-experts", "8"]) == 1

@@ -1,0 +1,157 @@
+"""Recorded routing: what benchmarks/record_trace.py wrote, and how launch/bench_ep.py replays it.
+
+A trace is a safetensors file with, for P layers of one model: `ids` (P, N, K) uint8 or int16, `weights` (P, N, K) float16, of N
+consecutive tokens of a document; `activations` (P, A, H) bfloat16, the layers' inputs for the first A of them. Its metadata says
+`num_experts`, `intermediate_size`, `layers` (the numbers of the P layers in the model) and where it comes from. Files are read and
+written here, without the safetensors package, so that a benchmark needs nothing that the project doesn't.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).resolve().parent / "traces"
+DTYPES = {"U8": torch.uint8, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class TraceError(ValueError):
+    """A trace can't be read or replayed. The message says which, and what to do."""
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """tensors of the types in DTYPES, on any device."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": metadata}
+    chunks, end = [], 0
+    for name, tensor in tensors.items():
+        data = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(data)],
+        }
+        chunks.append(data)
+        end += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file."""
+    data = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:begin])
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        # a copy, which is aligned for its type
+        flat = torch.frombuffer(data[begin + first : begin + last], dtype=torch.uint8).clone()
+        tensors[name] = flat.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors, metadata
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One layer of a recorded model.
+
+    name: the file's, and the layer's number. ids (N, K) and weights (N, K), on the CPU, activations (A, H) bfloat16. num_experts,
+    intermediate_size: of the recorded model.
+    """
+
+    name: str
+    num_experts: int
+    intermediate_size: int
+    ids: Tensor
+    weights: Tensor
+    activations: Tensor
+
+    @property
+    def top_k(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.activations.shape[1]
+
+    def routing(self, first: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Ids (T, K) int32 and weights (T, K) float32 of the tokens from `first` on, in document order; from the start again where the
+        document ends."""
+        at = torch.arange(first, first + tokens) % len(self.ids)
+        return self.ids[at].int(), self.weights[at].float()
+
+    def hidden_states(self, first: int, tokens: int) -> Tensor:
+        """The activations (T, H) of the same tokens; from the start again where those that were kept end."""
+        return self.activations[torch.arange(first, first + tokens) % len(self.activations)]
+
+
+def find_traces() -> list[Path]:
+    """The recorded files, by name; none if there is no folder."""
+    return sorted(FOLDER.glob("*.safetensors"))
+
+
+def load_trace(spec: str = "") -> Trace:
+    """A trace by `FILE[@LAYER]`: a name in the folder or a path; the layer's number in the model, the middle one recorded if none is
+    given. Without a file: the first in the folder. Raises TraceError if there is none, or the layer is not in it."""
+    name, _, number = spec.partition("@")
+    found = find_traces()
+    if name:
+        candidates = [Path(name), FOLDER / name, FOLDER / f"{name}.safetensors"]
+        path = next((path for path in candidates if path.is_file()), None)
+    else:
+        path = found[0] if found else None
+    if path is None:
+        listed = ", ".join(path.stem for path in found) or "none; python benchmarks/record_trace.py makes some"
+        raise TraceError(f"no trace {name or 'is there'}; in {FOLDER}: {listed}")
+    try:
+        tensors, metadata = read_safetensors(path)
+        layers = json.loads(metadata["layers"])
+        index = layers.index(int(number)) if number else len(layers) // 2
+        return Trace(
+            f"{path.stem}@{layers[index]}",
+            int(metadata["num_experts"]),
+            int(metadata["intermediate_size"]),
+            *(tensors[part][index] for part in ("ids", "weights", "activations")),
+        )
+    except (KeyError, ValueError, OverflowError) as error:
+        raise TraceError(f"{path} is not a trace, or has no layer {number or 'at all'} ({error!r}); give FILE@LAYER") from error
+
+
+def matching_trace(num_experts: int, top_k: int) -> Trace | None:
+    """The first trace of so many experts and choices, if there is one."""
+    for path in find_traces():
+        trace = load_trace(str(path))
+        if (trace.num_experts, trace.top_k) == (num_experts, top_k):
+            return trace
+    return None
+
+
+def check_matches(trace: Trace, num_experts: int, top_k: int) -> None:
+    """Raises TraceError unless the layer has the experts and the top-k that the trace was recorded with."""
+    if (trace.num_experts, trace.top_k) != (num_experts, top_k):
+        raise TraceError(
+            f"trace {trace.name} has {trace.num_experts} experts and top-{trace.top_k}, the layer {num_experts} and top-{top_k}; it is "
+            f"replayed as it was recorded, never mapped: give --num-experts {trace.num_experts} --num-topk {trace.top_k}, or another "
+            "--routing"
+        )
+
+
+def skew(ids: Tensor, num_experts: int) -> dict[str, float]:
+    """How unevenly experts are chosen. ids: (N, K). max_over_mean: the busiest expert's entries over the mean; zipf: the exponent A of
+    the power law rank**-A that fits the loads of the busier half best; unused: experts without any entry."""
+    loads = torch.bincount(ids.flatten().long(), minlength=num_experts).double().sort(descending=True).values
+    busy = loads[: max(2, num_experts // 2)].clamp_min(0.5)
+    x, y = torch.arange(1, len(busy) + 1).double().log(), busy.log()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return {
+        "max_over_mean": float(loads[0] / loads.mean()),
+        "zipf": float(-slope),
+        "unused": float((loads == 0).sum()),
+    }
