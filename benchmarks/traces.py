@@ -2,8 +2,8 @@
 
 A trace is a safetensors file with, for P layers of one model: `ids` (P, N, K) uint8 or int16, `weights` (P, N, K) float16, of N
 consecutive tokens of a document; `activations` (P, A, H) bfloat16, the layers' inputs for the first A of them. Its metadata says
-`num_experts`, `intermediate_size`, `layers` (the numbers of the P layers in the model) and where it comes from. Files are read and
-written here, without the safetensors package, so that a benchmark needs nothing that the project doesn't.
+`num_experts`, `intermediate_size`, `layers` (the numbers of the P layers in the model) and where it comes from.
+`moequant.testing.record_routing` writes such files of other models.
 """
 
 from __future__ import annotations
@@ -15,47 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moequant.recording import read_safetensors
+
 FOLDER = Path(__file__).resolve().parent / "traces"
-DTYPES = {"U8": torch.uint8, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
 class TraceError(ValueError):
     """A trace can't be read or replayed. The message says which, and what to do."""
-
-
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """tensors of the types in DTYPES, on any device."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, object] = {"__metadata__": metadata}
-    chunks, end = [], 0
-    for name, tensor in tensors.items():
-        data = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + len(data)],
-        }
-        chunks.append(data)
-        end += len(data)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file."""
-    data = bytearray(path.read_bytes())
-    begin = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:begin])
-    metadata = header.pop("__metadata__", {})
-    tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        # a copy, which is aligned for its type
-        flat = torch.frombuffer(data[begin + first : begin + last], dtype=torch.uint8).clone()
-        tensors[name] = flat.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors, metadata
 
 
 @dataclass(frozen=True, eq=False)

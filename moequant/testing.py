@@ -1,4 +1,5 @@
-"""Tools for tests and benchmarks: routing generators, a single-process result, comparisons, poison, and a launcher of worker processes.
+"""Tools for tests and benchmarks: routing generators and a recorder, a single-process result, comparisons, poison, and a launcher of
+worker processes.
 
 Letters: T tokens, K top-k, E experts.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 from moequant import reference
 from moequant.batch import ExpertBatch
 from moequant.config import DispatcherConfig
+from moequant.recording import record_routing as record_routing
 from moequant.transport.local import LocalTransport
 
 # After one rank has failed, how long the others have to end by themselves and say what they saw.

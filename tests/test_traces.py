@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import ep_options, traces
-from benchmarks.traces import TraceError, load_trace, read_safetensors, skew, write_safetensors
+from benchmarks.traces import TraceError, load_trace, skew
+from moequant.recording import read_safetensors, write_safetensors
 from moequant.testing import assert_bit_equal
 
 

@@ -1,0 +1,149 @@
+"""`record_routing` on modules that are shaped like Hugging Face's MoE blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.traces import load_trace
+from moequant.testing import assert_bit_equal, record_routing
+
+EXPERTS, TOP_K, HIDDEN = 6, 2, 16
+
+
+class Experts(nn.Module):
+    """Fused experts, which don't say how many they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN) / 4)
+
+
+class MixtralBlock(nn.Module):
+    """The router is a linear layer; the block has top_k."""
+
+    def __init__(self, normalised: bool = True) -> None:
+        super().__init__()
+        self.top_k, self.norm_topk_prob = TOP_K, normalised
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+
+    def choose(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(TOP_K)
+        return ids, weights / weights.sum(-1, keepdim=True) if self.norm_topk_prob else weights
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        ids, weights = self.choose(tokens)
+        return x + sum((weights[:, k, None] * tokens * (1 + ids[:, k, None]) for k in range(TOP_K)), torch.tensor(0)).view(x.shape)
+
+
+class TopKRouter(nn.Module):
+    """Returns what newer models return."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.num_experts = kind, EXPERTS
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
+
+    def forward(self, hidden_states):
+        logits = hidden_states @ self.weight.T
+        weights, ids = logits.sigmoid().topk(TOP_K)
+        if self.kind == "ids, weights":
+            return ids, weights
+        if self.kind == "logits, weights, ids":
+            return logits, weights, ids
+        if self.kind == "scores, ids":
+            return torch.zeros_like(logits).scatter(-1, ids, weights), ids
+        return {"ids": ids, "weights": weights}
+
+
+class RouterBlock(nn.Module):
+    def __init__(self, kind: str, name: str = "router") -> None:
+        super().__init__()
+        self.name = name
+        setattr(self, name, TopKRouter(kind))
+        self.experts = Experts()
+
+    def forward(self, x):
+        getattr(self, self.name)(hidden_states=x.flatten(0, 1))
+        return x
+
+
+class Model(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(HIDDEN, HIDDEN), *blocks])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_logits_become_the_choices_that_the_block_makes(normalised):
+    model, x = Model(MixtralBlock(normalised), MixtralBlock(normalised)), torch.randn(2, 5, HIDDEN)
+    with record_routing(model) as recording, torch.no_grad():
+        out = model(x)
+        inputs = model.layers[0](x)
+    assert list(recording.layers) == ["layers.1.gate", "layers.2.gate"]
+    layer = recording.layers["layers.1.gate"]
+    block = model.layers[1]
+    assert isinstance(block, MixtralBlock)
+    ids, weights = block.choose(inputs.flatten(0, 1))
+    assert layer.num_experts == EXPERTS and torch.equal(layer.ids, ids)
+    torch.testing.assert_close(layer.weights, weights.detach())
+    assert_bit_equal(layer.activations, inputs.flatten(0, 1))
+    # the hooks are gone, and the model is as it was
+    assert torch.equal(model(x), out)
+    assert len(layer.ids) == 10
+
+
+@pytest.mark.parametrize("kind", ["ids, weights", "logits, weights, ids", "scores, ids"])
+def test_routers_that_return_ids_are_read(kind):
+    block = RouterBlock(kind)
+    model, x, router = Model(block), torch.randn(1, 4, HIDDEN), block.get_submodule("router")
+    assert isinstance(router, TopKRouter)
+    with record_routing(model) as recording, torch.no_grad():
+        model(x)
+        hidden = model.layers[0](x)[0]
+        expected, ids = (hidden @ router.weight.T).sigmoid().topk(TOP_K)
+    layer = recording.layers["layers.1.router"]
+    assert torch.equal(layer.ids, ids) and layer.num_experts == EXPERTS
+    torch.testing.assert_close(layer.weights, expected.detach())
+
+
+def test_other_names_and_other_results_are_told():
+    model = Model(RouterBlock("a dictionary", "switch"))
+    with pytest.raises(ValueError, match=r"no module with a child `experts` beside a `gate` or `router`; give the routers' names"):
+        record_routing(model).__enter__()
+    with pytest.raises(ValueError, match="no module named 'switch'"):
+        record_routing(model, router="switch").__enter__()
+    with record_routing(model, router="*.switch"), pytest.raises(ValueError, match="returned dict, which is neither .* give read="):
+        model(torch.randn(1, 4, HIDDEN))
+    with record_routing(model, router="*.switch", read=lambda out: (out["ids"], out["weights"])) as recording:
+        model(torch.randn(1, 4, HIDDEN))
+    assert recording.layers["layers.1.switch"].ids.shape == (4, TOP_K)
+
+
+def test_calls_are_joined_up_to_a_limit_and_saved_as_a_trace(tmp_path):
+    model = Model(MixtralBlock(), MixtralBlock())
+    with record_routing(model, max_tokens=9) as recording, torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(1, 4, HIDDEN))
+    recording.save(tmp_path / "mine.safetensors", intermediate_size=24, activations=5, source="a test")
+    trace = load_trace(f"{tmp_path / 'mine.safetensors'}@1")
+    layer = recording.layers["layers.1.gate"]
+    assert (trace.num_experts, trace.top_k, trace.hidden_size, trace.intermediate_size) == (EXPERTS, TOP_K, HIDDEN, 24)
+    assert len(trace.ids) == 9 and torch.equal(trace.ids.long(), layer.ids)
+    assert torch.equal(trace.activations, layer.activations[:5].bfloat16())
+    torch.testing.assert_close(trace.weights.float(), layer.weights, atol=1e-3, rtol=0)
+
+
+def test_nothing_recorded_can_not_be_saved(tmp_path):
+    with record_routing(Model(MixtralBlock())) as recording:
+        pass
+    with pytest.raises(ValueError, match="run the model inside"):
+        recording.save(tmp_path / "none.safetensors", intermediate_size=1)
