@@ -78,6 +78,7 @@ def parse_options(argv: list[str] | None, world_size: int, description: str | No
     for name in (*SIZES, "iters"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    options.recorded = None
     try:
         choose_shape(options, world_size)
         choose_routing(options)
@@ -110,8 +111,7 @@ def choose_shape(options: argparse.Namespace, world_size: int) -> None:
         name, _, spec = (options.routing or "trace").partition(":")
         if name != "trace":
             raise TraceError(f"--model trace replays its own routing, got --routing {options.routing}")
-        trace = load_trace(spec)
-        options.routing = f"trace:{trace.name}"
+        options.recorded = trace = load_trace(spec)
         defaults |= {"hidden": trace.hidden_size, "intermediate": trace.intermediate_size}
         defaults |= {"num_experts": trace.num_experts, "num_topk": trace.top_k}
         if options.hidden not in (None, trace.hidden_size):
@@ -128,21 +128,18 @@ def choose_shape(options: argparse.Namespace, world_size: int) -> None:
 
 
 def choose_routing(options: argparse.Namespace) -> None:
-    """Settles on the routing, and loads the trace if it is one."""
-    name, _, spec = (options.routing or "").partition(":")
-    options.recorded = None
-    if name == "trace":
+    """Settles on the routing, and loads the trace if it is one and `choose_shape` has not."""
+    name, _, spec = (options.routing or "trace").partition(":")
+    if name == "trace" and options.recorded is None:
         matching = None if spec else matching_trace(options.num_experts, options.num_topk)
-        options.recorded = matching or load_trace(spec)
-        check_matches(options.recorded, options.num_experts, options.num_topk)
-    else:
-        if options.routing is None:
-            options.recorded = matching_trace(options.num_experts, options.num_topk)
-        kind = "uniform" if options.routing in (None, EMPTY_RANKS) else options.routing
-        routing(0, options.num_topk, options.num_experts, kind)
-        options.routing = options.routing or "uniform"
+        options.recorded = matching if options.routing is None else matching or load_trace(spec)
     if options.recorded is not None:
+        check_matches(options.recorded, options.num_experts, options.num_topk)
         options.routing = f"trace:{options.recorded.name}"
+        return
+    kind = "uniform" if options.routing in (None, EMPTY_RANKS) else options.routing
+    routing(0, options.num_topk, options.num_experts, kind)
+    options.routing = options.routing or "uniform"
 
 
 def dispatcher_settings(options: argparse.Namespace) -> dict[str, Any]:

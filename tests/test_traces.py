@@ -87,6 +87,14 @@ def test_a_cpu_runs_the_recorded_model_by_default(folder):
     assert options(ranks=3).model is None
 
 
+def test_a_file_may_lie_anywhere(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    write(elsewhere, "c", 6, 2)
+    spec = f"trace:{elsewhere / 'c.safetensors'}@5"
+    assert options("--model", "trace", "--routing", spec).routing == "trace:c@5"
+    assert options("--num-experts", "6", "--num-topk", "2", "--routing", spec).routing == "trace:c@5"
+
+
 def test_a_trace_of_as_many_experts_is_the_default_routing(folder):
     assert options("--num-experts", "8", "--num-topk", "2").routing == "trace:b-8x2@3"
     assert options("--num-experts", "8", "--num-topk", "4").routing == "uniform"
