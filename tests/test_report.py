@@ -7,6 +7,7 @@ import json
 import pytest
 
 from benchmarks import report
+from benchmarks.drawing import layer_parts
 
 
 def record(op="quantize", us=10.0, date="2025-01-01T00:00:00+00:00", case=None, **extra):
@@ -80,6 +81,37 @@ def test_the_readme_shows_goal_rows_only():
     hidden = [record("layer", case={**layer, **change}) for change in ({"routing": "zipf:1"}, {"T": 37}, {"H": 2880})]
     hidden += [record("route", case={"T": 128}), record("quantize", case={"H": 7168})]
     assert report.goal_rows(shown + hidden) == shown
+    # recorded and skewed routing of that shape has a table of its own
+    assert report.other_routing_rows(shown + hidden) == hidden[:1]
+
+
+def test_layers_of_several_sizes_are_drawn_with_their_floors_and_their_steps(project):
+    pytest.importorskip("matplotlib")
+    layers = {"H": 7168, "I": 2048, "E": 8, "K": 2, "W": 4, "exchange": "padded", "routing": "uniform"}
+    records = [record("layer", us=100.0 * tokens, case={"T": tokens, **layers}) for tokens in (8, 128)]
+    for tokens, fused in ((8, False), (128, True)):
+        case = {"T": tokens, **layers}
+        records += [record("dispatch", us=11.0, case=case, fresh_us=15.0), record("combine", us=12.0, case=case)]
+        for step in ("gemm1", "gemm2"):
+            records.append(record("grouped_gemm", us=40.0, case=case | {"step": step, "N": 1, "K_dim": 2, "rows": 3}))
+        records.append(record("gemm1_fused" if fused else "silu_mul_quantize", us=13.0, case=case))
+    root = project(*records)
+    found = layer_parts(report.read_records(root / "benchmarks" / "results"))
+    assert [list(parts) for _, parts in found.values()] == [
+        ["dispatch", "gemm1", "silu_mul_quantize", "gemm2", "combine"],
+        ["dispatch", "gemm1_fused", "gemm2", "combine"],
+    ]
+    assert report.main([], root) == 0
+    plots = {path.stem: path.read_text() for path in (root / "benchmarks" / "plots").iterdir()}
+    assert set(plots) == {"share_of_ceiling", "layer_times", "layer_parts"}
+    assert "H=7168, I=2048, K=2" in plots["layer_times"] and "layer 12800 us" in plots["layer_parts"]
+    assert "fresh us" in (root / "README.md").read_text() and "| 15.0 |" in (root / "README.md").read_text()
+
+
+def test_every_peer_of_a_record_is_shown():
+    peers = {"one 1.0": 30.0, "two 2.0": 15.0}
+    rows = report.table([record(us=20.0, machine="m", peer="two 2.0", peer_us=15.0, peers=peers)])
+    assert "| one 1.0: 30.0 us, 1.50x; two 2.0: 15.0 us, 0.75x |" in rows[-1]
 
 
 def test_no_records_and_wrong_files(project, capsys):

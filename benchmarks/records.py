@@ -1,0 +1,114 @@
+"""The records of benchmarks/results: reading them, and what the tables and plots ask of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+TITLES = {
+    "copy": "Copy, the ceiling of memory (between ranks: of the wire)",
+    "matmul": "One large product, the ceiling of the tensor cores",
+    "quantize": "Quantize",
+    "silu_mul_quantize": "SwiGLU + quantize",
+    "grouped_gemm": "Grouped GEMM",
+    "gemm1_fused": "GEMM 1 with SwiGLU and quantization",
+    "gemm2_push": "GEMM 2 that sends its rows back",
+    "route": "Route",
+    "dispatch": "Dispatch",
+    "combine": "Combine",
+    "combine_pull": "Combine, by loads from the other ranks",
+    "combine_push": "Combine, of rows that were sent back",
+    "layer": "The whole layer",
+}
+CEILINGS = ("copy", "matmul")
+# What README.md shows: of these ops the cases that have these values. Everything stands in the full table.
+README_CASES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "quantize": {"H": (7168,), "rows": (32, 1024)},
+    "silu_mul_quantize": {"I": (2048,), "rows": (32, 1024)},
+    "grouped_gemm": {"E": (32,), "K_dim": (7168, 2048), "rows": (16, 128, 256, 1024)},
+    "gemm1_fused": {"H": (7168,), "rows": (16, 128, 256, 1024)},
+    "dispatch": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
+    "combine": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
+    "layer": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
+}
+Record = dict[str, Any]
+
+
+class ReportError(Exception):
+    """A file is not as it has to be. The message names it."""
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The newest record of each (op, case, machine), with the machine's name added, in the order of the tables."""
+    newest: dict[tuple[str, str, str], Record] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                key = (record["op"], json.dumps(record["case"], sort_keys=True), path.stem)
+                date, _ = record["date"], record["us"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ReportError(f"{path}, line {number}: not a record with op, case, us and date ({error!r})") from error
+            # the later line wins where dates are equal
+            if key not in newest or date >= newest[key]["date"]:
+                newest[key] = {**record, "machine": path.stem}
+    return sorted(newest.values(), key=order)
+
+
+def order(record: Record) -> tuple[Any, ...]:
+    """By op, machine, then case, numbers as numbers."""
+    known = list(TITLES)
+    place = known.index(record["op"]) if record["op"] in known else len(known)
+    case = [
+        (key, 0, value, "") if isinstance(value, (int, float)) else (key, 1, 0, str(value)) for key, value in record["case"].items()
+    ]
+    # T and rows vary fastest
+    case.sort(key=lambda item: (item[0] in ("T", "rows"), item[0]))
+    return place, record["op"], record["machine"], case
+
+
+def goal_rows(records: Iterable[Record]) -> list[Record]:
+    """What README.md shows."""
+    return [
+        record
+        for record in records
+        if record["op"] in README_CASES
+        and all(record["case"].get(key) in values for key, values in README_CASES[record["op"]].items())
+    ]
+
+
+def other_routing_rows(records: Iterable[Record]) -> list[Record]:
+    """What README.md shows besides: quantized layers of the same shape with routing that is not uniform, at 128 tokens."""
+    return [
+        record
+        for record in records
+        if record["op"] == "layer"
+        and (record["case"].get("H"), record["case"].get("T")) == (7168, 128)
+        and record["case"].get("routing", "uniform") != "uniform"
+        and record["case"].get("quant") != "none"
+    ]
+
+
+def case_text(case: dict[str, Any]) -> str:
+    """A case on one line: numbers with their letters, names alone."""
+    return ", ".join(str(value) if isinstance(value, str) else f"{key}={value}" for key, value in case.items() if value is not None)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, or all of those before the point."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def share(record: Record) -> float | None:
+    """The floor's part of the time: 1 at the ceiling."""
+    return record["floor_us"] / record["us"] if record.get("floor_us") else None
+
+
+def is_gemm(record: Record) -> bool:
+    return record["op"] == "grouped_gemm" and "step" not in record["case"] and "rows" in record["case"]
