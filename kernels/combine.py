@@ -84,12 +84,12 @@ def combine_kernel(
 
 def combine(expert_output: torch.Tensor, rows: torch.Tensor, topk_weights: torch.Tensor | None, out: torch.Tensor) -> None:
     """As `moequant.reference.combine`. expert_output (R, H), rows and topk_weights (T, K) contiguous; out (T, H) with contiguous rows."""
-    launch(expert_output, rows, topk_weights, out)
+    launch_combine(expert_output, rows, topk_weights, out)
 
 
 def presum(expert_output: torch.Tensor, rows: torch.Tensor, topk_weights: torch.Tensor, out: torch.Tensor) -> None:
     """As `moequant.reference.presum`. Tensors as for `combine`."""
-    launch(expert_output, rows, topk_weights, out, skips=True)
+    launch_combine(expert_output, rows, topk_weights, out, skips=True)
 
 
 def combine_shared(
@@ -110,7 +110,7 @@ def combine_shared(
     peers: (W,) int64, where each rank's block of memory begins; its rows_of_rank rows begin peer_offset bytes further on, and row i is row
     i % rows_of_rank of rank i // rows_of_rank. Of expert_output only the type counts then.
     """
-    launch(
+    launch_combine(
         expert_output,
         rows,
         topk_weights,
@@ -123,7 +123,7 @@ def combine_shared(
     )
 
 
-def launch(
+def launch_combine(
     expert_output: torch.Tensor,
     rows: torch.Tensor,
     topk_weights: torch.Tensor | None,
