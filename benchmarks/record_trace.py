@@ -37,7 +37,7 @@ from moequant.testing import record_routing
 
 HELD_OUT = 16
 BALANCE = 0.01
-# in training an expert takes so many times the mean number of rows, and drops the others; what is recorded drops nothing
+# in training an expert takes so many times the mean number of rows, and drops the others; for the record it takes all
 ROOM = 2.0
 PIECES = re.compile(r"\n *| ?\w+| ?[^\w\s]+|\s")
 
@@ -65,7 +65,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x (N, H), ids and weights (N, K). Returns (N, H)."""
         experts, top_k = len(self.w13), ids.shape[1]
-        room = math.ceil(ROOM * ids.numel() / experts)
+        room = math.ceil(ROOM * ids.numel() / experts) if self.training else len(x)
         entries = ids.flatten().argsort(stable=True)
         owners, tokens = ids.flatten()[entries], entries // top_k
         counts = torch.zeros(experts, dtype=torch.long, device=x.device).scatter_add_(0, owners, torch.ones_like(owners))
@@ -145,7 +145,7 @@ def read_documents(folder: Path) -> tuple[list[str], list[str]]:
     parts: tuple[list[str], list[str]] = ([], [])
     for path in sorted(folder.rglob("*.py")):
         name = path.relative_to(folder).as_posix()
-        if not re.search(r"(^|/)(site-packages|dist-packages|tests?|idlelib)/", name):
+        if not re.search(r"(^|/)(site-packages|dist-packages|tests?)/", name):
             # by name, so that every Python version holds out the same files
             parts[zlib.crc32(name.encode()) % HELD_OUT == 0].append(path.read_text(errors="replace"))
     return parts
@@ -217,6 +217,7 @@ def record(
     model: LanguageModel, sizes: Sizes, held_out: Tensor, path: Path, keep: int, activations: int, history: list[dict[str, float]]
 ) -> None:
     """Runs the held-out text through the model, window after window, and writes the trace of every second layer."""
+    model.eval()
     keep = min(keep, (len(held_out) - 1) // sizes.context * sizes.context)
     with record_routing(model, max_tokens=keep) as recording, torch.no_grad(), autocast(held_out.device.type):
         for first in range(0, keep, sizes.context):
