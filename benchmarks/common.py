@@ -27,7 +27,7 @@ import torch.distributed as dist
 import triton
 from torch import Tensor
 
-from benchmarks.report import case_text
+from benchmarks.records import case_text
 from moequant.testing import cosine_difference, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -51,7 +51,8 @@ def meet_and_idle(device: str) -> None:
 
 def fresh_samples(way: Way, *, device: str, reps: int) -> list[float]:
     """us of each call after `meet_and_idle`, as this rank sees it. Collective. The call was made before."""
-    call = captured(way.call).replay if way.in_graph else way.call
+    graph = captured(way.call) if way.in_graph else None
+    call = way.call if graph is None else graph.replay
     samples = []
     for _ in range(reps):
         meet_and_idle(device)
@@ -61,6 +62,8 @@ def fresh_samples(way: Way, *, device: str, reps: int) -> list[float]:
         start = time.perf_counter()
         call()
         samples.append(1e6 * (time.perf_counter() - start))
+    if graph is not None:
+        graph.reset()
     return samples
 
 

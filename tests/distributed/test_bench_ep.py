@@ -87,7 +87,7 @@ def test_ways_are_timed_turn_about():
 
 def test_one_rank_drops_what_the_capacity_implies(tmp_path):
     path = tmp_path / "records.jsonl"
-    options = ["--num-experts", "4", "--capacity", "16", "--routing", "one-hot", "--num-tokens", "24", "--quant", "int8"]
+    options = ["--num-experts", "4", "--capacity", "16", "--routing", "one-hot", "--num-tokens", "24", "--quant", "int8", "--skew"]
     done = start(*TINY, *options, "--output-json", str(path))
     assert done.returncode == 0, done.stderr
     # expert 0 has 24 rows and room for 16; the others share 24
