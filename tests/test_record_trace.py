@@ -61,11 +61,12 @@ def test_some_files_are_held_out_and_tests_are_left_out(sources):
     assert held_out and len(documents) + len(held_out) == 26
 
 
-def test_a_tiny_run_writes_traces_that_are_replayed(sources, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_tiny_run_writes_traces_that_are_replayed(device, sources, tmp_path, monkeypatch, capsys):
     output = tmp_path / "traces"
     sizes = ["--hidden", "16", "--intermediate", "8", "--layers", "4", "--context", "16", "--batch", "2", "--vocabulary", "300"]
     counts = ["--steps", "3", "--keep", "32", "--activations", "20", "--models", "8x2", "4x1"]
-    record_trace.main([*sizes, *counts, "--text", str(sources), "--output", str(output), "--device", "cpu"])
+    record_trace.main([*sizes, *counts, "--text", str(sources), "--output", str(output), "--device", device])
     monkeypatch.setattr(traces, "FOLDER", output)
     assert [path.stem for path in traces.find_traces()] == ["lm-4x1", "lm-8x2"]
     trace = traces.load_trace("lm-8x2@3")

@@ -76,6 +76,23 @@ def test_skewed_routing_has_rows_of_its_own_and_traces_name_the_steps(tmp_path):
         assert {"dispatch", "GEMM 1", "SwiGLU + quantize", "GEMM 2", "combine"} <= {event.get("name") for event in events}
 
 
+@pytest.mark.multigpu
+@pytest.mark.parametrize(
+    "options", [["--exchange", "padded"], ["--exchange", "padded", "--reduce", "per_rank"], ["--exchange", "packed"]]
+)
+def test_two_gpus_give_right_results_for_every_routing(tmp_path, options):
+    sizes = ["--num-tokens", "32", "--hidden", "1024", "--intermediate", "256", "--num-experts", "16", "--num-topk", "4"]
+    path = tmp_path / "records.jsonl"
+    done = start(
+        *sizes, *options, "--iters", "4", "--skew", "--peers", "--trace", str(tmp_path), "--output-json", str(path), ranks=2
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("right: relative error") == 6
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(record["fresh_us"] > 0 for record in records if record["op"] not in ("copy", "matmul"))
+    assert len(list(tmp_path.glob("layer-*.json"))) == 2
+
+
 def test_ways_are_timed_turn_about():
     calls = []
     ways = {name: Way(lambda name=name: calls.append(name), False) for name in ("ours", "theirs")}
