@@ -108,3 +108,15 @@ def check_out(config: DispatcherConfig, device: torch.device, handle: DispatchHa
     if out.stride(-1) != 1:
         raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
     return out
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_contiguous(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the tensor is contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous()")

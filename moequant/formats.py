@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+# What is quantized, and what products come out in.
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 @dataclass(frozen=True)
 class Format:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moequant import ops  # noqa: F401  (registers torch.ops.moequant)
 from moequant.batch import QuantizedTensor
 from moequant.checks import check_counts, check_no_grad, check_tensor
+from moequant.dense import mm_fp8_blockscale as mm_fp8_blockscale
 from moequant.errors import LayoutError
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,6 +27,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> str:
     """Where kernel tests put their tensors: a GPU, or the CPU under the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: str) -> Iterator[None]:
+    """Runs a test of public functions twice: with what runs on a CPU, and with the kernels, interpreted where there is no GPU. Tensors
+    that the test makes lie where they take that path."""
+    kernels = request.param == "kernels"
+    if kernels and device == "cpu":
+        monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+    with torch.device(device if kernels else "cpu"):
+        yield
 
 
 @pytest.fixture(autouse=True)

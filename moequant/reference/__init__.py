@@ -14,6 +14,9 @@ Letters: T tokens of this rank, K top-k, E experts in all, W ranks, L = E / W lo
 expert's buffer per source rank, H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a GEMM.
 """
 
+from moequant.reference.dense import (
+    mm_fp8_blockscale as mm_fp8_blockscale,
+)
 from moequant.reference.gemm import (
     grouped_gemm_blockscale as grouped_gemm_blockscale,
 )
