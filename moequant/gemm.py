@@ -13,6 +13,10 @@ from moequant.batch import QuantizedTensor
 from moequant.checks import check_counts, check_no_grad, check_tensor
 from moequant.dense import mm_fp8_blockscale as mm_fp8_blockscale
 from moequant.errors import LayoutError
+from moequant.int8 import int8_addmm as int8_addmm
+from moequant.int8 import int8_addmm_quant as int8_addmm_quant
+from moequant.int8 import int8_gemm as int8_gemm
+from moequant.int8 import int8_gemm_quant as int8_gemm_quant
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

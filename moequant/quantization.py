@@ -15,6 +15,11 @@ from moequant import (
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_counts, check_no_grad, check_tensor
 from moequant.formats import MIN_EPS, format_of, recipe_of
+from moequant.int8 import act_dequant as act_dequant
+from moequant.int8 import act_quant as act_quant
+from moequant.int8 import int8_gelu as int8_gelu
+from moequant.int8 import weight_dequant as weight_dequant
+from moequant.int8 import weight_quant as weight_quant
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (32, 64, 128, 256)

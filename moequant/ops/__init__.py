@@ -17,6 +17,12 @@ from moequant.ops.gemm import (
 from moequant.ops.gemm import (
     grouped_gemm_blockscale as grouped_gemm_blockscale,
 )
+from moequant.ops.int8 import (
+    int8_addmm as int8_addmm,
+)
+from moequant.ops.int8 import (
+    int8_gelu as int8_gelu,
+)
 from moequant.ops.quantization import (
     quantize_expert_batch as quantize_expert_batch,
 )

@@ -23,6 +23,12 @@ from moequant.reference.gemm import (
 from moequant.reference.gemm import (
     operand_rows as operand_rows,
 )
+from moequant.reference.int8 import (
+    int8_addmm as int8_addmm,
+)
+from moequant.reference.int8 import (
+    int8_gelu as int8_gelu,
+)
 from moequant.reference.quantization import (
     INF_BITS as INF_BITS,
 )
