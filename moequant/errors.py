@@ -13,6 +13,10 @@ class LayoutError(ValueError):
     """An operation was given a quantized tensor whose scales lie in a way it can't read."""
 
 
+class NumericalOverflowError(ValueError):
+    """Numbers leave a format's range with every scale that was tried."""
+
+
 class CapacityOverflowError(RuntimeError):
     """More rows were routed to an expert than its buffer holds, under `on_overflow="error"`."""
 

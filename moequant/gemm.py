@@ -17,6 +17,7 @@ from moequant.int8 import int8_addmm as int8_addmm
 from moequant.int8 import int8_addmm_quant as int8_addmm_quant
 from moequant.int8 import int8_gemm as int8_gemm
 from moequant.int8 import int8_gemm_quant as int8_gemm_quant
+from moequant.per_tensor import fp8_gemm as fp8_gemm
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -162,6 +162,36 @@ def gemm1_swiglu(dtype: torch.dtype, columns: int, recipe: str = "default") -> N
     ops.gemm1_swiglu(a, a_scales, w13, w13_scales, counted(a), values, scales, recipe, 128)
 
 
+def int8_addmm(
+    out_dtype: torch.dtype = torch.float16, bias: bool = True, columns: int = 4096, depth: int = 7168, out_block_size: int = 128
+) -> None:
+    a, b = empty(1024, depth, dtype=INT8), empty(columns, depth, dtype=INT8)
+    groups = ceil_div(depth, 128)
+    scales = empty(1024, groups, dtype=torch.float32), empty(ceil_div(columns, 128), groups, dtype=torch.float32)
+    out_scales = empty(1024, ceil_div(columns, out_block_size), dtype=torch.float32) if out_dtype == INT8 else None
+    added, out = empty(columns) if bias else None, empty(1024, columns, dtype=out_dtype)
+    ops.int8_addmm(a, scales[0], b, scales[1], added, out, out_scales, out_block_size)
+
+
+def fp8_gemm(dtype: torch.dtype, bias: bool = False) -> None:
+    a, b = empty(1024, 7168, dtype=dtype), empty(4096, 7168, dtype=dtype)
+    factors = empty(1024, dtype=torch.float32), empty(dtype=torch.float32).expand(4096)
+    ops.fp8_gemm(a, factors[0], b, factors[1], empty(4096) if bias else None, empty(1024, 4096))
+
+
+def int8_gelu(block_size: int = 128, columns: int = 4096) -> None:
+    x, scales = empty(256, columns, dtype=INT8), empty(256, ceil_div(columns, block_size), dtype=torch.float32)
+    ops.int8_gelu(x, scales, torch.empty_like(x), torch.empty_like(scales), block_size)
+
+
+def quantize_tensor(dtype: torch.dtype, input_dtype: torch.dtype = BF16, computed: bool = True) -> None:
+    ops.quantize_fp8(empty(2**20, dtype=input_dtype), empty(2**20, dtype=dtype), empty(dtype=torch.float32), computed)
+
+
+def dequantize_tensor(dtype: torch.dtype, output_dtype: torch.dtype = BF16) -> None:
+    ops.dequantize_fp8(empty(2**20, dtype=dtype), empty(dtype=torch.float32), empty(2**20, dtype=output_dtype))
+
+
 def route(ids: torch.dtype = torch.int64, capacity: int | None = None) -> None:
     topk_ids, slots = empty(128, 8, dtype=ids), empty(128, 8, dtype=torch.int32)
     counts, num_tokens = empty(256, dtype=torch.int32), empty(256, dtype=torch.int32)
@@ -376,6 +406,21 @@ CASES = {
     ],
     "gemm1_swiglu_hopper": cases(
         gemm1_swiglu, {"dtype": E4M3, "columns": 2048}, {"dtype": E4M3, "columns": 768, "recipe": "ue8m0"}, hopper=True
+    ),
+    "dense_gemm": [
+        *cases(int8_addmm, {}, {"bias": False, "out_dtype": torch.float32}, {"out_dtype": INT8}),
+        *cases(int8_addmm, {"out_dtype": INT8, "out_block_size": 32}, {"out_dtype": INT8, "columns": 2880, "depth": 2880}),
+        *cases(fp8_gemm, {"dtype": E4M3}, {"dtype": FNUZ}, {"dtype": E4M3, "bias": True}),
+        # rows that TMA cannot read
+        *cases(int8_addmm, {"depth": 2890}, wide=False, may_spill=True),
+    ],
+    "int8_gelu": [*cases(int8_gelu, {}, {"block_size": 32}), *cases(int8_gelu, {"columns": 1445}, wide=False, may_spill=True)],
+    "quantize_tensor": [
+        *cases(quantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "input_dtype": torch.float32}),
+        *cases(quantize_tensor, {"dtype": torch.uint8, "computed": False}),
+    ],
+    "dequantize_tensor": cases(
+        dequantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "output_dtype": torch.float32}
     ),
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
     "expert_offsets": cases(expert_offsets, {"calls": 0}, {"calls": 1}, wide=False),

@@ -19,6 +19,8 @@ from moequant import (
     silu_mul_quantize,
 )
 from moequant.batch import QuantizedTensor, empty_transposed_scales
+from moequant.gemm import fp8_gemm, int8_addmm_quant, int8_gemm, mm_fp8_blockscale
+from moequant.quantization import act_quant, dequantize_fp8, int8_gelu, quantize_fp8, weight_quant
 from moequant.testing import assert_bit_equal
 
 FP8 = torch.float8_e4m3fn
@@ -53,6 +55,18 @@ def gemm1_arguments(dtype: torch.dtype) -> tuple:
     a, w13 = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 2 * 140, 140).bfloat16()
     qa, qw = quantize_expert_batch(a, dtype=dtype), quantize_weight(w13, dtype=dtype, segments=2)
     return qa.values, qa.scales, qw.values, qw.scales, COUNTS, *quantize_outputs(dtype), "ue8m0", 2
+
+
+def int8_arguments(bias: bool, out_dtype: torch.dtype) -> tuple:
+    a, a_scales = act_quant(torch.randn(3, 140))
+    b, b_scales = weight_quant(torch.randn(150, 140))
+    arguments = a, a_scales, b, b_scales, torch.randn(150).half() if bias else None, torch.zeros(3, 150).to(out_dtype)
+    return (*arguments, torch.zeros(3, 5), 32) if out_dtype == torch.int8 else arguments
+
+
+def fp8_arguments(bias: bool) -> tuple:
+    a, b = torch.randn(3, 140).to(FP8), torch.randn(6, 140).to(FP8)
+    return a, torch.rand(3), b, torch.rand(()).expand(6), torch.randn(6) if bias else None, torch.zeros(3, 6)
 
 
 def route_arguments(*optional: Any) -> tuple:
@@ -94,6 +108,22 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
     "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, torch.zeros(2, 4, 140).bfloat16())},
     "grouped_gemm_blockscale": {"int8, counted": lambda: gemm_arguments(True), "bfloat16": lambda: gemm_arguments(False)},
     "gemm1_swiglu": {"int8": lambda: gemm1_arguments(torch.int8), "fp8": lambda: gemm1_arguments(FP8)},
+    "int8_addmm": {
+        "float16": lambda: int8_arguments(False, torch.float16),
+        "quantized": lambda: int8_arguments(True, torch.int8),
+    },
+    "int8_gelu": {
+        "with a tail": lambda: (*act_quant(torch.randn(3, 140), 64), torch.zeros(3, 140, dtype=torch.int8), torch.zeros(3, 3), 64)
+    },
+    "quantize_fp8": {
+        "computed": lambda: (torch.randn(9).half(), torch.zeros(9).to(FP8), torch.zeros(()), True),
+        "given": lambda: (torch.randn(9), torch.zeros(9, dtype=torch.uint8), torch.full((), 20.0), False),
+    },
+    "dequantize_fp8": {
+        "e4m3": lambda: (torch.randn(9).to(FP8), torch.full((), 20.0), torch.zeros(9)),
+        "offset": lambda: (torch.arange(9).to(torch.uint8), torch.full((), 20.0), torch.zeros(9).half()),
+    },
+    "fp8_gemm": {"with bias": lambda: fp8_arguments(True), "without": lambda: fp8_arguments(False)},
     "route": {
         "all outputs": lambda: route_arguments(1, small_counts(), torch.zeros(2, dtype=torch.int64)),
         "slots and counts": route_arguments,
@@ -238,8 +268,19 @@ def network(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor | None) -> tu
     return silu_mul(gate_up, counts) + 1, inner.values, inner.scales
 
 
+def int8_network(x: torch.Tensor, w: torch.Tensor, counts: None) -> tuple[torch.Tensor, ...]:
+    inner = int8_gelu(*int8_addmm_quant(*act_quant(x), *weight_quant(w[0]), w[0].sum(1)))
+    return *inner, int8_gemm(*inner, *weight_quant(w[1].T)) + 1
+
+
+def fp8_network(x: torch.Tensor, w: torch.Tensor, counts: None) -> tuple[torch.Tensor, ...]:
+    a, b = reference.quantize_groups(x[0], 128, FP8, "default", None), quantize_weight(w[0])
+    codes, scale = quantize_fp8(x, storage="uint8", encoding="offset")
+    return mm_fp8_blockscale(*a, b) + 1, fp8_gemm(x[0], w[0]), dequantize_fp8(codes, scale, "offset")
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("function", [linear, network], ids=["quantize, GEMM, dequantize", "GEMM, SwiGLU"])
+@pytest.mark.parametrize("function", [linear, network, int8_network, fp8_network])
 def test_compiled_functions_are_one_graph_with_the_bits_of_the_plain_ones(function, backend):
     torch._dynamo.reset()
     x, w = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 256, 140).bfloat16()

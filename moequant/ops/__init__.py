@@ -23,6 +23,15 @@ from moequant.ops.int8 import (
 from moequant.ops.int8 import (
     int8_gelu as int8_gelu,
 )
+from moequant.ops.per_tensor import (
+    dequantize_fp8 as dequantize_fp8,
+)
+from moequant.ops.per_tensor import (
+    fp8_gemm as fp8_gemm,
+)
+from moequant.ops.per_tensor import (
+    quantize_fp8 as quantize_fp8,
+)
 from moequant.ops.quantization import (
     quantize_expert_batch as quantize_expert_batch,
 )

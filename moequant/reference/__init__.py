@@ -29,6 +29,18 @@ from moequant.reference.int8 import (
 from moequant.reference.int8 import (
     int8_gelu as int8_gelu,
 )
+from moequant.reference.per_tensor import (
+    dequantize_fp8 as dequantize_fp8,
+)
+from moequant.reference.per_tensor import (
+    fp8_gemm as fp8_gemm,
+)
+from moequant.reference.per_tensor import (
+    fp8_scale as fp8_scale,
+)
+from moequant.reference.per_tensor import (
+    quantize_fp8 as quantize_fp8,
+)
 from moequant.reference.quantization import (
     INF_BITS as INF_BITS,
 )

@@ -1,0 +1,198 @@
+"""float8_e4m3fn with one scale for a whole tensor, by which its numbers are multiplied (the other way round than the blocks' scales)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moequant import (
+    ops,  # noqa: F401  (registers torch.ops.moequant)
+    reference,
+)
+from moequant.checks import check_choice, check_contiguous, check_no_grad, check_tensor
+from moequant.errors import NumericalOverflowError
+from moequant.formats import FLOAT_DTYPES
+
+E4M3 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class FP8Format:
+    """The range of an 8-bit float, float8_e4m3fn's unless given, and the scales that bring tensors into it.
+
+    max_value: the largest finite number. min_normal: the smallest normal one.
+    """
+
+    max_value: float = 448.0
+    min_normal: float = 2.0**-6
+
+    def compute_scale(self, tensor: Tensor) -> Tensor:
+        """max_value / max(abs(tensor)), () float32: the factor that fills the range. 1 for zeros and for no numbers at all, NaN for a
+        tensor with an Inf or NaN."""
+        return self._scale(tensor.detach().float().abs().flatten())
+
+    def compute_scale_per_channel(self, tensor: Tensor, dim: int = 0) -> Tensor:
+        """`compute_scale` of each slice along dim: (tensor.shape[dim],) float32."""
+        return self._scale(tensor.detach().float().abs().movedim(dim, 0).flatten(1))
+
+    def is_in_range(self, tensor: Tensor) -> bool:
+        """Whether every magnitude is at most max_value; a NaN is not. Waits for the device."""
+        return bool((tensor.abs() <= self.max_value).all())
+
+    def _scale(self, magnitudes: Tensor) -> Tensor:
+        if magnitudes.shape[-1] == 0:
+            return torch.ones(magnitudes.shape[:-1], device=magnitudes.device)
+        return reference.fp8_scale(magnitudes.amax(-1), self.max_value)
+
+
+def quantize_fp8(
+    x: Tensor,
+    scale: float | Tensor | None = None,
+    storage: Literal["float8", "uint8"] = "float8",
+    encoding: Literal["e4m3", "offset"] = "e4m3",
+) -> tuple[Tensor, Tensor]:
+    """Quantizes a tensor with one scale, as a multiplier: x * scale, clamped to -448..448, rounded to nearest even.
+
+    x: bfloat16, float16 or float32, any shape; strided ones are copied first.
+    scale: a positive number, or a tensor of one, on the CPU or on x's device; one on a GPU is not read by the host, and so not checked.
+        None: 448 / max(abs(x)), and 1.0 for all zeros. The maximum counts as at least 2**-118, to keep the scale finite.
+    storage: "float8" for float8_e4m3fn, or "uint8".
+    encoding: "e4m3": under uint8 the bits of float8_e4m3fn. "offset", uint8 only: 128 + round(clamp(x * scale) * 127 / 448), linear codes
+        1..255.
+
+    Returns the values, of x's shape and contiguous, and the scale, () float32. With an Inf or NaN in x a computed scale is NaN, and the
+    values are 0 (offset: 128). With a given scale an Inf is clamped and a NaN stays NaN (offset: 128). Raises ValueError for a wrong
+    dtype, scale or option, RuntimeError if x requires grad under grad mode.
+    """
+    check_tensor("x", x, dtypes=FLOAT_DTYPES)
+    check_choice("storage", storage, ("float8", "uint8"))
+    check_choice("encoding", encoding, ("e4m3", "offset"))
+    if encoding == "offset" and storage != "uint8":
+        raise ValueError(f'encoding "offset" is unsigned codes: pass storage="uint8", got storage={storage!r}')
+    check_no_grad(x=x)
+    values = torch.empty(x.numel(), dtype=torch.uint8 if encoding == "offset" else E4M3, device=x.device)
+    computed = scale is None
+    factor = torch.empty((), dtype=torch.float32, device=x.device) if scale is None else _scalar_scale("scale", scale, x.device)
+    torch.ops.moequant.quantize_fp8(x.reshape(-1), values, factor, computed)
+    return values.view(x.shape).view(torch.uint8 if storage == "uint8" else E4M3), factor
+
+
+def dequantize_fp8(
+    values: Tensor,
+    scale: float | Tensor,
+    encoding: Literal["e4m3", "offset"] = "e4m3",
+    output_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """values * (1 / scale) in float32, rounded once: the way back from `quantize_fp8`, with the scale and the encoding of the way there.
+
+    values: float8_e4m3fn, or uint8 with its bits or with offset codes, which stand for (code - 128) * (448 / 127).
+    scale: as for `quantize_fp8`; NaN is accepted.
+
+    Returns a contiguous tensor of values' shape in output_dtype: bfloat16, float16 or float32. Raises ValueError.
+    """
+    check_tensor("values", values, dtypes=(E4M3, torch.uint8))
+    check_choice("encoding", encoding, ("e4m3", "offset"))
+    if encoding == "offset" and values.dtype != torch.uint8:
+        raise ValueError(f'values must be torch.uint8 with encoding "offset", got {values.dtype}')
+    check_choice("output_dtype", output_dtype, FLOAT_DTYPES)
+    factor = _scalar_scale("scale", scale, values.device, may_be_nan=True)
+    out = torch.empty(values.shape, dtype=output_dtype, device=values.device)
+    flat = values.reshape(-1)
+    torch.ops.moequant.dequantize_fp8(flat.view(E4M3) if encoding == "e4m3" else flat, factor, out.view(-1))
+    return out
+
+
+def quantize_fp8_with_overflow_handling(
+    x: Tensor, scale: float | Tensor | None = None, max_attempts: int = 3
+) -> tuple[Tensor, Tensor]:
+    """`quantize_fp8` that clamps nothing: where x * scale leaves -448..448 it tries again with half the scale. Waits for the device.
+
+    x, scale: as for `quantize_fp8`. What leaves the range by rounding alone, as with a computed scale, does not count.
+    max_attempts: how many scales are tried, the given one included.
+
+    Returns values float8_e4m3fn and the scale that was used. Raises NumericalOverflowError if the last attempt leaves the range too, as
+    it does for an Inf or NaN in x.
+    """
+    if max_attempts < 1:
+        raise ValueError(f"max_attempts must be at least 1, got {max_attempts}")
+    check_tensor("x", x, dtypes=FLOAT_DTYPES)
+    amax = float(x.detach().abs().amax()) if x.numel() else 0.0
+    if scale is None and math.isfinite(amax):
+        return quantize_fp8(x)
+    factor = 1.0 if scale is None else float(_scalar_scale("scale", scale, torch.device("cpu")))
+    for attempt in range(max_attempts):
+        if amax * factor * 0.5**attempt <= FP8Format.max_value * (1 + 2.0**-22):
+            return quantize_fp8(x, factor * 0.5**attempt)
+    raise NumericalOverflowError(
+        f"max(abs(x)) = {amax:g} leaves -448..448 with scale {factor:g} and with its halves in {max_attempts} attempts; pass a smaller "
+        "scale, more attempts, or scale=None"
+    )
+
+
+def fp8_gemm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: float | Tensor | None = None,
+    b_scale: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """(a / a_scale) @ (b / b_scale).T + bias of float8 operands with scales as multipliers, as `quantize_fp8` gives them.
+
+    a: (M, K_dim) float8_e4m3fn contiguous; or bfloat16, float16 or float32, which is quantized first, with a_scale if that is given.
+    b: (N, K_dim), likewise.
+    a_scale, b_scale: a positive scalar; or one for each row, (M,) or (M, 1) for a, (N,) or (N, 1) for b, float32, for float8 operands
+        (`FP8Format.compute_scale_per_channel`); None: 1 for a float8 operand.
+    bias: (N,) bfloat16, float16 or float32, added in float32.
+
+    Returns (M, N) of out_dtype: bfloat16, float16 or float32, scaled and rounded once. Raises ValueError for a wrong shape, dtype, device
+    or scale, RuntimeError if an operand requires grad under grad mode.
+    """
+    check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
+    check_tensor("a", a, dims=2)
+    check_tensor("b", b, dims=2)
+    check_tensor("b", b, shape=(b.shape[0], a.shape[1]), device=a.device)
+    if bias is not None:
+        check_tensor("bias", bias, shape=(b.shape[0],), dtypes=FLOAT_DTYPES, device=a.device)
+        check_contiguous("bias", bias)
+        check_no_grad(bias=bias)
+    left, right = _float8("a", a, a_scale), _float8("b", b, b_scale)
+    out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
+    torch.ops.moequant.fp8_gemm(*left, *right, bias, out)
+    return out
+
+
+def _scalar_scale(name: str, scale: float | Tensor, device: torch.device, may_be_nan: bool = False) -> Tensor:
+    """A scale as () float32 on a device. Raises ValueError unless it is one positive number, as far as the host can see."""
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ValueError(f"{name} must be a positive scalar, got {scale.dtype} of shape {tuple(scale.shape)}")
+        if scale.device.type != "cpu" or torch.compiler.is_compiling():
+            check_tensor(name, scale, device=device)
+            return scale.detach().reshape(()).float()
+    number = float(scale)
+    if not (0 < number < math.inf or (may_be_nan and math.isnan(number))):
+        raise ValueError(f"{name} must be a positive scalar, got {number}")
+    return torch.full((), number, dtype=torch.float32, device=device)
+
+
+def _float8(name: str, x: Tensor, scale: float | Tensor | None) -> tuple[Tensor, Tensor]:
+    """An operand as float8 (rows, K_dim), and by what each of its rows has to be multiplied, (rows,)."""
+    check_tensor(name, x, dtypes=(E4M3, *FLOAT_DTYPES))
+    rows = x.shape[0]
+    each_row = isinstance(scale, Tensor) and tuple(scale.shape) in ((rows,), (rows, 1)) and scale.numel() != 1
+    if x.dtype != E4M3:
+        if each_row:
+            raise ValueError(f"{name} is {x.dtype} and quantized with one scale: {name}_scale must be a positive scalar or None")
+        x, scale = quantize_fp8(x, scale)
+    check_contiguous(name, x)
+    if isinstance(scale, Tensor) and each_row:
+        check_tensor(f"{name}_scale", scale, dtypes=(torch.float32,), device=x.device)
+        check_no_grad(**{f"{name}_scale": scale})
+        return x, scale.reshape(-1).reciprocal()
+    factor = _scalar_scale(f"{name}_scale", 1.0 if scale is None else scale, x.device, may_be_nan=True).reciprocal()
+    return x, factor.expand(rows)
