@@ -163,13 +163,18 @@ def gemm1_swiglu(dtype: torch.dtype, columns: int, recipe: str = "default") -> N
 
 
 def int8_addmm(
-    out_dtype: torch.dtype = torch.float16, bias: bool = True, columns: int = 4096, depth: int = 7168, out_block_size: int = 128
+    out_dtype: torch.dtype = torch.float16,
+    bias: bool = True,
+    rows: int = 1024,
+    columns: int = 4096,
+    depth: int = 7168,
+    out_block_size: int = 128,
 ) -> None:
-    a, b = empty(1024, depth, dtype=INT8), empty(columns, depth, dtype=INT8)
+    a, b = empty(rows, depth, dtype=INT8), empty(columns, depth, dtype=INT8)
     groups = ceil_div(depth, 128)
-    scales = empty(1024, groups, dtype=torch.float32), empty(ceil_div(columns, 128), groups, dtype=torch.float32)
-    out_scales = empty(1024, ceil_div(columns, out_block_size), dtype=torch.float32) if out_dtype == INT8 else None
-    added, out = empty(columns) if bias else None, empty(1024, columns, dtype=out_dtype)
+    scales = empty(rows, groups, dtype=torch.float32), empty(ceil_div(columns, 128), groups, dtype=torch.float32)
+    out_scales = empty(rows, ceil_div(columns, out_block_size), dtype=torch.float32) if out_dtype == INT8 else None
+    added, out = empty(columns) if bias else None, empty(rows, columns, dtype=out_dtype)
     ops.int8_addmm(a, scales[0], b, scales[1], added, out, out_scales, out_block_size)
 
 
@@ -179,8 +184,8 @@ def fp8_gemm(dtype: torch.dtype, bias: bool = False) -> None:
     ops.fp8_gemm(a, factors[0], b, factors[1], empty(4096) if bias else None, empty(1024, 4096))
 
 
-def int8_gelu(block_size: int = 128, columns: int = 4096) -> None:
-    x, scales = empty(256, columns, dtype=INT8), empty(256, ceil_div(columns, block_size), dtype=torch.float32)
+def int8_gelu(block_size: int = 128, columns: int = 4096, rows: int = 256) -> None:
+    x, scales = empty(rows, columns, dtype=INT8), empty(rows, ceil_div(columns, block_size), dtype=torch.float32)
     ops.int8_gelu(x, scales, torch.empty_like(x), torch.empty_like(scales), block_size)
 
 
@@ -411,13 +416,20 @@ CASES = {
         *cases(int8_addmm, {}, {"bias": False, "out_dtype": torch.float32}, {"out_dtype": INT8}),
         *cases(int8_addmm, {"out_dtype": INT8, "out_block_size": 32}, {"out_dtype": INT8, "columns": 2880, "depth": 2880}),
         *cases(fp8_gemm, {"dtype": E4M3}, {"dtype": FNUZ}, {"dtype": E4M3, "bias": True}),
+        # one row: sizes and strides of 1 are constants
+        *cases(int8_addmm, {"rows": 1, "depth": 128}, {"rows": 1, "out_dtype": INT8}, wide=False),
         # rows that TMA cannot read
         *cases(int8_addmm, {"depth": 2890}, wide=False, may_spill=True),
     ],
-    "int8_gelu": [*cases(int8_gelu, {}, {"block_size": 32}), *cases(int8_gelu, {"columns": 1445}, wide=False, may_spill=True)],
+    "int8_gelu": [
+        *cases(int8_gelu, {}, {"block_size": 32}),
+        *cases(int8_gelu, {"columns": 1445}, {"columns": 1, "rows": 1}, wide=False, may_spill=True),
+    ],
     "quantize_tensor": [
-        *cases(quantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "input_dtype": torch.float32}),
-        *cases(quantize_tensor, {"dtype": torch.uint8, "computed": False}),
+        *cases(quantize_tensor, *({"dtype": dtype, "computed": False} for dtype in (E4M3, torch.uint8))),
+        *cases(quantize_tensor, {"dtype": E4M3, "computed": False, "input_dtype": torch.float32}),
+        # the maximum is one number
+        *cases(quantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, wide=False),
     ],
     "dequantize_tensor": cases(
         dequantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "output_dtype": torch.float32}
