@@ -11,7 +11,28 @@ from torch import Tensor
 
 from moequant.kernels import grouped_gemm
 from moequant.kernels.common import quantize_group
-from moequant.kernels.grouped_gemm import BAND, BLOCK_N, GROUP_SIZE, SMALL_TILES, Config, descriptor, tma_readable
+from moequant.kernels.grouped_gemm import (
+    BAND,
+    BLOCK_N,
+    GROUP_SIZE,
+    LARGE_TILES,
+    SMALL_TILES,
+    STREAMING,
+    Config,
+    descriptor,
+    tma_readable,
+)
+
+# What benchmarks/bench_int8.py tries. There is one program for each tile, so that programs_per_sm means nothing here.
+CANDIDATES = (
+    SMALL_TILES,
+    STREAMING,
+    Config(64, 4, 5, 2),
+    Config(64, 8, 4, 2),
+    LARGE_TILES,
+    Config(128, 8, 3, 1),
+    Config(128, 8, 5, 1),
+)
 
 
 @triton.jit
@@ -89,7 +110,8 @@ def dense_gemm_kernel(
             scale = a_scale * tl.load(b_scales + column_tile * STEPS + step)
             acc = tl.fma(tl.dot(x, w.T).to(tl.float32), tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_N)), acc)
         else:
-            acc = tl.dot(x, w.T, acc)
+            # Hopper's tensor cores add float8 products with about 14 bits: each block's sum is added in float32
+            acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=BLOCK_K)
     if not GROUPED:
         a_scale = tl.load(a_scale_pointers, mask=valid_row, other=0.0)
         b_scale = tl.load(b_scales + columns.to(tl.int64) * b_scale_stride, mask=valid_column, other=0.0)
@@ -140,8 +162,8 @@ def dense_gemm(
     columns = b.shape[0]
     if out.numel() == 0:
         return
-    config = SMALL_TILES if config is None else config
     grouped = a_scales.dim() == 2
+    config = SMALL_TILES if config is None else config
     limits = grouped_gemm.device_limits(a.device)
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
     dense_gemm_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, BLOCK_N),)](
