@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moequant import (
-    batch,
-    ops,  # noqa: F401  (registers torch.ops.moequant)
-)
-from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div
+from moequant import batch, ops
+from moequant.batch import QuantizedTensor, ScaleLayout
 from moequant.checks import check_choice, check_contiguous, check_no_grad, check_tensor
 from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
@@ -47,7 +44,7 @@ def mm_fp8_blockscale(
     (rows, depth), columns = left.shape, right.shape[0]
     check_tensor("b", right.values, shape=(columns, depth), dtypes=(left.values.dtype,), device=left.device)
     out = torch.empty(rows, columns, dtype=out_dtype, device=left.device)
-    operands = left.values, _rows_side_by_side(left), right.values, right.scales
+    operands = left.values, _readable_scales(left), right.values, right.scales
     torch.ops.moequant.grouped_gemm_blockscale(*(x.unsqueeze(0) for x in operands), None, out.unsqueeze(0), right.segments, None)
     return out
 
@@ -74,13 +71,9 @@ def _operand(
     return x
 
 
-def _rows_side_by_side(a: QuantizedTensor) -> Tensor:
-    """The scales (M, G) in strides (1, any), which the grouped GEMM reads; those of one row in any strides."""
-    rows, groups = a.scales.shape
+def _readable_scales(a: QuantizedTensor) -> Tensor:
+    """The scales (M, G) in strides that the grouped GEMM reads."""
     if a.layout == "transposed_flat":
+        rows, groups = a.scales.shape
         return a.scales.view(groups, rows).transpose(0, 1)
-    if a.layout != "row" or rows == 1:
-        return a.scales
-    # groups 16 bytes apart, so that TMA can read them
-    buffer = torch.empty(groups, ceil_div(rows, 4) * 4, dtype=torch.float32, device=a.device)
-    return buffer[:, :rows].transpose(0, 1).copy_(a.scales)
+    return ops.rows_side_by_side(a.scales)

@@ -17,6 +17,9 @@ from moequant.ops.gemm import (
 from moequant.ops.gemm import (
     grouped_gemm_blockscale as grouped_gemm_blockscale,
 )
+from moequant.ops.gemm import (
+    rows_side_by_side as rows_side_by_side,
+)
 from moequant.ops.int8 import (
     int8_addmm as int8_addmm,
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moequant import reference
-from moequant.batch import QuantizedTensor
+from moequant.batch import QuantizedTensor, ceil_div
 from moequant.ops.quantization import quantize_settings, silu_mul_quantize
 from moequant.ops.registration import registered, uses_kernels
 
@@ -30,6 +30,16 @@ def gemm_kernel(
     from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as plain
 
     return plain
+
+
+def rows_side_by_side(scales: Tensor) -> Tensor:
+    """Scales (M, G) in the order in which the grouped GEMM reads them, element strides (1, any); those of one row as they are."""
+    rows, groups = scales.shape
+    if rows == 1 or scales.stride(0) == 1:
+        return scales
+    # groups 16 bytes apart, so that TMA can read them
+    buffer = torch.empty(groups, ceil_div(rows, 4) * 4, dtype=torch.float32, device=scales.device)
+    return buffer[:, :rows].transpose(0, 1).copy_(scales)
 
 
 @registered(mutates=("out",))
