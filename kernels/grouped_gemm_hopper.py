@@ -1,4 +1,4 @@
-"""Grouped fp8 blockscale GEMM for Hopper (sm_90) in Gluon: `kernels/grouped_gemm.py` at the tensor cores' speed.
+"""Grouped blockscale GEMM of fp8 or int8 for Hopper (sm_90) in Gluon: `kernels/grouped_gemm.py` at the tensor cores' speed.
 
 Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, G = ceil(K_dim / 128) groups of it.
 
@@ -75,6 +75,8 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
     SHORT_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SHORT, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     SHORT_ROWS: gl.constexpr = gl.SliceLayout(1, SHORT_LAYOUT)
+    # what the tensor cores add in: int8 exactly
+    SUM: gl.constexpr = gl.int32 if a_s.dtype == gl.int8 else gl.float32
     # in a short tile of narrow ones each warpgroup has 64 columns
     b_short_s = b_s._reinterpret(b_s.dtype, [STAGES * 2, SHORT, 128], b_s.layout)
     # zeros that the compiler can't see through: they keep b's scales out of the uniform registers, which the products would wait for
@@ -90,7 +92,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
         my_row = row + W * 64
         my_rows_left = rows_left - W * 64
         if rows_left > 64:
-            t = gl.zeros((64, 128), gl.float32, LAYOUT)
+            t = gl.zeros((64, 128), SUM, LAYOUT)
             acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
             acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
             for k in range(G - 1):
@@ -104,14 +106,14 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
                     s1 = gl.load(scales1 + k + 1)
                 t = warpgroup_mma_wait(0, deps=(t,))
                 if HALVES == 2:
-                    acc0 += t * gl.expand_dims(scale0, 1)
+                    acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                     t = product(a_s.index(stage * 2 + W), b_s.index(stage * HALVES + 1), t)
                     t = warpgroup_mma_wait(0, deps=(t,))
                     release(empty.index(stage))
-                    acc1 += t * gl.expand_dims(scale1, 1)
+                    acc1 += t.to(gl.float32) * gl.expand_dims(scale1, 1)
                 else:
                     release(empty.index(stage))
-                    acc0 += t * gl.expand_dims(scale0, 1)
+                    acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                 stage, phase = advance(stage, phase, STAGES)
             mbarrier.wait(full.index(stage), phase)
             t = product(a_s.index(stage * 2 + W), b_s.index(stage * HALVES), t)
@@ -120,7 +122,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
             scale1 = s * s1
             t = warpgroup_mma_wait(0, deps=(t,))
             if HALVES == 2:
-                acc0 += t * gl.expand_dims(scale0, 1)
+                acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                 started = product(a_s.index(stage * 2 + W), b_s.index(stage * HALVES + 1), t)
                 store_chunk(W, output, acc0, my_row, my_rows_left, column, N)
                 t = warpgroup_mma_wait(0, deps=(started,))
@@ -131,13 +133,13 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
             s0 = gl.load(scales0)
             s1 = gl.load(scales1)
             if HALVES == 2:
-                acc1 += t * gl.expand_dims(scale1, 1)
+                acc1 += t.to(gl.float32) * gl.expand_dims(scale1, 1)
                 store_chunk(W, output, acc1, my_row, my_rows_left, column + 128, N)
             else:
-                acc0 += t * gl.expand_dims(scale0, 1)
+                acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                 store_chunk(W, output, acc0, my_row, my_rows_left, column, N)
         else:
-            u = gl.zeros((64, SHORT), gl.float32, SHORT_LAYOUT)
+            u = gl.zeros((64, SHORT), SUM, SHORT_LAYOUT)
             acc = gl.zeros((64, SHORT), gl.float32, SHORT_LAYOUT)
             my_scales = scales1 if W * HALVES == 2 else scales0
             b_scale = s1 if W * HALVES == 2 else s0
@@ -148,7 +150,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
                 b_scale = gl.load(my_scales + gl.minimum(k + 1, G - 1))
                 u = warpgroup_mma_wait(0, deps=(u,))
                 release(empty.index(stage))
-                acc += u * gl.expand_dims(scale, 1)
+                acc += u.to(gl.float32) * gl.expand_dims(scale, 1)
                 stage, phase = advance(stage, phase, STAGES)
             past_row = row
             past_rows_left = rows_left
@@ -252,8 +254,8 @@ def grouped_gemm_blockscale_hopper(
 ) -> None:
     """`moequant.reference.grouped_gemm_blockscale` into out, on arguments of which `supports` is true.
 
-    a: (L, M, K_dim) contiguous float8_e4m3fn. a_scales: (L, M, G) float32, strides (any, 1, any).
-    b: (L, N, K_dim) contiguous float8_e4m3fn. b_scales: (L, ceil(N / 128), G) float32 contiguous: segments are whole blocks.
+    a: (L, M, K_dim) contiguous float8_e4m3fn or int8. a_scales: (L, M, G) float32, strides (any, 1, any).
+    b: (L, N, K_dim) contiguous, a's dtype. b_scales: (L, ceil(N / 128), G) float32 contiguous: segments are whole blocks.
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
     out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written.
     expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M. config: instead of that choice.

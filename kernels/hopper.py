@@ -106,7 +106,7 @@ def too_small(experts: int, columns: int, expected_rows: int, device: torch.devi
 
 def takes(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, segments: int) -> bool:
     """`supports`, but for the device: formats, and what TMA can address."""
-    if a.dtype != torch.float8_e4m3fn or a_scales is None or b_scales is None or out.numel() == 0:
+    if a.dtype not in (torch.float8_e4m3fn, torch.int8) or a_scales is None or b_scales is None or out.numel() == 0:
         return False
     experts, rows, depth = a.shape
     columns = b.shape[1]

@@ -401,6 +401,8 @@ CASES = {
     "grouped_gemm_hopper": [
         *cases(grouped_gemm, *({"dtype": E4M3, "expected_rows": rows, "experts": 16} for rows in (16, 1024)), hopper=True),
         *cases(grouped_gemm, {"dtype": E4M3, "out_dtype": torch.float32}, hopper=True),
+        *cases(grouped_gemm, *({"dtype": INT8, "out_dtype": dtype} for dtype in (BF16, torch.float32)), hopper=True),
+        *cases(int8_addmm, {"bias": False}, hopper=True),
         # few columns: narrow tiles; gpt-oss: tails
         *cases(
             grouped_gemm,

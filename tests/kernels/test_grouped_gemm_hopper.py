@@ -38,7 +38,9 @@ def hopper_test(function: Any) -> Any:
     return function
 
 
-def operands(shape: tuple[int, int, int, int], segments: int = 1) -> tuple[QuantizedTensor, QuantizedTensor]:
+def operands(
+    shape: tuple[int, int, int, int], segments: int = 1, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[QuantizedTensor, QuantizedTensor]:
     """Random operands of shape (L, M, N, K_dim), whose neighbouring groups and blocks have scales far apart."""
     experts, rows, columns, depth = shape
     x = torch.randn(experts, rows, depth, device="cuda", dtype=torch.bfloat16)
@@ -46,7 +48,7 @@ def operands(shape: tuple[int, int, int, int], segments: int = 1) -> tuple[Quant
     x *= torch.exp2(torch.randint(-3, 4, (experts, rows, 1), device="cuda")).to(x.dtype)
     w *= torch.exp2(torch.arange(columns, device="cuda") // 32 % 5).to(w.dtype)[:, None]
     w *= torch.exp2(torch.arange(depth, device="cuda") // 64 % 3).to(w.dtype)
-    return reference.quantize_expert_batch(x), reference.quantize_weight(w, segments=segments)
+    return reference.quantize_expert_batch(x, dtype=dtype), reference.quantize_weight(w, dtype=dtype, segments=segments)
 
 
 def poisoned(a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -229,6 +231,35 @@ def test_new_buffers_at_an_old_address() -> None:
         check(*operands(shape), None)
 
 
+@hopper_test
+@CONFIGS
+@pytest.mark.parametrize("counts", [None, [1, 150, 0, 65, 149]], ids=["all-rows", "mixed"])
+def test_int8_matches_the_reference(config: Config, counts: list[int] | None) -> None:
+    check(*operands((5, 152, 640, 1024), dtype=torch.int8), counts, config=config)
+
+
+@hopper_test
+def test_int8_is_within_1e_6_of_exact_sums() -> None:
+    a, b = operands((2, 152, 640, 1024), dtype=torch.int8)
+    out = launch(a, b, None, torch.empty(2, 152, 640, device="cuda"))
+    left, right = a.values.double() * expanded(a.scales, 2), b.values.double() * expanded(expanded(b.scales, 1), 2)
+    assert relative_error(out, left @ right.transpose(1, 2)) < 1e-6
+
+
+@hopper_test
+def test_int8_sums_of_the_largest_products_are_exact() -> None:
+    a, b = (torch.full((1, n, 1024), 127, dtype=torch.int8, device="cuda") for n in (200, 256))
+    a[0, ::3, ::5], b[0, 1::2] = -127, -3
+    scales = torch.ones(1, 8, 200, device="cuda").transpose(1, 2), torch.ones(1, 2, 8, device="cuda")
+    left, right = QuantizedTensor(a, scales[0], "transposed"), QuantizedTensor(b, scales[1], "block")
+    out = launch(left, right, None, torch.empty(1, 200, 256, device="cuda"))
+    assert torch.equal(out[0].double(), a[0].double() @ b[0].double().T)
+
+
+def expanded(scales: Tensor, dim: int) -> Tensor:
+    return scales.double().repeat_interleave(128, dim)
+
+
 def tensors(
     shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -259,7 +290,7 @@ def test_what_is_taken(shape: tuple[int, int, int, int], segments: int, taken: b
 
 def test_other_formats_are_not_taken() -> None:
     a, a_scales, b, b_scales, out = tensors((4, 256, 512, 512), torch.int8)
-    assert not takes(a, a_scales, b, b_scales, out, 1)
+    assert takes(a, a_scales, b, b_scales, out, 1)
     assert not takes(a.view(torch.float8_e5m2), a_scales, b.view(torch.float8_e5m2), b_scales, out, 1)
     assert not takes(a, None, b, None, out, 1)
 
