@@ -33,11 +33,11 @@ class FP8Format:
     def compute_scale(self, tensor: Tensor) -> Tensor:
         """max_value / max(abs(tensor)), () float32: the factor that fills the range. 1 for zeros and for no numbers at all, NaN for a
         tensor with an Inf or NaN."""
-        return self._scale(tensor.detach().float().abs().flatten())
+        return self._scale(tensor.detach().abs().flatten())
 
     def compute_scale_per_channel(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """`compute_scale` of each slice along dim: (tensor.shape[dim],) float32."""
-        return self._scale(tensor.detach().float().abs().movedim(dim, 0).flatten(1))
+        return self._scale(tensor.detach().abs().movedim(dim, 0).flatten(1))
 
     def is_in_range(self, tensor: Tensor) -> bool:
         """Whether every magnitude is at most max_value; a NaN is not. Waits for the device."""
@@ -46,7 +46,7 @@ class FP8Format:
     def _scale(self, magnitudes: Tensor) -> Tensor:
         if magnitudes.shape[-1] == 0:
             return torch.ones(magnitudes.shape[:-1], device=magnitudes.device)
-        return reference.fp8_scale(magnitudes.amax(-1), self.max_value)
+        return reference.fp8_scale(magnitudes.amax(-1).float(), self.max_value)
 
 
 def quantize_fp8(
@@ -123,7 +123,8 @@ def quantize_fp8_with_overflow_handling(
     amax = float(x.detach().abs().amax()) if x.numel() else 0.0
     if scale is None and math.isfinite(amax):
         return quantize_fp8(x)
-    factor = 1.0 if scale is None else float(_scalar_scale("scale", scale, torch.device("cpu")))
+    given = scale.cpu() if isinstance(scale, Tensor) else scale
+    factor = 1.0 if given is None else float(_scalar_scale("scale", given, torch.device("cpu")))
     for attempt in range(max_attempts):
         if amax * factor * 0.5**attempt <= FP8Format.max_value * (1 + 2.0**-22):
             return quantize_fp8(x, factor * 0.5**attempt)
