@@ -37,7 +37,7 @@ class FP8Format:
 
     def compute_scale_per_channel(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """`compute_scale` of each slice along dim: (tensor.shape[dim],) float32."""
-        return self._scale(tensor.detach().abs().movedim(dim, 0).flatten(1))
+        return self._scale(tensor.detach().abs().movedim(dim, 0).unsqueeze(-1).flatten(1))
 
     def is_in_range(self, tensor: Tensor) -> bool:
         """Whether every magnitude is at most max_value; a NaN is not. Waits for the device."""

@@ -21,6 +21,7 @@ from moequant.int8 import int8_gelu as int8_gelu
 from moequant.int8 import weight_dequant as weight_dequant
 from moequant.int8 import weight_quant as weight_quant
 from moequant.per_tensor import FP8Format as FP8Format
+from moequant.per_tensor import NumericalOverflowError as NumericalOverflowError
 from moequant.per_tensor import dequantize_fp8 as dequantize_fp8
 from moequant.per_tensor import quantize_fp8 as quantize_fp8
 from moequant.per_tensor import quantize_fp8_with_overflow_handling as quantize_fp8_with_overflow_handling

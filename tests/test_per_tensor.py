@@ -124,6 +124,7 @@ def test_the_format_knows_its_range_and_scales():
     assert fmt.compute_scale_per_channel(x)[:2].tolist() == [112, 1] and fmt.compute_scale_per_channel(x)[2].isnan()
     assert fmt.compute_scale_per_channel(x[:2], dim=1).tolist() == [448, 112]
     assert fmt.compute_scale_per_channel(x[:2], dim=-1).tolist() == [448, 112]
+    assert fmt.compute_scale_per_channel(x[0]).tolist() == [448, 112]
     assert fmt.compute_scale(torch.empty(0)) == 1 and fmt.compute_scale_per_channel(torch.empty(3, 0)).tolist() == [1, 1, 1]
     assert fmt.is_in_range(torch.tensor([448.0, -448.0])) and not fmt.is_in_range(torch.tensor([449.0]))
     assert not fmt.is_in_range(x) and not fmt.is_in_range(torch.tensor([-math.inf]))
