@@ -43,9 +43,8 @@ def gelu(x):
     lost = tl.fma(square_lost, high, tl.fma(square, low, tl.fma(square, high, power * -1.0)))
     e = tl.exp2(power)
     tail = p * r * tl.fma(e, lost * 0.6931471805599453, e)
-    # x * 0 is NaN for -Inf, as in the formula
-    negative = tl.fma(x, tl.full(x.shape, 0.0, tl.float32), u * tail * -1.0)
-    return tl.where(x < 0.0, negative, x * (1.0 - tail))
+    # max(x, 0) - u * tail on both sides of zero; x * 0 is NaN for -Inf, as in the formula
+    return tl.fma(u * -1.0, tail, tl.where(x > 0.0, x, x * 0.0))
 
 
 @triton.jit

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moequant import LayoutError, QuantizedTensor, grouped_gemm_blockscale, reference
 from moequant.batch import ceil_div
@@ -69,6 +71,18 @@ def test_every_layout_gives_the_bits_of_the_grouped_gemm_of_one_group(layout, sh
     assert_same(mm_fp8_blockscale(*quantized, out_dtype=torch.float32), expected)
     if layout != "transposed_flat":
         assert_same(mm_fp8_blockscale(a, scales, b, b_scales, torch.float32), expected)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40), st.integers(1, 140), st.integers(1, 400), st.sampled_from(LAYOUTS), st.integers(0, 2**31))
+def test_any_shape_in_any_layout_is_the_product_of_what_the_operands_stand_for(rows, columns, depth, layout, seed):
+    torch.manual_seed(seed)
+    a, a_scales, b, b_scales = operands((rows, columns, depth))
+    out = mm_fp8_blockscale(a, laid_out(a_scales, layout), b, b_scales, torch.float32, scale_layout=layout)
+    left = a.double() * a_scales.double().repeat_interleave(128, 1)[:, :depth]
+    right = b.double() * b_scales.double().repeat_interleave(128, 0)[:columns].repeat_interleave(128, 1)[:, :depth]
+    # the rounding error of few numbers scatters, and sums may cancel
+    assert ((out.double() - left @ right.T).abs() <= 2 * PRODUCT_ERROR * (left.abs() @ right.abs().T)).all()
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

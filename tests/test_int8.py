@@ -146,6 +146,16 @@ def test_gelu_is_torchs_within_the_quantizations_step(leading):
     assert ((back - expected).abs() <= scales.repeat_interleave(128, -1)[..., :300] * 0.501).all()
 
 
+@QUICK
+@given(st.lists(st.integers(-128, 127), min_size=1, max_size=200), st.floats(2.0**-40, 2.0**20, width=32))
+def test_gelu_of_any_codes_and_scale_is_within_its_step(codes, scale):
+    x, s = torch.tensor(codes, dtype=torch.int8), torch.full((math.ceil(len(codes) / 128),), scale)
+    values, scales = int8_gelu(x, s)
+    expected = F.gelu(x.double() * s.double().repeat_interleave(128)[: len(codes)])
+    back = values.double() * scales.double().repeat_interleave(128)[: len(codes)]
+    assert ((back - expected).abs() <= scales.repeat_interleave(128)[: len(codes)] * 0.501).all()
+
+
 A, A_S, B, B_S = (
     torch.zeros(2, 3, 300, dtype=torch.int8),
     torch.ones(2, 3, 3),
