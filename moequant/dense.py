@@ -7,9 +7,9 @@ from torch import Tensor
 
 from moequant import batch, ops
 from moequant.batch import QuantizedTensor, ScaleLayout
-from moequant.checks import check_choice, check_contiguous, check_no_grad, check_tensor
+from moequant.checks import check_choice, check_contiguous, check_format, check_no_grad, check_tensor
 from moequant.errors import LayoutError
-from moequant.formats import FLOAT_DTYPES
+from moequant.formats import FLOAT_DTYPES, format_of
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 ACTIVATION_LAYOUTS = ("row", "transposed", "tma_aligned", "transposed_flat")
@@ -67,6 +67,8 @@ def _operand(
         )
     check_tensor(f"the values of {name}", x.values, dims=2, dtypes=FLOAT8_DTYPES)
     check_contiguous(f"the values of {name}", x.values)
+    if not torch.compiler.is_compiling():
+        check_format(format_of(x.values.dtype).name, x.device)
     check_no_grad(**{f"{name}_scales": x.scales})
     return x
 
