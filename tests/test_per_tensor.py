@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moequant import ops
 from moequant.errors import NumericalOverflowError
 from moequant.gemm import fp8_gemm
+from moequant.ops import per_tensor
 from moequant.quantization import FP8Format, dequantize_fp8, quantize_fp8, quantize_fp8_with_overflow_handling
 from moequant.testing import assert_bit_equal, relative_error
 
@@ -213,6 +215,15 @@ def test_wrong_calls_raise_a_value_error_that_says_what_came(case):
     call, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_kernels_ask_the_device_for_float8_and_for_nothing_else(monkeypatch):
+    asked, x = [], torch.ones(2)
+    monkeypatch.setattr(per_tensor, "check_format", lambda quant, device: asked.append(quant))
+    dequantize_fp8(*quantize_fp8(x, storage="uint8", encoding="offset"), "offset")
+    assert not asked
+    quantize_fp8(x)
+    assert asked == (["fp8_e4m3fn"] if ops.uses_kernels(x) else [])
 
 
 def test_tensors_that_require_grad_raise_under_grad_mode_only():
