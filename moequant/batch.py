@@ -7,14 +7,14 @@ N and K_dim columns and contraction of a weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from moequant.errors import LayoutError
 
-ScaleLayout = Literal["row", "transposed", "block"]
+ScaleLayout = Literal["row", "transposed", "tma_aligned", "transposed_flat", "block"]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -41,6 +41,8 @@ class QuantizedTensor:
         "row": (..., rows, ceil(columns / group_size)), contiguous.
         "transposed": (L, M, G) with element strides (M*G, 1, M), or strides (any, 1, any) for a slice of a larger buffer:
             the rows of one group side by side.
+        "tma_aligned": as "transposed", with groups a multiple of 4 rows apart, as TMA wants to read them.
+        "transposed_flat": (..., M, G), contiguous, in the order of a contiguous (G, M): read as (M, G) it is scrambled.
         "block": (..., segments * ceil(rows / segments / group_size), ceil(columns / group_size)), contiguous: one scale for each
             group_size x group_size block of a weight.
     recipe: the arithmetic that made it (`moequant.quantization.RECIPES`).
@@ -71,17 +73,19 @@ class QuantizedTensor:
             )
         if self.scales.dtype != torch.float32:
             raise LayoutError(f"scales must be float32, got {self.scales.dtype}")
-        if self.layout == "transposed":
+        if self.layout in ("transposed", "tma_aligned"):
             if rows > 1 and self.scales.stride(-2) != 1:
                 raise LayoutError(
-                    'layout "transposed" needs the rows of one group side by side (stride 1 in the next to last dimension), got '
+                    f'layout "{self.layout}" needs the rows of one group side by side (stride 1 in the next to last dimension), got '
                     f"strides {self.scales.stride()}; moequant.batch.empty_transposed_scales allocates them so"
                 )
-        elif self.layout in ("row", "block"):
+            if self.layout == "tma_aligned" and groups > 1 and self.scales.stride(-1) % 4:
+                raise LayoutError(f'layout "tma_aligned" needs groups a multiple of 4 apart, got strides {self.scales.stride()}')
+        elif self.layout in ("row", "transposed_flat", "block"):
             if not self.scales.is_contiguous():
                 raise LayoutError(f'layout "{self.layout}" needs contiguous scales, got strides {self.scales.stride()}')
         else:
-            raise LayoutError(f'layout must be "row", "transposed" or "block", got {self.layout!r}')
+            raise LayoutError(f"layout must be one of {', '.join(get_args(ScaleLayout))}, got {self.layout!r}")
 
     @property
     def shape(self) -> torch.Size:

@@ -102,7 +102,7 @@ BAD = {
         VALUES,
         torch.ones(2, 6, 3),
         {"layout": "column"},
-        """layout must be "row", "transposed" or "block", got 'column'""",
+        """layout must be one of row, transposed, tma_aligned, transposed_flat, block, got 'column'""",
     ),
 }
 
