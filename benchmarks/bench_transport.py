@@ -2,9 +2,9 @@
 
 Letters: T tokens of each rank, K top-k, E experts, W ranks, H hidden size, M rows of an expert's buffer.
 
-Every time is that of a CUDA graph of many calls, of the slowest rank. The floor is the bytes that leave, or reach, the busiest rank, at the
-speed at which this machine's ranks store to, or load from, all others' memory, measured in the same run. Before it is timed, each transport's
-batch and sums are compared, bit for bit, with those of `collective`.
+Every time is that of a CUDA graph of many calls, of the slowest rank. The floor is the bytes that leave, or reach, the busiest rank, at
+the speed at which this machine's ranks store to, or load from, all others' memory, measured in the same run. Before it is timed, each
+transport's batch and sums are compared, bit for bit, with those of `collective`.
 """
 
 from __future__ import annotations

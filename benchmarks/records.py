@@ -14,6 +14,10 @@ TITLES = {
     "silu_mul_quantize": "SwiGLU + quantize",
     "grouped_gemm": "Grouped GEMM",
     "gemm1_fused": "GEMM 1 with SwiGLU and quantization",
+    "mm_fp8_blockscale": "Dense fp8 product of blocks",
+    "int8_gemm": "Dense int8 product of blocks",
+    "int8_addmm_quant": "Dense int8 product of blocks, with bias and quantization",
+    "fp8_gemm": "Dense fp8 product with one scale for each operand",
     "gemm2_push": "GEMM 2 that sends its rows back",
     "route": "Route",
     "dispatch": "Dispatch",
@@ -29,8 +33,12 @@ README_CASES: dict[str, dict[str, tuple[Any, ...]]] = {
     "silu_mul_quantize": {"I": (2048,), "rows": (32, 1024)},
     "grouped_gemm": {"E": (32,), "K_dim": (7168, 2048), "rows": (16, 128, 256, 1024)},
     "gemm1_fused": {"H": (7168,), "rows": (16, 128, 256, 1024)},
+    "mm_fp8_blockscale": {"N": (4096, 7168), "rows": (1, 128, 4096), "step": ("quantize + product",)},
+    "int8_gemm": {"N": (4096,)},
     "dispatch": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
     "combine": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
+    "combine_pull": {"H": (7168,), "T": (1, 128, 4096), "transport": ("symmetric",)},
+    "combine_push": {"H": (7168,), "T": (1, 128, 4096), "transport": ("symmetric",)},
     "layer": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
 }
 Record = dict[str, Any]

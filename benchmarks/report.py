@@ -23,41 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
-TITLES = {
-    "copy": "Copy, the ceiling of memory (between ranks: of the wire)",
-    "matmul": "One large product, the ceiling of the tensor cores",
-    "quantize": "Quantize",
-    "silu_mul_quantize": "SwiGLU + quantize",
-    "grouped_gemm": "Grouped GEMM",
-    "gemm1_fused": "GEMM 1 with SwiGLU and quantization",
-    "mm_fp8_blockscale": "Dense fp8 product of blocks",
-    "int8_gemm": "Dense int8 product of blocks",
-    "int8_addmm_quant": "Dense int8 product of blocks, with bias and quantization",
-    "fp8_gemm": "Dense fp8 product with one scale for each operand",
-    "gemm2_push": "GEMM 2 that sends its rows back",
-    "route": "Route",
-    "dispatch": "Dispatch",
-    "combine": "Combine",
-    "combine_pull": "Combine, by loads from the other ranks",
-    "combine_push": "Combine, of rows that were sent back",
-    "layer": "The whole layer",
-}
-CEILINGS = ("copy", "matmul")
-# What README.md shows: of these ops the cases that have these values. Everything stands in the full table.
-README_CASES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "quantize": {"H": (7168,), "rows": (32, 1024)},
-    "silu_mul_quantize": {"I": (2048,), "rows": (32, 1024)},
-    "grouped_gemm": {"E": (32,), "K_dim": (7168, 2048), "rows": (16, 128, 256, 1024)},
-    "gemm1_fused": {"H": (7168,), "rows": (16, 128, 256, 1024)},
-    "mm_fp8_blockscale": {"N": (4096, 7168), "rows": (1, 128, 4096), "step": ("quantize + product",)},
-    "int8_gemm": {"N": (4096,)},
-    "dispatch": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
-    "combine": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
-    "layer": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
-}
-Record = dict[str, Any]
-
-
 def peers_text(record: Record) -> str:
     """Other libraries' times, and over this project's."""
     peers = record.get("peers", {record["peer"]: record["peer_us"]} if "peer" in record else {})

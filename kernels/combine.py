@@ -106,9 +106,9 @@ def combine_shared(
 ) -> None:
     """`combine` of rows that other ranks stored, or that lie with them; out is NaN after a fault.
 
-    abort: the abort word of `symmetric.py`. in_order: the row of entry (t, k) is t * K + k, if rows[t, k] is not negative.
-    peers: (W,) int64, where each rank's block of memory begins; its rows_of_rank rows begin peer_offset bytes further on, and row i is row
-    i % rows_of_rank of rank i // rows_of_rank. Of expert_output only the type counts then.
+    abort: the abort word of `symmetric.py`. in_order: the row of entry (t, k) is t * K + k, if rows[t, k] is not negative. peers: (W,)
+    int64, where each rank's block of memory begins; its rows_of_rank rows begin peer_offset bytes further on, and row i is row i %
+    rows_of_rank of rank i // rows_of_rank. Of expert_output only the type counts then.
     """
     launch_combine(
         expert_output,

@@ -43,9 +43,9 @@ def exchange_counts_kernel(
 ):
     """One program, the only one of a dispatch that waits for counts. Begins the slot's next epoch.
 
-    Each count travels in one word of 8 bytes together with the epoch: it is complete when it is there, and needs no flag behind it. Nothing
-    else is read here that a peer has stored; the kernels that follow see, as after any kernel, what this one has seen.
-    After a fault nothing has a place: offsets are M, and the batch is empty.
+    Each count travels in one word of 8 bytes together with the epoch: it is complete when it is there, and needs no flag behind it.
+    Nothing else is read here that a peer has stored; the kernels that follow see, as after any kernel, what this one has seen. After a
+    fault nothing has a place: offsets are M, and the batch is empty.
 
     Example: rank 1 of 2, M=5, L=1, counts [2, 4] of rank 0 and [1, 3] of rank 1: rank 1's rows begin at row 2 of expert 0 and row 4 of
     expert 1; of expert 1, which is rank 1's, min(4 + 3, 5) = 5 rows are valid and 2 have no place.
@@ -61,11 +61,11 @@ def exchange_counts_kernel(
     # the number of the call travels behind the counts
     width = experts + 1
     upper = epoch.to(tl.int64) << 32
-    count_words = upper | tl.load(counts_ptr + expert, mask=inside, other=0)
+    mine = upper | tl.load(counts_ptr + expert, mask=inside, other=0)
     theirs = tl.load(peers_ptr + peer, mask=present, other=0) + (words_offset + 8 * rank * width)
     theirs = theirs.to(tl.pointer_type(tl.int64))
     # all stores, and later all loads, are in flight at once
-    tl.store(theirs[:, None] + expert[None, :], tl.broadcast_to(count_words[None, :], (LANES, EXPERTS)), mask=everyone)
+    tl.store(theirs[:, None] + expert[None, :], tl.broadcast_to(mine[None, :], (LANES, EXPERTS)), mask=everyone)
     tl.store(theirs + experts, tl.zeros((LANES,), tl.int64) + (upper | call), mask=present)
 
     words = peer_block(peers_ptr, rank, words_offset, tl.int64) + peer * width
@@ -74,20 +74,21 @@ def exchange_counts_kernel(
     waited = started - started
     missing = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
-    counts = tl.zeros((LANES, EXPERTS), tl.int64)
-    calls = tl.zeros((LANES, 1), tl.int64)
+    counts = tl.zeros((LANES, EXPERTS), tl.int32)
+    calls = tl.zeros((LANES, 1), tl.int32)
     while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
         fault = load_fault(abort_ptr)
-        counts = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True)
-        calls = tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True)
-        late = tl.where(everyone, behind(counts, epoch), 0) | tl.where(present[:, None], behind(calls, epoch), 0)
+        count_words = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True)
+        call_words = tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True)
+        late = tl.where(everyone, behind(count_words, epoch), 0) | tl.where(present[:, None], behind(call_words, epoch), 0)
+        counts, calls = count_words.to(tl.int32), call_words.to(tl.int32)
         missing = tl.min(tl.min(tl.where(late > 0, peer[:, None], ranks), axis=1), axis=0)
         waited = (globaltimer() - started) >> 10
     fault = end_wait(peers_ptr, abort_offset, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
 
-    strangers = tl.sum(tl.sum((present[:, None] & (calls.to(tl.int32) != call)).to(tl.int32), axis=1), axis=0)
+    strangers = tl.sum(tl.sum((present[:, None] & (calls != call)).to(tl.int32), axis=1), axis=0)
     # whatever came, the sums stay in int32 and in order
-    counts = tl.where(everyone, tl.minimum(tl.maximum(counts.to(tl.int32), 0), 1 << 24), 0)
+    counts = tl.where(everyone, tl.minimum(tl.maximum(counts, 0), 1 << 24), 0)
     before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)
     wanted = tl.sum(counts, axis=0)
     placed = tl.minimum(wanted, capacity)

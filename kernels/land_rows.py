@@ -98,8 +98,8 @@ def land_rows(
 ) -> None:
     """values: (L, M, H), notes (L, M, words) int32: as `push_tokens` on all ranks left them. num_tokens: (L,) int32.
 
-    Written for the valid rows: values of rows that were not sent themselves, scales (L, M, G) with strides (M*G, 1, M), sources (L, M) int64, and
-    destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries.
+    Written for the valid rows: values of rows that were not sent themselves, scales (L, M, G) with strides (M*G, 1, M), sources (L, M)
+    int64, and destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries.
 
     expected_rows: of an expert, a guess by which the launch is sized.
     """

@@ -4,9 +4,9 @@ T tokens, K top-k, W ranks, E experts, L local experts, M rows of an expert's bu
 `symmetric.py`.
 
 Scales can't be stored straight: in the batch the scales of a row lie M numbers apart, and single 4-byte stores to another rank cost more
-than the row itself. They travel side by side in the row's note, and the receiver transposes them (`land_rows.py`). A note is int32
-words: G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the leader, and the row whose values
-and scales were sent; and, for reduce="per_rank", in the leader's note, the token's K rows on its rank (-1 for the others), padded to a
+than the row itself. They travel side by side in the row's note, and the receiver transposes them (`land_rows.py`). A note is int32 words:
+G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the leader, and the row whose values and
+scales were sent; and, for reduce="per_rank", in the leader's note, the token's K rows on its rank (-1 for the others), padded to a
 multiple of 4, and its K weights (float32), likewise. The leader of a row is the row of the first of the token's entries on the same rank,
 itself if it is the first.
 """

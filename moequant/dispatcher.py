@@ -49,8 +49,8 @@ class MoEQuantDispatcher:
         is not initialised. Rank r of the group holds experts r * L .. r * L + L - 1.
     num_experts, top_k, hidden_size, max_tokens_per_rank: E, K, H and the largest T of any rank and call. E must be divisible by W.
     quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or "none" for bfloat16 rows without scales.
-    transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory: NVIDIA GPUs
-        of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
+    transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory: NVIDIA
+        GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
     exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once to each
         rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
     capacity: M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow unless tokens name an expert
@@ -178,8 +178,8 @@ class MoEQuantDispatcher:
     def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0) -> DispatchHandle:
         """The first half of `dispatch`: sends this rank's rows, and does not wait for the others' to arrive. Collective.
 
-        Other work can be queued between it and `dispatch_recv`. With transport "symmetric" it does wait for the other ranks' counts, which
-        say where the rows go, and so for the ranks to come to this call. The transports that can't part the two do all of it here.
+        Other work can be queued between it and `dispatch_recv`. With transport "symmetric" it does wait for the other ranks' counts,
+        which say where the rows go, and so for the ranks to come to this call. The transports that can't part the two do all of it here.
         Arguments and errors as for `dispatch`.
         """
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot)

@@ -21,8 +21,8 @@ class PeerMemory:
 
     local: (nbytes,) uint8, this rank's. pointers: (W,) int64 on the device, where each rank's begins in this process's address space.
 
-    On GPUs it comes from torch.distributed._symmetric_memory. On a CPU, where interpreted kernels are tested, each rank's is a file that all
-    of them map.
+    On GPUs it comes from torch.distributed._symmetric_memory. On a CPU, where interpreted kernels are tested, each rank's is a file that
+    all of them map.
     """
 
     def __init__(self, group: dist.ProcessGroup, nbytes: int, device: torch.device) -> None:

@@ -6,10 +6,10 @@
                land_rows        transposes scales, fills in sources, copies tokens that came once for several experts
     combine    "exact", pulled  a flag round, then `combine` reads the rows where they lie
                "exact", pushed  whoever makes the rows stores them to `handle.destinations`; a flag round, then a local `combine`
-               "per_rank"       push_partial_sums sums what this rank holds of a token, and stores it at the token's rank; a local `combine`
+               "per_rank"       push_partial_sums sums what this rank holds of a token and stores it at its rank; a local `combine`
 
-Why no buffer is overwritten too early stands in `kernels/symmetric.py`, with flags, epochs and faults. Nothing here syncs with the host, so
-a CUDA graph can hold all of it.
+Why no buffer is overwritten too early stands in `kernels/symmetric.py`, with flags, epochs and faults. Nothing here syncs with the host,
+so a CUDA graph can hold all of it.
 
 T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, H hidden size, G groups.
 """
