@@ -113,13 +113,13 @@ class Load:
 
 
 def busiest(config: DispatcherConfig, ids: Tensor, placed: Tensor, exchange: str | None) -> Load:
-    """The load that `all_ids` makes, the largest of each figure over ranks. exchange: None where nothing is sent."""
+    """The load that `all_ids` makes, the largest of each figure over ranks. exchange: of the collective transport."""
     counts = torch.bincount(placed[placed >= 0].long(), minlength=config.num_experts).view(config.world_size, -1)
     rows, experts = int(counts.sum(1).max()), int((counts > 0).sum(1).max())
     value_bytes, out_bytes = config.hidden_size * config.dtype.itemsize, 2 * config.hidden_size
     groups, others = config.num_groups if config.quantized else 0, config.world_size - 1
     own = ids.shape[1], rows, experts
-    if exchange is None:
+    if config.transport == "local":
         return Load(*own, 0, 0)
     if exchange == "padded":
         # scales and a source for each row, used or not
@@ -130,7 +130,8 @@ def busiest(config: DispatcherConfig, ids: Tensor, placed: Tensor, exchange: str
     # a token travels to each rank that it reaches, placed or not: tokens by (source, target)
     reaches = (ids.unsqueeze(-1) // config.num_local_experts == ranks).any(2).sum(1)
     travels = reaches - reaches.diag().diag()
-    sent = int(travels.sum(1).max()) * message_bytes(config)
+    token_bytes = message_bytes(config) if exchange == "packed" else value_bytes + 4 * groups
+    sent = int(travels.sum(1).max()) * token_bytes
     if config.per_rank:
         return Load(*own, sent, int(travels.sum(0).max()) * out_bytes)
     owners = torch.where(placed >= 0, placed // config.num_local_experts, -1)
@@ -154,7 +155,6 @@ class Layer:
         self.tokens = tokens
         self.iters = options.iters
         self.exchange = choose_exchange(config) if isinstance(self.dispatcher._transport, CollectiveTransport) else None
-        self.transport = "collective" if self.exchange else "local" if config.world_size == 1 else config.transport
         self.in_graph = device.type == "cuda" and self.exchange != "packed"
 
     def __call__(self) -> Tensor:
@@ -163,7 +163,7 @@ class Layer:
     def case(self, options: argparse.Namespace, kind: str) -> dict[str, Any]:
         config = self.config
         case = {"T": options.num_tokens, "H": options.hidden, "I": options.intermediate, "E": config.num_experts, "K": config.top_k}
-        case |= {"W": config.world_size, "quant": config.quant, "transport": self.transport}
+        case |= {"W": config.world_size, "quant": config.quant, "transport": config.transport}
         case |= {"exchange": self.exchange, "reduce": config.reduce, "routing": kind}
         # as it is rounded
         case |= {"capacity": config.max_rows if config.capacity is not None else None}
@@ -182,22 +182,29 @@ class Layer:
 
     def steps(self) -> dict[str, Callable[[], Any]]:
         """Every step alone, on what the step before it left, and the whole. Dispatch comes after combine, whose handle it makes stale."""
-        dispatcher, experts, hidden = self.dispatcher, self.experts, self.tokens.hidden
+        config, dispatcher, experts, hidden = self.config, self.dispatcher, self.experts, self.tokens.hidden
         steps: dict[str, Callable[[], Any]] = {}
-        if self.config.quantized:
+        if config.quantized:
             q = quantize_expert_batch(hidden[None], dtype=self.config.dtype)
             out: dict[str, Any] = {"values": q.values, "scales": q.scales}
             steps["quantize"] = lambda: quantize_expert_batch(hidden[None], dtype=q.values.dtype, **out)
         batch, handle = dispatcher.dispatch(*self.tokens)
         gate_up = experts.gemm1(batch)
         inner = experts.activation(gate_up, batch)
-        output, summed = experts.gemm2(inner, batch), torch.empty_like(hidden)
+        output = experts.gemm2(inner, batch, out=dispatcher.output_buffer() if config.transport == "symmetric" else None)
+        summed, slot = torch.empty_like(hidden), dispatcher._slots[0]
+
+        def combine() -> None:
+            # the same output again and again: no round of flags has to keep another one away
+            slot.answered = False
+            dispatcher.combine(output, handle, out=summed)
+
         steps["gemm1"] = lambda: experts.gemm1(batch)
         steps["silu_mul_quantize"] = lambda: experts.activation(gate_up, batch)
         if experts.fuses(batch):
             steps["gemm1_fused"] = lambda: experts.gemm1_swiglu(batch)
         steps["gemm2"] = lambda: experts.gemm2(inner, batch)
-        steps["combine"] = lambda: dispatcher.combine(output, handle, out=summed)
+        steps["combine"] = combine
         steps["dispatch"] = lambda: dispatcher.dispatch(*self.tokens)
         steps["layer"] = self
         return steps
@@ -205,6 +212,7 @@ class Layer:
     def write_trace(self, folder: Path, rounds: int = 3) -> Path:
         """Runs the layer step by step under torch's profiler, and writes a Chrome trace with a range for each step. Collective."""
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.dispatcher.device.type == "cuda")
+        buffer = self.dispatcher.output_buffer() if self.config.transport == "symmetric" else None
         with profile(activities=activities) as profiler:
             for _ in range(rounds):
                 with record_function("dispatch"):
@@ -218,7 +226,7 @@ class Layer:
                     with record_function(LABELS["silu_mul_quantize"]):
                         inner = self.experts.activation(gate_up, batch)
                 with record_function(LABELS["gemm2"]):
-                    output = self.experts.gemm2(inner, batch)
+                    output = self.experts.gemm2(inner, batch, out=buffer)
                 with record_function("combine"):
                     self.dispatcher.combine(output, handle)
             if self.dispatcher.device.type == "cuda":

@@ -73,8 +73,8 @@ def parse_options(argv: list[str] | None, world_size: int, description: str | No
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.device == "cuda" and torch.cuda.device_count() <= int(os.environ.get("LOCAL_RANK", "0")):
         parser.error(f"--device cuda needs a GPU for each rank, found {torch.cuda.device_count()}; use --device cpu or fewer ranks")
-    if options.transport == "collective" and "RANK" not in os.environ:
-        parser.error("--transport collective needs a process group; start the script with torchrun")
+    if options.transport in ("collective", "symmetric") and "RANK" not in os.environ:
+        parser.error(f"--transport {options.transport} needs a process group; start the script with torchrun")
     for name in (*SIZES, "iters"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")

@@ -126,8 +126,8 @@ class Run:
             elif kind != options.routing:
                 self.run_case(layer, kind, EXCHANGE)
         if options.quant != "none":
+            changes = {"quant": "none"} | ({"exchange": "packed"} if layer.exchange else {})
             del layer
-            changes = {"quant": "none"} | ({"exchange": "packed"} if self.world_size > 1 else {})
             self.run_case(self.make_layer(**changes), options.routing, ("layer",))
         if not self.passed and self.rank == 0:
             print("the result is wrong, past its tolerance", file=sys.stderr)
