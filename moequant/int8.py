@@ -110,7 +110,7 @@ def int8_addmm(
     check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     _check_product(a, a_s, b, b_s, bias)
     out = torch.empty(*a.shape[:-1], b.shape[0], dtype=out_dtype, device=a.device)
-    torch.ops.moequant.int8_addmm(_rows(a), _rows(a_s), b, b_s.contiguous(), bias, _rows(out))
+    torch.ops.moequant.int8_addmm(_rows(a), _rows(a_s), b, b_s.contiguous(), bias, _rows(out), None, 128)
     return out
 
 

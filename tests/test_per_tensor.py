@@ -185,7 +185,7 @@ X, V = torch.ones(2, 3), torch.ones(2, 3).to(E4M3)
 WRONG = {
     "integers": (lambda: quantize_fp8(X.int()), "x must be torch.bfloat16 or"),
     "a scale of zero": (lambda: quantize_fp8(X, 0.0), "scale must be a positive scalar, got 0.0"),
-    "a negative scale": (lambda: quantize_fp8(X, torch.tensor(-1.0)), "scale must be a positive scalar, got -1.0"),
+    "a negative scale": (lambda: quantize_fp8(X, torch.tensor(-1.0, device=X.device)), "scale must be a positive scalar, got -1.0"),
     "an infinite scale": (lambda: quantize_fp8(X, math.inf), "scale must be a positive scalar, got inf"),
     "a NaN scale": (lambda: quantize_fp8(X, math.nan), "scale must be a positive scalar, got nan"),
     "several scales": (

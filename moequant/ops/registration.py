@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -22,7 +23,7 @@ def uses_kernels(x: Tensor) -> bool:
 def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
     """Registers a function that only writes into its arguments as `torch.ops.moequant.<its name>`, and returns its plain form.
 
-    Kernels are launched on the device of the first argument, whichever is current.
+    The registered form has no defaults. Kernels are launched on the device of the first argument, whichever is current.
     """
 
     def register(function: Function) -> Function:
@@ -31,7 +32,8 @@ def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
             with torch.cuda.device_of(x):
                 function(x, *args, **kwargs)
 
-        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        # torch 2.11 leaves out trailing arguments that equal their defaults, and then misses those that are written
+        schema = re.sub(r"=[^,)]+", "", torch.library.infer_schema(function, mutates_args=mutates))
         operation = torch.library.custom_op(f"moequant::{function.__name__}", on_device, mutates_args=mutates, schema=schema)
         operation.register_fake(lambda *args, **kwargs: None)
         return cast(Function, on_device)
