@@ -41,8 +41,8 @@ def land_rows_kernel(
 ):
     """Tiles of BLOCK valid rows and BLOCK_G groups of columns are dealt to the programs in turn.
 
-    Example: M=8, L=2, NOTE=4: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2, leader 3, sent 3,
-    then sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
+    Example: M=8, L=2, NOTE=4: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2, leader 3, then
+    sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
     """
     await_previous(EARLY)
     counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, BLOCK, EXPERTS, True)
@@ -56,7 +56,7 @@ def land_rows_kernel(
         there = row < count
         flat = expert.to(tl.int64) * capacity + row
         note = notes_ptr + flat * NOTE + SCALES
-        copied = tl.load(note + 3, mask=there, other=0)
+        leader = tl.load(note + 2, mask=there, other=0)
         if first_group == 0:
             entry = tl.load(note, mask=there, other=0)
             source = tl.load(note + 1, mask=there, other=0)
@@ -66,19 +66,19 @@ def land_rows_kernel(
                 known = there & (source >= 0) & (source < ranks) & (entry >= 0) & (entry < entries)
                 returns = tl.load(peers_ptr + source, mask=known, other=0) + returns_offset
                 tl.store(destinations_ptr + flat, returns + entry.to(tl.int64) * return_bytes, mask=known)
-        there = there & (copied >= 0) & (copied < local_experts * capacity)
-        copied = copied.to(tl.int64)
+        there = there & (leader >= 0) & (leader < local_experts * capacity)
+        leader = leader.to(tl.int64)
         if SCALES > 0:
             group = first_group + tl.arange(0, BLOCK_G)
             scaled = there[:, None] & (group < groups)[None, :]
-            scales = tl.load(notes_ptr + copied[:, None] * NOTE + group[None, :], mask=scaled, other=0)
+            scales = tl.load(notes_ptr + leader[:, None] * NOTE + group[None, :], mask=scaled, other=0)
             at = (expert * groups + group).to(tl.int64)[None, :] * capacity + row[:, None]
             tl.store(scales_ptr + at, scales.to(tl.float32, bitcast=True), mask=scaled)
-        follows = there & (copied != flat)
+        follows = there & (leader != flat)
         if tl.max(follows.to(tl.int32), axis=0) > 0:
             byte = first_group * (128 * WIDTH) + tl.arange(0, BLOCK_G * 128 * WIDTH)
             inside = follows[:, None] & (byte < columns * WIDTH)[None, :]
-            values = tl.load(values_ptr + copied[:, None] * columns * WIDTH + byte[None, :], mask=inside, other=0)
+            values = tl.load(values_ptr + leader[:, None] * columns * WIDTH + byte[None, :], mask=inside, other=0)
             tl.store(values_ptr + flat[:, None] * columns * WIDTH + byte[None, :], values, mask=inside)
 
 
@@ -98,7 +98,7 @@ def land_rows(
 ) -> None:
     """values: (L, M, H), notes (L, M, words) int32: as `push_tokens` on all ranks left them. num_tokens: (L,) int32.
 
-    Written for the valid rows: values of rows that were not sent themselves, scales (L, M, G) with strides (M*G, 1, M), sources (L, M)
+    Written for the valid rows: values of rows that don't lead, scales (L, M, G) with strides (M*G, 1, M), sources (L, M)
     int64, and destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries.
 
     expected_rows: of an expert, a guess by which the launch is sized.

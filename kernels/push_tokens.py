@@ -5,10 +5,9 @@ T tokens, K top-k, W ranks, E experts, L local experts, M rows of an expert's bu
 
 Scales can't be stored straight: in the batch the scales of a row lie M numbers apart, and single 4-byte stores to another rank cost more
 than the row itself. They travel side by side in the row's note, and the receiver transposes them (`land_rows.py`). A note is int32 words:
-G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the leader, and the row whose values and
-scales were sent; and, for reduce="per_rank", in the leader's note, the token's K rows on its rank (-1 for the others), padded to a
-multiple of 4, and its K weights (float32), likewise. The leader of a row is the row of the first of the token's entries on the same rank,
-itself if it is the first.
+G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the leader, a spare; and, for
+reduce="per_rank", in the leader's note, the token's K rows on its rank (-1 for the others), padded to a multiple of 4, and its K weights
+(float32), likewise. The leader of a row is the row of the first of the token's entries on the same rank, itself if it is the first.
 """
 
 from __future__ import annotations
@@ -77,7 +76,6 @@ def push_tokens_kernel(
     K: tl.constexpr,
     TOPK_LANES: tl.constexpr,
     PER_RANK: tl.constexpr,
-    ONCE: tl.constexpr,
     WAIT: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -85,7 +83,7 @@ def push_tokens_kernel(
 ):
     """Program (t, b) does groups b * BLOCK_G.. of token t. The last program tells all ranks, and, with WAIT, waits for them.
 
-    ONCE: only the first row of a token on a rank gets its values and scales; `land_rows` copies them to the others.
+    Only the first row of a token on a rank, the leader, gets its values and scales; `land_rows` copies them to the others.
     NOTE: words of a note, of which the first SCALES hold scales.
 
     Example: W=2, L=2, M=8, ids[t] [3, 0, 2], slots[t] [0, 1, 0], offsets [4, 0, 8, 5]. Entry 0 goes to row 5 of expert 3, row
@@ -148,15 +146,14 @@ def push_tokens_kernel(
                 leads = leaders[k] == rows[k]
                 note = peer_block(peers_ptr, owner, notes_offset, tl.int32)
                 note = tl.multiple_of(note + local_row * NOTE, 16)
-                if leads or not ONCE:
+                if leads:
                     block = peer_block(peers_ptr, owner, values_offset, VALUE)
                     tl.store(block + local_row * columns + column, values, mask=inside)
                     if QUANTIZED:
                         tl.store(note + group, scales.to(tl.int32, bitcast=True), mask=group * 128 < columns)
                 if first_block:
                     leader = leaders[k] - owner * rows_of_rank
-                    sent = leader if ONCE else local_row.to(tl.int32)
-                    words = tl.where(word == 0, token * K + k, tl.where(word == 1, rank, tl.where(word == 2, leader, sent)))
+                    words = tl.where(word == 0, token * K + k, tl.where(word == 1, rank, tl.where(word == 2, leader, 0)))
                     tl.store(note + SCALES + word, words)
                     if PER_RANK and leads:
                         for other in tl.static_range(K):
@@ -207,7 +204,6 @@ def push_tokens(
     local_experts: int,
     capacity: int,
     dtype: torch.dtype,
-    once: bool,
     wait: bool,
     limit: int,
     *,
@@ -267,7 +263,6 @@ def push_tokens(
         K=top_k,
         TOPK_LANES=triton.next_power_of_2(top_k),
         PER_RANK=topk_weights is not None,
-        ONCE=once,
         WAIT=wait,
         EARLY=early,
         BLOCK_G=block_g,

@@ -279,7 +279,7 @@ def exchange_counts() -> None:
     )
 
 
-def push_tokens(dtype: torch.dtype, tokens: int = 128, once: bool = True, per_rank: bool = False) -> None:
+def push_tokens(dtype: torch.dtype, tokens: int = 128, per_rank: bool = False) -> None:
     entries = empty(tokens, 8, dtype=torch.int32)
     push_tokens_module.push_tokens(
         empty(tokens, 7168),
@@ -296,7 +296,6 @@ def push_tokens(dtype: torch.dtype, tokens: int = 128, once: bool = True, per_ra
         local_experts=32,
         capacity=1024,
         dtype=dtype,
-        once=once,
         wait=True,
         **peer_arguments(),
         **({} if dtype == BF16 else ops.quantize_settings(empty(1, dtype=dtype), "default", None)),
@@ -451,7 +450,7 @@ CASES = {
     "partials": cases(partials, {"listed": False}, {"listed": True}, wide=False),
     "exchange_counts": cases(exchange_counts, {}, wide=False, may_spill=True, nvidia=True),
     "push_tokens": [
-        *cases(push_tokens, *each_format(BF16), {"dtype": E4M3, "once": False}, nvidia=True),
+        *cases(push_tokens, *each_format(BF16), nvidia=True),
         *cases(push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, nvidia=True),
     ],
     "land_rows": cases(land_rows, {"dtype": INT8}, {"dtype": BF16}),

@@ -34,8 +34,6 @@ from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, ro
 PHASES = ("say how many rows it sends", "send its rows", "finish its experts' output")
 # the first call compiles kernels, each rank at its own speed
 WARM_UP_SECONDS = 600.0
-# Up to so many tokens of this rank, one row for each expert is sent and nothing copied: see benchmarks/notes_transport.md.
-SEND_ONCE_FROM = 1
 
 
 def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
@@ -160,13 +158,15 @@ class SymmetricTransport(Transport):
 
     def _send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, wait: bool) -> Tensor:
         """Returns rows (T, K) int32: the row of each entry among all ranks' E * M rows, -1 where there is none."""
-        from moequant.kernels.exchange_counts import exchange_counts
-        from moequant.kernels.push_tokens import push_tokens
-
-        config, tokens = self.config, hidden_states.shape[0]
-        slots, rows = slot["slots"][:tokens], slot["rows"][:tokens]
         slot.answered = False
-        ops.route(topk_ids, slots, slot["counts"], status=self.status)
+        ops.route(topk_ids, slot["slots"][: len(topk_ids)], slot["counts"], status=self.status)
+        self._exchange(slot)
+        return self._push(hidden_states, topk_ids, topk_weights, slot, wait)
+
+    def _exchange(self, slot: Slot) -> None:
+        """From this rank's counts to the places of its rows, and the rows of this rank's experts."""
+        from moequant.kernels.exchange_counts import exchange_counts
+
         exchange_counts(
             slot["counts"],
             slot["row_offsets"],
@@ -178,15 +178,22 @@ class SymmetricTransport(Transport):
             self._offset(slot, "count_words"),
             self.abort_offset,
             self.rank,
-            config.max_rows,
+            self.config.max_rows,
             slot.call,
             self.limit,
         )
+
+    def _push(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, wait: bool) -> Tensor:
+        """Stores this rank's rows at their places. Returns rows, as `_send`."""
+        from moequant.kernels.push_tokens import push_tokens
+
+        config, tokens = self.config, len(topk_ids)
+        rows = slot["rows"][:tokens]
         settings = quantize_settings(slot["values"], config.recipe, None) if config.quantized else {}
         push_tokens(
             hidden_states,
             topk_ids,
-            slots,
+            slot["slots"][:tokens],
             topk_weights if config.per_rank else None,
             slot["row_offsets"],
             rows,
@@ -204,7 +211,6 @@ class SymmetricTransport(Transport):
             config.num_local_experts,
             config.max_rows,
             config.dtype,
-            tokens >= SEND_ONCE_FROM,
             wait,
             self.limit,
             **settings,

@@ -1,0 +1,126 @@
+"""What ranks that are left learn of one that is lost or late, and that they can go on without it.
+
+On a CPU in Triton's interpreter, in processes that share memory; on GPUs (`multigpu`) the same.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
+from trials import stand_in
+
+from moequant import MoEQuantDispatcher, PeerTimeoutError
+from moequant.testing import assert_bit_equal, in_one_process, run_ranks
+
+TIMEOUT = 2.0
+
+
+def settings_for(ranks: int) -> dict[str, Any]:
+    """For so many ranks, and for one less."""
+    return {"num_experts": ranks * (ranks - 1), "top_k": 2, "hidden_size": 96, "max_tokens_per_rank": 8}
+
+
+def install_interpreter() -> None:
+    import interpreter
+
+    interpreter.install()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+
+
+def tokens_of(rank: int, experts: int, device: str) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.rand(8, experts, generator=generator).argsort(1)[:, :2].contiguous()
+    hidden, weights = torch.randn(8, 96, generator=generator).bfloat16(), torch.rand(8, 2, generator=generator)
+    return [hidden.to(device), ids.to(device), weights.to(device)]
+
+
+def two_calls(dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], output: torch.Tensor) -> None:
+    for _ in range(2):
+        _, handle = dispatcher.dispatch(*inputs)
+        dispatcher.combine(output, handle)
+        dispatcher.check()
+
+
+def run_with_a_lost_rank(rank: int, ranks: int, how: str, device: str, store: str) -> tuple[int | None, float, bool] | None:
+    """The last rank is lost, or late. The others return whom they blame, how long it took, and whether their sums became NaN."""
+    device = device.format(rank=rank)
+    settings = settings_for(ranks)
+    inputs = tokens_of(rank, settings["num_experts"], device)
+    dispatcher = MoEQuantDispatcher(**settings, transport="symmetric", device=device, timeout=TIMEOUT)
+    local = dispatcher.config.num_local_experts
+    batch, handle = dispatcher.dispatch(*inputs)
+    output = stand_in(batch, rank * local)
+    dispatcher.combine(output, handle)
+    if rank == ranks - 1:
+        if how == "killed":
+            os._exit(1)
+        if how == "killed after dispatch":
+            dispatcher.dispatch(*inputs)
+            os._exit(1)
+        time.sleep(3 * TIMEOUT)
+        return None
+    start = time.monotonic()
+    with pytest.raises(PeerTimeoutError, match="of the group did not") as raised:
+        two_calls(dispatcher, inputs, output)
+    took = time.monotonic() - start
+    # what was queued before anybody noticed, or is in a graph
+    out, slot = torch.zeros_like(inputs[0]), dispatcher._slots[0]
+    dispatcher._transport.combine(output, inputs[2], out, slot, slot["rows"][: len(out)])
+    # a fault stays, and later calls return at once
+    start = time.monotonic()
+    with pytest.raises(PeerTimeoutError, match="lost a rank earlier"):
+        dispatcher.dispatch(*inputs)
+    assert time.monotonic() - start < 1.0
+    dispatcher.close()
+    if how != "late":
+        go_on(rank, ranks - 1, settings, device, store)
+    return raised.value.rank, took, bool(out.isnan().all())
+
+
+def go_on(rank: int, ranks: int, settings: dict[str, Any], device: str, store: str) -> None:
+    """The ranks that are left build a group, whose store nobody lost holds, and get right results."""
+    dist.destroy_process_group()
+    backend = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo"
+    dist.init_process_group(backend, store=FileStore(store, ranks), rank=rank, world_size=ranks)
+    with MoEQuantDispatcher(**settings, transport="symmetric", device=device) as dispatcher:
+        local = dispatcher.config.num_local_experts
+        hidden, ids, weights = tokens_of(rank, settings["num_experts"], device)
+        out = dispatcher(hidden, ids, weights, lambda batch: stand_in(batch, rank * local))
+    everyone = [tokens_of(peer, settings["num_experts"], "cpu") for peer in range(ranks)]
+    _, outputs, _ = in_one_process(settings, everyone, stand_in)
+    assert_bit_equal(out.cpu(), outputs[rank])
+
+
+def check_survivors(results: list[Any], ranks: int) -> None:
+    for blamed, took, all_nan in results[:-1]:
+        assert blamed == ranks - 1
+        assert took < TIMEOUT + 2.0
+        assert all_nan
+
+
+@pytest.mark.parametrize("how", ["killed", "killed after dispatch", "late"])
+def test_survivors_blame_the_same_rank_in_time_and_go_on(how, interpreted, tmp_path):
+    arguments = (how, "cpu", str(tmp_path / "store"))
+    check_survivors(run_ranks(run_with_a_lost_rank, 3, *arguments, may_die=(2,), setup=install_interpreter), 3)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("ranks", [3, 4, 8])
+@pytest.mark.parametrize("how", ["killed", "killed after dispatch", "late"])
+def test_survivors_on_gpus_blame_the_same_rank_in_time_and_go_on(how, ranks, tmp_path):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    arguments = (how, "cuda:{rank}", str(tmp_path / "store"))
+    results = run_ranks(run_with_a_lost_rank, ranks, *arguments, may_die=(ranks - 1,), backend="cpu:gloo,cuda:nccl", timeout=90)
+    check_survivors(results, ranks)

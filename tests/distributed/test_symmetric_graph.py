@@ -1,0 +1,177 @@
+"""CUDA graphs of the symmetric transport, replayed many times over many inputs, and input that no user should give.
+
+MOEQUANT_REPLAYS sets how many replays there are; the default is small.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from trials import stand_in
+
+from moequant import CapacityOverflowError, InvalidExpertIdError, MoEQuantDispatcher
+from moequant.testing import assert_bit_equal, in_one_process, run_ranks
+
+REPLAYS = int(os.environ.get("MOEQUANT_REPLAYS", "2000"))
+POOL, TOKENS, HIDDEN, TOP_K = 64, 16, 256, 4
+BACKEND = "cpu:gloo,cuda:nccl"
+pytestmark = pytest.mark.multigpu
+
+
+def settings_for(ranks: int, reduce: str = "exact") -> dict[str, Any]:
+    return {
+        "num_experts": 8 * ranks,
+        "top_k": TOP_K,
+        "hidden_size": HIDDEN,
+        "max_tokens_per_rank": TOKENS,
+        "reduce": reduce,
+    }
+
+
+def pool_of(rank: int, ranks: int, hot: bool) -> list[torch.Tensor]:
+    """POOL inputs of a rank, stacked: hidden states, ids, weights. hot: in every second input all tokens name expert 0 first."""
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.rand(POOL, TOKENS, 8 * ranks, generator=generator)
+    if hot:
+        ids[::2, :, 0] = -1.0
+    ids = ids.argsort(2)[..., :TOP_K].contiguous()
+    ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
+    hidden = torch.randn(POOL, TOKENS, HIDDEN, generator=generator).bfloat16()
+    tensors = [hidden, ids, torch.rand(POOL, TOKENS, TOP_K, generator=generator)]
+    return [tensor.to(f"cuda:{rank}") for tensor in tensors]
+
+
+def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str) -> int:
+    """Replays a graph that takes the next input of the pool, does a layer, and counts the numbers that differ from what the
+    collective transport gave. late: one rank waits now and then. Returns the count."""
+    settings, first = settings_for(ranks, reduce), 8 * rank
+    pool = pool_of(rank, ranks, hot=True)
+    with MoEQuantDispatcher(**settings, transport="collective", exchange="padded") as dispatcher:
+        expected = torch.stack([dispatcher(h, i, w, lambda batch: stand_in(batch, first)) for h, i, w in zip(*pool, strict=True)])
+    with MoEQuantDispatcher(**settings, transport="symmetric") as dispatcher:
+        turn = torch.zeros(1, dtype=torch.int64, device=f"cuda:{rank}")
+        wrong = torch.zeros(1, dtype=torch.int64, device=f"cuda:{rank}")
+        out = torch.empty_like(expected[0])
+
+        def step() -> None:
+            hidden, ids, weights = (tensor.index_select(0, turn % POOL)[0] for tensor in pool)
+            batch, handle = dispatcher.dispatch(hidden, ids, weights)
+            output = dispatcher.output_buffer().copy_(stand_in(batch, first))
+            out.fill_(torch.nan)
+            dispatcher.combine(output, handle, out=out)
+            wrong.add_((out.view(torch.int16) != expected.index_select(0, turn % POOL)[0].view(torch.int16)).sum())
+            turn.add_(1)
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        sleeper = random.Random(7)
+        for _ in range(replays):
+            # the same draw on every rank says which one is late
+            who, cycles = sleeper.randrange(ranks), sleeper.randrange(200_000)
+            if late and who == rank:
+                torch.cuda._sleep(cycles)
+            graph.replay()
+        dispatcher.check()
+        assert int(turn) == replays + 1
+        return int(wrong)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+def test_replays_over_a_pool_of_inputs_give_what_the_collective_transport_gives(ranks, reduce):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    assert run_ranks(run_replays, ranks, REPLAYS, False, reduce, backend=BACKEND, timeout=400) == [0] * ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_rank_that_is_late_at_random_changes_no_bit(ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    assert run_ranks(run_replays, ranks, 1000, True, "exact", backend=BACKEND, timeout=400) == [0] * ranks
+
+
+def run_hostile_ids(rank: int, ranks: int, trials: int) -> None:
+    """Ids from all of int32 or int64: none becomes an address, and all are counted."""
+    device, local = f"cuda:{rank}", 8
+    for trial in range(trials):
+        generator = torch.Generator().manual_seed(trial * ranks + rank)
+        dtype = (torch.int32, torch.int64)[trial % 2]
+        limits = torch.iinfo(dtype)
+        ids = torch.rand(TOKENS, 8 * ranks, generator=generator).argsort(1)[:, :TOP_K].to(dtype)
+        wild = torch.randint(limits.min, limits.max, ids.shape, generator=generator, dtype=dtype)
+        edges = torch.tensor([limits.min, limits.max, -2, 8 * ranks, 2**31 - 1, -(2**31)], dtype=torch.int64).to(dtype)
+        wild = torch.where(torch.rand(ids.shape, generator=generator) < 0.5, wild, edges[torch.randint(0, 6, ids.shape)])
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, wild, ids)
+        tamed = torch.where((ids >= 0) & (ids < 8 * ranks), ids, -1)
+        invalid = int(((tamed < 0) & (ids != -1)).sum())
+        hidden = torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16()
+        weights = torch.rand(TOKENS, TOP_K, generator=generator)
+        everyone: list[Any] = [None] * ranks
+        dist.all_gather_object(everyone, [hidden, tamed.long(), weights])
+        dispatcher = MoEQuantDispatcher(**settings_for(ranks), transport="symmetric", slots=2)
+        # canaries: rows of the other slot, and rows that are not valid
+        for slot in dispatcher._slots:
+            slot["values"].view(torch.uint8).fill_(0x55)
+        dist.barrier()
+        batch, handle = dispatcher.dispatch(hidden.to(device), ids.to(device), weights.to(device))
+        out = dispatcher.combine(stand_in(batch, local * rank), handle)
+        if invalid:
+            with pytest.raises(InvalidExpertIdError, match=f"{invalid} entries"):
+                dispatcher.check()
+        expected, outputs, _ = in_one_process(settings_for(ranks), everyone, stand_in)
+        assert_bit_equal(batch.num_tokens.cpu(), expected.num_tokens[local * rank : local * (rank + 1)])
+        assert_bit_equal(out.cpu(), outputs[rank])
+        assert bool((dispatcher._slots[1]["values"].view(torch.uint8) == 0x55).all())
+        rows = torch.arange(batch.values.shape[1], device=device)
+        assert bool((batch.values.view(torch.uint8)[rows >= batch.num_tokens[:, None]] == 0x55).all())
+        dispatcher.close()
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_hostile_ids_are_counted_and_never_addresses(ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    run_ranks(run_hostile_ids, ranks, 20, backend=BACKEND, timeout=120)
+
+
+def run_slots(rank: int, ranks: int) -> None:
+    """Two micro-batches in flight, each in its slot, the halves of one around those of the other; and an overflow."""
+    device, local, inputs = f"cuda:{rank}", 8, [pool_of(peer, ranks, hot=False) for peer in range(ranks)]
+    with MoEQuantDispatcher(**settings_for(ranks), transport="symmetric", slots=2) as dispatcher:
+        for trial in range(20):
+            pair = [[tensor[2 * trial + slot].to(device) for tensor in inputs[rank]] for slot in range(2)]
+            handles = [dispatcher.dispatch_send(*pair[slot], slot=slot) for slot in range(2)]
+            outputs = [stand_in(dispatcher.dispatch_recv(handle), local * rank) for handle in handles]
+            for output, handle in zip(outputs, handles, strict=True):
+                dispatcher.combine_send(output, handle)
+            sums = [dispatcher.combine_recv(handle) for handle in reversed(handles)][::-1]
+            for slot in range(2):
+                everyone = [[tensor[2 * trial + slot].cpu() for tensor in theirs] for theirs in inputs]
+                assert_bit_equal(sums[slot].cpu(), in_one_process(settings_for(ranks), everyone, stand_in)[1][rank])
+    with MoEQuantDispatcher(**settings_for(ranks), transport="symmetric", capacity=16) as dispatcher:
+        hidden, ids, weights = (tensor[0].to(device) for tensor in inputs[rank])
+        dispatcher.dispatch(hidden, torch.zeros_like(ids), weights)
+        with pytest.raises(CapacityOverflowError):
+            dispatcher.check()
+
+
+def test_two_slots_in_flight_do_not_disturb_each_other():
+    run_ranks(run_slots, 2, backend=BACKEND, timeout=120)
+
+
+def run_auto(rank: int, ranks: int) -> str:
+    with MoEQuantDispatcher(**settings_for(ranks)) as dispatcher:
+        return dispatcher.config.transport
+
+
+def test_auto_is_symmetric_between_gpus_of_one_host():
+    assert run_ranks(run_auto, 2, backend=BACKEND, timeout=120) == ["symmetric"] * 2

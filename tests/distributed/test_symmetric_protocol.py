@@ -1,0 +1,105 @@
+"""The symmetric transport's protocol in four processes that share memory, with random delays at every step of the interpreted kernels."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+from trials import stand_in
+
+from moequant import MoEQuantDispatcher
+from moequant.testing import assert_bit_equal, in_one_process, run_ranks
+from moequant.transport.symmetric import SymmetricTransport
+
+SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 8, "max_tokens_per_rank": 2}
+ROUNDS = 100
+
+
+def install_slow_interpreter() -> None:
+    """Triton's interpreter, in which every atomic operation, barrier and launch may take its time."""
+    from triton.runtime import interpreter as shipped
+
+    import interpreter
+
+    interpreter.install()
+    draw = random.Random()
+
+    def slow(function: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if draw.random() < 0.02:
+                time.sleep(draw.random() * 1e-3)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("create_atomic_rmw", "create_atomic_cas", "create_barrier", "create_masked_store", "create_masked_load"):
+        setattr(shipped.InterpreterBuilder, name, slow(getattr(shipped.InterpreterBuilder, name)))
+    shipped.GridExecutor.__call__ = slow(shipped.GridExecutor.__call__)
+
+
+def draw_rounds(rounds: int, ranks: int) -> list[tuple[int, int, Any, Any, Any]]:
+    """For each round: a slot, how often combine is called, all ranks' inputs, and the batch and the sums that they have to get."""
+    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
+    drawn = []
+    for _ in range(rounds):
+        inputs = []
+        for _ in range(ranks):
+            tokens = draw.randrange(3)
+            ids = torch.rand(tokens, 4, generator=generator).argsort(1)[:, :2].contiguous()
+            weights = torch.rand(tokens, 2, generator=generator)
+            inputs.append([torch.randn(tokens, 8, generator=generator).bfloat16(), ids, weights])
+        expected, outputs, _ = in_one_process(SETTINGS, inputs, stand_in)
+        # plain pickle knows no float8
+        batch = expected.num_tokens, expected.values.view(torch.uint8)
+        drawn.append((draw.randrange(2), draw.choice((0, 1, 1, 2)), inputs, batch, outputs))
+    return drawn
+
+
+def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, int, Any, Any, Any]]) -> None:
+    """The drawn rounds, each compared with one process: two slots, combines left out and done twice, ranks without tokens."""
+    del ranks
+    with MoEQuantDispatcher(**SETTINGS, transport="symmetric", slots=2, timeout=30.0) as dispatcher:
+        for number, (slot, combines, inputs, (counts, values), outputs) in enumerate(rounds):
+            batch, handle = dispatcher.dispatch(*inputs[rank], slot=slot)
+            count = int(batch.num_tokens[0])
+            assert count == int(counts[rank]), number
+            assert_bit_equal(batch.values.view(torch.uint8)[0, :count], values[rank, :count], f"round {number}")
+            output = stand_in(batch, rank)
+            for _ in range(combines):
+                assert_bit_equal(dispatcher.combine(output, handle), outputs[rank], f"round {number}")
+
+
+def test_random_delays_change_no_bit(monkeypatch):
+    rounds = draw_rounds(ROUNDS, 4)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+    run_ranks(run_rounds, 4, rounds, setup=install_slow_interpreter, timeout=150)
+
+
+def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
+    """Counts and flags alone: what every rank learns of the others' counts, and that no rank passes a round before all have come."""
+    with MoEQuantDispatcher(**SETTINGS, transport="symmetric", timeout=30.0) as dispatcher:
+        transport, slot = dispatcher._transport, dispatcher._slots[0]
+        assert isinstance(transport, SymmetricTransport)
+        hidden, weights = torch.zeros(0, 8).bfloat16(), torch.zeros(0, 2)
+        for number in range(1, rounds + 1):
+            slot.call = number
+            slot["counts"].copy_((torch.arange(4) + rank + number) % 4)
+            transport._exchange(slot)
+            assert slot["num_tokens"].tolist() == [sum((rank + peer + number) % 4 for peer in range(ranks))]
+            offsets = [sum((expert + peer + number) % 4 for peer in range(rank)) for expert in range(4)]
+            assert slot["row_offsets"].tolist() == offsets, number
+            transport._flag_round(slot, 2)
+            flags = slot["flags"][1].tolist()
+            assert all(number <= flag <= number + 1 for flag in flags), flags
+            # the exchange's own guard: nobody sends counts again before all rows are in
+            transport._push(hidden, torch.zeros(0, 2, dtype=torch.int64), weights, slot, wait=True)
+        assert int(dispatcher._status[2]) == 0
+
+
+def test_flags_keep_ranks_together_through_random_delays(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+    run_ranks(run_flag_rounds, 4, 350, setup=install_slow_interpreter, timeout=150)
