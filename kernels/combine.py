@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import num_sms
-from moequant.kernels.symmetric import EARLY_WARPS, NO_FAULT, await_previous, begins_early, launch_option, load_fault
+from moequant.kernels.symmetric import EARLY_WARPS, NO_FAULT, await_previous, begins_early, launch_option
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def combine_kernel(
     weights_ptr,
     out_ptr,
     peers_ptr,
-    abort_ptr,
+    fault_ptr,
     peer_offset,
     rows_of_rank,
     num_peers,
@@ -39,7 +39,7 @@ def combine_kernel(
     not negative.
 
     With peers_ptr, row i is row i % rows_of_rank of rank i // rows_of_rank, whose rows begin at byte peer_offset of its block of memory
-    (`symmetric.py`); y_ptr tells their type alone. With abort_ptr, every sum is NaN after a fault.
+    (`symmetric.py`); y_ptr tells their type alone. With fault_ptr, every sum is NaN after a fault.
 
     Example: K=3, rows[t] [7, -1, 2]: acc = (0 + weights[t, 0] * y[7]) + weights[t, 2] * y[2]. With rows_of_rank=4, y[7] is row 3 of
     rank 1.
@@ -74,8 +74,8 @@ def combine_kernel(
         if weights_ptr is not None:
             y = tl.sum(tl.where(lane == k, weights, 0.0), axis=0) * y
         acc = tl.where(present, acc + y, acc)
-    if abort_ptr is not None:
-        acc = tl.where(load_fault(abort_ptr) == NO_FAULT, acc, float("nan"))
+    if fault_ptr is not None:
+        acc = tl.where(tl.load(fault_ptr) == NO_FAULT, acc, float("nan"))
     written = column < columns
     if SKIPS:
         written = written & (tl.max(rows, axis=0) >= 0)
@@ -97,7 +97,7 @@ def combine_shared(
     rows: torch.Tensor,
     topk_weights: torch.Tensor | None,
     out: torch.Tensor,
-    abort: torch.Tensor,
+    fault: torch.Tensor,
     *,
     in_order: bool = False,
     peers: torch.Tensor | None = None,
@@ -106,16 +106,17 @@ def combine_shared(
 ) -> None:
     """`combine` of rows that other ranks stored, or that lie with them; out is NaN after a fault.
 
-    abort: the abort word of `symmetric.py`. in_order: the row of entry (t, k) is t * K + k, if rows[t, k] is not negative. peers: (W,)
-    int64, where each rank's block of memory begins; its rows_of_rank rows begin peer_offset bytes further on, and row i is row i %
-    rows_of_rank of rank i // rows_of_rank. Of expert_output only the type counts then.
+    fault: (1,) int32, what the last wait left (`symmetric.py`).
+    in_order: the row of entry (t, k) is t * K + k, if rows[t, k] is not negative.
+    peers: (W,) int64, where each rank's block of memory begins; its rows_of_rank rows begin peer_offset bytes further on, and row i is
+        row i % rows_of_rank of rank i // rows_of_rank. Of expert_output only the type counts then.
     """
     launch_combine(
         expert_output,
         rows,
         topk_weights,
         out,
-        abort=abort,
+        fault=fault,
         in_order=in_order,
         peers=peers,
         peer_offset=peer_offset,
@@ -131,7 +132,7 @@ def launch_combine(
     *,
     skips: bool = False,
     in_order: bool = False,
-    abort: torch.Tensor | None = None,
+    fault: torch.Tensor | None = None,
     peers: torch.Tensor | None = None,
     peer_offset: int = 0,
     rows_of_rank: int = 0,
@@ -144,14 +145,14 @@ def launch_combine(
     programs = tokens * triton.cdiv(columns, block)
     # few programs get more warps, which load less each
     warps = 8 if programs <= 4 * num_sms(out.device) else 4
-    early = abort is not None and begins_early(out.device) and programs * warps <= EARLY_WARPS * num_sms(out.device)
+    early = fault is not None and begins_early(out.device) and programs * warps <= EARLY_WARPS * num_sms(out.device)
     combine_kernel[(tokens, triton.cdiv(columns, block))](
         expert_output,
         rows,
         topk_weights,
         out,
         peers,
-        abort,
+        fault,
         peer_offset,
         rows_of_rank,
         ranks,

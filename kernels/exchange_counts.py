@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from moequant.kernels.symmetric import COUNTS, NO_FAULT, begins_early, end_wait, let_next_begin, load_fault, peer_block
+from moequant.kernels.symmetric import COUNTS, NO_FAULT, agreed, begins_early, end_wait, let_next_begin, peer_block
 
 
 @triton.jit
@@ -27,6 +27,7 @@ def exchange_counts_kernel(
     status_ptr,
     peers_ptr,
     epoch_ptr,
+    fault_ptr,
     record_ptr,
     words_offset,
     abort_offset,
@@ -52,7 +53,6 @@ def exchange_counts_kernel(
     """
     let_next_begin(EARLY)
     epoch = tl.load(epoch_ptr) + 1
-    tl.store(epoch_ptr, epoch)
     expert = tl.arange(0, EXPERTS)
     inside = expert < experts
     peer = tl.arange(0, LANES)
@@ -77,14 +77,17 @@ def exchange_counts_kernel(
     counts = tl.zeros((LANES, EXPERTS), tl.int32)
     calls = tl.zeros((LANES, 1), tl.int32)
     while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
-        fault = load_fault(abort_ptr)
+        fault = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="sys")
         count_words = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True)
         call_words = tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True)
         late = tl.where(everyone, behind(count_words, epoch), 0) | tl.where(present[:, None], behind(call_words, epoch), 0)
         counts, calls = count_words.to(tl.int32), call_words.to(tl.int32)
-        missing = tl.min(tl.min(tl.where(late > 0, peer[:, None], ranks), axis=1), axis=0)
-        waited = (globaltimer() - started) >> 10
-    fault = end_wait(peers_ptr, abort_offset, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
+        # all warps have to have seen all words
+        missing = ranks - agreed(ranks - tl.min(tl.min(tl.where(late > 0, peer[:, None], ranks), axis=1), axis=0))
+        waited = agreed((globaltimer() - started) >> 10)
+    fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
+    # behind a barrier: every warp has read the old one
+    tl.store(epoch_ptr, epoch)
 
     strangers = tl.sum(tl.sum((present[:, None] & (calls != call)).to(tl.int32), axis=1), axis=0)
     # whatever came, the sums stay in int32 and in order
@@ -111,6 +114,7 @@ def exchange_counts(
     status: torch.Tensor,
     peers: torch.Tensor,
     epoch: torch.Tensor,
+    fault: torch.Tensor,
     record: torch.Tensor,
     words_offset: int,
     abort_offset: int,
@@ -131,6 +135,7 @@ def exchange_counts(
         status,
         peers,
         epoch,
+        fault,
         record,
         words_offset,
         abort_offset,

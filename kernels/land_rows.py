@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import locate_block, num_sms, row_blocks
-from moequant.kernels.symmetric import EARLY_WARPS, NO_FAULT, await_previous, begins_early, launch_option, load_fault
+from moequant.kernels.symmetric import EARLY_WARPS, NO_FAULT, await_previous, begins_early, launch_option
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def land_rows_kernel(
     sources_ptr,
     destinations_ptr,
     peers_ptr,
-    abort_ptr,
+    fault_ptr,
     returns_offset,
     ranks,
     entries,
@@ -48,7 +48,7 @@ def land_rows_kernel(
     counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, BLOCK, EXPERTS, True)
     column_blocks = tl.cdiv(groups, BLOCK_G)
     # after a fault the notes may be anything
-    tiles = tl.where(load_fault(abort_ptr) == NO_FAULT, tl.max(ends, axis=0) * column_blocks, 0)
+    tiles = tl.where(tl.load(fault_ptr) == NO_FAULT, tl.max(ends, axis=0) * column_blocks, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         expert, first_row, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
         first_group = tile % column_blocks * BLOCK_G
@@ -90,7 +90,7 @@ def land_rows(
     sources: torch.Tensor,
     destinations: torch.Tensor | None,
     peers: torch.Tensor,
-    abort: torch.Tensor,
+    fault: torch.Tensor,
     returns_offset: int,
     entries: int,
     return_bytes: int,
@@ -118,7 +118,7 @@ def land_rows(
         sources,
         destinations,
         peers,
-        abort,
+        fault,
         returns_offset,
         peers.shape[0],
         entries,

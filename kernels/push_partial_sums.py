@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import locate_block, num_sms, row_blocks
-from moequant.kernels.symmetric import NO_FAULT, OUTPUTS, last_program, load_fault, peer_block, signal_peers, wait_for_peers
+from moequant.kernels.symmetric import NO_FAULT, OUTPUTS, last_program, peer_block, signal_peers, wait_for_peers
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -22,6 +22,7 @@ def push_partial_sums_kernel(
     peers_ptr,
     epoch_ptr,
     ticket_ptr,
+    fault_ptr,
     record_ptr,
     returns_offset,
     flags_offset,
@@ -50,9 +51,8 @@ def push_partial_sums_kernel(
     counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, 1, EXPERTS, True)
     column_blocks = tl.cdiv(columns, BLOCK)
     rows_here = local_experts * capacity
-    abort_ptr = peer_block(peers_ptr, rank, abort_offset, tl.int32)
     # after a fault the notes may be anything
-    tiles = tl.where(load_fault(abort_ptr) == NO_FAULT, tl.max(ends, axis=0) * column_blocks, 0)
+    tiles = tl.where(tl.load(fault_ptr) == NO_FAULT, tl.max(ends, axis=0) * column_blocks, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         expert, row, _ = locate_block(tile // column_blocks, counts, ends, 1, EXPERTS)
         flat = expert * capacity + row
@@ -75,10 +75,11 @@ def push_partial_sums_kernel(
             tl.store(out + (rank * max_tokens + token).to(tl.int64) * columns + column, acc.to(tl.bfloat16), mask=inside)
     if last_program(ticket_ptr):
         epoch = tl.load(epoch_ptr) + 1
-        tl.store(epoch_ptr, epoch)
         signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
+        # behind a barrier: every warp has read the old one
+        tl.store(epoch_ptr, epoch)
         if WAIT:
-            wait_for_peers(peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, OUTPUTS, LANES)
+            wait_for_peers(peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, limit, rank, ranks, OUTPUTS, LANES)
 
 
 def push_partial_sums(
@@ -88,6 +89,7 @@ def push_partial_sums(
     peers: torch.Tensor,
     epoch: torch.Tensor,
     ticket: torch.Tensor,
+    fault: torch.Tensor,
     record: torch.Tensor,
     returns_offset: int,
     flags_offset: int,
@@ -115,6 +117,7 @@ def push_partial_sums(
         peers,
         epoch,
         ticket,
+        fault,
         record,
         returns_offset,
         flags_offset,

@@ -19,14 +19,12 @@ import triton.language as tl
 from moequant.kernels.common import num_sms, quantize_group
 from moequant.kernels.symmetric import (
     EARLY_WARPS,
-    NO_FAULT,
     ROWS,
     await_previous,
     begins_early,
     last_program,
     launch_option,
     let_next_begin,
-    load_fault,
     peer_block,
     signal_peers,
     wait_for_peers,
@@ -50,6 +48,7 @@ def push_tokens_kernel(
     peers_ptr,
     epoch_ptr,
     ticket_ptr,
+    fault_ptr,
     record_ptr,
     values_offset,
     notes_offset,
@@ -104,8 +103,6 @@ def push_tokens_kernel(
         values = x.to(VALUE)
     await_previous(EARLY)
     epoch = tl.load(epoch_ptr)
-    # after a fault the counts, and so the offsets, may be anything
-    well = load_fault(peer_block(peers_ptr, rank, abort_offset, tl.int32)) == NO_FAULT
     if here:
         rows = ()
         owners = ()
@@ -113,7 +110,7 @@ def push_tokens_kernel(
         for k in tl.static_range(K):
             expert = tl.load(ids_ptr + token * K + k).to(tl.int64)
             slot = tl.load(slots_ptr + token * K + k)
-            named = well & (slot >= 0) & (expert >= 0) & (expert < experts)
+            named = (slot >= 0) & (expert >= 0) & (expert < experts)
             place = tl.load(offsets_ptr + expert, mask=named, other=capacity) + slot
             placed = named & (place >= 0) & (place < capacity)
             # int32 holds a row's number, not its offset in elements
@@ -165,7 +162,7 @@ def push_tokens_kernel(
     if last_program(ticket_ptr):
         signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
         if WAIT:
-            wait_for_peers(peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, ROWS, LANES)
+            wait_for_peers(peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, limit, rank, ranks, ROWS, LANES)
 
 
 # Triton's name of each type that rows travel in; e4m3fnuz travels as the bytes that quantize_group makes of it.
@@ -194,6 +191,7 @@ def push_tokens(
     peers: torch.Tensor,
     epoch: torch.Tensor,
     ticket: torch.Tensor,
+    fault: torch.Tensor,
     record: torch.Tensor,
     values_offset: int,
     notes_offset: int,
@@ -237,6 +235,7 @@ def push_tokens(
         peers,
         epoch,
         ticket,
+        fault,
         record,
         values_offset,
         notes_offset,

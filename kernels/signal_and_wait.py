@@ -13,6 +13,7 @@ from moequant.kernels.symmetric import begins_early, let_next_begin, signal_peer
 def signal_and_wait_kernel(
     peers_ptr,
     epoch_ptr,
+    fault_ptr,
     record_ptr,
     flags_offset,
     abort_offset,
@@ -34,15 +35,17 @@ def signal_and_wait_kernel(
     epoch = tl.load(epoch_ptr)
     if SIGNAL:
         epoch += 1
-        tl.store(epoch_ptr, epoch)
         signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
+        # behind a barrier: every warp has read the old one
+        tl.store(epoch_ptr, epoch)
     if WAIT:
-        wait_for_peers(peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, PHASE, LANES)
+        wait_for_peers(peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, limit, rank, ranks, PHASE, LANES)
 
 
 def signal_and_wait(
     peers: torch.Tensor,
     epoch: torch.Tensor,
+    fault: torch.Tensor,
     record: torch.Tensor,
     flags_offset: int,
     abort_offset: int,
@@ -57,6 +60,7 @@ def signal_and_wait(
     signal_and_wait_kernel[(1,)](
         peers,
         epoch,
+        fault,
         record,
         flags_offset,
         abort_offset,

@@ -75,9 +75,10 @@ def peer_block(peers_ptr, rank, offset, element: tl.constexpr):
 
 
 @triton.jit
-def load_fault(abort_ptr):
-    """The abort word of this rank."""
-    return tl.load(abort_ptr, volatile=True)
+def agreed(x):
+    """The largest x of any warp, in all of them. What warps read one after the other from memory that others write, or from a clock, may
+    differ, and warps that leave a loop at different turns no longer meet at its barriers."""
+    return tl.max(tl.zeros((1024,), x.dtype) + x, axis=0)
 
 
 @triton.jit
@@ -93,14 +94,20 @@ def signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES: tl.constexp
 
 
 @triton.jit
-def end_wait(peers_ptr, abort_offset, record_ptr, epoch, missing, fault, ranks, PHASE: tl.constexpr, LANES: tl.constexpr):
-    """After a wait: where rank `missing` did not come, and nobody has said so yet, tells all ranks. Returns the fault, or NO_FAULT."""
+def end_wait(
+    peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, PHASE: tl.constexpr, LANES: tl.constexpr
+):
+    """After a wait: where rank `missing` did not come, and nobody has said so yet, tells all ranks. Returns the fault, or NO_FAULT.
+
+    It is left in fault_ptr, for the kernels that follow, and in record_ptr, in the host's memory.
+    """
     if (missing < ranks) & (fault == NO_FAULT):
         fault = (((epoch * 4 + PHASE) & STEP_MASK) << 8) | missing
         lane = tl.arange(0, LANES)
         inside = lane < ranks
         aborts = (tl.load(peers_ptr + lane, mask=inside, other=0) + abort_offset).to(tl.pointer_type(tl.int32))
         tl.atomic_min(aborts, tl.zeros((LANES,), tl.int32) + fault, mask=inside, sem="release", scope="sys")
+    tl.store(fault_ptr, fault)
     if fault != NO_FAULT:
         tl.store(record_ptr, fault)
     # loads of what the peers stored come after the wait in every warp
@@ -110,12 +117,22 @@ def end_wait(peers_ptr, abort_offset, record_ptr, epoch, missing, fault, ranks, 
 
 @triton.jit
 def wait_for_peers(
-    peers_ptr, flags_offset, abort_offset, record_ptr, epoch, limit, rank, ranks, PHASE: tl.constexpr, LANES: tl.constexpr
+    peers_ptr,
+    flags_offset,
+    abort_offset,
+    fault_ptr,
+    record_ptr,
+    epoch,
+    limit,
+    rank,
+    ranks,
+    PHASE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT.
 
     Ends as well when a fault is known, or after `limit` units of 1024 ns: then the first rank that is missing is the culprit, and every
-    rank is told. A fault stays, so that later waits end at once; record_ptr, in the host's memory, gets it.
+    rank is told. A fault stays, so that later waits end at once.
     """
     lane = tl.arange(0, 2 * LANES)
     mine = tl.load(peers_ptr + rank)
@@ -127,11 +144,12 @@ def wait_for_peers(
     missing = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
     while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
+        # what an atomic operation returns is the same in all warps
         seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
         missing = tl.min(tl.where((lane < ranks) & (seen - epoch < 0), lane, ranks), axis=0)
         fault = tl.sum(tl.where(lane == ranks, seen, 0), axis=0)
-        waited = (globaltimer() - started) >> 10
-    return end_wait(peers_ptr, abort_offset, record_ptr, epoch, missing, fault, ranks, PHASE, LANES)
+        waited = agreed((globaltimer() - started) >> 10)
+    return end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, PHASE, LANES)
 
 
 @triton.jit

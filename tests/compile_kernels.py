@@ -262,6 +262,7 @@ def peer_arguments() -> dict[str, Any]:
     return {
         "peers": empty(8, dtype=torch.int64),
         "epoch": integer,
+        "fault": integer,
         "record": integer,
         "flags_offset": 4096,
         "abort_offset": 8192,

@@ -96,6 +96,8 @@ class SymmetricTransport(Transport):
             # how many dispatches and combines the slot has seen; how many programs of a kernel are done
             "epochs": BufferSpec((2,), torch.int32),
             "ticket": BufferSpec((1,), torch.int32),
+            # what the last wait found
+            "fault": BufferSpec((1,), torch.int32),
         }
         if not config.per_rank:
             specs["destinations"] = BufferSpec((config.num_local_experts, config.max_rows), torch.int64)
@@ -112,6 +114,7 @@ class SymmetricTransport(Transport):
                 buffers[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         buffers["epochs"].zero_()
         buffers["ticket"].zero_()
+        buffers["fault"].fill_(self.no_fault)
         return Slot(number, buffers)
 
     def start(self) -> None:
@@ -174,6 +177,7 @@ class SymmetricTransport(Transport):
             self.status,
             self.memory.pointers,
             slot["epochs"],
+            slot["fault"],
             self.record,
             self._offset(slot, "count_words"),
             self.abort_offset,
@@ -201,6 +205,7 @@ class SymmetricTransport(Transport):
             self.memory.pointers,
             slot["epochs"],
             slot["ticket"],
+            slot["fault"],
             self.record,
             self._offset(slot, "values"),
             self._offset(slot, "notes"),
@@ -229,7 +234,7 @@ class SymmetricTransport(Transport):
             batch.sources,
             slot.buffers.get("destinations"),
             self.memory.pointers,
-            self.abort,
+            slot["fault"],
             self._offset(slot, "returns"),
             config.max_tokens_per_rank * config.top_k,
             2 * config.hidden_size,
@@ -253,6 +258,7 @@ class SymmetricTransport(Transport):
                 self.memory.pointers,
                 slot["epochs"][1:],
                 slot["ticket"],
+                slot["fault"],
                 self.record,
                 self._offset(slot, "returns"),
                 self._flags(slot, 2),
@@ -280,21 +286,21 @@ class SymmetricTransport(Transport):
 
         self._answer(slot)
         self._flag_round(slot, 2)
-        combine_shared(slot["returns"].view(dtype), state, topk_weights, out, self.abort, in_order=True)
+        combine_shared(slot["returns"].view(dtype), state, topk_weights, out, slot["fault"], in_order=True)
 
     def _sum(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, rows: Tensor) -> None:
         from moequant.kernels.combine import combine_shared
 
         config = self.config
         if config.per_rank:
-            combine_shared(slot["returns"], slot["partials"][: out.shape[0]], None, out, self.abort)
+            combine_shared(slot["returns"], slot["partials"][: out.shape[0]], None, out, slot["fault"])
             return
         combine_shared(
             slot["output"].view(dtype),
             rows,
             topk_weights,
             out,
-            self.abort,
+            slot["fault"],
             peers=self.memory.pointers,
             peer_offset=self._offset(slot, "output"),
             rows_of_rank=config.num_local_experts * config.max_rows,
@@ -306,6 +312,7 @@ class SymmetricTransport(Transport):
         signal_and_wait(
             self.memory.pointers,
             slot["epochs"][phase - 1 :],
+            slot["fault"],
             self.record,
             self._flags(slot, phase),
             self.abort_offset,

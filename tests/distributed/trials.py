@@ -15,7 +15,7 @@ from moequant.testing import assert_bit_equal, in_one_process
 Way = Callable[[MoEQuantDispatcher, list[torch.Tensor], int], tuple[ExpertBatch, torch.Tensor]]
 SHAPES = 12
 # buffers that hold something from one call to the next
-KEPT = ("flags", "count_words", "epochs", "ticket")
+KEPT = ("flags", "count_words", "epochs", "ticket", "fault")
 
 
 def stand_in(batch: ExpertBatch, first_expert: int = 0) -> torch.Tensor:
