@@ -58,6 +58,7 @@ def quantize_kernel(
     MAX: tl.constexpr,
     POWER_OF_TWO: tl.constexpr,
     RECIPROCAL: tl.constexpr,
+    PACKED: tl.constexpr,
     COUNTED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -69,13 +70,16 @@ def quantize_kernel(
     the programs in turn. A program loads its next tile before it works on the present one.
 
     GATED: column i of the output is silu(x[i]) * x[columns + i]. Without scales_ptr the product is stored as it is.
+    PACKED: scales_ptr takes exponents, a byte each; four groups lie side by side, s_stride_g bytes from the next four. BLOCK_G is then a
+    multiple of 4.
     EVEN: BLOCK_G groups divide the columns.
 
     Example: counts [9, 0, 3], BLOCK_M=8, G=3, BLOCK_G=2: 3 row blocks by 2 group blocks are 6 tiles; tile 3 is row block 1 (rows 8..15
     of expert 0, of which row 8 is valid) and groups 2..3 (of which 2 exists).
     """
     counts, ends = row_blocks(num_tokens_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED)
-    group_blocks = tl.cdiv(tl.cdiv(columns, GROUP), BLOCK_G)
+    groups = tl.cdiv(columns, GROUP)
+    group_blocks = tl.cdiv(groups, BLOCK_G)
     tiles = tl.max(ends, axis=0) * group_blocks
 
     # the same for every tile, so that a tile adds one base to each
@@ -85,7 +89,8 @@ def quantize_kernel(
     row64 = row.to(tl.int64)[:, None, None]
     in_tile = row64 * x_stride_m + column.to(tl.int64) * x_stride_h
     out_in_tile = row64 * v_stride_m + column.to(tl.int64) * v_stride_h
-    scale_in_tile = row.to(tl.int64)[:, None] * s_stride_m + group.to(tl.int64)[None, :] * s_stride_g
+    scale_in_group = group // 4 * tl.cast(s_stride_g, tl.int64) + group % 4 if PACKED else group.to(tl.int64) * s_stride_g
+    scale_in_tile = row.to(tl.int64)[:, None] * s_stride_m + scale_in_group[None, :]
 
     tile = tl.program_id(0)
     expert, first_row, count = locate_block(tile // group_blocks, counts, ends, BLOCK_M, EXPERTS)
@@ -115,9 +120,15 @@ def quantize_kernel(
         else:
             values, scales = quantize_group(numbers, eps, 2, MAX, POWER_OF_TWO, RECIPROCAL, values_ptr.dtype.element_ty)
             tl.store(values_at + out_in_tile, values, mask=mask)
-            scales_at = scales_ptr + e * s_stride_l + m * s_stride_m + g * s_stride_g
-            there = (first_row + row < count)[:, None] & ((first_group + group) * GROUP < columns)[None, :]
-            tl.store(scales_at + scale_in_tile, scales, mask=there)
+            valid = (first_row + row < count)[:, None]
+            in_group = (first_group + group)[None, :]
+            if PACKED:
+                scales_at = scales_ptr + e * s_stride_l + m * s_stride_m + g // 4 * s_stride_g
+                exponents = tl.where(in_group < groups, scales.to(tl.int32, bitcast=True) >> 23, 0).to(tl.uint8)
+                tl.store(scales_at + scale_in_tile, exponents, mask=valid & (in_group < tl.cdiv(groups, 4) * 4))
+            else:
+                scales_at = scales_ptr + e * s_stride_l + m * s_stride_m + g * s_stride_g
+                tl.store(scales_at + scale_in_tile, scales, mask=valid & (in_group < groups))
 
         tile, expert, first_row, first_group, count = next_tile, next_expert, next_row, next_group, next_count
         x, up = next_x, next_up
@@ -145,6 +156,11 @@ def launch_quantize(
     if values.numel() == 0:
         return
     worst = experts * triton.cdiv(rows, block_m) * triton.cdiv(columns, group_size * block_g)
+    packed = scales is not None and scales.dtype == torch.int32
+    strides = (0, 0, 0) if scales is None else scales.stride()
+    if packed:
+        # bytes, of which the first row's are what the kernel has to be told
+        scales, strides = scales.transpose(1, 2).view(torch.uint8), tuple(4 * stride for stride in strides)
     quantize_kernel[(min(worst, num_sms(x.device) * programs_per_sm),)](
         x,
         num_tokens,
@@ -155,12 +171,13 @@ def launch_quantize(
         columns,
         *x.stride(),
         *values.stride(),
-        *((0, 0, 0) if scales is None else scales.stride()),
+        *strides,
         eps,
         GATED=gated,
         MAX=max_value,
         POWER_OF_TWO=power_of_two,
         RECIPROCAL=reciprocal,
+        PACKED=packed,
         COUNTED=num_tokens is not None,
         GROUP=group_size,
         BLOCK_M=block_m,
@@ -188,8 +205,12 @@ def quantize_expert_batch(
     """Writes values and scales of the valid rows.
 
     x: (L, M, H) float, any strides. num_tokens: (L,) int32 or None. values: (L, M, H), any strides. scales: (L, M, G) float32, any
-    strides. max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`.
+    strides; or (L, M, ceil(G / 4)) int32 of strides (any, 1, any), for exponents of powers of two, four in each.
+    max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`.
     """
+    groups_there = triton.next_power_of_2(triton.cdiv(x.shape[2], group_size))
+    # tiles of 4096 numbers, and none wider than the rows
+    block_g = max(min(512 // group_size, groups_there), 4 if scales.dtype == torch.int32 else 1)
     launch_quantize(
         x,
         num_tokens,
@@ -201,8 +222,8 @@ def quantize_expert_batch(
         eps=eps,
         power_of_two=power_of_two,
         reciprocal=reciprocal,
-        block_m=8,
-        block_g=512 // group_size,
+        block_m=4096 // (group_size * block_g),
+        block_g=block_g,
         num_warps=2,
         programs_per_sm=6,
     )

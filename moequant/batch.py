@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moequant.errors import LayoutError
 
-ScaleLayout = Literal["row", "transposed", "tma_aligned", "transposed_flat", "block"]
+ScaleLayout = Literal["row", "transposed", "tma_aligned", "transposed_flat", "ue8m0_packed", "block"]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -27,6 +27,20 @@ def empty_transposed_scales(num_experts: int, rows: int, groups: int, device: to
     return torch.empty(num_experts, groups, rows, dtype=torch.float32, device=device).transpose(1, 2)
 
 
+def empty_scales(num_experts: int, rows: int, groups: int, layout: ScaleLayout, device: torch.device | str) -> Tensor:
+    """Uninitialised activation scales in a layout of `QuantizedTensor`: (L, M, G) float32, or (L, M, ceil(G / 4)) int32 for
+    "ue8m0_packed". For "transposed_flat" it is the transposed view by which the scales are written."""
+    if layout == "row":
+        return torch.empty(num_experts, rows, groups, dtype=torch.float32, device=device)
+    if layout in ("transposed", "transposed_flat"):
+        return empty_transposed_scales(num_experts, rows, groups, device)
+    packed = layout == "ue8m0_packed"
+    columns, dtype = (ceil_div(groups, 4), torch.int32) if packed else (groups, torch.float32)
+    # at least one aligned piece: without rows torch forgets the stride
+    aligned = max(4, ceil_div(rows, 4) * 4)
+    return torch.empty(num_experts, columns, aligned, dtype=dtype, device=device)[..., :rows].transpose(1, 2)
+
+
 def scale_layout(scales: Tensor) -> ScaleLayout:
     """The layout of activation scales (L, M, G), by their strides."""
     return "transposed" if scales.stride(1) == 1 or scales.shape[1] == 1 else "row"
@@ -37,12 +51,14 @@ class QuantizedTensor:
     """A tensor in a narrow type, with one float32 scale for each group: `dequantized = values * scales`.
 
     values: (..., rows, columns), float8 or int8.
-    scales: float32. A trailing partial group is a group of its own. How they lie is said by `layout`:
+    scales: float32, but for "ue8m0_packed". A trailing partial group is a group of its own. How they lie is said by `layout`:
         "row": (..., rows, ceil(columns / group_size)), contiguous.
         "transposed": (L, M, G) with element strides (M*G, 1, M), or strides (any, 1, any) for a slice of a larger buffer:
             the rows of one group side by side.
         "tma_aligned": as "transposed", with groups a multiple of 4 rows apart, as TMA wants to read them.
         "transposed_flat": (..., M, G), contiguous, in the order of a contiguous (G, M): read as (M, G) it is scrambled.
+        "ue8m0_packed": (..., M, ceil(G / 4)) int32, strides as "tma_aligned": the exponents of four groups' powers of two, the first in
+            the lowest byte; 0xFF for NaN; 0 past the last group. Of recipe "ue8m0".
         "block": (..., segments * ceil(rows / segments / group_size), ceil(columns / group_size)), contiguous: one scale for each
             group_size x group_size block of a weight.
     recipe: the arithmetic that made it (`moequant.quantization.RECIPES`).
@@ -65,22 +81,28 @@ class QuantizedTensor:
             if self.segments < 1 or rows % self.segments:
                 raise LayoutError(f"segments must divide the {rows} rows of values, got segments={self.segments}")
             rows = self.segments * ceil_div(rows // self.segments, self.group_size)
+        packed = self.layout == "ue8m0_packed"
+        if packed:
+            groups = ceil_div(groups, 4)
+            if self.recipe != "ue8m0":
+                raise LayoutError(f'layout "ue8m0_packed" holds exponents: it needs recipe "ue8m0", got "{self.recipe}"')
         expected = (*self.values.shape[:-2], rows, groups)
         if tuple(self.scales.shape) != expected:
             raise LayoutError(
                 f'values of shape {tuple(self.values.shape)} with layout "{self.layout}", group_size={self.group_size} and '
                 f"segments={self.segments} need scales of shape {expected}, got {tuple(self.scales.shape)}"
             )
-        if self.scales.dtype != torch.float32:
-            raise LayoutError(f"scales must be float32, got {self.scales.dtype}")
-        if self.layout in ("transposed", "tma_aligned"):
+        dtype = torch.int32 if packed else torch.float32
+        if self.scales.dtype != dtype:
+            raise LayoutError(f'layout "{self.layout}" needs scales of {dtype}, got {self.scales.dtype}')
+        if self.layout in ("transposed", "tma_aligned", "ue8m0_packed"):
             if rows > 1 and self.scales.stride(-2) != 1:
                 raise LayoutError(
                     f'layout "{self.layout}" needs the rows of one group side by side (stride 1 in the next to last dimension), got '
-                    f"strides {self.scales.stride()}; moequant.batch.empty_transposed_scales allocates them so"
+                    f"strides {self.scales.stride()}; moequant.batch.empty_scales allocates them so"
                 )
-            if self.layout == "tma_aligned" and groups > 1 and self.scales.stride(-1) % 4:
-                raise LayoutError(f'layout "tma_aligned" needs groups a multiple of 4 apart, got strides {self.scales.stride()}')
+            if self.layout != "transposed" and groups > 1 and self.scales.stride(-1) % 4:
+                raise LayoutError(f'layout "{self.layout}" needs groups a multiple of 4 apart, got strides {self.scales.stride()}')
         elif self.layout in ("row", "transposed_flat", "block"):
             if not self.scales.is_contiguous():
                 raise LayoutError(f'layout "{self.layout}" needs contiguous scales, got strides {self.scales.stride()}')
@@ -90,6 +112,17 @@ class QuantizedTensor:
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
+
+    def scales_by_row(self) -> Tensor:
+        """The float32 scales (..., rows, groups), each where its indices say: a view, except that packed ones are unpacked."""
+        if self.layout == "transposed_flat":
+            rows, groups = self.scales.shape[-2:]
+            return self.scales.view(*self.scales.shape[:-2], groups, rows).transpose(-1, -2)
+        if self.layout == "ue8m0_packed":
+            exponents = (self.scales.unsqueeze(-1) >> torch.arange(0, 32, 8, device=self.device)).int() & 0xFF
+            exponents = exponents.flatten(-2)[..., : ceil_div(self.shape[-1], self.group_size)]
+            return torch.where(exponents == 0xFF, torch.nan, (exponents << 23).view(torch.float32))
+        return self.scales
 
     @property
     def device(self) -> torch.device:

@@ -44,7 +44,7 @@ def mm_fp8_blockscale(
     (rows, depth), columns = left.shape, right.shape[0]
     check_tensor("b", right.values, shape=(columns, depth), dtypes=(left.values.dtype,), device=left.device)
     out = torch.empty(rows, columns, dtype=out_dtype, device=left.device)
-    operands = left.values, _readable_scales(left), right.values, right.scales
+    operands = left.values, ops.rows_side_by_side(left.scales_by_row()), right.values, right.scales
     torch.ops.moequant.grouped_gemm_blockscale(*(x.unsqueeze(0) for x in operands), None, out.unsqueeze(0), right.segments, None)
     return out
 
@@ -71,11 +71,3 @@ def _operand(
         check_format(format_of(x.values.dtype).name, x.device)
     check_no_grad(**{f"{name}_scales": x.scales})
     return x
-
-
-def _readable_scales(a: QuantizedTensor) -> Tensor:
-    """The scales (M, G) in strides that the grouped GEMM reads."""
-    if a.layout == "transposed_flat":
-        rows, groups = a.scales.shape
-        return a.scales.view(groups, rows).transpose(0, 1)
-    return ops.rows_side_by_side(a.scales)

@@ -61,7 +61,7 @@ class MoEQuantDispatcher:
         "per_rank": the rows that one rank has for a token are summed there in the same way, rounded to bfloat16 and sent once, and the
         ranks' sums are added in rank order in float32: fewer bytes come back, for one more rounding a rank. The bits are those of W
         ranks, the same on every transport.
-    recipe: of quantization: "default", "deepgemm", "ue8m0" (`moequant.formats.RECIPES`).
+    recipe: of quantization: "default", "deepgemm", "ue8m0", "fnuz_224" (`moequant.formats.RECIPES`).
     slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
     timeout: seconds that a wait for other ranks may last. On GPUs "collective" has the process group's own limit instead.
     device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.

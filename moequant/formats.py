@@ -36,12 +36,14 @@ class Recipe:
     eps: floor of the group's absolute maximum, so that a group of zeros has a scale.
     power_of_two: the scale is rounded up to a power of two.
     reciprocal: values are x * (1 / scale), two roundings, instead of x / scale, one.
+    fnuz_max: the largest magnitude in float8_e4m3fnuz, where it is not the format's.
     """
 
     name: str
     eps: float
     power_of_two: bool = False
     reciprocal: bool = False
+    fnuz_max: float | None = None
 
 
 RECIPES = {
@@ -51,6 +53,8 @@ RECIPES = {
     "deepgemm": Recipe("deepgemm", eps=1e-4, reciprocal=True),
     # power-of-two scales, as Blackwell's block-scaled GEMMs take them (OCP Microscaling's E8M0, rounded up)
     "ue8m0": Recipe("ue8m0", eps=1e-10, power_of_two=True),
+    # "default", but for float8_e4m3fnuz, of which vLLM uses no more than 224 on AMD
+    "fnuz_224": Recipe("fnuz_224", eps=1e-10, fnuz_max=224.0),
 }
 
 # Below it 1 / scale or the remainder of the division leaves float32's normal range.
@@ -70,3 +74,9 @@ def recipe_of(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
+
+
+def max_of(dtype: torch.dtype, recipe: str) -> float:
+    """The magnitude that a recipe maps a group's absolute maximum to."""
+    own = recipe_of(recipe).fnuz_max
+    return own if own is not None and dtype == torch.float8_e4m3fnuz else format_of(dtype).max

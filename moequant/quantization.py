@@ -15,6 +15,7 @@ from moequant import (
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_counts, check_no_grad, check_tensor
 from moequant.formats import MIN_EPS, format_of, recipe_of
+from moequant.group_quant import per_token_group_quant_fp8 as per_token_group_quant_fp8
 from moequant.int8 import act_dequant as act_dequant
 from moequant.int8 import act_quant as act_quant
 from moequant.int8 import int8_gelu as int8_gelu
@@ -47,8 +48,8 @@ def quantize_expert_batch(
     num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are neither read nor written.
     group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
     dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240), float8_e5m2 (57344) or int8 (127).
-    recipe: "default", "deepgemm" or "ue8m0": see `moequant.formats.RECIPES`. The scale is amax / max, values are x / scale rounded
-        to nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
+    recipe: "default", "deepgemm", "ue8m0" or "fnuz_224": see `moequant.formats.RECIPES`. The scale is amax / max, values are x / scale
+        rounded to nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
     eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
     values: (L, M, H) of dtype, any strides, or None to allocate.
     scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).

@@ -79,12 +79,17 @@ BAD = {
         "divide the 6 rows .* segments=4",
     ),
     "no segments": (VALUES, torch.ones(2, 1, 3), {"layout": "block", "segments": 0}, "segments must divide the 6 rows"),
-    "scales of float64": (VALUES, torch.ones(2, 6, 3).double(), {"layout": "row"}, "scales must be float32, got torch.float64"),
+    "scales of float64": (
+        VALUES,
+        torch.ones(2, 6, 3).double(),
+        {"layout": "row"},
+        "needs scales of torch.float32, got torch.float64",
+    ),
     "contiguous for transposed": (
         VALUES,
         torch.ones(2, 6, 3),
         {"layout": "transposed"},
-        r"strides \(18, 3, 1\); .*empty_transposed_scales",
+        r"strides \(18, 3, 1\); .*empty_scales",
     ),
     "transposed for row": (
         VALUES,
@@ -98,11 +103,29 @@ BAD = {
         {"layout": "block", "segments": 2},
         'layout "block" needs contiguous',
     ),
+    "packed scales of another recipe": (
+        VALUES,
+        torch.ones(2, 6, 1, dtype=torch.int32),
+        {"layout": "ue8m0_packed"},
+        'needs recipe "ue8m0", got "default"',
+    ),
+    "packed scales of float32": (
+        VALUES,
+        torch.ones(2, 6, 1),
+        {"layout": "ue8m0_packed", "recipe": "ue8m0"},
+        "needs scales of torch.int32, got torch.float32",
+    ),
+    "packed scales in rows": (
+        VALUES,
+        torch.ones(2, 6, 3, dtype=torch.int32),
+        {"layout": "ue8m0_packed", "recipe": "ue8m0", "group_size": 32},
+        r"side by side .* got strides \(18, 3, 1\)",
+    ),
     "an unknown layout": (
         VALUES,
         torch.ones(2, 6, 3),
         {"layout": "column"},
-        """layout must be one of row, transposed, tma_aligned, transposed_flat, block, got 'column'""",
+        """layout must be one of row, transposed, tma_aligned, transposed_flat, ue8m0_packed, block, got 'column'""",
     ),
 }
 

@@ -47,7 +47,7 @@ BAD = {
     "more slots": ({"slots": 3}, "slots must be 1 or 2, got 3"),
     "no capacity": ({"capacity": 0}, "capacity must be a positive number of rows for each expert, or None, got 0"),
     "a broken capacity": ({"capacity": 1.5}, "capacity must be .* got 1.5"),
-    "an unknown recipe": ({"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, got 'mx'"),
+    "an unknown recipe": ({"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, fnuz_224, got 'mx'"),
     "no time": ({"timeout": 0}, "timeout must be a number of seconds from 0.001 to 1e6, got 0"),
     "a time that is no number": ({"timeout": float("nan")}, "timeout must be a number of seconds from 0.001 to 1e6, got nan"),
     "local on several ranks": (

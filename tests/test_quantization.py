@@ -249,7 +249,7 @@ BAD_ARGUMENTS = {
     "counts of two dimensions": ((X, COUNTS[None]), {}, r"num_tokens must have shape \(2,\), got \(1, 2\)"),
     "strided counts": ((X, COUNTS.repeat(2)[::2]), {}, r"num_tokens must be contiguous, got strides \(2,\)"),
     "counts on another device": ((X, COUNTS.to("meta")), {}, "num_tokens must be on cpu, got meta; move it with"),
-    "an unknown recipe": ((X,), {"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, got 'mx'"),
+    "an unknown recipe": ((X,), {"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, fnuz_224, got 'mx'"),
     "a type without recipes": ((X,), {"dtype": torch.bfloat16}, "dtype must be one of torch.float8_e4m3fn, .* got torch.bfloat16"),
     "a floor of zero": ((X,), {"eps": 0.0}, "eps must be at least 1e-20 and below 1e30 .* got 0.0"),
     "a floor of NaN": ((X,), {"eps": math.nan}, "eps must be .* got nan"),

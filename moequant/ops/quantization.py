@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from moequant import reference
-from moequant.formats import format_of, recipe_of
+from moequant.formats import max_of, recipe_of
 from moequant.ops.registration import registered, uses_kernels
 
 
@@ -15,7 +15,7 @@ def quantize_settings(values: Tensor, recipe: str, eps: float | None) -> dict[st
     """A format and a recipe as the plain numbers that the kernels take."""
     rule = recipe_of(recipe)
     return {
-        "max_value": format_of(values.dtype).max,
+        "max_value": max_of(values.dtype, recipe),
         "eps": rule.eps if eps is None else eps,
         "power_of_two": rule.power_of_two,
         "reciprocal": rule.reciprocal,

@@ -54,6 +54,9 @@ from moequant.reference.quantization import (
     group_scales as group_scales,
 )
 from moequant.reference.quantization import (
+    pack_exponents as pack_exponents,
+)
+from moequant.reference.quantization import (
     quantize_expert_batch as quantize_expert_batch,
 )
 from moequant.reference.quantization import (

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
-from moequant.formats import format_of, recipe_of
+from moequant.formats import format_of, max_of, recipe_of
 
 INF_BITS = 0x7F800000
 
@@ -21,7 +21,7 @@ def group_scales(groups: Tensor, dtype: torch.dtype, recipe: str = "default", ep
     bits = groups.contiguous().abs().view(torch.int32).amax(-1)
     amax = bits.view(torch.float32).clamp_min(rule.eps if eps is None else eps)
     # by a tensor: CUDA's division by a number is a product with its reciprocal
-    scale = amax / torch.full_like(amax, format_of(dtype).max)
+    scale = amax / torch.full_like(amax, max_of(dtype, recipe))
     if rule.power_of_two:
         # the next power of two: a mantissa that is not zero carries into the exponent
         scale = ((scale.view(torch.int32) + 0x7FFFFF) & INF_BITS).view(torch.float32)
@@ -44,6 +44,12 @@ def quantize_groups(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str,
     divisor = scales.unsqueeze(-1)
     quotient = padded * (1.0 / divisor) if recipe_of(recipe).reciprocal else padded / divisor
     return round_to(quotient, dtype).flatten(-2)[..., :columns].contiguous(), scales
+
+
+def pack_exponents(scales: Tensor) -> Tensor:
+    """Powers of two (..., G) float32 to their exponents (..., ceil(G / 4)) int32, as in layout "ue8m0_packed": NaN's is 0xFF."""
+    exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
+    return F.pad(exponents, (0, -scales.shape[-1] % 4)).view(torch.int32)
 
 
 def counted_rows(num_tokens: Tensor | None, x: Tensor) -> Tensor:
@@ -82,10 +88,12 @@ def quantize_rows(
     recipe: str = "default",
     eps: float | None = None,
 ) -> None:
-    """Quantizes the valid rows of x (L, M, H) into values (L, M, H) and scales (L, M, G) of any strides. Other rows stay as they are;
-    float8 travels as bytes, since torch can't select it."""
+    """Quantizes the valid rows of x (L, M, H) into values (L, M, H) and scales (L, M, G) of any strides, or, if they are int32, packed
+    (L, M, ceil(G / 4)). Other rows stay as they are; float8 travels as bytes, since torch can't select it."""
     valid = counted_rows(num_tokens, x)
     new_values, new_scales = quantize_groups(x, group_size, values.dtype, recipe, eps)
+    if scales.dtype == torch.int32:
+        new_scales = pack_exponents(new_scales)
     values.view(torch.int8)[valid] = new_values.view(torch.int8)[valid]
     scales[valid] = new_scales[valid]
 
@@ -112,7 +120,7 @@ def quantize_weight(
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `moequant.dequantize`."""
     rows, columns = q.shape[-2:]
-    scales = q.scales.repeat_interleave(q.group_size, -1)[..., :columns]
+    scales = q.scales_by_row().repeat_interleave(q.group_size, -1)[..., :columns]
     if q.layout == "block":
         segments = scales.unflatten(-2, (q.segments, -1))
         scales = segments.repeat_interleave(q.group_size, -2)[..., : rows // q.segments, :].flatten(-3, -2)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from moequant import ops, reference
-from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.batch import ceil_div, empty_scales, empty_transposed_scales
 from moequant.formats import FORMATS, RECIPES
+from moequant.kernels.quantize import quantize_expert_batch
+from moequant.quantization import per_token_group_quant_fp8
 from moequant.testing import assert_bit_equal, poison
 
 FORMAT_NAMES = list(FORMATS)
@@ -16,8 +18,6 @@ FORMAT_NAMES = list(FORMATS)
 
 def quantize_both(x, num_tokens, dtype, recipe="default", group_size=128, eps=None, row_scales=False):
     """Kernel and reference on poisoned outputs."""
-    from moequant.kernels.quantize import quantize_expert_batch
-
     experts, rows, columns = x.shape
     results = []
     for use_kernel in (True, False):
@@ -160,6 +160,67 @@ def test_counts_above_the_buffer_are_cut_and_eps_is_the_floor(device):
     results = quantize_both(x, torch.tensor([99], dtype=torch.int32, device=device), torch.float8_e4m3fn, eps=0.5)
     assert_same(results)
     assert (results[0][1] == 0.5 / 448).all()
+
+
+def rounded_e4m3fnuz(numbers: np.ndarray) -> np.ndarray:
+    """float32 in -240..240 to the bytes of float8_e4m3fnuz, to nearest even, by integers: a number is m * 2**(e - 23), and the step
+    between neighbours 2**(max(e, -7) - 3)."""
+    bits = numbers.view(np.uint32).astype(np.int64)
+    stored = (bits >> 23) & 0xFF
+    m = np.where(stored == 0, 0, 1 << 23) | (bits & 0x7FFFFF)
+    e = np.maximum(stored, 1) - 127
+    shift = np.minimum(20 + np.maximum(-7 - e, 0), 40)
+    steps, rest, half = m >> shift, m & ((1 << shift) - 1), 1 << (shift - 1)
+    steps += (rest > half) | ((rest == half) & (steps & 1 == 1))
+    # eight steps to an exponent; what is rounded up to the next one carries
+    code = steps + 8 * (np.maximum(e, -7) + 7)
+    return np.where(code == 0, 0, code | ((bits >> 24) & 0x80)).astype(np.uint8)
+
+
+def test_e4m3fnuz_is_rounded_as_by_integers(device):
+    """The cast that the reference takes is torch's, as the interpreter's is. A group's maximum of 240 makes its scale 1."""
+    grid = torch.arange(0x80, dtype=torch.uint8).view(torch.float8_e4m3fnuz).float()
+    middles = ((grid[1:] + grid[:-1]) / 2).view(torch.int32)
+    near = [(bits + shift).view(torch.float32) for bits in (middles, grid[1:].view(torch.int32)) for shift in (-1, 0, 1)]
+    numbers = torch.cat([*near, torch.randn(2000) * 10 ** (-6 * torch.rand(2000)), torch.tensor([0.0, 1e-40, 2.0**-11])])
+    numbers = torch.cat([numbers, -numbers]).clamp(-240, 240)
+    groups = torch.full((1, -(-numbers.numel() // 127), 128), 240.0)
+    groups[..., :127] = torch.cat([numbers, numbers.new_zeros(-numbers.numel() % 127)]).view(1, -1, 127)
+    values, scales = quantize_both(groups.to(device), None, torch.float8_e4m3fnuz)[0]
+    assert (scales == 1).all()
+    expected = torch.from_numpy(rounded_e4m3fnuz(groups.numpy()))
+    assert_bit_equal(values.view(torch.uint8).cpu(), expected)
+
+
+@pytest.mark.parametrize("group_size", [32, 128, 256])
+@pytest.mark.parametrize("columns", [100, 1300])
+def test_packed_exponents_are_those_of_the_scales(columns, group_size, device):
+    x = torch.randn(2, 11, columns, device=device) * torch.randn(2, 11, 1, device=device).exp()
+    x[0, 3, 5], x[1, 0, columns - 1] = float("nan"), float("inf")
+    num_tokens = torch.tensor([11, 7], dtype=torch.int32, device=device)
+    results = []
+    groups = ceil_div(columns, group_size)
+    for scales in (empty_scales(2, 11, groups, "ue8m0_packed", device), empty_transposed_scales(2, 11, groups, device)):
+        values = torch.full(x.shape, 0x55, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+        quantize_expert_batch(
+            x, num_tokens, values, scales.fill_(7), group_size=group_size, **ops.quantize_settings(values, "ue8m0", None)
+        )
+        results.append((values, scales))
+    (values, packed), (plain_values, scales) = results
+    assert_bit_equal(values, plain_values)
+    assert_bit_equal(packed[0], reference.pack_exponents(scales.contiguous())[0])
+    assert_bit_equal(packed[1, :7], reference.pack_exponents(scales.contiguous())[1, :7])
+    assert (packed[1, 7:] == 7).all()
+
+
+@pytest.mark.gpu
+def test_offsets_past_2_to_the_31_count_on_the_gpu():
+    x = torch.ones(300_000, 7168, dtype=torch.bfloat16, device="cuda")
+    x[-1], x[0] = -4.0, 2.0
+    q = per_token_group_quant_fp8(x, scale_layout="transposed")
+    assert x.numel() > 2**31 and (q.scales[-1] == torch.tensor(4.0) / 448).all() and (q.scales[1:-1] == q.scales[1, 0]).all()
+    codes = q.values.view(torch.uint8)
+    assert (codes[-1] == 0xFE).all() and (codes[:-1] == 0x7E).all()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,77 @@
+"""Quantization of matrices to float8 in groups of columns or in blocks, as it is and behind what comes before it in a model.
+
+Letters: M rows, H columns, G = ceil(H / group_size) groups, N rows and K_dim columns of a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moequant import (
+    ops,  # noqa: F401  (registers torch.ops.moequant)
+)
+from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div, empty_scales
+from moequant.checks import check_choice, check_no_grad, check_tensor
+from moequant.formats import FLOAT_DTYPES, MIN_EPS, recipe_of
+
+GROUP_SIZES = (32, 64, 128, 256)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+
+
+def per_token_group_quant_fp8(
+    x: Tensor,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+    eps: float | None = None,
+    scale_layout: Literal["row", "transposed", "tma_aligned"] = "row",
+    scale_dtype: Literal["fp32", "ue8m0_packed"] = "fp32",
+) -> QuantizedTensor:
+    """Quantizes every row in groups of group_size columns, one scale a group.
+
+    x: (..., M, H) bfloat16, float16 or float32, any strides. If the leading dimensions can't be viewed as one, x is copied first.
+    group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
+    dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240; 224 with recipe "fnuz_224") or float8_e5m2 (57344).
+    recipe, eps: as for `quantize_expert_batch`; a group with an Inf or NaN gets a NaN scale and values 0.
+    scale_layout: of the scales (..., M, G). "row": contiguous. "transposed": each matrix's rows of one group side by side, the bytes of
+        a contiguous (..., G, M). "tma_aligned": the same with groups M rounded up to 4 rows apart, as TMA wants to read them.
+    scale_dtype: "fp32", or, for recipe "ue8m0", "ue8m0_packed": exponents, four to an int32, (..., M, ceil(G / 4)), which are always
+        aligned for TMA; leave scale_layout alone then. A bad group's is 0xFF, and past the last group they are 0.
+
+    Returns a QuantizedTensor with contiguous values, of layout scale_layout or "ue8m0_packed". Raises ValueError for a wrong shape, dtype
+    or option, RuntimeError if x requires grad under grad mode.
+    """
+    check_choice("scale_layout", scale_layout, ("row", "transposed", "tma_aligned"))
+    check_choice("scale_dtype", scale_dtype, ("fp32", "ue8m0_packed"))
+    layout: ScaleLayout = scale_layout
+    if scale_dtype == "ue8m0_packed":
+        if recipe != "ue8m0":
+            raise ValueError(f'scale_dtype "ue8m0_packed" holds powers of two: pass recipe="ue8m0", got {recipe!r}')
+        if scale_layout == "transposed":
+            raise ValueError('scale_dtype "ue8m0_packed" has a layout of its own, aligned for TMA: leave scale_layout out')
+        layout = "ue8m0_packed"
+    _check_input(x, group_size, dtype, recipe, eps)
+    if x.dim() < 2:
+        raise ValueError(f"x must be (..., M, H), got shape {tuple(x.shape)}; call .unsqueeze(0)")
+    # scales in rows don't show where a matrix ends: all are one
+    matrices = 1 if layout == "row" else math.prod(x.shape[:-2])
+    rows, columns = math.prod(x.shape[:-1]) // max(1, matrices), x.shape[-1]
+    size = (matrices, rows, columns)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scales = empty_scales(matrices, rows, ceil_div(columns, group_size), layout, x.device)
+    torch.ops.moequant.quantize_expert_batch(x.reshape(size), None, values.view(size), scales, group_size, recipe, eps)
+    return QuantizedTensor(values, scales.view(*x.shape[:-1], scales.shape[-1]), layout, recipe, group_size)
+
+
+def _check_input(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str, eps: float | None = None) -> None:
+    check_tensor("x", x, dtypes=FLOAT_DTYPES)
+    check_no_grad(x=x)
+    check_choice("group_size", group_size, GROUP_SIZES)
+    check_choice("dtype", dtype, FLOAT8_DTYPES)
+    recipe_of(recipe)
+    if eps is not None and not MIN_EPS <= eps < 1e30:
+        raise ValueError(f"eps must be at least {MIN_EPS} and below 1e30 (below, 1 / scale overflows), got {eps}")

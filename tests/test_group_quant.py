@@ -1,0 +1,171 @@
+"""The float8 quantizers of matrices: bits, bytes and strides of every layout, properties, errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moequant import LayoutError, dequantize, grouped_gemm_blockscale, reference
+from moequant.quantization import per_token_group_quant_fp8
+from moequant.testing import assert_bit_equal
+
+QUICK = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    # the path is the same for all of a test's examples
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+FNUZ = torch.float8_e4m3fnuz
+dtypes = pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, FNUZ, torch.float8_e5m2], ids=str)
+LAYOUTS = {
+    "row": {},
+    "transposed": {"scale_layout": "transposed"},
+    "tma_aligned": {"scale_layout": "tma_aligned"},
+    "ue8m0_packed": {"recipe": "ue8m0", "scale_dtype": "ue8m0_packed"},
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+both_paths = pytest.mark.usefixtures("both_paths")
+
+
+def stored(x: torch.Tensor, count: int) -> torch.Tensor:
+    """The first numbers of a view's memory, in their order there."""
+    return torch.as_strided(x, (count,), (1,))
+
+
+def assert_same(q, values, scales) -> None:
+    assert_bit_equal(q.values, values, "values")
+    assert_bit_equal(q.scales_by_row().contiguous(), scales, "scales")
+
+
+@both_paths
+@layouts
+@dtypes
+@pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 300), (0, 128), (2, 3, 130), (2, 1, 2, 1)], ids=str)
+def test_every_layout_holds_the_reference_s_bits(shape, input_dtype, dtype, layout):
+    x = (torch.randn(shape) * 3).to(input_dtype)
+    q = per_token_group_quant_fp8(x, dtype=dtype, **LAYOUTS[layout])
+    assert (q.layout, q.shape, q.values.is_contiguous(), q.group_size) == (layout, shape, True, 128)
+    assert_same(q, *reference.quantize_groups(x, 128, dtype, q.recipe, None))
+    assert_bit_equal(dequantize(q), q.values.float() * q.scales_by_row().repeat_interleave(128, -1)[..., : shape[-1]])
+
+
+@both_paths
+@pytest.mark.parametrize("recipe", ["default", "deepgemm", "ue8m0", "fnuz_224"])
+@pytest.mark.parametrize("group_size", [32, 64, 256])
+def test_group_sizes_recipes_and_floors(group_size, recipe):
+    x = torch.randn(5, 300) * 1e-3
+    q = per_token_group_quant_fp8(x, group_size, FNUZ, recipe, eps=2e-3)
+    assert_same(q, *reference.quantize_groups(x, group_size, FNUZ, recipe, 2e-3))
+    assert q.recipe == recipe and q.group_size == group_size
+
+
+@both_paths
+def test_fnuz_224_ends_at_224_in_e4m3fnuz_alone():
+    x = torch.full((1, 128), 448.0)
+    q = per_token_group_quant_fp8(x, dtype=FNUZ, recipe="fnuz_224")
+    assert (q.values.float() == 224).all() and q.scales == 2
+    assert (per_token_group_quant_fp8(x, dtype=FNUZ).values.float() == 240).all()
+    assert (per_token_group_quant_fp8(x, recipe="fnuz_224").values.float() == 448).all()
+
+
+@both_paths
+@layouts
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x[:, ::2, 1:],
+        lambda x: x.transpose(1, 2),
+        lambda x: x.permute(1, 0, 2),
+        lambda x: x[0].T,
+        lambda x: x[1, 2:3].expand(5, -1),
+        lambda x: x[:, 0],
+    ],
+    ids=["sliced", "transposed", "permuted", "matrix", "expanded", "apart"],
+)
+def test_inputs_of_any_strides_give_the_bits_of_their_copies(strided, layout):
+    x = strided(torch.randn(3, 10, 300))
+    q, copied = (per_token_group_quant_fp8(y, **LAYOUTS[layout]) for y in (x, x.contiguous()))
+    assert_bit_equal(q.values, copied.values)
+    assert_bit_equal(q.scales, copied.scales)
+
+
+@both_paths
+def test_layouts_by_stride_and_by_byte():
+    x = torch.randn(2, 6, 300)
+    row, transposed, aligned, packed = (
+        per_token_group_quant_fp8(x, **{"recipe": "ue8m0"} | options) for options in LAYOUTS.values()
+    )
+    assert row.scales.is_contiguous() and row.scales.shape == (2, 6, 3)
+    assert transposed.scales.stride() == (18, 1, 6)
+    assert_bit_equal(stored(transposed.scales, 36), row.scales.transpose(1, 2).flatten())
+    assert aligned.scales.stride() == (24, 1, 8)
+    assert_bit_equal(stored(aligned.scales, 48).view(2, 3, 8)[..., :6], row.scales.transpose(1, 2).contiguous())
+    assert (packed.scales.shape, packed.scales.stride()) == ((2, 6, 1), (8, 1, 8))
+    exponents = stored(packed.scales, 16).view(torch.uint8).view(2, 8, 4)[:, :6]
+    assert_bit_equal((exponents[..., :3].int() << 23).view(torch.float32), row.scales)
+    assert not exponents[..., 3].any()
+
+
+@both_paths
+def test_a_bad_group_is_nan_in_floats_and_0xff_in_exponents():
+    x = torch.randn(3, 640)
+    x[0, 5], x[1, 200], x[2, 639] = math.nan, math.inf, -math.inf
+    plain = per_token_group_quant_fp8(x)
+    packed = per_token_group_quant_fp8(x, **LAYOUTS["ue8m0_packed"])
+    bad = [[0, 0], [1, 1], [2, 4]]
+    assert plain.scales.isnan().nonzero().tolist() == bad
+    exponents = packed.scales.contiguous().view(torch.uint8)
+    assert (exponents == 0xFF).nonzero().tolist() == bad and not exponents[:, 5:].any()
+    for q in (plain, packed):
+        assert dequantize(q).isnan().sum() == 3 * 128 and not q.values.view(torch.uint8)[0, :128].any()
+
+
+@both_paths
+@QUICK
+@given(data=st.data(), dtype=st.sampled_from([torch.float8_e4m3fn, FNUZ, torch.float8_e5m2]), layout=st.sampled_from(list(LAYOUTS)))
+def test_any_numbers_in_any_layout_match_the_reference(data, dtype, layout):
+    rows, columns = data.draw(st.integers(1, 9), "rows"), data.draw(st.integers(1, 300), "columns")
+    chosen = data.draw(st.lists(st.floats(width=32), min_size=1, max_size=30), "numbers")
+    x = torch.tensor(chosen).repeat(-(-rows * columns // len(chosen)))[: rows * columns].view(rows, columns)
+    q = per_token_group_quant_fp8(x, 64, dtype, **LAYOUTS[layout])
+    assert_same(q, *reference.quantize_groups(x, 64, dtype, q.recipe, None))
+
+
+def test_products_refuse_packed_scales():
+    packed = per_token_group_quant_fp8(torch.randn(1, 6, 256), **LAYOUTS["ue8m0_packed"])
+    with pytest.raises(LayoutError, match='layout "transposed" .* got layout "ue8m0_packed"'):
+        grouped_gemm_blockscale(packed, packed)
+
+
+X = torch.randn(4, 256)
+BAD = {
+    "one dimension": (X[0], {}, r"x must be \(..., M, H\), got shape \(256,\)"),
+    "float64": (X.double(), {}, "x must be torch.bfloat16 or .* got torch.float64"),
+    "a group of 100": (X, {"group_size": 100}, "group_size must be one of 32, 64, 128, 256, got 100"),
+    "int8": (X, {"dtype": torch.int8}, "dtype must be one of torch.float8_e4m3fn, .* got torch.int8"),
+    "recipe": (X, {"recipe": "mx"}, "recipe must be one of"),
+    "eps": (X, {"eps": 0.0}, "eps must be at least 1e-20"),
+    "layout": (X, {"scale_layout": "block"}, "scale_layout must be one of row, transposed, tma_aligned, got 'block'"),
+    "scale_dtype": (X, {"scale_dtype": "int32"}, "scale_dtype must be one of fp32, ue8m0_packed, got 'int32'"),
+    "packed by default": (X, {"scale_dtype": "ue8m0_packed"}, "pass recipe=\"ue8m0\", got 'default'"),
+    "packed, transposed": (X, LAYOUTS["ue8m0_packed"] | {"scale_layout": "transposed"}, "leave scale_layout out"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_raise_a_value_error(case):
+    x, options, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        per_token_group_quant_fp8(x, **options)
+
+
+def test_inputs_that_require_grad_raise():
+    with pytest.raises(RuntimeError, match="x requires grad"):
+        per_token_group_quant_fp8(X.clone().requires_grad_())
