@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# what tests/compile_kernels.py has cases for; a kernel that is missing there fails test_every_kernel_is_compiled
+# what tests/compile_cases.py has cases for; a kernel that is missing there fails test_every_kernel_is_compiled
 OPERATIONS = (
     "quantize",
     "silu_mul_quantize",

@@ -1,0 +1,368 @@
+"""What is compiled ahead of time: calls of each operation, with the arguments that decide what a kernel looks like.
+
+Operations are called as the package calls them, on CPU tensors; `compile_kernels.py` makes their launches compile and do nothing more.
+
+Letters: T tokens, K top-k, E experts in all, W ranks, L local experts, M rows of an expert's buffer, C of them per source rank,
+H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moequant import ops
+from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.kernels import exchange_counts as exchange_counts_module
+from moequant.kernels import land_rows as land_rows_module
+from moequant.kernels import push_tokens as push_tokens_module
+from moequant.kernels import signal_and_wait as signal_and_wait_module
+
+BF16, INT8 = torch.bfloat16, torch.int8
+E4M3, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
+
+
+def counted(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[0], dtype=torch.int32)
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def quantized(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Values (L, M, H) and their transposed scales, or no scales for a plain type."""
+    scales = None if dtype == BF16 else empty_transposed_scales(experts, rows, ceil_div(columns, 128), "cpu")
+    return empty(experts, rows, columns, dtype=dtype), scales
+
+
+def quantize(dtype: torch.dtype, columns: int = 7168, recipe: str = "default") -> None:
+    x = empty(4, 256, columns)
+    values, scales = quantized(4, 256, columns, dtype)
+    assert scales is not None
+    ops.quantize_expert_batch(x, counted(x), values, scales, recipe=recipe)
+
+
+def silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "default") -> None:
+    x = empty(4, 256, 2 * columns)
+    values, scales = quantized(4, 256, columns, dtype)
+    assert scales is not None
+    ops.silu_mul_quantize(x, counted(x), values, scales, recipe=recipe)
+
+
+def grouped_gemm(
+    dtype: torch.dtype,
+    expected_rows: int = 128,
+    out_dtype: torch.dtype = BF16,
+    columns: int = 4096,
+    depth: int = 7168,
+    experts: int = 4,
+) -> None:
+    a, a_scales = quantized(experts, 1024, depth, dtype)
+    b = empty(experts, columns, depth, dtype=dtype)
+    b_scales = None if dtype == BF16 else empty(experts, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
+    out = empty(experts, 1024, columns, dtype=out_dtype)
+    ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), out, expected_rows=expected_rows)
+
+
+def gemm1_swiglu(dtype: torch.dtype, columns: int, recipe: str = "default") -> None:
+    a, a_scales = quantized(16, 256, 4096, dtype)
+    values, scales = quantized(16, 256, columns, dtype)
+    assert a_scales is not None and scales is not None
+    w13, w13_scales = empty(16, 2 * columns, 4096, dtype=dtype), empty(16, columns // 64, 32, dtype=torch.float32)
+    ops.gemm1_swiglu(a, a_scales, w13, w13_scales, counted(a), values, scales, recipe, 128)
+
+
+def int8_addmm(
+    out_dtype: torch.dtype = torch.float16,
+    bias: bool = True,
+    rows: int = 1024,
+    columns: int = 4096,
+    depth: int = 7168,
+    out_block_size: int = 128,
+) -> None:
+    a, b = empty(rows, depth, dtype=INT8), empty(columns, depth, dtype=INT8)
+    groups = ceil_div(depth, 128)
+    scales = empty(rows, groups, dtype=torch.float32), empty(ceil_div(columns, 128), groups, dtype=torch.float32)
+    out_scales = empty(rows, ceil_div(columns, out_block_size), dtype=torch.float32) if out_dtype == INT8 else None
+    added, out = empty(columns) if bias else None, empty(rows, columns, dtype=out_dtype)
+    ops.int8_addmm(a, scales[0], b, scales[1], added, out, out_scales, out_block_size)
+
+
+def fp8_gemm(dtype: torch.dtype, bias: bool = False) -> None:
+    a, b = empty(1024, 7168, dtype=dtype), empty(4096, 7168, dtype=dtype)
+    factors = empty(1024, dtype=torch.float32), empty(dtype=torch.float32).expand(4096)
+    ops.fp8_gemm(a, factors[0], b, factors[1], empty(4096) if bias else None, empty(1024, 4096))
+
+
+def int8_gelu(block_size: int = 128, columns: int = 4096, rows: int = 256) -> None:
+    x, scales = empty(rows, columns, dtype=INT8), empty(rows, ceil_div(columns, block_size), dtype=torch.float32)
+    ops.int8_gelu(x, scales, torch.empty_like(x), torch.empty_like(scales), block_size)
+
+
+def quantize_tensor(dtype: torch.dtype, input_dtype: torch.dtype = BF16, computed: bool = True) -> None:
+    ops.quantize_fp8(empty(2**20, dtype=input_dtype), empty(2**20, dtype=dtype), empty(dtype=torch.float32), computed)
+
+
+def dequantize_tensor(dtype: torch.dtype, output_dtype: torch.dtype = BF16) -> None:
+    ops.dequantize_fp8(empty(2**20, dtype=dtype), empty(dtype=torch.float32), empty(2**20, dtype=output_dtype))
+
+
+def route(ids: torch.dtype = torch.int64, capacity: int | None = None) -> None:
+    topk_ids, slots = empty(128, 8, dtype=ids), empty(128, 8, dtype=torch.int32)
+    counts, num_tokens = empty(256, dtype=torch.int32), empty(256, dtype=torch.int32)
+    ops.route(topk_ids, slots, counts, capacity, num_tokens, empty(2, dtype=torch.int64))
+
+
+def expert_offsets(calls: int) -> None:
+    counts, offsets = empty(8, 256 + calls, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    ops.expert_offsets(counts, 32, 1024, 128, offsets, empty(32, dtype=torch.int32), empty(3, dtype=torch.int64))
+
+
+def plan_sends() -> None:
+    topk_ids, slots, rows = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.int32)
+    counts, offsets = empty(8, dtype=torch.int32), empty(256, dtype=torch.int32)
+    ops.plan_sends(topk_ids, 32, empty(8, 128, dtype=torch.int32), counts)
+    ops.plan_returns(topk_ids, slots, offsets, 1024, 32, counts, rows)
+
+
+def scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool = False) -> None:
+    values, scales = quantized(32, 1024, 7168, dtype)
+    x, x_scales = empty(tokens, 7168), None
+    if quantized_before:
+        x, x_scales = empty(tokens, 7168, dtype=dtype), empty(tokens, 56, dtype=torch.float32)
+    topk_ids = empty(tokens, 8, dtype=torch.int64)
+    slots, rows = empty(tokens, 8, dtype=torch.int32), empty(tokens, 8, dtype=torch.int32)
+    offsets, sources = empty(256, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
+    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, 0, offsets, 1024)
+
+
+def move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
+    padded, (merged, merged_scales) = empty(8, 32, 128, 7168, dtype=dtype), quantized(32, 1024, 7168, dtype)
+    offsets, counts = empty(8, 256, dtype=torch.int32), empty(8, 257, dtype=torch.int32)
+    if not to_merged:
+        ops.move_source_rows(padded, merged, offsets, counts, 32, False)
+        return
+    padded_scales = None if merged_scales is None else empty(8, 32, 128, 56, dtype=torch.float32)
+    sources, merged_sources = empty(8, 32, 128, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
+    ops.move_source_rows(padded, merged, offsets, counts, 32, True, padded_scales, merged_scales, sources, merged_sources)
+
+
+def partials(listed: bool) -> None:
+    ids, rows = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
+    starts = empty(8, dtype=torch.int32) if listed else None
+    ops.plan_partials(ids, rows, 32, 128, empty(128, 8, dtype=torch.int32), starts)
+    entries, offsets = empty(8, 3, 128, 8, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    shape = 8, 128, 8
+    ops.locate_entries(entries, offsets, 32, 128, 1024, empty(*shape, dtype=torch.int32), empty(*shape, dtype=torch.float32))
+
+
+def combine(weights: torch.dtype | None = torch.float32) -> None:
+    rows, topk_weights = empty(128, 8, dtype=torch.int32), None if weights is None else empty(128, 8, dtype=weights)
+    ops.combine(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
+
+
+def presum() -> None:
+    rows, topk_weights = empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.float32)
+    ops.presum(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
+
+
+def peer_arguments() -> dict[str, Any]:
+    """What every kernel of the symmetric transport is told of the others."""
+    integer = empty(1, dtype=torch.int32)
+    return {
+        "peers": empty(8, dtype=torch.int64),
+        "epoch": integer,
+        "fault": integer,
+        "record": integer,
+        "flags_offset": 4096,
+        "abort_offset": 8192,
+        "rank": 3,
+        "limit": 1000,
+    }
+
+
+def exchange_counts() -> None:
+    counts, num_tokens = empty(256, dtype=torch.int32), empty(32, dtype=torch.int32)
+    arguments = peer_arguments()
+    del arguments["flags_offset"]
+    exchange_counts_module.exchange_counts(
+        counts, counts, num_tokens, empty(3, dtype=torch.int64), words_offset=1024, capacity=1024, call=7, **arguments
+    )
+
+
+def push_tokens(dtype: torch.dtype, tokens: int = 128, per_rank: bool = False) -> None:
+    entries = empty(tokens, 8, dtype=torch.int32)
+    push_tokens_module.push_tokens(
+        empty(tokens, 7168),
+        entries,
+        entries,
+        empty(tokens, 8, dtype=torch.float32) if per_rank else None,
+        empty(256, dtype=torch.int32),
+        entries,
+        entries if per_rank else None,
+        ticket=empty(1, dtype=torch.int32),
+        values_offset=256,
+        notes_offset=1024,
+        max_tokens=128,
+        local_experts=32,
+        capacity=1024,
+        dtype=dtype,
+        wait=True,
+        **peer_arguments(),
+        **({} if dtype == BF16 else ops.quantize_settings(empty(1, dtype=dtype), "default", None)),
+    )
+
+
+def land_rows(dtype: torch.dtype) -> None:
+    values, scales = quantized(32, 1024, 7168, dtype)
+    notes, sources = empty(32, 1024, 4 if scales is None else 60, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
+    peers, abort = empty(8, dtype=torch.int64), empty(1, dtype=torch.int32)
+    land_rows_module.land_rows(values, notes, counted(values), scales, sources, sources, peers, abort, 1024, 1024, 14336, 128)
+
+
+def push_rows(remote: bool) -> None:
+    from moequant.kernels.push_rows import push_rows as kernel
+
+    y, destinations = empty(32, 1024, 7168), empty(32, 1024, dtype=torch.int64)
+    kernel(y, counted(y), None if remote else y, destinations if remote else None)
+
+
+def push_partial_sums() -> None:
+    from moequant.kernels.push_partial_sums import push_partial_sums as kernel
+
+    y, notes, ticket = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(1, dtype=torch.int32)
+    settings = {"returns_offset": 1024, "max_tokens": 128, "top_k": 8, "scale_words": 56, "wait": True}
+    kernel(y, notes, counted(y), ticket=ticket, **settings, **peer_arguments())
+
+
+def signal_and_wait() -> None:
+    signal_and_wait_module.signal_and_wait(phase=2, **peer_arguments())
+
+
+def combine_shared() -> None:
+    from moequant.kernels.combine import combine_shared as kernel
+
+    rows, weights = empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.float32)
+    peers, abort = empty(8, dtype=torch.int64), empty(1, dtype=torch.int32)
+    kernel(empty(1, 7168), rows, weights, empty(128, 7168), abort, peers=peers, peer_offset=256, rows_of_rank=32768)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose launches are compiled.
+
+    arguments: of the call. One that is a float8 format limits the case to the targets that have it (`anywhere`: it does not).
+    may_spill: no registers are promised, as for rows that have to be read element by element.
+    hopper: for sm_90 alone: compiling a Hopper kernel for another target aborts.
+    nvidia: for NVIDIA GPUs alone.
+    wide: rows lie on 16-byte boundaries, and NVIDIA GPUs must move them in 16-byte loads and stores.
+    """
+
+    call: Callable[..., None]
+    arguments: dict[str, Any]
+    wide: bool = True
+    anywhere: bool = False
+    may_spill: bool = False
+    hopper: bool = False
+    nvidia: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in self.arguments.items())
+
+
+def cases(call: Callable[..., None], *arguments: dict[str, Any], **settings: bool) -> list[Case]:
+    return [Case(call, case, **settings) for case in arguments]
+
+
+def each_format(*plain: torch.dtype, **arguments: Any) -> list[dict[str, Any]]:
+    return [{"dtype": dtype, **arguments} for dtype in (E4M3, FNUZ, INT8, *plain)]
+
+
+# What is compiled, by operation. A new kernel needs a function above that calls its operation, and an entry here.
+CASES = {
+    "quantize": [
+        *cases(quantize, *each_format(E5M2), *each_format(recipe="deepgemm"), *each_format(recipe="ue8m0")),
+        # rounded in integer arithmetic, so that any GPU can do it
+        *cases(quantize, {"dtype": FNUZ}, anywhere=True),
+        # H = 2890: few rows begin on a 16-byte boundary
+        *cases(quantize, {"dtype": INT8, "columns": 2890}, wide=False, may_spill=True),
+    ],
+    "silu_mul_quantize": [
+        *cases(silu_mul_quantize, *each_format(), *each_format(recipe="ue8m0")),
+        *cases(silu_mul_quantize, {"dtype": FNUZ}, anywhere=True),
+        *cases(silu_mul_quantize, {"dtype": INT8, "columns": 1445}, {"dtype": INT8, "columns": 1}, wide=False, may_spill=True),
+    ],
+    "grouped_gemm": [
+        *cases(grouped_gemm, *(case for rows in (16, 1024) for case in each_format(BF16, expected_rows=rows))),
+        *cases(grouped_gemm, *each_format(out_dtype=torch.float32)),
+        # gpt-oss: a trailing half group
+        *cases(grouped_gemm, *each_format(BF16, columns=2880, depth=2880)),
+        # rows that TMA cannot read
+        *cases(grouped_gemm, {"dtype": BF16, "depth": 2890}, wide=False, may_spill=True),
+    ],
+    "grouped_gemm_hopper": [
+        *cases(grouped_gemm, *({"dtype": E4M3, "expected_rows": rows, "experts": 16} for rows in (16, 1024)), hopper=True),
+        *cases(grouped_gemm, {"dtype": E4M3, "out_dtype": torch.float32}, hopper=True),
+        *cases(grouped_gemm, *({"dtype": INT8, "out_dtype": dtype} for dtype in (BF16, torch.float32)), hopper=True),
+        *cases(int8_addmm, {"bias": False}, hopper=True),
+        # few columns: narrow tiles; gpt-oss: tails
+        *cases(
+            grouped_gemm,
+            {"dtype": E4M3, "columns": 1024, "depth": 4096},
+            {"dtype": E4M3, "columns": 2880, "depth": 2880},
+            hopper=True,
+        ),
+    ],
+    "gemm1_swiglu_hopper": cases(
+        gemm1_swiglu, {"dtype": E4M3, "columns": 2048}, {"dtype": E4M3, "columns": 768, "recipe": "ue8m0"}, hopper=True
+    ),
+    "dense_gemm": [
+        *cases(int8_addmm, {}, {"bias": False, "out_dtype": torch.float32}, {"out_dtype": INT8}),
+        *cases(int8_addmm, {"out_dtype": INT8, "out_block_size": 32}, {"out_dtype": INT8, "columns": 2880, "depth": 2880}),
+        *cases(fp8_gemm, {"dtype": E4M3}, {"dtype": FNUZ}, {"dtype": E4M3, "bias": True}),
+        # one row: sizes and strides of 1 are constants
+        *cases(int8_addmm, {"rows": 1, "depth": 128}, {"rows": 1, "out_dtype": INT8}, wide=False),
+        # rows that TMA cannot read
+        *cases(int8_addmm, {"depth": 2890}, wide=False, may_spill=True),
+    ],
+    "int8_gelu": [
+        *cases(int8_gelu, {}, {"block_size": 32}),
+        *cases(int8_gelu, {"columns": 1445}, {"columns": 1, "rows": 1}, wide=False, may_spill=True),
+    ],
+    "quantize_tensor": [
+        *cases(quantize_tensor, *({"dtype": dtype, "computed": False} for dtype in (E4M3, torch.uint8))),
+        *cases(quantize_tensor, {"dtype": E4M3, "computed": False, "input_dtype": torch.float32}),
+        # the maximum is one number
+        *cases(quantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, wide=False),
+    ],
+    "dequantize_tensor": cases(
+        dequantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "output_dtype": torch.float32}
+    ),
+    "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
+    "expert_offsets": cases(expert_offsets, {"calls": 0}, {"calls": 1}, wide=False),
+    "plan_sends": cases(plan_sends, {}, wide=False),
+    "scatter": [
+        *cases(scatter, *each_format(BF16)),
+        # few tokens: each is cut into parts, of which a thread stores 8 bytes
+        *cases(scatter, *each_format(BF16, tokens=4), wide=False),
+        *cases(scatter, {"dtype": FNUZ}, anywhere=True),
+        *cases(scatter, *each_format(quantized_before=True)),
+    ],
+    "move_source_rows": cases(move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True),
+    "combine": [*cases(combine, {}, {"weights": BF16}, {"weights": None}), *cases(presum, {}), *cases(combine_shared, {})],
+    "partials": cases(partials, {"listed": False}, {"listed": True}, wide=False),
+    "exchange_counts": cases(exchange_counts, {}, wide=False, may_spill=True, nvidia=True),
+    "push_tokens": [
+        *cases(push_tokens, *each_format(BF16), nvidia=True),
+        *cases(push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, nvidia=True),
+    ],
+    "land_rows": cases(land_rows, {"dtype": INT8}, {"dtype": BF16}),
+    "push_rows": cases(push_rows, {"remote": False}, {"remote": True}),
+    "push_partial_sums": cases(push_partial_sums, {}, nvidia=True),
+    "signal_and_wait": cases(signal_and_wait, {}, wide=False, nvidia=True),
+}
