@@ -78,13 +78,20 @@ def quantize_group(
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
     scale = group_scale(bits, eps, MAX, POWER_OF_TWO)
     reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    r = tl.expand_dims(reciprocal, AXIS)
+    bits, wide_scale, reciprocal = tl.expand_dims(bits, AXIS), tl.expand_dims(scale, AXIS), tl.expand_dims(reciprocal, AXIS)
+    return divide_and_round(x, bits, wide_scale, reciprocal, RECIPROCAL, target), scale
+
+
+@triton.jit
+def divide_and_round(x, bits, scale, r, RECIPROCAL: tl.constexpr, target: tl.constexpr):
+    """float32 x over the scale of its group, as target. bits: of the group's absolute maximum. r: the correctly rounded 1 / scale. All
+    three are broadcast against x."""
     q = x * r
     if not RECIPROCAL:
         # with the signs this way round -0.0 stays -0.0; x * -1 is a sign flip, which costs nothing, where -x would be 0 - x
-        q = tl.fma(tl.fma(q, tl.expand_dims(scale, AXIS), x * -1.0), r * -1.0, q)
+        q = tl.fma(tl.fma(q, scale, x * -1.0), r * -1.0, q)
     # the values of a bad group are 0: its scale alone says NaN
-    q = tl.where(tl.expand_dims(bits, AXIS) >= INF_BITS, 0.0, q)
+    q = tl.where(bits >= INF_BITS, 0.0, q)
     if target == tl.uint8:
         values = round_e4m3fnuz(q)
     elif target == tl.int8:
@@ -92,7 +99,7 @@ def quantize_group(
         values = ((q + 12582912.0) - 12582912.0).to(tl.int8)
     else:
         values = q.to(target)
-    return values, scale
+    return values
 
 
 @triton.jit

@@ -67,6 +67,41 @@ def per_token_group_quant_fp8(
     return QuantizedTensor(values, scales.view(*x.shape[:-1], scales.shape[-1]), layout, recipe, group_size)
 
 
+def per_block_quant_fp8(
+    w: Tensor,
+    block: tuple[int, int] = (128, 128),
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+) -> QuantizedTensor:
+    """Quantizes a weight in square blocks, one float32 scale a block; the last ones of a row or column may be partial.
+
+    w: (N, K_dim) or (..., N, K_dim) bfloat16, float16 or float32, any strides. block: (32, 32), (64, 64) or (128, 128).
+    dtype, recipe: as for `per_token_group_quant_fp8`.
+
+    Returns a QuantizedTensor of layout "block", values and scales contiguous. Raises ValueError for a wrong shape, dtype or option,
+    RuntimeError if w requires grad under grad mode. `quantize_weight` does the same in equal parts of the rows, and to int8.
+    """
+    check_tensor("w", w, dtypes=FLOAT_DTYPES)
+    if w.dim() < 2:
+        raise ValueError(f"w must be (..., N, K_dim), got shape {tuple(w.shape)}")
+    check_choice("block", tuple(block), [(size, size) for size in (32, 64, 128)])
+    check_choice("dtype", dtype, FLOAT8_DTYPES)
+    recipe_of(recipe)
+    check_no_grad(w=w)
+    return quantize_blocks(w, dtype, recipe, 1, block[0])
+
+
+def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, block_size: int) -> QuantizedTensor:
+    """A weight (..., N, K_dim) in blocks, its arguments checked. segments: the rows are this many equal parts, blocked apart."""
+    leading, (rows, columns) = w.shape[:-2], w.shape[-2:]
+    experts, row_blocks = math.prod(leading), segments * ceil_div(rows // segments, block_size)
+    values = torch.empty(experts, rows, columns, dtype=dtype, device=w.device)
+    scales = torch.empty(experts, row_blocks, ceil_div(columns, block_size), dtype=torch.float32, device=w.device)
+    torch.ops.moequant.quantize_weight(w.reshape(values.shape), values, scales, recipe, segments, block_size)
+    shaped = values.view(w.shape), scales.view(*leading, *scales.shape[1:])
+    return QuantizedTensor(*shaped, "block", recipe, block_size, segments)
+
+
 def _check_input(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str, eps: float | None = None) -> None:
     check_tensor("x", x, dtypes=FLOAT_DTYPES)
     check_no_grad(x=x)

@@ -22,6 +22,7 @@ from moequant.batch import QuantizedTensor, ceil_div
 from moequant.checks import check_choice, check_contiguous, check_no_grad, check_tensor
 from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
+from moequant.group_quant import quantize_blocks
 
 BLOCK_SIZES = (32, 64, 128, 256)
 OUT_BLOCK_SIZES = (32, 64, 128)
@@ -54,9 +55,9 @@ def act_dequant(x: Tensor, s: Tensor, block_size: int = 128, output_dtype: torch
 
 
 def weight_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Quantizes weights to int8 in blocks of block_size x block_size. Runs once, when weights are loaded, in plain torch.
+    """Quantizes weights to int8 in blocks of block_size x block_size; other sizes than 32, 64 and 128 in plain torch on any device.
 
-    x: (..., N, K_dim) bfloat16, float16 or float32.
+    x: (..., N, K_dim) bfloat16, float16 or float32, any strides.
 
     Returns values (..., N, K_dim) int8 and scales (..., ceil(N / block_size), ceil(K_dim / block_size)) float32, both contiguous. A block
     of zeros has values 0 and scale 1e-10 / 127. Raises ValueError for a wrong dtype, shape or block size, RuntimeError if x requires grad
@@ -64,7 +65,7 @@ def weight_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
     """
     _check_float("x", x, 2)
     _check_block_size(block_size)
-    q = reference.quantize_weight(x, dtype=torch.int8, group_size=block_size)
+    q = quantize_blocks(x, torch.int8, "default", 1, block_size)
     return q.values, q.scales
 
 

@@ -15,7 +15,9 @@ from moequant import (
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_counts, check_no_grad, check_tensor
 from moequant.formats import MIN_EPS, format_of, recipe_of
+from moequant.group_quant import per_block_quant_fp8 as per_block_quant_fp8
 from moequant.group_quant import per_token_group_quant_fp8 as per_token_group_quant_fp8
+from moequant.group_quant import quantize_blocks
 from moequant.int8 import act_dequant as act_dequant
 from moequant.int8 import act_quant as act_quant
 from moequant.int8 import int8_gelu as int8_gelu
@@ -111,9 +113,9 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
 def quantize_weight(
     w: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, recipe: str = "default", segments: int = 1
 ) -> QuantizedTensor:
-    """Quantizes a weight in blocks of 128x128, one float32 scale a block. Runs once, when weights are loaded, in plain torch.
+    """Quantizes a weight in blocks of 128x128, one float32 scale a block.
 
-    w: (..., N, K_dim) bfloat16, float16 or float32.
+    w: (..., N, K_dim) bfloat16, float16 or float32, any strides.
     segments: the N rows are this many equal parts, blocked apart: 2 for w13, so that no block holds gate and up.
 
     Returns a QuantizedTensor of layout "block" with scales (..., segments * ceil(N / segments / 128), ceil(K_dim / 128)).
@@ -127,12 +129,7 @@ def quantize_weight(
     format_of(dtype)
     recipe_of(recipe)
     check_no_grad(w=w)
-    if w.dim() == 2 or len(w) == 0:
-        return reference.quantize_weight(w, dtype=dtype, recipe=recipe, segments=segments)
-    # one expert after the other: the float32 copies in between take several times a weight's memory
-    parts = [quantize_weight(part, dtype=dtype, recipe=recipe, segments=segments) for part in w]
-    values = torch.stack([part.values.view(torch.uint8) for part in parts]).view(dtype)
-    return QuantizedTensor(values, torch.stack([part.scales for part in parts]), "block", recipe, segments=segments)
+    return quantize_blocks(w, dtype, recipe, segments, 128)
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

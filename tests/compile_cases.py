@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.batch import ceil_div, empty_scales, empty_transposed_scales
 from moequant.kernels import exchange_counts as exchange_counts_module
 from moequant.kernels import land_rows as land_rows_module
 from moequant.kernels import push_tokens as push_tokens_module
@@ -45,6 +45,18 @@ def quantize(dtype: torch.dtype, columns: int = 7168, recipe: str = "default") -
     values, scales = quantized(4, 256, columns, dtype)
     assert scales is not None
     ops.quantize_expert_batch(x, counted(x), values, scales, recipe=recipe)
+
+
+def quantize_packed(dtype: torch.dtype) -> None:
+    x = empty(1, 256, 7168)
+    scales = empty_scales(1, 256, 56, "ue8m0_packed", "cpu")
+    ops.quantize_expert_batch(x, None, empty(1, 256, 7168, dtype=dtype), scales, recipe="ue8m0")
+
+
+def quantize_weight(dtype: torch.dtype, recipe: str = "default", columns: int = 7168, segments: int = 1, block: int = 128) -> None:
+    shape = 4, segments * ceil_div(4096 // segments, block), ceil_div(columns, block)
+    scales = empty(*shape, dtype=torch.float32)
+    ops.quantize_weight(empty(4, 4096, columns), empty(4, 4096, columns, dtype=dtype), scales, recipe, segments, block)
 
 
 def silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "default") -> None:
@@ -289,6 +301,7 @@ CASES = {
         *cases(quantize, *each_format(E5M2), *each_format(recipe="deepgemm"), *each_format(recipe="ue8m0")),
         # rounded in integer arithmetic, so that any GPU can do it
         *cases(quantize, {"dtype": FNUZ}, anywhere=True),
+        *cases(quantize_packed, {"dtype": E4M3}),
         # H = 2890: few rows begin on a 16-byte boundary
         *cases(quantize, {"dtype": INT8, "columns": 2890}, wide=False, may_spill=True),
     ],
@@ -343,6 +356,11 @@ CASES = {
     "dequantize_tensor": cases(
         dequantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "output_dtype": torch.float32}
     ),
+    "quantize_weight": [
+        *cases(quantize_weight, *each_format(E5M2), *each_format(recipe="ue8m0", segments=2), {"dtype": E4M3, "block": 32}),
+        *cases(quantize_weight, {"dtype": FNUZ}, anywhere=True),
+        *cases(quantize_weight, {"dtype": INT8, "columns": 2890}, wide=False, may_spill=True),
+    ],
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
     "expert_offsets": cases(expert_offsets, {"calls": 0}, {"calls": 1}, wide=False),
     "plan_sends": cases(plan_sends, {}, wide=False),

@@ -23,6 +23,7 @@ OPERATIONS = (
     "int8_gelu",
     "quantize_tensor",
     "dequantize_tensor",
+    "quantize_weight",
     "route",
     "expert_offsets",
     "plan_sends",

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moequant import LayoutError, dequantize, grouped_gemm_blockscale, reference
-from moequant.quantization import per_token_group_quant_fp8
+from moequant.quantization import per_block_quant_fp8, per_token_group_quant_fp8
 from moequant.testing import assert_bit_equal
 
 QUICK = settings(
@@ -136,6 +136,41 @@ def test_any_numbers_in_any_layout_match_the_reference(data, dtype, layout):
     x = torch.tensor(chosen).repeat(-(-rows * columns // len(chosen)))[: rows * columns].view(rows, columns)
     q = per_token_group_quant_fp8(x, 64, dtype, **LAYOUTS[layout])
     assert_same(q, *reference.quantize_groups(x, 64, dtype, q.recipe, None))
+
+
+@both_paths
+@dtypes
+@pytest.mark.parametrize("shape", [(130, 200), (2, 128, 140), (2, 1, 5, 33), (0, 3, 4)], ids=str)
+@pytest.mark.parametrize("size", [32, 128])
+def test_blocks_hold_the_reference_s_bits(size, shape, dtype):
+    w = torch.randn(shape).bfloat16()
+    q = per_block_quant_fp8(w, (size, size), dtype, "ue8m0")
+    assert (q.layout, q.recipe, q.group_size, q.segments, q.shape) == ("block", "ue8m0", size, 1, shape)
+    expected = reference.quantize_weight(w, dtype=dtype, recipe="ue8m0", group_size=size)
+    assert_same(q, expected.values, expected.scales)
+    assert_bit_equal(dequantize(q), dequantize(expected))
+
+
+@both_paths
+def test_weights_of_any_strides_give_the_bits_of_their_copies():
+    w = torch.randn(3, 150, 70).transpose(1, 2)[1:, ::2]
+    assert_same(per_block_quant_fp8(w), *(lambda q: (q.values, q.scales))(per_block_quant_fp8(w.contiguous())))
+
+
+@pytest.mark.parametrize(
+    "w, options, message",
+    [
+        (torch.randn(4), {}, r"w must be \(..., N, K_dim\), got shape \(4,\)"),
+        (torch.randn(4, 4), {"block": (128, 64)}, r"block must be one of \(32, 32\), \(64, 64\), \(128, 128\), got \(128, 64\)"),
+        (torch.randn(4, 4), {"dtype": torch.int8}, "dtype must be one of"),
+        (torch.randn(4, 4), {"recipe": "mx"}, "recipe must be one of"),
+        (torch.randn(4, 4).double(), {}, "w must be torch.bfloat16 or"),
+    ],
+    ids=["dimensions", "block", "dtype", "recipe", "dtype of w"],
+)
+def test_bad_weights_raise_a_value_error(w, options, message):
+    with pytest.raises(ValueError, match=message):
+        per_block_quant_fp8(w, **options)
 
 
 def test_products_refuse_packed_scales():

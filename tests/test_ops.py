@@ -19,7 +19,7 @@ from moequant import (
     silu_mul,
     silu_mul_quantize,
 )
-from moequant.batch import QuantizedTensor, empty_transposed_scales
+from moequant.batch import QuantizedTensor, empty_scales, empty_transposed_scales
 from moequant.gemm import fp8_gemm, int8_addmm_quant, int8_gemm, mm_fp8_blockscale
 from moequant.quantization import act_quant, dequantize_fp8, int8_gelu, quantize_fp8, weight_quant
 from moequant.testing import assert_bit_equal
@@ -101,10 +101,37 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
     "quantize_expert_batch": {
         "int8, counted": lambda: quantize_arguments(torch.int8, COUNTS),
         "fp8": lambda: quantize_arguments(FP8, None),
+        "packed exponents": lambda: (
+            torch.randn(2, 4, 140),
+            COUNTS,
+            quantize_outputs(FP8)[0],
+            empty_scales(2, 4, 2, "ue8m0_packed", "cpu").zero_(),
+            128,
+            "ue8m0",
+            None,
+        ),
     },
     "silu_mul_quantize": {
         "int8, counted": lambda: silu_quantize_arguments(torch.int8, COUNTS),
         "fp8": lambda: silu_quantize_arguments(FP8, None),
+    },
+    "quantize_weight": {
+        "int8, two segments": lambda: (
+            torch.randn(2, 6, 140).half(),
+            torch.zeros(2, 6, 140, dtype=torch.int8),
+            torch.zeros(2, 2, 2),
+            "ue8m0",
+            2,
+            128,
+        ),
+        "fp8 in small blocks": lambda: (
+            torch.randn(1, 40, 70),
+            torch.zeros(1, 40, 70).to(FP8),
+            torch.zeros(1, 2, 3),
+            "default",
+            1,
+            32,
+        ),
     },
     "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, torch.zeros(2, 4, 140).bfloat16())},
     "grouped_gemm_blockscale": {"int8, counted": lambda: gemm_arguments(True), "bfloat16": lambda: gemm_arguments(False)},

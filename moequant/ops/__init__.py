@@ -42,6 +42,9 @@ from moequant.ops.quantization import (
     quantize_settings as quantize_settings,
 )
 from moequant.ops.quantization import (
+    quantize_weight as quantize_weight,
+)
+from moequant.ops.quantization import (
     silu_mul as silu_mul,
 )
 from moequant.ops.quantization import (

@@ -59,6 +59,24 @@ def silu_mul_quantize(
     kernel(x, num_tokens, values, scales, **quantize_settings(values, recipe, eps))
 
 
+@registered(mutates=("values", "scales"))
+def quantize_weight(
+    w: Tensor, values: Tensor, scales: Tensor, recipe: str = "default", segments: int = 1, block_size: int = 128
+) -> None:
+    """`reference.quantize_weight` of w (E, N, K_dim) into given contiguous outputs. Blocks that no kernel is made for take plain torch on
+    any device."""
+    if uses_kernels(w) and block_size in (32, 64, 128):
+        from moequant.kernels.quantize_weight import quantize_weight as kernel
+
+        kernel(w, values, scales, segments=segments, block_size=block_size, **quantize_settings(values, recipe, None))
+        return
+    # one expert after the other: the float32 copies in between take several times a weight's memory
+    for expert in range(w.shape[0]):
+        q = reference.quantize_weight(w[expert], dtype=values.dtype, recipe=recipe, segments=segments, group_size=block_size)
+        values[expert].copy_(q.values)
+        scales[expert].copy_(q.scales)
+
+
 @registered(mutates=("out",))
 def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
     """`reference.silu_mul` into a given output."""
