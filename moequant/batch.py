@@ -29,10 +29,10 @@ def empty_transposed_scales(num_experts: int, rows: int, groups: int, device: to
 
 def empty_scales(num_experts: int, rows: int, groups: int, layout: ScaleLayout, device: torch.device | str) -> Tensor:
     """Uninitialised activation scales in a layout of `QuantizedTensor`: (L, M, G) float32, or (L, M, ceil(G / 4)) int32 for
-    "ue8m0_packed". For "transposed_flat" it is the transposed view by which the scales are written."""
+    "ue8m0_packed"."""
     if layout == "row":
         return torch.empty(num_experts, rows, groups, dtype=torch.float32, device=device)
-    if layout in ("transposed", "transposed_flat"):
+    if layout == "transposed":
         return empty_transposed_scales(num_experts, rows, groups, device)
     packed = layout == "ue8m0_packed"
     columns, dtype = (ceil_div(groups, 4), torch.int32) if packed else (groups, torch.float32)

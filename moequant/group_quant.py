@@ -19,6 +19,7 @@ from moequant.checks import check_choice, check_no_grad, check_tensor
 from moequant.formats import FLOAT_DTYPES, MIN_EPS, recipe_of
 
 GROUP_SIZES = (32, 64, 128, 256)
+MAX_NORM_COLUMNS = 32768
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
@@ -89,6 +90,96 @@ def per_block_quant_fp8(
     recipe_of(recipe)
     check_no_grad(w=w)
     return quantize_blocks(w, dtype, recipe, 1, block[0])
+
+
+def fused_rms_fp8_group_quant(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    group_size: int = 128,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    recipe: str = "default",
+    transpose_scale: bool = False,
+) -> tuple[QuantizedTensor, Tensor | None]:
+    """RMSNorm of the rows of x + residual, times silu(gate), quantized in groups of group_size columns.
+
+    y / sqrt(mean(y * y) + eps) * weight * silu(gate) with y = x + residual, all in float32 and not rounded before quantization.
+
+    x: (M, H) bfloat16, float16 or float32, of at most 32768 columns; copied first if the numbers of a row are not side by side.
+    weight: (H,) of any of these types. eps: added to the mean square, at least 0. residual, gate: as x, or None to leave them out.
+    group_size, dtype, recipe: as for `per_token_group_quant_fp8`.
+    transpose_scale: the scales keep their shape (M, G) and stay contiguous, but lie in the order of a contiguous (G, M), so that read as
+        (M, G) they are scrambled: layout "transposed_flat" instead of "row". Values are the same bits.
+
+    Returns a QuantizedTensor and x + residual, rounded to x's type: the next residual, or None without one. Between devices scales are
+    within 4 units in the last place and values at most one step apart. Raises ValueError for a wrong shape, dtype, device or option,
+    RuntimeError if an input requires grad under grad mode.
+    """
+    check_tensor("x", x, dims=2)
+    _check_input(x, group_size, dtype, recipe)
+    rows, columns = x.shape
+    if columns > MAX_NORM_COLUMNS:
+        raise ValueError(f"x must have at most {MAX_NORM_COLUMNS} columns, for a program to hold a row, got {columns}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+    check_tensor("weight", weight, shape=(columns,), dtypes=FLOAT_DTYPES, device=x.device)
+    for name, tensor in (("residual", residual), ("gate", gate)):
+        if tensor is not None:
+            check_tensor(name, tensor, shape=(rows, columns), dtypes=FLOAT_DTYPES, device=x.device)
+    check_no_grad(weight=weight, residual=residual, gate=gate)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    summed = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scales, written = _scales(rows, ceil_div(columns, group_size), transpose_scale, x.device)
+    torch.ops.moequant.fused_rms_quantize(
+        _with_rows(x), weight.contiguous(), _with_rows(residual), _with_rows(gate), summed, values, written, eps, group_size, recipe
+    )
+    return QuantizedTensor(values, scales, _flat_layout(transpose_scale), recipe, group_size), summed
+
+
+def fused_flatten_fp8_group_quant(
+    x: Tensor,
+    group_size: int = 128,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    transpose_scale: bool = False,
+    recipe: str = "default",
+) -> QuantizedTensor:
+    """Quantizes x (M, N1, N2) as the matrix (M, N1 * N2), in groups of group_size columns.
+
+    x: bfloat16, float16 or float32, any strides. It is copied first if its rows can't be viewed as flat and groups cross from one N2 to
+    the next. group_size, dtype, recipe: as for `per_token_group_quant_fp8`; transpose_scale: as for `fused_rms_fp8_group_quant`.
+
+    Returns a QuantizedTensor (M, N1 * N2) with contiguous values and scales (M, G), bit-equal on all devices. Raises ValueError for a
+    wrong shape, dtype or option, RuntimeError if x requires grad under grad mode.
+    """
+    check_tensor("x", x, dims=3)
+    _check_input(x, group_size, dtype, recipe)
+    rows, outer, inner = x.shape
+    values = torch.empty(rows, outer * inner, dtype=dtype, device=x.device)
+    scales, written = _scales(rows, ceil_div(outer * inner, group_size), transpose_scale, x.device)
+    if inner % group_size == 0 and inner and x.stride(1) != inner * x.stride(2):
+        # a batch of N1 matrices of which no group leaves its own, written where each belongs
+        batch = x.transpose(0, 1), values.view(x.shape).transpose(0, 1), written.unflatten(1, (outer, -1)).transpose(0, 1)
+    else:
+        batch = x.reshape(1, *values.shape), values.unsqueeze(0), written.unsqueeze(0)
+    torch.ops.moequant.quantize_expert_batch(batch[0], None, *batch[1:], group_size, recipe, None)
+    return QuantizedTensor(values, scales, _flat_layout(transpose_scale), recipe, group_size)
+
+
+def _flat_layout(transpose_scale: bool) -> ScaleLayout:
+    return "transposed_flat" if transpose_scale else "row"
+
+
+def _scales(rows: int, groups: int, transpose_scale: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scales (M, G), contiguous, and the view by which they are written."""
+    scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
+    return scales, scales.view(groups, rows).transpose(0, 1) if transpose_scale else scales
+
+
+def _with_rows(x: Tensor | None) -> Tensor | None:
+    """x with the numbers of a row side by side."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, block_size: int) -> QuantizedTensor:

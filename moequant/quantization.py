@@ -15,6 +15,8 @@ from moequant import (
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_counts, check_no_grad, check_tensor
 from moequant.formats import MIN_EPS, format_of, recipe_of
+from moequant.group_quant import fused_flatten_fp8_group_quant as fused_flatten_fp8_group_quant
+from moequant.group_quant import fused_rms_fp8_group_quant as fused_rms_fp8_group_quant
 from moequant.group_quant import per_block_quant_fp8 as per_block_quant_fp8
 from moequant.group_quant import per_token_group_quant_fp8 as per_token_group_quant_fp8
 from moequant.group_quant import quantize_blocks

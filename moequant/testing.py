@@ -154,6 +154,32 @@ def assert_bit_equal(a: Tensor, b: Tensor, name: str = "tensors") -> None:
     )
 
 
+def assert_nearly_quantized(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """Raises AssertionError unless values and scales are within the tolerance of what goes through exp, erf or rsqrt: scales 4 units in
+    the last place apart, values one step. More than 98% of the values have to be equal, or the tolerance would hide a wrong formula."""
+
+    def codes(values: Tensor) -> Tensor:
+        """Narrow numbers as integers of which neighbours differ by 1."""
+        bits = values.view(torch.int8).int()
+        return bits if values.dtype == torch.int8 else torch.where(bits < 0, -(bits & 0x7F), bits)
+
+    (values, scales), (expected_values, expected_scales) = result, expected
+    assert_bit_equal(scales.isnan(), expected_scales.isnan(), "bad groups")
+    if values.dtype != expected_values.dtype or values.shape != expected_values.shape:
+        raise AssertionError(
+            f"values differ: {values.dtype} {values.shape} against {expected_values.dtype} {expected_values.shape}"
+        )
+    if values.numel() == 0:
+        return
+    ulps = int((scales.contiguous().view(torch.int32) - expected_scales.contiguous().view(torch.int32)).abs().max())
+    steps = (codes(values) - codes(expected_values)).abs()
+    equal = float((steps == 0).float().mean())
+    if ulps > 4 or steps.max() > 1 or equal <= 0.98:
+        raise AssertionError(
+            f"scales {ulps} units in the last place apart (at most 4), values {int(steps.max())} steps (at most 1), {equal:.1%} equal"
+        )
+
+
 def poison(tensor: Tensor) -> Tensor:
     """Fills a tensor with what must not be read: NaN, or bytes of 0x7f for integers (True for bool). Returns it."""
     if tensor.is_floating_point():

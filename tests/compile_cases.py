@@ -59,6 +59,12 @@ def quantize_weight(dtype: torch.dtype, recipe: str = "default", columns: int = 
     ops.quantize_weight(empty(4, 4096, columns), empty(4, 4096, columns, dtype=dtype), scales, recipe, segments, block)
 
 
+def fused_rms(dtype: torch.dtype, columns: int = 7168, residual: bool = False, gate: bool = False, rows: int = 256) -> None:
+    x, scales = empty(rows, columns), empty(rows, ceil_div(columns, 128), dtype=torch.float32)
+    optional = x if residual else None, x if gate else None, x if residual else None
+    ops.fused_rms_quantize(x, empty(columns), *optional, empty(rows, columns, dtype=dtype), scales)
+
+
 def silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "default") -> None:
     x = empty(4, 256, 2 * columns)
     values, scales = quantized(4, 256, columns, dtype)
@@ -360,6 +366,13 @@ CASES = {
         *cases(quantize_weight, *each_format(E5M2), *each_format(recipe="ue8m0", segments=2), {"dtype": E4M3, "block": 32}),
         *cases(quantize_weight, {"dtype": FNUZ}, anywhere=True),
         *cases(quantize_weight, {"dtype": INT8, "columns": 2890}, wide=False, may_spill=True),
+    ],
+    "fused_rms_quantize": [
+        *cases(fused_rms, {"dtype": E4M3}, {"dtype": FNUZ}, {"dtype": E5M2, "columns": 1536, "residual": True}),
+        *cases(fused_rms, *({"dtype": dtype, "residual": True, "gate": True} for dtype in (E4M3, FNUZ))),
+        *cases(fused_rms, {"dtype": E4M3, "columns": 16384, "residual": True}),
+        *cases(fused_rms, {"dtype": FNUZ}, anywhere=True),
+        *cases(fused_rms, {"dtype": E4M3, "columns": 2890}, {"dtype": E4M3, "columns": 32768}, wide=False, may_spill=True),
     ],
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
     "expert_offsets": cases(expert_offsets, {"calls": 0}, {"calls": 1}, wide=False),

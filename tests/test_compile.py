@@ -24,6 +24,7 @@ OPERATIONS = (
     "quantize_tensor",
     "dequantize_tensor",
     "quantize_weight",
+    "fused_rms_quantize",
     "route",
     "expert_offsets",
     "plan_sends",

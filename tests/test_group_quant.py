@@ -10,8 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moequant import LayoutError, dequantize, grouped_gemm_blockscale, reference
-from moequant.quantization import per_block_quant_fp8, per_token_group_quant_fp8
-from moequant.testing import assert_bit_equal
+from moequant.gemm import mm_fp8_blockscale
+from moequant.quantization import (
+    fused_flatten_fp8_group_quant,
+    fused_rms_fp8_group_quant,
+    per_block_quant_fp8,
+    per_token_group_quant_fp8,
+)
+from moequant.testing import assert_bit_equal, assert_nearly_quantized
 
 QUICK = settings(
     max_examples=25,
@@ -171,6 +177,125 @@ def test_weights_of_any_strides_give_the_bits_of_their_copies():
 def test_bad_weights_raise_a_value_error(w, options, message):
     with pytest.raises(ValueError, match=message):
         per_block_quant_fp8(w, **options)
+
+
+def scrambled(scales: torch.Tensor) -> torch.Tensor:
+    """What transpose_scale=True makes of scales (M, G)."""
+    return scales.transpose(0, 1).contiguous().view(scales.shape)
+
+
+@both_paths
+@dtypes
+@pytest.mark.parametrize("transpose_scale", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 40), (1, 2, 128), (4, 4, 64), (0, 2, 64), (3, 1, 1)], ids=str)
+def test_flatten_holds_the_reference_s_bits(shape, transpose_scale, dtype):
+    x = torch.randn(shape).bfloat16()
+    q = fused_flatten_fp8_group_quant(x, 64, dtype, transpose_scale)
+    values, scales = reference.quantize_groups(x.flatten(1), 64, dtype, "default", None)
+    assert_same(q, values, scales)
+    assert q.scales.is_contiguous() and q.scales.shape == scales.shape
+    assert_bit_equal(q.scales, scrambled(scales) if transpose_scale else scales)
+    assert q.layout == ("transposed_flat" if transpose_scale else "row")
+
+
+@both_paths
+@pytest.mark.parametrize("transpose_scale", [False, True])
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x.transpose(1, 2),
+        lambda x: x[:, ::2],
+        lambda x: x[:, :, :64],
+        lambda x: x[:, :, 1::2],
+        lambda x: x[:, :, :40],
+        lambda x: x[:1].expand(4, -1, -1),
+    ],
+    ids=["outer first", "inner first", "every second", "whole groups", "stepped", "crossing groups", "expanded"],
+)
+def test_flatten_of_any_strides_gives_the_bits_of_the_copy(strided, transpose_scale):
+    x = strided(torch.randn(4, 6, 128))
+    q, copied = (fused_flatten_fp8_group_quant(y, 32, transpose_scale=transpose_scale) for y in (x, x.contiguous()))
+    assert_bit_equal(q.values, copied.values)
+    assert_bit_equal(q.scales, copied.scales)
+
+
+@both_paths
+@QUICK
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 70), st.booleans())
+def test_flatten_is_group_quantization_of_the_flat_matrix(rows, outer, inner, outer_first):
+    generator = torch.Generator().manual_seed(inner)
+    x = torch.randn(outer, rows, inner, generator=generator, device="cpu").to(torch.empty(0).device).transpose(0, 1)
+    q = fused_flatten_fp8_group_quant(x if outer_first else x.contiguous(), 32)
+    assert_same(q, *reference.quantize_groups(x.flatten(1), 32, q.values.dtype, "default", None))
+
+
+@both_paths
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(5, 300), (1, 128), (0, 64), (9, 1)], ids=str)
+def test_rms_norm_is_within_tolerance_of_the_reference(shape, residual, gate):
+    x, added, gates = (torch.randn(shape).bfloat16() for _ in range(3))
+    weight = torch.randn(shape[1]).bfloat16()
+    options = {"residual": added if residual else None, "gate": gates if gate else None}
+    q, total = fused_rms_fp8_group_quant(x, weight, 1e-5, 64, **options)
+    normed, summed = reference.rms_norm(x, weight, 1e-5, **options)
+    assert_nearly_quantized((q.values, q.scales), reference.quantize_groups(normed, 64, q.values.dtype, "default", None))
+    assert q.layout == "row" and q.group_size == 64
+    if residual:
+        assert total is not None
+        assert_bit_equal(total, summed.bfloat16())
+    else:
+        assert total is None
+    transposed, _ = fused_rms_fp8_group_quant(x, weight, 1e-5, 64, transpose_scale=True, **options)
+    assert_bit_equal(transposed.values, q.values)
+    assert_bit_equal(transposed.scales, scrambled(q.scales))
+    assert_bit_equal(dequantize(transposed), dequantize(q))
+    assert transposed.layout == "transposed_flat" and transposed.scales.is_contiguous()
+
+
+@both_paths
+@pytest.mark.parametrize("strided", [lambda x: x[:, ::2], lambda x: x[::2, 6:], lambda x: x.T, lambda x: x[:1].expand(4, -1)])
+def test_rms_norm_of_any_strides_gives_the_bits_of_the_copy(strided):
+    x = strided(torch.randn(20, 140))
+    weight = torch.randn(x.shape[1])
+    (q, total), (copied, expected) = (
+        fused_rms_fp8_group_quant(y, weight, residual=y, gate=y, recipe="ue8m0") for y in (x, x.contiguous())
+    )
+    assert_bit_equal(q.values, copied.values)
+    assert_bit_equal(q.scales, copied.scales)
+    assert total is not None and expected is not None
+    assert_bit_equal(total, expected)
+
+
+def test_mm_takes_scrambled_scales_and_other_products_refuse_them():
+    x, w = torch.randn(6, 2, 128).bfloat16(), per_block_quant_fp8(torch.randn(40, 256))
+    plain, flat = (fused_flatten_fp8_group_quant(x, transpose_scale=transposed) for transposed in (False, True))
+    assert_bit_equal(mm_fp8_blockscale(flat, None, w), mm_fp8_blockscale(plain, None, w))
+    with pytest.raises(LayoutError, match='got layout "transposed_flat"'):
+        grouped_gemm_blockscale(flat, w)
+
+
+RMS = {
+    "a weight of another size": (lambda x: (x, x[0, 1:]), {}, r"weight must have shape \(256,\), got \(255,\)"),
+    "a residual of another shape": (lambda x: (x, x[0]), {"residual": torch.ones(1, 256)}, r"residual must have shape \(4, 256\)"),
+    "a gate of integers": (lambda x: (x, x[0]), {"gate": torch.ones(4, 256, dtype=torch.int32)}, "gate must be torch.bfloat16"),
+    "three dimensions": (lambda x: (x[None], x[0]), {}, "x must have 2 dimensions"),
+    "a negative eps": (lambda x: (x, x[0], -1.0), {}, "eps must be at least 0 and finite, got -1.0"),
+    "too wide": (lambda x: (x[:, :1].expand(4, 40000), x[0]), {}, "x must have at most 32768 columns, .* got 40000"),
+}
+
+
+@pytest.mark.parametrize("case", RMS)
+def test_bad_norms_raise_a_value_error(case):
+    arguments, options, message = RMS[case]
+    with pytest.raises(ValueError, match=message):
+        fused_rms_fp8_group_quant(*arguments(torch.randn(4, 256)), **options)
+
+
+def test_flatten_needs_three_dimensions():
+    with pytest.raises(ValueError, match="x must have 3 dimensions"):
+        fused_flatten_fp8_group_quant(torch.randn(4, 4))
 
 
 def test_products_refuse_packed_scales():

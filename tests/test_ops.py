@@ -115,6 +115,29 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
         "int8, counted": lambda: silu_quantize_arguments(torch.int8, COUNTS),
         "fp8": lambda: silu_quantize_arguments(FP8, None),
     },
+    "fused_rms_quantize": {
+        "all inputs": lambda: (
+            torch.randn(4, 140).bfloat16(),
+            torch.randn(140),
+            torch.randn(4, 140).bfloat16(),
+            torch.randn(4, 140),
+            torch.zeros(4, 140).bfloat16(),
+            torch.zeros(4, 140).to(FP8),
+            torch.zeros(2, 4).T,
+        ),
+        "norm alone": lambda: (
+            torch.randn(4, 140),
+            torch.randn(140),
+            None,
+            None,
+            None,
+            torch.zeros(4, 140, dtype=torch.int8),
+            torch.zeros(4, 5),
+            1e-5,
+            32,
+            "ue8m0",
+        ),
+    },
     "quantize_weight": {
         "int8, two segments": lambda: (
             torch.randn(2, 6, 140).half(),

@@ -36,6 +36,9 @@ from moequant.ops.per_tensor import (
     quantize_fp8 as quantize_fp8,
 )
 from moequant.ops.quantization import (
+    fused_rms_quantize as fused_rms_quantize,
+)
+from moequant.ops.quantization import (
     quantize_expert_batch as quantize_expert_batch,
 )
 from moequant.ops.quantization import (

@@ -77,6 +77,32 @@ def quantize_weight(
         scales[expert].copy_(q.scales)
 
 
+@registered(mutates=("summed", "values", "scales"))
+def fused_rms_quantize(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    summed: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    norm_eps: float = 1e-6,
+    group_size: int = 128,
+    recipe: str = "default",
+) -> None:
+    """`reference.rms_norm` of x (M, H), quantized into given outputs; with a residual the sum goes to summed."""
+    if not uses_kernels(x):
+        normed, total = reference.rms_norm(x, weight, norm_eps, residual, gate)
+        reference.quantize_rows(normed.unsqueeze(0), None, values.unsqueeze(0), scales.unsqueeze(0), group_size, recipe)
+        if summed is not None:
+            summed.copy_(total)
+        return
+    from moequant.kernels.fused_rms_quantize import fused_rms_quantize as kernel
+
+    settings = quantize_settings(values, recipe, None)
+    kernel(x, weight, residual, gate, summed, values, scales, norm_eps=norm_eps, group_size=group_size, **settings)
+
+
 @registered(mutates=("out",))
 def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
     """`reference.silu_mul` into a given output."""

@@ -69,6 +69,9 @@ from moequant.reference.quantization import (
     quantize_weight as quantize_weight,
 )
 from moequant.reference.quantization import (
+    rms_norm as rms_norm,
+)
+from moequant.reference.quantization import (
     round_to as round_to,
 )
 from moequant.reference.quantization import (

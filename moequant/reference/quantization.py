@@ -133,6 +133,16 @@ def swiglu(x: Tensor) -> Tensor:
     return gate / (1.0 + torch.exp(-gate)) * up
 
 
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(x + residual) / sqrt(mean of its squares + eps) * weight * silu(gate), along the last dimension. Returns that and x + residual,
+    both float32, not rounded in between."""
+    summed = x.float() if residual is None else x.float() + residual.float()
+    normed = summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + eps) * weight.float()
+    return (normed if gate is None else swiglu(torch.cat([gate.float(), normed], -1))), summed
+
+
 def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """As `moequant.silu_mul`."""
     if out is None:
