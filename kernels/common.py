@@ -11,7 +11,7 @@ import triton.language as tl
 # The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
 INF_BITS = tl.constexpr(0x7F800000)
 
-# Triton's name of each type that values are stored as. e4m3fnuz is stored as bytes: only AMD converts to it.
+# What values are stored as where the device does not convert to their type: e4m3fnuz is rounded in integers.
 POINTER_VIEW = {torch.float8_e4m3fnuz: torch.uint8}
 
 
@@ -29,9 +29,17 @@ def runs_gluon(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
+@functools.lru_cache
+def converts_fnuz(device: torch.device) -> bool:
+    """Whether a GPU converts to float8_e4m3fnuz by itself: AMD's gfx942."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return False
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
+
+
 def storable(values: torch.Tensor) -> torch.Tensor:
-    """values as a tensor whose pointer type Triton can store to on every target."""
-    return values.view(POINTER_VIEW.get(values.dtype, values.dtype))
+    """values as a tensor whose pointer type the device's kernels can store to."""
+    return values if converts_fnuz(values.device) else values.view(POINTER_VIEW.get(values.dtype, values.dtype))
 
 
 @triton.jit

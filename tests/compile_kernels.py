@@ -130,7 +130,7 @@ def measure(asm: dict[str, Any]) -> dict[str, Any]:
         text = asm["amdgcn"]
         spills = sum(int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
         registers = max(int(count) for count in re.findall(r"\.vgpr_count:\s+(\d+)", text))
-        instructions = Counter(re.findall(r"^\s+(v_mfma\w*)", text, re.M))
+        instructions = Counter(re.findall(r"^\s+(v_mfma\w*|v_cvt_pk_fp8\w*)", text, re.M))
     else:
         text = asm["ptx"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -174,6 +174,7 @@ def compile_operation(name: str) -> None:
             # said first, so that the reader knows which one a crash belongs to
             print(json.dumps(report), flush=True)
             launched.clear()
+            common.converts_fnuz = lambda device, native=target_name == "gfx942": native
             common.runs_gluon = lambda device, wanted=case.hopper: wanted
             begins_early = target.gpu.backend == "cuda" and int(target.gpu.arch) >= 90
             for module in EARLY_MODULES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ QUICK = settings(
 )
 FNUZ = torch.float8_e4m3fnuz
 dtypes = pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, FNUZ, torch.float8_e5m2], ids=str)
-LAYOUTS = {
+LAYOUTS: dict[str, Any] = {
     "row": {},
     "transposed": {"scale_layout": "transposed"},
     "tma_aligned": {"scale_layout": "tma_aligned"},
@@ -237,7 +238,7 @@ def test_flatten_is_group_quantization_of_the_flat_matrix(rows, outer, inner, ou
 def test_rms_norm_is_within_tolerance_of_the_reference(shape, residual, gate):
     x, added, gates = (torch.randn(shape).bfloat16() for _ in range(3))
     weight = torch.randn(shape[1]).bfloat16()
-    options = {"residual": added if residual else None, "gate": gates if gate else None}
+    options: dict[str, Any] = {"residual": added if residual else None, "gate": gates if gate else None}
     q, total = fused_rms_fp8_group_quant(x, weight, 1e-5, 64, **options)
     normed, summed = reference.rms_norm(x, weight, 1e-5, **options)
     assert_nearly_quantized((q.values, q.scales), reference.quantize_groups(normed, 64, q.values.dtype, "default", None))
@@ -276,7 +277,7 @@ def test_mm_takes_scrambled_scales_and_other_products_refuse_them():
         grouped_gemm_blockscale(flat, w)
 
 
-RMS = {
+RMS: dict[str, Any] = {
     "a weight of another size": (lambda x: (x, x[0, 1:]), {}, r"weight must have shape \(256,\), got \(255,\)"),
     "a residual of another shape": (lambda x: (x, x[0]), {"residual": torch.ones(1, 256)}, r"residual must have shape \(4, 256\)"),
     "a gate of integers": (lambda x: (x, x[0]), {"gate": torch.ones(4, 256, dtype=torch.int32)}, "gate must be torch.bfloat16"),
@@ -305,7 +306,7 @@ def test_products_refuse_packed_scales():
 
 
 X = torch.randn(4, 256)
-BAD = {
+BAD: dict[str, Any] = {
     "one dimension": (X[0], {}, r"x must be \(..., M, H\), got shape \(256,\)"),
     "float64": (X.double(), {}, "x must be torch.bfloat16 or .* got torch.float64"),
     "a group of 100": (X, {"group_size": 100}, "group_size must be one of 32, 64, 128, 256, got 100"),
