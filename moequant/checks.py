@@ -10,6 +10,7 @@ from torch import Tensor
 from moequant.batch import DispatchHandle
 from moequant.config import DispatcherConfig
 from moequant.errors import InvalidExpertIdError
+from moequant.formats import MIN_EPS
 
 
 def check_tensor(
@@ -108,6 +109,12 @@ def check_out(config: DispatcherConfig, device: torch.device, handle: DispatchHa
     if out.stride(-1) != 1:
         raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
     return out
+
+
+def check_eps(eps: float | None) -> None:
+    """Raises ValueError unless eps can be the floor of a group's absolute maximum."""
+    if eps is not None and not MIN_EPS <= eps < 1e30:
+        raise ValueError(f"eps must be at least {MIN_EPS} and below 1e30 (below, 1 / scale overflows), got {eps}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

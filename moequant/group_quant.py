@@ -15,8 +15,8 @@ from moequant import (
     ops,  # noqa: F401  (registers torch.ops.moequant)
 )
 from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div, empty_scales
-from moequant.checks import check_choice, check_no_grad, check_tensor
-from moequant.formats import FLOAT_DTYPES, MIN_EPS, recipe_of
+from moequant.checks import check_choice, check_eps, check_format, check_no_grad, check_tensor
+from moequant.formats import FLOAT_DTYPES, format_of, recipe_of
 
 GROUP_SIZES = (32, 64, 128, 256)
 MAX_NORM_COLUMNS = 32768
@@ -86,8 +86,7 @@ def per_block_quant_fp8(
     if w.dim() < 2:
         raise ValueError(f"w must be (..., N, K_dim), got shape {tuple(w.shape)}")
     check_choice("block", tuple(block), [(size, size) for size in (32, 64, 128)])
-    check_choice("dtype", dtype, FLOAT8_DTYPES)
-    recipe_of(recipe)
+    _check_target(dtype, recipe, w.device)
     check_no_grad(w=w)
     return quantize_blocks(w, dtype, recipe, 1, block[0])
 
@@ -197,7 +196,13 @@ def _check_input(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str, ep
     check_tensor("x", x, dtypes=FLOAT_DTYPES)
     check_no_grad(x=x)
     check_choice("group_size", group_size, GROUP_SIZES)
+    _check_target(dtype, recipe, x.device)
+    check_eps(eps)
+
+
+def _check_target(dtype: torch.dtype, recipe: str, device: torch.device) -> None:
     check_choice("dtype", dtype, FLOAT8_DTYPES)
     recipe_of(recipe)
-    if eps is not None and not MIN_EPS <= eps < 1e30:
-        raise ValueError(f"eps must be at least {MIN_EPS} and below 1e30 (below, 1 / scale overflows), got {eps}")
+    # e4m3fnuz is rounded in integers, which any GPU can do
+    if dtype != torch.float8_e4m3fnuz and not torch.compiler.is_compiling():
+        check_format(format_of(dtype).name, device)

@@ -13,13 +13,13 @@ from moequant import (
     reference,
 )
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
-from moequant.checks import check_counts, check_no_grad, check_tensor
-from moequant.formats import MIN_EPS, format_of, recipe_of
+from moequant.checks import check_counts, check_eps, check_no_grad, check_tensor
+from moequant.formats import format_of, recipe_of
+from moequant.group_quant import GROUP_SIZES, quantize_blocks
 from moequant.group_quant import fused_flatten_fp8_group_quant as fused_flatten_fp8_group_quant
 from moequant.group_quant import fused_rms_fp8_group_quant as fused_rms_fp8_group_quant
 from moequant.group_quant import per_block_quant_fp8 as per_block_quant_fp8
 from moequant.group_quant import per_token_group_quant_fp8 as per_token_group_quant_fp8
-from moequant.group_quant import quantize_blocks
 from moequant.int8 import act_dequant as act_dequant
 from moequant.int8 import act_quant as act_quant
 from moequant.int8 import int8_gelu as int8_gelu
@@ -32,7 +32,6 @@ from moequant.per_tensor import quantize_fp8 as quantize_fp8
 from moequant.per_tensor import quantize_fp8_with_overflow_handling as quantize_fp8_with_overflow_handling
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GROUP_SIZES = (32, 64, 128, 256)
 
 
 def quantize_expert_batch(
@@ -145,8 +144,7 @@ def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, 
     check_counts(num_tokens, x)
     check_no_grad(x=x)
     recipe_of(recipe)
-    if eps is not None and not MIN_EPS <= eps < 1e30:
-        raise ValueError(f"eps must be at least {MIN_EPS} and below 1e30 (below, 1 / scale overflows), got {eps}")
+    check_eps(eps)
 
 
 def _halved(x: Tensor) -> torch.Size:

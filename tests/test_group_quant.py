@@ -299,6 +299,28 @@ def test_flatten_needs_three_dimensions():
         fused_flatten_fp8_group_quant(torch.randn(4, 4))
 
 
+def network(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Every quantizer, between elementwise torch. x: (M, H)."""
+    normed, total = fused_rms_fp8_group_quant(x * 2, weight, residual=x, gate=x, transpose_scale=True)
+    assert total is not None
+    flat = fused_flatten_fp8_group_quant(total.unflatten(1, (2, -1)), 32, transpose_scale=True)
+    packed = per_token_group_quant_fp8(total, **LAYOUTS["ue8m0_packed"])
+    aligned = per_token_group_quant_fp8(total, scale_layout="tma_aligned")
+    product = mm_fp8_blockscale(aligned, None, per_block_quant_fp8(weight * total))
+    return dequantize(normed), dequantize(flat), dequantize(packed) + 1, product
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_quantizers_are_one_graph_with_the_bits_of_the_plain_ones(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    weight = torch.randn(192)
+    for rows in (5, 8):
+        x = torch.randn(rows, 192).bfloat16()
+        for got, expected in zip(compiled(x, weight), network(x, weight), strict=True):
+            assert_bit_equal(got, expected)
+
+
 def test_products_refuse_packed_scales():
     packed = per_token_group_quant_fp8(torch.randn(1, 6, 256), **LAYOUTS["ue8m0_packed"])
     with pytest.raises(LayoutError, match='layout "transposed" .* got layout "ue8m0_packed"'):
