@@ -58,7 +58,8 @@ class QuantizedTensor:
         "tma_aligned": as "transposed", with groups a multiple of 4 rows apart, as TMA wants to read them.
         "transposed_flat": (..., M, G), contiguous, in the order of a contiguous (G, M): read as (M, G) it is scrambled.
         "ue8m0_packed": (..., M, ceil(G / 4)) int32, strides as "tma_aligned": the exponents of four groups' powers of two, the first in
-            the lowest byte; 0xFF for NaN; 0 past the last group. Of recipe "ue8m0".
+            the lowest byte; 0xFF for NaN; 0 past the last group. Of recipe "ue8m0". What lies between M and the next multiple of 4 is
+            anything.
         "block": (..., segments * ceil(rows / segments / group_size), ceil(columns / group_size)), contiguous: one scale for each
             group_size x group_size block of a weight.
     recipe: the arithmetic that made it (`moequant.quantization.RECIPES`).

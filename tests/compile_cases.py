@@ -48,15 +48,14 @@ def quantize(dtype: torch.dtype, columns: int = 7168, recipe: str = "default") -
 
 
 def quantize_packed(dtype: torch.dtype) -> None:
-    x = empty(1, 256, 7168)
-    scales = empty_scales(1, 256, 56, "ue8m0_packed", "cpu")
-    ops.quantize_expert_batch(x, None, empty(1, 256, 7168, dtype=dtype), scales, recipe="ue8m0")
+    outputs = empty(1, 256, 7168, dtype=dtype), empty_scales(1, 256, 56, "ue8m0_packed", "cpu")
+    ops.quantize_expert_batch(empty(1, 256, 7168), None, *outputs, recipe="ue8m0")
 
 
 def quantize_weight(dtype: torch.dtype, recipe: str = "default", columns: int = 7168, segments: int = 1, block: int = 128) -> None:
     shape = 4, segments * ceil_div(4096 // segments, block), ceil_div(columns, block)
-    scales = empty(*shape, dtype=torch.float32)
-    ops.quantize_weight(empty(4, 4096, columns), empty(4, 4096, columns, dtype=dtype), scales, recipe, segments, block)
+    outputs = empty(4, 4096, columns, dtype=dtype), empty(*shape, dtype=torch.float32)
+    ops.quantize_weight(empty(4, 4096, columns), *outputs, recipe, segments, block)
 
 
 def fused_rms(dtype: torch.dtype, columns: int = 7168, residual: bool = False, gate: bool = False, rows: int = 256) -> None:
@@ -365,14 +364,15 @@ CASES = {
     "quantize_weight": [
         *cases(quantize_weight, *each_format(E5M2), *each_format(recipe="ue8m0", segments=2), {"dtype": E4M3, "block": 32}),
         *cases(quantize_weight, {"dtype": FNUZ}, anywhere=True),
-        *cases(quantize_weight, {"dtype": INT8, "columns": 2890}, wide=False, may_spill=True),
+        *cases(quantize_weight, *({"dtype": INT8, "columns": columns} for columns in (2890, 1)), wide=False, may_spill=True),
     ],
     "fused_rms_quantize": [
         *cases(fused_rms, {"dtype": E4M3}, {"dtype": FNUZ}, {"dtype": E5M2, "columns": 1536, "residual": True}),
         *cases(fused_rms, *({"dtype": dtype, "residual": True, "gate": True} for dtype in (E4M3, FNUZ))),
         *cases(fused_rms, {"dtype": E4M3, "columns": 16384, "residual": True}),
         *cases(fused_rms, {"dtype": FNUZ}, anywhere=True),
-        *cases(fused_rms, {"dtype": E4M3, "columns": 2890}, {"dtype": E4M3, "columns": 32768}, wide=False, may_spill=True),
+        *cases(fused_rms, *({"dtype": E4M3, "columns": columns} for columns in (2890, 32768, 1)), wide=False, may_spill=True),
+        *cases(fused_rms, {"dtype": E4M3, "rows": 1, "residual": True}),
     ],
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
     "expert_offsets": cases(expert_offsets, {"calls": 0}, {"calls": 1}, wide=False),
