@@ -260,13 +260,12 @@ def environment(device: str) -> dict[str, str | None]:
 
 
 def commit() -> str:
-    """The checkout's short commit id; MOEQUANT_COMMIT where there is no repository."""
+    """The checkout's short commit id; MOEQUANT_COMMIT where that is set, for a copy of the files without their repository."""
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    if (ROOT / ".git").exists():
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode == 0:
-            return result.stdout.strip()
-    return os.environ.get("MOEQUANT_COMMIT", "unknown")
+    if "MOEQUANT_COMMIT" in os.environ:
+        return os.environ["MOEQUANT_COMMIT"]
+    result = subprocess.run(command, capture_output=True, text=True) if (ROOT / ".git").exists() else None
+    return result.stdout.strip() if result is not None and result.returncode == 0 else "unknown"
 
 
 def significant(x: float | None, digits: int) -> float | None:

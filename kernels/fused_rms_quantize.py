@@ -89,8 +89,11 @@ def fused_rms_quantize_kernel(
         if residual_ptr is not None:
             y += residual.to(tl.float32)
             tl.store(sum_ptr + out, y.to(sum_ptr.dtype.element_ty), mask=mask)
-        mean = tl.sum(tl.sum(y * y, axis=2), axis=1) / columns
-        y = y * tl.rsqrt(mean + norm_eps)[:, None, None] * weight.to(tl.float32)
+        # once a row, so that exact operations cost nothing
+        count = tl.zeros((BLOCK_M,), tl.float32) + columns
+        mean = tl.div_rn(tl.sum(tl.sum(y * y, axis=2), axis=1), count)
+        inverse = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.sqrt_rn(mean + norm_eps))
+        y = y * inverse[:, None, None] * weight.to(tl.float32)
         if gate_ptr is not None:
             y = silu_mul_product(gate.to(tl.float32), y)
         values, scales = quantize_group(y, eps, 2, MAX, POWER_OF_TWO, RECIPROCAL, values_ptr.dtype.element_ty)

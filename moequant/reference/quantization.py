@@ -139,7 +139,9 @@ def rms_norm(
     """(x + residual) / sqrt(mean of its squares + eps) * weight * silu(gate), along the last dimension. Returns that and x + residual,
     both float32, not rounded in between."""
     summed = x.float() if residual is None else x.float() + residual.float()
-    normed = summed * torch.rsqrt(summed.square().mean(-1, keepdim=True) + eps) * weight.float()
+    # in float64, so that only the kernel's sum has errors, whichever its order
+    inverse = (summed.double().square().mean(-1, keepdim=True) + eps).rsqrt().float()
+    normed = summed * inverse * weight.float()
     return (normed if gate is None else swiglu(torch.cat([gate.float(), normed], -1))), summed
 
 
