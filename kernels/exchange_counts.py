@@ -74,22 +74,21 @@ def exchange_counts_kernel(
     waited = started - started
     missing = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
-    counts = tl.zeros((LANES, EXPERTS), tl.int32)
-    calls = tl.zeros((LANES, 1), tl.int32)
     while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
         fault = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="sys")
-        count_words = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True)
-        call_words = tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True)
-        late = tl.where(everyone, behind(count_words, epoch), 0) | tl.where(present[:, None], behind(call_words, epoch), 0)
-        counts, calls = count_words.to(tl.int32), call_words.to(tl.int32)
-        # all warps have to have seen all words
+        late = behind(tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True), epoch)
+        calls_late = behind(tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True), epoch)
+        late = tl.where(everyone, late, 0) | tl.where(present[:, None], calls_late, 0)
         missing = ranks - agreed(ranks - tl.min(tl.min(tl.where(late > 0, peer[:, None], ranks), axis=1), axis=0))
         waited = agreed((globaltimer() - started) >> 10)
     fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
     # behind a barrier: every warp has read the old one
     tl.store(epoch_ptr, epoch)
 
-    strangers = tl.sum(tl.sum((present[:, None] & (calls != call)).to(tl.int32), axis=1), axis=0)
+    # read anew, behind the barrier: several threads may hold one word, and what a wait looks at is one thread's view of it
+    counts = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True).to(tl.int32)
+    calls = tl.load(words + experts, mask=present, other=0, volatile=True).to(tl.int32)
+    strangers = tl.sum((present & (calls != call)).to(tl.int32), axis=0)
     # whatever came, the sums stay in int32 and in order
     counts = tl.where(everyone, tl.minimum(tl.maximum(counts, 0), 1 << 24), 0)
     before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)

@@ -50,7 +50,7 @@ class MoEQuantDispatcher:
     num_experts, top_k, hidden_size, max_tokens_per_rank: E, K, H and the largest T of any rank and call. E must be divisible by W.
     quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or "none" for bfloat16 rows without scales.
     transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory: NVIDIA
-        GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
+        GPUs of one NVLink domain), or "auto": local for one rank, otherwise collective.
     exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once to each
         rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
     capacity: M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow unless tokens name an expert
@@ -137,8 +137,7 @@ class MoEQuantDispatcher:
     ) -> int:
         """Bytes of device memory that a dispatcher with these settings allocates on each rank. Needs no GPU and no group.
 
-        settings: as the constructor's; world_size stands in for the group. transport="auto" with several ranks means "symmetric" on a
-            machine that has GPUs, and "collective" on one that has none.
+        settings: as the constructor's; world_size stands in for the group.
         """
         config = DispatcherConfig(
             num_experts=num_experts,
@@ -149,9 +148,7 @@ class MoEQuantDispatcher:
             **settings,
         )
         if config.transport == "auto":
-            shared = world_size > 1 and config.exchange == "auto" and torch.cuda.is_available()
-            transport = "local" if world_size == 1 else "symmetric" if shared else "collective"
-            config = dataclasses.replace(config, transport=transport)
+            config = dataclasses.replace(config, transport="local" if world_size == 1 else "collective")
         specs = transport_class(config).buffer_specs(config)
         return config.slots * sum(spec.nbytes for spec in specs.values())
 
