@@ -9,6 +9,40 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.symmetric import begins_early, let_next_begin
+
+
+# Most entries that one program numbers itself.
+FEW = 256
+
+
+@triton.jit
+def route_few(ids_ptr, slots_ptr, status_ptr, entries, experts, FEW: tl.constexpr, EXPERTS: tl.constexpr):
+    """What `route` does, by one program, for at most FEW entries. Returns the counts, (EXPERTS,) int32.
+
+    Compares each entry with all that come before it, 32 at a time.
+
+    Example: E=3, ids 2 0 | 0 -1 | 2 2: entry 4 finds entry 0 alone before it with its id, and gets slot 1; the counts are 2, 0, 3.
+    """
+    entry = tl.arange(0, FEW)
+    inside = entry < entries
+    expert = tl.arange(0, EXPERTS)
+    ids = tl.load(ids_ptr + entry, mask=inside, other=-1).to(tl.int64)
+    slots = tl.zeros((FEW,), tl.int32)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    for start in range(0, entries, 32):
+        other = start + tl.arange(0, 32)
+        others = tl.load(ids_ptr + other, mask=other < entries, other=-1).to(tl.int64)
+        before = (others[None, :] == ids[:, None]) & (other[None, :] < entry[:, None])
+        slots += tl.sum(before.to(tl.int32), axis=1)
+        counts += tl.sum((others[None, :] == expert[:, None]).to(tl.int32), axis=1)
+    absent = (ids < 0) | (ids >= experts)
+    tl.store(slots_ptr + entry, tl.where(absent, -1, slots), mask=inside)
+    invalid = tl.sum((absent & (ids != -1)).to(tl.int32), axis=0)
+    if invalid > 0:
+        tl.atomic_add(status_ptr, invalid.to(tl.int64), sem="relaxed")
+    return counts
+
 
 # Not specialized on the number of entries, which changes from call to call.
 @triton.jit(do_not_specialize=["entries"])
@@ -23,6 +57,7 @@ def route_kernel(
     capacity,
     LIMITED: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program e < E reads all entries and numbers those of expert e; program E marks those of no expert, and counts the invalid ones.
 
@@ -32,6 +67,7 @@ def route_kernel(
     Example: E=3, ids 2 0 | 0 -1 | 2 2. Program 2 finds entries 0, 4, 5 and writes slots 0, 1, 2 there and counts[2] = 3; program 3
     writes slot -1 to entry 3.
     """
+    let_next_begin(EARLY)
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     seen = tl.zeros((), tl.int32)
@@ -70,8 +106,9 @@ def route(
     capacity: int | None = None,
     num_tokens: torch.Tensor | None = None,
     status: torch.Tensor | None = None,
+    early: bool = False,
 ) -> None:
-    """As `moequant.reference.route`. All tensors contiguous."""
+    """As `moequant.reference.route`. All tensors contiguous. early: the next launch may begin early (`symmetric.py`)."""
     entries, experts = topk_ids.numel(), counts.shape[0]
     block = 1024 if entries <= 4096 else 4096
     route_kernel[(experts + 1,)](
@@ -85,5 +122,6 @@ def route(
         0 if capacity is None else capacity,
         LIMITED=capacity is not None,
         BLOCK=block,
+        EARLY=early and begins_early(topk_ids.device),
         num_warps=block // 512,
     )

@@ -160,7 +160,8 @@ def last_program(ticket_ptr):
     """
     tl.debug_barrier()
     programs = tl.num_programs(0) * tl.num_programs(1)
-    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="sys") == programs - 1
+    # what is released to the last program here, it releases to all ranks with its own signal
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:
         tl.store(ticket_ptr, 0)
     return last

@@ -50,7 +50,7 @@ class MoEQuantDispatcher:
     num_experts, top_k, hidden_size, max_tokens_per_rank: E, K, H and the largest T of any rank and call. E must be divisible by W.
     quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or "none" for bfloat16 rows without scales.
     transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory: NVIDIA
-        GPUs of one NVLink domain), or "auto": local for one rank, otherwise collective.
+        GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
     exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once to each
         rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
     capacity: M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow unless tokens name an expert
@@ -137,7 +137,8 @@ class MoEQuantDispatcher:
     ) -> int:
         """Bytes of device memory that a dispatcher with these settings allocates on each rank. Needs no GPU and no group.
 
-        settings: as the constructor's; world_size stands in for the group.
+        settings: as the constructor's; world_size stands in for the group. transport="auto" with several ranks means "symmetric" on a
+            machine that has GPUs, and "collective" on one that has none.
         """
         config = DispatcherConfig(
             num_experts=num_experts,
@@ -148,7 +149,9 @@ class MoEQuantDispatcher:
             **settings,
         )
         if config.transport == "auto":
-            config = dataclasses.replace(config, transport="local" if world_size == 1 else "collective")
+            shared = world_size > 1 and config.exchange == "auto" and torch.cuda.is_available()
+            transport = "local" if world_size == 1 else "symmetric" if shared else "collective"
+            config = dataclasses.replace(config, transport=transport)
         specs = transport_class(config).buffer_specs(config)
         return config.slots * sum(spec.nbytes for spec in specs.values())
 
@@ -402,16 +405,19 @@ class MoEQuantDispatcher:
             raise
 
     def _warm_up(self) -> None:
-        """Compiles and loads the kernels for few and for many tokens and both types of ids, with tokens that go nowhere."""
+        """Compiles and loads the kernels for any number of tokens and both types of ids, with tokens that go nowhere."""
         config, slot = self.config, self._slots[0]
         hidden = torch.zeros(config.max_tokens_per_rank, config.hidden_size, dtype=torch.bfloat16, device=self.device)
         weights = torch.zeros(config.max_tokens_per_rank, config.top_k, device=self.device)
         # stands in for expert output, of which nothing is read: a whole one may be gigabytes
         nothing = torch.zeros(1, dtype=torch.bfloat16, device=self.device)
         output = nothing.expand(config.num_local_experts, config.max_rows, config.hidden_size)
+        # how a kernel is launched depends on whether tokens are few or many
+        most = config.max_tokens_per_rank
+        sizes = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
         for dtype in (torch.int32, torch.int64):
             ids = torch.full(weights.shape, -1, dtype=dtype, device=self.device)
-            for tokens in (1, config.max_tokens_per_rank):
+            for tokens in sizes:
                 _, state = self._run(self._transport.dispatch, hidden[:tokens], ids[:tokens], weights[:tokens], slot)
                 self._run(self._transport.combine, output, weights[:tokens], hidden[:tokens], slot, state)
                 state = self._run(self._transport.dispatch_send, hidden[:tokens], ids[:tokens], weights[:tokens], slot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import torch
 import torch.distributed as dist
@@ -16,22 +17,31 @@ from moequant.transport.collective import CollectiveTransport, PackedTransport, 
 from moequant.transport.local import LocalTransport
 from moequant.transport.symmetric import SymmetricTransport
 
+LOG = logging.getLogger("moequant")
+
 
 def resolve(config: DispatcherConfig, group: dist.ProcessGroup | None, device: torch.device) -> DispatcherConfig:
     """config with the transport that "auto" means here. Collective, with the same answer on all ranks.
 
-    "auto" does not take "symmetric" before that has passed its replay tests on four GPUs.
     Raises UnreachableError for "symmetric" where ranks can't address each other's memory.
     """
+    if config.transport in ("local", "collective"):
+        return config
     if config.transport == "auto":
-        return dataclasses.replace(config, transport="local" if config.world_size == 1 else "collective")
+        if config.world_size == 1:
+            return dataclasses.replace(config, transport="local")
+        # whoever names an exchange wants the transport that has one
+        if device.type != "cuda" or config.exchange != "auto":
+            return dataclasses.replace(config, transport="collective")
+    if group is None:
+        raise ValueError('transport "symmetric" needs torch.distributed; call init_process_group first, or use "auto"')
+    reason = why_unreachable(group, device)
+    if reason is None:
+        return dataclasses.replace(config, transport="symmetric")
     if config.transport == "symmetric":
-        if group is None:
-            raise ValueError('transport "symmetric" needs torch.distributed; call init_process_group first, or use "auto"')
-        reason = why_unreachable(group, device)
-        if reason is not None:
-            raise UnreachableError(f'transport "symmetric" can\'t be used here: {reason}; use "collective" or "auto"')
-    return config
+        raise UnreachableError(f'transport "symmetric" can\'t be used here: {reason}; use "collective" or "auto"')
+    LOG.warning('transport "auto" is "collective": "symmetric" can\'t be used here: %s', reason)
+    return dataclasses.replace(config, transport="collective")
 
 
 def transport_class(config: DispatcherConfig) -> type[Transport]:

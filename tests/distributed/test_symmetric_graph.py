@@ -166,3 +166,12 @@ def run_slots(rank: int, ranks: int) -> None:
 
 def test_two_slots_in_flight_do_not_disturb_each_other():
     run_ranks(run_slots, 2, backend=BACKEND, timeout=120)
+
+
+def run_auto(rank: int, ranks: int) -> str:
+    with MoEQuantDispatcher(**settings_for(ranks)) as dispatcher:
+        return dispatcher.config.transport
+
+
+def test_auto_is_symmetric_between_gpus_of_one_host():
+    assert run_ranks(run_auto, 2, backend=BACKEND, timeout=120) == ["symmetric"] * 2

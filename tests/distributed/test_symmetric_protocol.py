@@ -86,8 +86,8 @@ def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
         hidden, weights = torch.zeros(0, 8).bfloat16(), torch.zeros(0, 2)
         for number in range(1, rounds + 1):
             slot.call = number
-            slot["counts"].copy_((torch.arange(4) + rank + number) % 4)
-            transport._exchange(slot)
+            ids = torch.arange(4).repeat_interleave((torch.arange(4) + rank + number) % 4)
+            transport._exchange(ids.view(3, 2), slot)
             assert slot["num_tokens"].tolist() == [sum((rank + peer + number) % 4 for peer in range(ranks))]
             offsets = [sum((expert + peer + number) % 4 for peer in range(rank)) for expert in range(4)]
             assert slot["row_offsets"].tolist() == offsets, number
