@@ -11,7 +11,6 @@ import triton.language as tl
 
 from moequant.kernels.symmetric import begins_early, let_next_begin
 
-
 # Most entries that one program numbers itself.
 FEW = 256
 

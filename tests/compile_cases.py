@@ -209,7 +209,16 @@ def exchange_counts(few: bool) -> None:
     del arguments["flags_offset"]
     ids = empty(32, 8, dtype=torch.int64)
     exchange_counts_module.exchange_counts(
-        ids if few else None, ids.int(), counts, counts, num_tokens, empty(3, dtype=torch.int64), words_offset=1024, capacity=1024, call=7, **arguments
+        ids if few else None,
+        ids.int(),
+        counts,
+        counts,
+        num_tokens,
+        empty(3, dtype=torch.int64),
+        words_offset=1024,
+        capacity=1024,
+        call=7,
+        **arguments,
     )
 
 

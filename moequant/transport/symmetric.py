@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moequant import ops
 from moequant.batch import ExpertBatch
 from moequant.config import DispatcherConfig, round_up
 from moequant.errors import PeerTimeoutError
