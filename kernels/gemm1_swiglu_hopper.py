@@ -307,6 +307,7 @@ def gemm1_swiglu_hopper(
     eps: float,
     power_of_two: bool,
     reciprocal: bool,
+    num_sms: int | None = None,
 ) -> None:
     """Writes values and scales of the valid rows, on arguments of which `supports_gemm1_swiglu` is true.
 
@@ -314,14 +315,15 @@ def gemm1_swiglu_hopper(
     w13: (L, 2I, H) contiguous float8_e4m3fn, gate first. w13_scales: (L, 2 * I / 128, G) float32 contiguous.
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
     values: (L, M, I) contiguous float8_e4m3fn. scales: (L, M, I / 128) float32, strides (any, 1, any).
-    max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`.
+    max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`. num_sms: multiprocessors to use;
+    None for all.
     """
     experts, rows, hidden = a.shape
     columns = w13.shape[1]
     groups = triton.cdiv(hidden, 128)
     scales_matrix, scale_rows = scale_matrix(a_scales)
     tiles = experts * triton.cdiv(rows, 128) * (columns // 256)
-    gemm1_swiglu_hopper_kernel[(min(multiprocessors(a.device), tiles),)](
+    gemm1_swiglu_hopper_kernel[(min(num_sms or multiprocessors(a.device), tiles),)](
         matrix(a, 64, 128),
         matrix(w13, 128, 128),
         scales_matrix,

@@ -42,6 +42,7 @@ def grouped_gemm_kernel(
     a,
     b,
     out,
+    destinations,
     a_scales,
     b_scales,
     num_tokens,
@@ -64,6 +65,7 @@ def grouped_gemm_kernel(
     """Each program computes every num_programs-th tile (BLOCK_M, BLOCK_N) of the valid output. Only counts are read to find them.
 
     a, b: descriptors of (L*M, K_DIM) and (L*N, K_DIM) if TMA, else pointers. EXPERTS: L, rounded up to a power of two.
+    destinations: the address for each row, or None: then out holds them.
     FLATTEN: one loop over the steps of all tiles, so that the loads of a tile start while the one before is being finished.
     Tiles are numbered expert by expert; within an expert by bands of BAND row tiles, column by column, the rows of a band fastest: CTAs
     that run at the same time then read the same weights, and in a tall expert not more than BAND different tiles of activations.
@@ -133,9 +135,18 @@ def grouped_gemm_kernel(
                 scale = a_scale * tl.load(b_scale_pointer + step)
                 acc += tl.dot(x, w.T).to(tl.float32) * scale[:, None]
 
-        output_rows = out + (expert.to(tl.int64) * M + rows)[:, None] * N
         mask = valid_row[:, None] & valid_column[None, :]
-        tl.store(output_rows + first_column + in_tile[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        if destinations is None:
+            output_rows = out + (expert.to(tl.int64) * M + rows)[:, None] * N
+            tl.store(output_rows + first_column + in_tile[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        else:
+            # not loaded before: the products have no registers to spare
+            addresses = tl.load(destinations + expert.to(tl.int64) * M + rows, mask=valid_row, other=0)
+            at = addresses.to(tl.pointer_type(tl.bfloat16))[:, None] + first_column + in_tile[None, :]
+            if SEGMENT_N % 8 == 0:
+                # the compiler knows nothing of addresses in a table: rows begin at multiples of 16 bytes
+                at = tl.max_contiguous(tl.multiple_of(at, (16, 16)), (1, 8))
+            tl.store(at, acc.to(tl.bfloat16), mask=mask)
 
 
 class Config(NamedTuple):
@@ -231,10 +242,12 @@ def grouped_gemm_blockscale(
     b: Tensor,
     b_scales: Tensor | None,
     num_tokens: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     *,
+    destinations: Tensor | None = None,
     segments: int = 1,
     expected_rows: int | None = None,
+    num_sms: int | None = None,
     config: Config | None = None,
 ) -> None:
     """`moequant.reference.grouped_gemm_blockscale` into out, on arguments that `moequant.grouped_gemm_blockscale` has checked.
@@ -242,25 +255,30 @@ def grouped_gemm_blockscale(
     a: (L, M, K_dim) contiguous float8, int8 or, without scales, bfloat16. a_scales: (L, M, G) float32, strides (any, 1, any), or None.
     b: (L, N, K_dim) contiguous, a's dtype. b_scales: (L, segments * ceil(N / segments / 128), G) float32 contiguous, or None.
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
-    out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written.
+    out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written. None with destinations.
+    destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, a multiple of 16 if N is one of 8.
     expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M. config: instead of that choice.
+    num_sms: multiprocessors to use; None for all.
     """
+    assert (out is None) != (destinations is None)
     experts, rows, depth = a.shape
     columns = b.shape[1]
-    if out.numel() == 0:
+    if experts * rows * columns == 0:
         return
     limits = device_limits(a.device)
+    sms = limits.sms if num_sms is None else num_sms
     block_k = GROUP_SIZE // a.element_size()
     column_tiles = segments * triton.cdiv(columns // segments, BLOCK_N)
     if config is None:
         expected_rows = rows if expected_rows is None else expected_rows
         config = choose_config(expected_rows, experts, column_tiles, triton.cdiv(depth, block_k), limits.sms)
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
-    programs = min(limits.sms * config.programs_per_sm, experts * triton.cdiv(rows, config.block_m) * column_tiles)
+    programs = min(sms * config.programs_per_sm, experts * triton.cdiv(rows, config.block_m) * column_tiles)
     grouped_gemm_kernel[(programs,)](
         descriptor(a, config.block_m, block_k) if tma else a,
         descriptor(b, BLOCK_N, block_k) if tma else b,
         out,
+        destinations,
         a_scales,
         b_scales,
         num_tokens,
@@ -277,7 +295,7 @@ def grouped_gemm_blockscale(
         BLOCK_K=block_k,
         BAND=BAND,
         TMA=tma,
-        STAGES=fitting_stages(config, limits, out.element_size()),
+        STAGES=fitting_stages(config, limits, 2 if out is None else out.element_size()),
         FLATTEN=config.flatten and depth > 0,
         num_warps=config.warps,
     )

@@ -14,6 +14,8 @@ One persistent program for each multiprocessor, of three partitions: a TMA warp 
   of the columns is stored while the product of the second runs.
 * Tiles are drawn from a counter by the TMA warp, in the middle of a tile, where the ring is full and nothing waits for the answer. What
   the warpgroups need to know of a tile comes with its first stage, in shared memory. The last program leaves the counter at zero.
+* With destinations, each row is stored at an address of its own, in another GPU's memory as a rule. The addresses of a tile are asked for
+  at its beginning, and are there at its end.
 * Tiles are numbered expert by expert; within an expert by bands of row tiles, column by column, the rows of a band fastest: programs
   that run at the same time read the same weights.
 
@@ -27,6 +29,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -38,29 +41,65 @@ from moequant.kernels.hopper_ring import SCALAR, TILE_WORDS, advance, load_tiles
 
 
 @gluon.jit
+def prefetch_addresses(destinations, row, rows_left):
+    """Brings the addresses of the 64 rows from `row` on, of which rows_left are valid, near, if there are any."""
+    if destinations is not None:
+        rows = gl.minimum(gl.arange(0, 64, gl.BlockedLayout([1], [32], [4], [0])), gl.maximum(rows_left - 1, 0))
+        asm: gl.constexpr = "{ prefetch.global.L1 [$1]; mov.u32 $0, 0; }"
+        gl.inline_asm_elementwise(asm, "=r,l", [destinations + row + rows], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def store_rows(chunk_s, pointer, destinations, row, rows_left, column, N: gl.constexpr):
+    """Writes the first rows_left rows of a chunk in shared memory, to their places below pointer or each to its own address."""
+    ROWS: gl.constexpr = chunk_s.shape[0]
+    COLUMNS: gl.constexpr = chunk_s.shape[1]
+    WIDTH: gl.constexpr = 128 // chunk_s.dtype.primitive_bitwidth
+    LANES: gl.constexpr = COLUMNS // WIDTH if COLUMNS // WIDTH < 32 else 32
+    COALESCED: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 // LANES, LANES], [4, 1], [1, 0])
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, COALESCED))
+    if destinations is None:
+        x = chunk_s.load(COALESCED)
+        columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, COALESCED))
+        pointers = pointer + (row + rows).to(gl.int64)[:, None] * N + columns[None, :]
+        gl.store(pointers, x, mask=(rows < rows_left)[:, None] & (columns < N)[None, :])
+    else:
+        starts = gl.load(destinations + row + rows, mask=rows < rows_left, other=0).to(gl.pointer_type(chunk_s.dtype))
+        x = chunk_s.load(COALESCED)
+        columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, COALESCED))
+        pointers = starts[:, None] + columns[None, :]
+        if N % WIDTH == 0:
+            # the compiler knows nothing of addresses in a table: rows begin at multiples of 16 bytes
+            pointers = gl.max_contiguous(gl.multiple_of(pointers, (16, 16)), (1, WIDTH))
+        inside = (rows < rows_left)[:, None]
+        if N % COLUMNS:
+            inside = inside & (columns < N)[None, :]
+        gl.store(pointers, x, mask=inside)
+
+
+@gluon.jit
 def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.constexpr):
     """Writes the first rows_left rows of a chunk of 64 rows, 64 or 128 columns: all of it by TMA, which cuts columns past N off, fewer
-    rows by masked stores."""
-    out, out_pointer, out_s = output
+    rows, or rows that go to addresses of their own, by masked stores."""
+    out, out_pointer, destinations, out_s = output
     COLUMNS: gl.constexpr = acc.shape[1]
     PIECES: gl.constexpr = COLUMNS // 64
     tma.store_wait(pendings=0)
     # warpgroup W's half of out_s, as one block and as the 64 columns that TMA moves at a time
     whole = out_s._reinterpret(out_s.dtype, [256 // COLUMNS, 64, COLUMNS], out_s.layout).index(W * 128 // COLUMNS)
     whole.store(acc.to(out_s.dtype))
-    if rows_left >= 64:
+    if destinations is not None:
+        # half of them at a time: the products have no registers to spare
+        for half in gl.static_range(2):
+            part = whole.slice(half * 32, 32, 0)
+            store_rows(part, None, destinations, row + half * 32, rows_left - half * 32, column, N)
+        gl.thread_barrier()
+    elif rows_left >= 64:
         fence_async_shared()
         for piece in gl.static_range(PIECES):
             tma.async_copy_shared_to_global(out, [row, column + piece * 64], out_s.index(W * 2 + piece))
     else:
-        WIDTH: gl.constexpr = 128 // out_s.dtype.primitive_bitwidth
-        LANES: gl.constexpr = COLUMNS // WIDTH if COLUMNS // WIDTH < 32 else 32
-        COALESCED: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32 // LANES, LANES], [4, 1], [1, 0])
-        x = whole.load(COALESCED)
-        rows = gl.arange(0, 64, gl.SliceLayout(1, COALESCED))
-        columns = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, COALESCED))
-        pointers = out_pointer + (row + rows).to(gl.int64)[:, None] * N + columns[None, :]
-        gl.store(pointers, x, mask=(rows < rows_left)[:, None] & (columns < N)[None, :])
+        store_rows(whole, out_pointer, None, row, rows_left, column, N)
         gl.thread_barrier()
 
 
@@ -68,6 +107,7 @@ def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.cons
 def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: gl.constexpr):
     """Warpgroup W: multiplies, scales and adds the groups of each tile, and stores its part of it."""
     a_s, b_s, a_scales_s, tile_s, full, empty = ring
+    destinations = output[2]
     STAGES: gl.constexpr = full.shape[0]
     HALVES: gl.constexpr = b_s.shape[0] // STAGES
     SHORT: gl.constexpr = 64 * HALVES
@@ -92,6 +132,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
         my_row = row + W * 64
         my_rows_left = rows_left - W * 64
         if rows_left > 64:
+            prefetch_addresses(destinations, my_row, my_rows_left)
             t = gl.zeros((64, 128), SUM, LAYOUT)
             acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
             acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
@@ -139,6 +180,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
                 acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                 store_chunk(W, output, acc0, my_row, my_rows_left, column, N)
         else:
+            prefetch_addresses(destinations, row, rows_left)
             u = gl.zeros((64, SHORT), SUM, SHORT_LAYOUT)
             acc = gl.zeros((64, SHORT), gl.float32, SHORT_LAYOUT)
             my_scales = scales1 if W * HALVES == 2 else scales0
@@ -169,6 +211,7 @@ def grouped_gemm_hopper_kernel(
     a_scales,
     out,
     out_pointer,
+    destinations,
     b_scales,
     num_tokens,
     counter,
@@ -180,14 +223,17 @@ def grouped_gemm_hopper_kernel(
     EXPERTS: gl.constexpr,
     HALVES: gl.constexpr,
     STAGES: gl.constexpr,
+    OUT: gl.constexpr,
 ):
     """a, b, a_scales, out: descriptors of (L*M, K_dim) in blocks (64, 128), (L*N, K_dim) in (128, 128), (.., M) in (1, 64), where an
-    expert's groups are scale_rows apart, and (L*M, N) in (64, 64). counter: two zeros. EXPERTS: L, rounded up to a power of two."""
+    expert's groups are scale_rows apart, and (L*M, N) in (64, 64); out is None with destinations, (L*M,) int64. counter: two zeros. EXPERTS: L, rounded up to a
+    power of two. OUT: the type of the rows."""
     a_s = gl.allocate_shared_memory(a.dtype, [STAGES * 2, 64, 128], a.layout)
     b_s = gl.allocate_shared_memory(b.dtype, [STAGES * HALVES, 128, 128], b.layout)
     scales_block = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, 64], a_scales.layout)
     a_scales_s = scales_block._reinterpret(gl.float32, [STAGES * 2, 64], SCALAR)
-    out_s = gl.allocate_shared_memory(out.dtype, [4, 64, 64], out.layout)
+    OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=OUT.primitive_bitwidth, rank=2)
+    out_s = gl.allocate_shared_memory(OUT, [4, 64, 64], OUT_LAYOUT)
     tile_s = gl.allocate_shared_memory(gl.int32, [STAGES * TILE_WORDS, 1], SCALAR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -197,7 +243,7 @@ def grouped_gemm_hopper_kernel(
     fence_async_shared()
     ring = (a_s, b_s, a_scales_s, tile_s, full, empty)
     load_ring = (a_s, b_s, scales_block, tile_s, full, empty)
-    output = (out, out_pointer, out_s)
+    output = (out, out_pointer, destinations, out_s)
     gl.warp_specialize(
         [
             (multiply_tiles, (0, ring, output, b_scales, N, G)),
@@ -223,6 +269,9 @@ FLOAT32 = Config(1, 4)
 CANDIDATES = (WIDE, NARROW)
 
 
+OUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
 def cost(halves: int, experts: int, columns: int, expected_rows: int, sms: int) -> float:
     """The time of a problem by a rough model, in narrow tiles. Narrow tiles load a tenth more, wide ones end less evenly."""
     waves = experts * triton.cdiv(columns, 128 * halves) * max(1.0, expected_rows / 128 + 0.25) / sms
@@ -246,10 +295,12 @@ def grouped_gemm_blockscale_hopper(
     b: Tensor,
     b_scales: Tensor,
     num_tokens: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     *,
+    destinations: Tensor | None = None,
     segments: int = 1,
     expected_rows: int | None = None,
+    num_sms: int | None = None,
     config: Config | None = None,
 ) -> None:
     """`moequant.reference.grouped_gemm_blockscale` into out, on arguments of which `supports` is true.
@@ -257,23 +308,29 @@ def grouped_gemm_blockscale_hopper(
     a: (L, M, K_dim) contiguous float8_e4m3fn or int8. a_scales: (L, M, G) float32, strides (any, 1, any).
     b: (L, N, K_dim) contiguous, a's dtype. b_scales: (L, ceil(N / 128), G) float32 contiguous: segments are whole blocks.
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
-    out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written.
+    out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written. None with destinations.
+    destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, a multiple of 16 if N is one of 8.
     expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M. config: instead of that choice.
+    num_sms: multiprocessors to use; None for all.
     """
+    assert (out is None) != (destinations is None)
     experts, rows, depth = a.shape
+    dtype = torch.bfloat16 if out is None else out.dtype
+    sms = multiprocessors(a.device) if num_sms is None else num_sms
     columns = b.shape[1]
     if config is None:
         expected = rows if expected_rows is None else max(1, min(expected_rows, rows))
-        config = choose_config(experts, columns, expected, out.element_size(), multiprocessors(a.device))
+        config = choose_config(experts, columns, expected, dtype.itemsize, multiprocessors(a.device))
     groups = triton.cdiv(depth, 128)
     scales_matrix, scale_rows = scale_matrix(a_scales)
     tiles = experts * triton.cdiv(rows, 128) * triton.cdiv(columns, 128 * config.halves)
-    grouped_gemm_hopper_kernel[(min(multiprocessors(a.device), tiles),)](
+    grouped_gemm_hopper_kernel[(min(sms, tiles),)](
         matrix(a, 64, 128),
         matrix(b, 128, 128),
         scales_matrix,
-        matrix(out, 64, 64),
+        None if out is None else matrix(out, 64, 64),
         out,
+        destinations,
         b_scales,
         num_tokens,
         counters.get(a.device),
@@ -285,6 +342,7 @@ def grouped_gemm_blockscale_hopper(
         EXPERTS=max(32, triton.next_power_of_2(experts)),
         HALVES=config.halves,
         STAGES=config.stages,
+        OUT=OUT_TYPES[dtype],
         num_warps=4,
         maxnreg=REGISTERS,
     )

@@ -93,8 +93,11 @@ def multiprocessors(device: torch.device) -> int:
     return num_sms(device) if device.type == "cuda" else 132
 
 
-def supports(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, *, segments: int = 1) -> bool:
-    """Whether `grouped_gemm_blockscale_hopper` takes these arguments. What it refuses is for `kernels/grouped_gemm.py`."""
+def supports(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor | None, *, segments: int = 1
+) -> bool:
+    """Whether `grouped_gemm_blockscale_hopper` takes these arguments, with out None for rows that go to addresses of their own. What it
+    refuses is for `kernels/grouped_gemm.py`."""
     return runs_gluon(a.device) and takes(a, a_scales, b, b_scales, out, segments)
 
 
@@ -104,18 +107,20 @@ def too_small(experts: int, columns: int, expected_rows: int, device: torch.devi
     return expected_rows <= 64 and experts * -(-columns // 128) < 2.6 * multiprocessors(device)
 
 
-def takes(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, segments: int) -> bool:
+def takes(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor | None, segments: int) -> bool:
     """`supports`, but for the device: formats, and what TMA can address."""
-    if a.dtype not in (torch.float8_e4m3fn, torch.int8) or a_scales is None or b_scales is None or out.numel() == 0:
+    if a.dtype not in (torch.float8_e4m3fn, torch.int8) or a_scales is None or b_scales is None:
         return False
     experts, rows, depth = a.shape
     columns = b.shape[1]
+    if experts * rows * columns == 0:
+        return False
     # int32 coordinates, and counts of all experts in one pass
     if experts > 256 or experts * max(rows, columns) >= 2**31 or (segments > 1 and columns // segments % 128):
         return False
     strides = a_scales.stride()
-    aligned = all(x.data_ptr() % 16 == 0 for x in (a, b, a_scales, out))
-    widths = (depth, columns * out.element_size(), strides[2] * 4)
+    aligned = all(x.data_ptr() % 16 == 0 for x in (a, b, a_scales, out) if x is not None)
+    widths = (depth, columns * (2 if out is None else out.element_size()), strides[2] * 4)
     return (
         aligned
         and depth > 0

@@ -163,8 +163,11 @@ def scale_pointers(b_scales, zero, expert, column_tile, HALVES: gl.constexpr, N:
     """Where a tile's scales of b begin, for the first and the second 128 columns, once for each row."""
     block = gl.maximum(expert, 0) * ((N + 127) // 128) + column_tile * HALVES
     first = b_scales + block * G + zero
-    # the second half of the last tile may lie past the last column, and past the last scale
-    return first, first + gl.where((column_tile * HALVES + 1) * 128 < N, G, 0)
+    if N % (128 * HALVES) == 0:
+        return first, first + G * (HALVES - 1)
+    else:
+        # the second half of the last tile may lie past the last column, and past the last scale
+        return first, first + gl.where((column_tile * HALVES + 1) * 128 < N, G, 0)
 
 
 @gluon.jit

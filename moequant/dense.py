@@ -45,7 +45,9 @@ def mm_fp8_blockscale(
     check_tensor("b", right.values, shape=(columns, depth), dtypes=(left.values.dtype,), device=left.device)
     out = torch.empty(rows, columns, dtype=out_dtype, device=left.device)
     operands = left.values, ops.rows_side_by_side(left.scales_by_row()), right.values, right.scales
-    torch.ops.moequant.grouped_gemm_blockscale(*(x.unsqueeze(0) for x in operands), None, out.unsqueeze(0), right.segments, None)
+    torch.ops.moequant.grouped_gemm_blockscale(
+        *(x.unsqueeze(0) for x in operands), None, out.unsqueeze(0), right.segments, None, None
+    )
     return out
 
 

@@ -87,15 +87,25 @@ class GroupedExperts:
         """Takes weights that are quantized already: layout "block", w13 with segments=2."""
         return cls(w13, w2, activation=activation)
 
-    def __call__(self, batch: ExpertBatch, *, out: Tensor | None = None) -> Tensor:
-        """out: (L, M, H) bfloat16 contiguous, or None for a workspace. Returns it; the valid rows are written."""
-        return self.gemm2(self.gemm1_swiglu(batch), batch, out=out)
+    def __call__(self, batch: ExpertBatch, *, out: Tensor | None = None, num_sms: int | None = None) -> Tensor:
+        """out: (L, M, H) bfloat16 contiguous, or None for a workspace. Returns it; the valid rows are written.
 
-    def gemm1_swiglu(self, batch: ExpertBatch) -> QuantizedTensor | Tensor:
+        num_sms: multiprocessors of the GPU that the products use, so that kernels of other streams have the rest; None for all.
+        """
+        return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=out, num_sms=num_sms)
+
+    def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
+        """As a call, but GEMM 2 stores each valid row at its address: `MoEQuantDispatcher.combine_pushed` then sums them.
+
+        destinations: (L, M) int64, `DispatchHandle.destinations` of the batch's dispatch.
+        """
+        self.gemm2_push(self.gemm1_swiglu(batch, num_sms=num_sms), batch, destinations, num_sms=num_sms)
+
+    def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
         """GEMM 1, SwiGLU and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
         bits. Returns values (L, M, I)."""
         if not self.fuses(batch):
-            return self.activation(self.gemm1(batch), batch)
+            return self.activation(self.gemm1(batch, num_sms=num_sms), batch)
         inner = self._workspace(batch).inner
         assert isinstance(self.w13, QuantizedTensor) and isinstance(inner, QuantizedTensor)
         torch.ops.moequant.gemm1_swiglu(
@@ -108,6 +118,7 @@ class GroupedExperts:
             inner.scales,
             batch.recipe,
             batch.expected_rows,
+            num_sms,
         )
         return inner
 
@@ -118,10 +129,9 @@ class GroupedExperts:
             return False
         return ops.fuses_gemm1(batch.values, batch.scales, w13.values, w13.scales, inner.values, inner.scales, batch.expected_rows)
 
-    def gemm1(self, batch: ExpertBatch) -> Tensor:
+    def gemm1(self, batch: ExpertBatch, *, num_sms: int | None = None) -> Tensor:
         """batch's values times w13: (L, M, 2I) bfloat16."""
-        out = self._workspace(batch).gate_up
-        return grouped_gemm_blockscale(batch.activations, self.w13, batch.num_tokens, out=out, expected_rows=batch.expected_rows)
+        return self._product(batch.activations, self.w13, batch, self._workspace(batch).gate_up, num_sms)
 
     def activation(self, gate_up: Tensor, batch: ExpertBatch) -> QuantizedTensor | Tensor:
         """SwiGLU of (L, M, 2I), quantized by the batch's recipe: values (L, M, I)."""
@@ -132,10 +142,28 @@ class GroupedExperts:
             gate_up, batch.num_tokens, dtype=inner.values.dtype, recipe=batch.recipe, values=inner.values, scales=inner.scales
         )
 
-    def gemm2(self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, *, out: Tensor | None = None) -> Tensor:
+    def gemm2(
+        self,
+        inner: QuantizedTensor | Tensor,
+        batch: ExpertBatch,
+        *,
+        out: Tensor | None = None,
+        num_sms: int | None = None,
+    ) -> Tensor:
         """inner times w2: (L, M, H) bfloat16."""
-        out = self._workspace(batch).output if out is None else out
-        return grouped_gemm_blockscale(inner, self.w2, batch.num_tokens, out=out, expected_rows=batch.expected_rows)
+        return self._product(inner, self.w2, batch, self._workspace(batch).output if out is None else out, num_sms)
+
+    def gemm2_push(
+        self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None
+    ) -> None:
+        """`gemm2`, with the same bits, whose row (l, m) goes to the address destinations[l, m]."""
+        check_tensor("destinations", destinations, shape=batch.values.shape[:2], dtypes=(torch.int64,), device=batch.values.device)
+        ops.grouped_gemm_push(
+            *_parts(inner), *_parts(self.w2), batch.num_tokens, destinations.contiguous(), batch.expected_rows, num_sms
+        )
+
+    def _product(self, a: QuantizedTensor | Tensor, w: Weight, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
+        return grouped_gemm_blockscale(a, w, batch.num_tokens, out=out, expected_rows=batch.expected_rows, num_sms=num_sms)
 
     def _workspace(self, batch: ExpertBatch) -> Workspace:
         """The workspace of the batch's slot and M. It is kept: a captured graph may hold it."""
@@ -170,6 +198,10 @@ class Workspace:
     @functools.cached_property
     def gate_up(self) -> Tensor:
         return torch.empty(*self.shape, self.gate_up_columns, dtype=torch.bfloat16, device=self.device)
+
+
+def _parts(x: QuantizedTensor | Tensor) -> tuple[Tensor, Tensor | None]:
+    return (x.values, x.scales) if isinstance(x, QuantizedTensor) else (x, None)
 
 
 def _dtype(w: Weight) -> torch.dtype:

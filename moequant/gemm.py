@@ -30,6 +30,7 @@ def grouped_gemm_blockscale(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     expected_rows: int | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
     """One product for each expert over its valid rows: out[l, m] = dequantize(a[l, m]) @ dequantize(b[l]).T for m < num_tokens[l].
 
@@ -43,6 +44,7 @@ def grouped_gemm_blockscale(
     out_dtype: bfloat16, float16 or float32; out's own dtype if out is given.
     expected_rows: a host-side guess of the mean of num_tokens, for the choice of tiles; None takes M. Results don't depend on its
         being right; their last bits may depend on the choice.
+    num_sms: multiprocessors of the GPU to use, so that kernels of other streams have the rest; None for all.
 
     Returns out. Raises ValueError (LayoutError for scales that lie otherwise) or, if an operand requires grad under grad mode,
     RuntimeError.
@@ -67,7 +69,11 @@ def grouped_gemm_blockscale(
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     segments = b.segments if isinstance(b, QuantizedTensor) else 1
-    torch.ops.moequant.grouped_gemm_blockscale(a_values, a_scales, b_values, b_scales, num_tokens, out, segments, expected_rows)
+    if num_sms is not None and num_sms < 1:
+        raise ValueError(f"num_sms must be at least 1, or None for all, got {num_sms}")
+    torch.ops.moequant.grouped_gemm_blockscale(
+        a_values, a_scales, b_values, b_scales, num_tokens, out, segments, expected_rows, num_sms
+    )
     return out
 
 

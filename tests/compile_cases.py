@@ -78,10 +78,15 @@ def grouped_gemm(
     columns: int = 4096,
     depth: int = 7168,
     experts: int = 4,
+    push: bool = False,
 ) -> None:
     a, a_scales = quantized(experts, 1024, depth, dtype)
     b = empty(experts, columns, depth, dtype=dtype)
     b_scales = None if dtype == BF16 else empty(experts, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
+    if push:
+        destinations = empty(experts, 1024, dtype=torch.int64)
+        ops.grouped_gemm_push(a, a_scales, b, b_scales, counted(a), destinations, expected_rows, None)
+        return
     out = empty(experts, 1024, columns, dtype=out_dtype)
     ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), out, expected_rows=expected_rows)
 
@@ -330,6 +335,7 @@ CASES = {
         *cases(grouped_gemm, *each_format(out_dtype=torch.float32)),
         # gpt-oss: a trailing half group
         *cases(grouped_gemm, *each_format(BF16, columns=2880, depth=2880)),
+        *cases(grouped_gemm, *each_format(BF16, push=True)),
         # rows that TMA cannot read
         *cases(grouped_gemm, {"dtype": BF16, "depth": 2890}, wide=False, may_spill=True),
     ],
@@ -338,6 +344,9 @@ CASES = {
         *cases(grouped_gemm, {"dtype": E4M3, "out_dtype": torch.float32}, hopper=True),
         *cases(grouped_gemm, *({"dtype": INT8, "out_dtype": dtype} for dtype in (BF16, torch.float32)), hopper=True),
         *cases(int8_addmm, {"bias": False}, hopper=True),
+        # one address of a tile is spilled, outside the loop over groups
+        *cases(grouped_gemm, {"dtype": E4M3, "expected_rows": 1024, "experts": 16, "push": True}, hopper=True, may_spill=True),
+        *cases(grouped_gemm, {"dtype": E4M3, "columns": 1024, "push": True}, hopper=True),
         # few columns: narrow tiles; gpt-oss: tails
         *cases(
             grouped_gemm,

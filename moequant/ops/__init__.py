@@ -18,6 +18,9 @@ from moequant.ops.gemm import (
     grouped_gemm_blockscale as grouped_gemm_blockscale,
 )
 from moequant.ops.gemm import (
+    grouped_gemm_push as grouped_gemm_push,
+)
+from moequant.ops.gemm import (
     rows_side_by_side as rows_side_by_side,
 )
 from moequant.ops.int8 import (

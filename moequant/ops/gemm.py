@@ -14,7 +14,13 @@ from moequant.ops.registration import registered, uses_kernels
 
 
 def gemm_kernel(
-    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor, segments: int, expected_rows: int | None
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    out: Tensor | None,
+    segments: int = 1,
+    expected_rows: int | None = None,
 ) -> Callable[..., None]:
     """The kernel for a grouped GEMM: Hopper's in Gluon where it takes the arguments and is faster, plain Triton's everywhere else."""
     from moequant.kernels import common
@@ -52,15 +58,48 @@ def grouped_gemm_blockscale(
     out: Tensor,
     segments: int = 1,
     expected_rows: int | None = None,
+    num_sms: int | None = None,
 ) -> None:
-    """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 operands."""
+    """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 operands.
+
+    num_sms: multiprocessors to use, so that others' kernels have the rest; None for all.
+    """
     if not uses_kernels(a):
         left = a if a_scales is None else QuantizedTensor(a, a_scales, "transposed")
         right = b if b_scales is None else QuantizedTensor(b, b_scales, "block", segments=segments)
         reference.grouped_gemm_blockscale(left, right, num_tokens, out=out)
         return
     kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments, expected_rows)
-    kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows)
+    kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows, num_sms=num_sms)
+
+
+def grouped_gemm_push(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    num_tokens: Tensor,
+    destinations: Tensor,
+    expected_rows: int,
+    num_sms: int | None,
+) -> None:
+    """`grouped_gemm_blockscale` in bfloat16, to the bit, whose row (l, m) goes to the address destinations[l, m].
+
+    Not registered: torch.library can't know of memory that has an address only. It runs as a kernel alone.
+    """
+    kernel = gemm_kernel(a, a_scales, b, b_scales, None, expected_rows=expected_rows)
+    with torch.cuda.device_of(a):
+        kernel(
+            a,
+            a_scales,
+            b,
+            b_scales,
+            num_tokens,
+            None,
+            destinations=destinations,
+            expected_rows=expected_rows,
+            num_sms=num_sms,
+        )
 
 
 def fuses_gemm1(
@@ -89,19 +128,20 @@ def gemm1_swiglu(
     scales: Tensor,
     recipe: str = "default",
     expected_rows: int | None = None,
+    num_sms: int | None = None,
 ) -> None:
     """`grouped_gemm_blockscale` in bfloat16, then `silu_mul_quantize`: the same bits in one kernel, where `fuses_gemm1` says so.
 
     a: (L, M, H), a_scales: (L, M, G), as for the GEMM. w13: (L, 2I, H), gate first, with scales of two segments. values (L, M, I) and
-    scales (L, M, ceil(I / 128)) are written for the valid rows.
+    scales (L, M, ceil(I / 128)) are written for the valid rows. num_sms: as for the GEMM.
     """
     rows = a.shape[1] if expected_rows is None else expected_rows
     if uses_kernels(a) and fuses_gemm1(a, a_scales, w13, w13_scales, values, scales, rows):
         from moequant.kernels.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel
 
         settings = quantize_settings(values, recipe, None)
-        kernel(a, a_scales, w13, w13_scales, num_tokens, values, scales, **settings)
+        kernel(a, a_scales, w13, w13_scales, num_tokens, values, scales, num_sms=num_sms, **settings)
         return
     gate_up = torch.empty(*a.shape[:2], w13.shape[1], dtype=torch.bfloat16, device=a.device)
-    grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, gate_up, 2, expected_rows)
+    grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, gate_up, 2, expected_rows, num_sms)
     silu_mul_quantize(gate_up, num_tokens, values, scales, recipe)

@@ -177,6 +177,27 @@ def test_repeat_runs_are_equal_and_near_the_plain_kernel(config: Config) -> None
 
 
 @hopper_test
+@CONFIGS
+@pytest.mark.parametrize("columns", [512, 264])
+@pytest.mark.parametrize("num_sms", [None, 3])
+def test_rows_go_to_addresses_of_their_own_with_the_same_bits(columns: int, num_sms: int | None, config: Config) -> None:
+    counts = [300, 0, 1, 129, 64]
+    a, b = operands((5, 300, columns, 384))
+    num_tokens = counted(counts)
+    expected = poisoned(a, b)
+    grouped_gemm_blockscale_hopper(a.values, a.scales, b.values, b.scales, num_tokens, expected, config=config)
+    places = torch.randperm(5 * 300, device="cuda").view(5, 300)
+    elsewhere = poisoned(a, b).view(5 * 300, columns)
+    destinations = elsewhere.data_ptr() + places * (2 * columns)
+    for expert, count in enumerate(counts):
+        destinations[expert, count:] = 8
+    grouped_gemm_blockscale_hopper(
+        a.values, a.scales, b.values, b.scales, num_tokens, None, destinations=destinations, num_sms=num_sms, config=config
+    )
+    assert torch.equal(elsewhere[places].view(torch.int16), expected.view(torch.int16))
+
+
+@hopper_test
 def test_bad_group_spoils_its_row_alone() -> None:
     a, b = operands((2, 40, 128, 256))
     clean = check(a, b, [40, 11])
