@@ -16,8 +16,12 @@ PARTS = {
     "silu_mul_quantize": "SwiGLU + quantize",
     "gemm1_fused": "GEMM 1 with SwiGLU + quantize",
     "gemm2": "GEMM 2",
+    "gemm2_push": "GEMM 2 that sends its rows back",
     "combine": "combine",
+    "combine_push": "combine of rows that were sent back",
 }
+# Steps that stand in the place of others, where they were recorded.
+INSTEAD = {"gemm1_fused": ("gemm1", "silu_mul_quantize"), "gemm2_push": ("gemm2", "combine")}
 GEMM_KEYS = ("step", "N", "K_dim", "rows")
 
 
@@ -131,9 +135,11 @@ def layer_parts(records: list[Record]) -> dict[str, tuple[Record, dict[str, floa
     for record in goal_rows(records):
         key = f"{record['machine']}: {case_text(record['case'])}"
         parts = steps.get(key, {})
-        if "gemm1_fused" in parts:
-            parts = {name: us for name, us in parts.items() if name not in ("gemm1", "silu_mul_quantize")}
-        complete = {"dispatch", "gemm2", "combine"} <= set(parts) and ("gemm1_fused" in parts or "gemm1" in parts)
+        for name, others in INSTEAD.items():
+            if name in parts:
+                parts = {other: us for other, us in parts.items() if other not in others}
+        ends = ({"gemm2", "combine"}, {"gemm2_push", "combine_push"})
+        complete = "dispatch" in parts and ("gemm1_fused" in parts or "gemm1" in parts) and any(end <= set(parts) for end in ends)
         if record["op"] == "layer" and complete:
             found[key] = record, {name: parts[name] for name in PARTS if name in parts}
     return found

@@ -26,15 +26,28 @@ from moequant.testing import routing
 from moequant.transport.collective import CollectiveTransport, choose_exchange, message_bytes
 
 # in the order of the table
-STEPS = ("quantize", "dispatch", "gemm1", "silu_mul_quantize", "gemm1_fused", "gemm2", "combine", "layer")
+STEPS = (
+    "quantize",
+    "dispatch",
+    "gemm1",
+    "silu_mul_quantize",
+    "gemm1_fused",
+    "gemm2",
+    "gemm2_push",
+    "combine",
+    "combine_push",
+    "layer",
+)
 # of these, what involves other ranks
-EXCHANGE = ("combine", "dispatch", "layer")
+EXCHANGE = ("gemm2_push", "combine", "combine_push", "dispatch", "layer")
 LABELS = {
     "quantize": "quantize alone",
     "gemm1": "GEMM 1",
     "silu_mul_quantize": "SwiGLU + quantize",
     "gemm1_fused": "GEMM 1 with SwiGLU + quantize",
     "gemm2": "GEMM 2",
+    "gemm2_push": "GEMM 2 that sends its rows back",
+    "combine_push": "combine of these",
 }
 
 
@@ -153,18 +166,20 @@ class Layer:
         w13, w2 = (torch.stack(weights) for weights in zip(*pairs, strict=True))
         self.experts = GroupedExperts.from_weights(w13, w2, quant=config.quant)
         self.tokens = tokens
-        self.iters = options.iters
+        self.iters, self.chunks = options.iters, options.chunks
         self.exchange = choose_exchange(config) if isinstance(self.dispatcher._transport, CollectiveTransport) else None
         self.in_graph = device.type == "cuda" and self.exchange != "packed"
 
     def __call__(self) -> Tensor:
-        return self.dispatcher(*self.tokens, self.experts)
+        return self.dispatcher(*self.tokens, self.experts, chunks=self.chunks if self.config.pushes else 1)
 
     def case(self, options: argparse.Namespace, kind: str) -> dict[str, Any]:
         config = self.config
         case = {"T": options.num_tokens, "H": options.hidden, "I": options.intermediate, "E": config.num_experts, "K": config.top_k}
         case |= {"W": config.world_size, "quant": config.quant, "transport": config.transport}
         case |= {"exchange": self.exchange, "reduce": config.reduce, "routing": kind}
+        if config.transport == "symmetric":
+            case |= {"overlap": "none" if not config.pushes else "rows pushed" if self.chunks == 1 else "in halves"}
         # as it is rounded
         case |= {"capacity": config.max_rows if config.capacity is not None else None}
         return {key: value for key, value in case.items() if value is not None}
@@ -205,12 +220,23 @@ class Layer:
             steps["gemm1_fused"] = lambda: experts.gemm1_swiglu(batch)
         steps["gemm2"] = lambda: experts.gemm2(inner, batch)
         steps["combine"] = combine
+        if config.pushes:
+            destinations = handle.destinations
+            assert destinations is not None
+
+            def combine_pushed() -> None:
+                slot.answered = False
+                dispatcher.combine_pushed(handle, out=summed)
+
+            steps["gemm2_push"] = lambda: experts.gemm2_push(inner, batch, destinations)
+            steps["combine_push"] = combine_pushed
         steps["dispatch"] = lambda: dispatcher.dispatch(*self.tokens)
         steps["layer"] = self
         return steps
 
     def write_trace(self, folder: Path, rounds: int = 3) -> Path:
-        """Runs the layer step by step under torch's profiler, and writes a Chrome trace with a range for each step. Collective."""
+        """Runs the layer step by step, then as a whole, under torch's profiler, and writes a Chrome trace with a range for each.
+        Collective."""
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.dispatcher.device.type == "cuda")
         buffer = self.dispatcher.output_buffer() if self.config.transport == "symmetric" else None
         with profile(activities=activities) as profiler:
@@ -229,6 +255,9 @@ class Layer:
                     output = self.experts.gemm2(inner, batch, out=buffer)
                 with record_function("combine"):
                     self.dispatcher.combine(output, handle)
+            for _ in range(rounds):
+                with record_function("layer"):
+                    self()
             if self.dispatcher.device.type == "cuda":
                 torch.cuda.synchronize()
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,6 +294,8 @@ def record_steps(
         "silu_mul_quantize": (load.rows * (4 * size + size * width + scales(size)), 0, 0),
         "gemm2": gemm2,
         "combine": (load.tokens * (config.top_k + 1) * 2 * hidden, load.combine_bytes, 0),
+        "gemm2_push": (gemm2[0], load.combine_bytes, gemm2[2]),
+        "combine_push": (load.tokens * (config.top_k + 1) * 2 * hidden, 0, 0),
     }
     mean_rows = max(1, round(load.rows / config.num_local_experts))
     for name in (name for name in STEPS if name in timings):

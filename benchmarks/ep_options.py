@@ -13,6 +13,7 @@ from benchmarks.common import TOLERANCES, OneLineParser, free_memory
 from benchmarks.traces import TraceError, check_matches, find_traces, load_trace, matching_trace
 from moequant import MoEQuantDispatcher
 from moequant.config import CHOICES, DispatcherConfig
+from moequant.layer import choose_chunks, multiprocessors
 from moequant.models import MODELS, model_shape
 from moequant.testing import routing
 
@@ -46,6 +47,18 @@ def make_parser(description: str | None) -> OneLineParser:
     add("--transport", choices=CHOICES["transport"], default="auto", help="how rows move between ranks (default: auto)")
     add("--exchange", choices=CHOICES["exchange"], default="auto", help="of the collective transport (default: auto)")
     add("--reduce", choices=CHOICES["reduce"], default="exact", help="how combine sums (default: exact)")
+    add(
+        "--overlap",
+        choices=("on", "off"),
+        default="on",
+        help="with transport symmetric: the layer hides what it sends under the products, or does step after step (default: on)",
+    )
+    add(
+        "--chunks",
+        type=int,
+        choices=(1, 2),
+        help="parts of the layer's tokens with --overlap on (default: what a model finds faster)",
+    )
     add("--quant", choices=tuple(TOLERANCES), default="fp8_e4m3fn", help="format of activations and weights (default: fp8_e4m3fn)")
     add(
         "--routing",
@@ -83,6 +96,10 @@ def parse_options(argv: list[str] | None, world_size: int, description: str | No
         choose_shape(options, world_size)
         choose_routing(options)
         config = DispatcherConfig(world_size=world_size, **dispatcher_settings(options))
+        if options.chunks is None:
+            options.chunks = choose_chunks(config, options.intermediate, multiprocessors(torch.device(options.device)))
+        if options.overlap == "off" or options.transport not in ("auto", "symmetric") or config.per_rank or world_size == 1:
+            options.chunks = 1
     except ValueError as error:
         parser.error(str(error))
     needed, free = memory_needed(options, config), free_memory(options.device)
@@ -153,6 +170,9 @@ def dispatcher_settings(options: argparse.Namespace) -> dict[str, Any]:
         "exchange": options.exchange,
         "reduce": options.reduce,
         "capacity": options.capacity,
+        "overlap": options.overlap == "on",
+        # None: not settled yet
+        "slots": options.chunks or 1,
         "on_overflow": "error" if options.capacity is None else "drop",
     }
 

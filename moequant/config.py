@@ -17,7 +17,7 @@ CHOICES = {
     "on_overflow": ("error", "drop"),
     "reduce": ("exact", "per_rank"),
 }
-POSITIVE = ("num_experts", "top_k", "hidden_size", "max_tokens_per_rank", "world_size", "slots")
+POSITIVE = ("num_experts", "top_k", "hidden_size", "max_tokens_per_rank", "world_size", "slots", "num_sms")
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -44,6 +44,8 @@ class DispatcherConfig:
     reduce: str = "exact"
     recipe: str = "default"
     slots: int = 1
+    overlap: bool = True
+    num_sms: int = 16
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
@@ -60,6 +62,8 @@ class DispatcherConfig:
                 f"num_experts must be a multiple of the number of ranks, got {self.num_experts} experts on {self.world_size} ranks; "
                 "add experts that no token is routed to, or use another group"
             )
+        if not isinstance(self.overlap, bool):
+            raise ValueError(f"overlap must be True or False, got {self.overlap!r}")
         if self.slots > 2:
             raise ValueError(f"slots must be 1 or 2, got {self.slots}")
         if self.capacity is not None and (
@@ -110,6 +114,11 @@ class DispatcherConfig:
     def per_rank(self) -> bool:
         """Whether a token's rows are summed on each rank before they come back."""
         return self.reduce == "per_rank"
+
+    @property
+    def pushes(self) -> bool:
+        """Whether the experts of a whole layer store their rows at the tokens' ranks. `transport` is resolved."""
+        return self.overlap and self.transport == "symmetric" and not self.per_rank
 
     def difference(self, other: DispatcherConfig) -> str:
         """The settings that differ, as text; empty if none does."""

@@ -28,10 +28,11 @@ from moequant.errors import (
     PeerTimeoutError,
     StaleHandleError,
 )
-from moequant.experts import GroupedExperts
+from moequant.layer import run_layer
 from moequant.transport.base import Slot
 from moequant.transport.select import make_transport, resolve, transport_class
 from moequant.transport.symmetric import SymmetricTransport
+from moequant.warm_up import warm_up
 
 _NUMBERS = itertools.count()
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -63,6 +64,8 @@ class MoEQuantDispatcher:
         ranks, the same on every transport.
     recipe: of quantization: "default", "deepgemm", "ue8m0", "fnuz_224" (`moequant.formats.RECIPES`).
     slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
+    overlap: calls of the dispatcher itself hide communication under the experts' products where they can; see `__call__`.
+    num_sms: multiprocessors that are left to communication meanwhile.
     timeout: seconds that a wait for other ranks may last. On GPUs "collective" has the process group's own limit instead.
     device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
@@ -91,6 +94,8 @@ class MoEQuantDispatcher:
         reduce: str = "exact",
         recipe: str = "default",
         slots: int = 1,
+        overlap: bool = True,
+        num_sms: int = 16,
         timeout: float = 60.0,
         device: torch.device | str | None = None,
     ) -> None:
@@ -118,6 +123,8 @@ class MoEQuantDispatcher:
                 reduce=reduce,
                 recipe=recipe,
                 slots=slots,
+                overlap=overlap,
+                num_sms=num_sms,
                 timeout=timeout,
             )
 
@@ -128,8 +135,9 @@ class MoEQuantDispatcher:
             self._transport = make_transport(self.config, rank, self.device, self._status, group)
             self._slots = [self._transport.allocate(number) for number in range(slots)]
             if self.device.type == "cuda":
-                self._warm_up()
+                warm_up(self._transport, self.config, self._slots[0], self.device)
             self._transport.start()
+            self._side = torch.cuda.Stream() if self.device.type == "cuda" and slots == 2 else None
 
     @staticmethod
     def buffer_bytes(
@@ -266,12 +274,18 @@ class MoEQuantDispatcher:
         experts: Callable[[ExpertBatch], Tensor],
         *,
         slot: int = 0,
+        chunks: int | None = None,
     ) -> Tensor:
-        """dispatch, experts, combine. Returns (T, H) of the hidden states' type."""
-        batch, handle = self.dispatch(hidden_states, topk_ids, topk_weights, slot=slot)
-        if isinstance(experts, GroupedExperts) and self.config.transport == "symmetric":
-            return self.combine(experts(batch, out=self.output_buffer(slot)), handle)
-        return self.combine(experts(batch), handle)
+        """dispatch, experts, combine. Returns (T, H) of the hidden states' type. Collective.
+
+        With `GroupedExperts`, transport "symmetric" and reduce="exact", GEMM 2 stores its rows at their tokens' ranks; overlap=False
+        keeps the steps apart. The same bits, but for the experts' choice of tiles.
+
+        chunks: 1, or, with slots=2 besides, 2: half of the tokens in each slot, one half's exchange under the other's products (`slot`
+            is not used then). The same on all ranks. None: what a model of the hardware finds faster for max_tokens_per_rank tokens;
+            give 1 for calls with few tokens of a dispatcher that is made for many.
+        """
+        return run_layer(self, (hidden_states, topk_ids, topk_weights), experts, slot, chunks, self._side)
 
     def check(self) -> int:
         """Waits for the device, and reports what dispatches since the last check could not raise. Not collective.
@@ -403,25 +417,3 @@ class MoEQuantDispatcher:
         except (PeerTimeoutError, OutOfStepError) as error:
             self._fault = error
             raise
-
-    def _warm_up(self) -> None:
-        """Compiles and loads the kernels for any number of tokens and both types of ids, with tokens that go nowhere."""
-        config, slot = self.config, self._slots[0]
-        hidden = torch.zeros(config.max_tokens_per_rank, config.hidden_size, dtype=torch.bfloat16, device=self.device)
-        weights = torch.zeros(config.max_tokens_per_rank, config.top_k, device=self.device)
-        # stands in for expert output, of which nothing is read: a whole one may be gigabytes
-        nothing = torch.zeros(1, dtype=torch.bfloat16, device=self.device)
-        output = nothing.expand(config.num_local_experts, config.max_rows, config.hidden_size)
-        # how a kernel is launched depends on whether tokens are few or many
-        most = config.max_tokens_per_rank
-        sizes = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
-        for dtype in (torch.int32, torch.int64):
-            ids = torch.full(weights.shape, -1, dtype=dtype, device=self.device)
-            for tokens in sizes:
-                _, state = self._run(self._transport.dispatch, hidden[:tokens], ids[:tokens], weights[:tokens], slot)
-                self._run(self._transport.combine, output, weights[:tokens], hidden[:tokens], slot, state)
-                state = self._run(self._transport.dispatch_send, hidden[:tokens], ids[:tokens], weights[:tokens], slot)
-                self._run(self._transport.dispatch_recv, tokens, slot)
-                self._run(self._transport.combine_send, output, slot)
-                self._run(self._transport.combine_recv, weights[:tokens], hidden[:tokens], slot, state)
-        torch.cuda.synchronize(self.device)

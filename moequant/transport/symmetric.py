@@ -114,6 +114,9 @@ class SymmetricTransport(Transport):
         buffers["epochs"].zero_()
         buffers["ticket"].zero_()
         buffers["fault"].fill_(self.no_fault)
+        if "destinations" in buffers:
+            # addresses that may be stored to, whatever happens in the first dispatch
+            buffers["destinations"].fill_(buffers["returns"].data_ptr())
         return Slot(number, buffers)
 
     def start(self) -> None:

@@ -1,0 +1,30 @@
+"""Compiles and loads a transport's kernels, so that no first call compiles while other ranks wait."""
+
+from __future__ import annotations
+
+import torch
+
+from moequant.config import DispatcherConfig
+from moequant.transport.base import Slot, Transport
+
+
+def warm_up(transport: Transport, config: DispatcherConfig, slot: Slot, device: torch.device) -> None:
+    """For any number of tokens and both types of ids, with bfloat16 tokens that go nowhere. Collective; waits for the device."""
+    most = config.max_tokens_per_rank
+    hidden = torch.zeros(most, config.hidden_size, dtype=torch.bfloat16, device=device)
+    weights = torch.zeros(most, config.top_k, device=device)
+    # stands in for expert output, of which nothing is read: a whole one may be gigabytes
+    nothing = torch.zeros(1, dtype=torch.bfloat16, device=device)
+    output = nothing.expand(config.num_local_experts, config.max_rows, config.hidden_size)
+    # how a kernel is launched depends on whether tokens are few or many
+    sizes = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+    for dtype in (torch.int32, torch.int64):
+        ids = torch.full(weights.shape, -1, dtype=dtype, device=device)
+        for tokens in sizes:
+            _, state = transport.dispatch(hidden[:tokens], ids[:tokens], weights[:tokens], slot)
+            transport.combine(output, weights[:tokens], hidden[:tokens], slot, state)
+            state = transport.dispatch_send(hidden[:tokens], ids[:tokens], weights[:tokens], slot)
+            transport.dispatch_recv(tokens, slot)
+            transport.combine_send(output, slot)
+            transport.combine_recv(weights[:tokens], hidden[:tokens], slot, state)
+    torch.cuda.synchronize(device)

@@ -1,0 +1,185 @@
+"""Whole layers whose experts push their rows, in one piece and in halves, against the same layer step by step.
+
+On a CPU in Triton's interpreter, in processes that share memory; on GPUs (`multigpu`) also in graphs, with late ranks and lost ones.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from moequant import GroupedExperts, MoEQuantDispatcher, PeerTimeoutError
+from moequant.config import DispatcherConfig
+from moequant.layer import choose_chunks
+from moequant.testing import assert_bit_equal, run_ranks
+
+BACKEND = "cpu:gloo,cuda:nccl"
+TIMEOUT = 2.0
+
+
+def install_interpreter() -> None:
+    import interpreter
+
+    interpreter.install()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+
+
+def settings_for(ranks: int, tokens: int, hidden: int, quant: str, local_experts: int = 2) -> dict[str, Any]:
+    settings = {"num_experts": max(3, local_experts * ranks), "top_k": 3, "hidden_size": hidden, "max_tokens_per_rank": tokens}
+    return settings | {"quant": quant, "transport": "symmetric", "slots": 2}
+
+
+def experts_of(rank: int, settings: dict[str, Any], ranks: int, inner: int, device: str) -> GroupedExperts:
+    generator = torch.Generator().manual_seed(100 + rank)
+    local, hidden = settings["num_experts"] // ranks, settings["hidden_size"]
+    w13 = torch.randn(local, 2 * inner, hidden, generator=generator) * hidden**-0.5
+    w2 = torch.randn(local, hidden, inner, generator=generator) * inner**-0.5
+    return GroupedExperts.from_weights(w13.bfloat16().to(device), w2.bfloat16().to(device), quant=settings["quant"])
+
+
+def tokens_of(seed: int, settings: dict[str, Any], tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, settings["num_experts"], generator=generator).argsort(1)[:, : settings["top_k"]].contiguous()
+    ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
+    hidden = torch.randn(tokens, settings["hidden_size"], generator=generator).bfloat16()
+    return hidden.to(device), ids.to(device), torch.rand(ids.shape, generator=generator).to(device)
+
+
+def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], device: str) -> None:
+    """The layer with and without overlap and in halves; other ranks have other numbers of tokens, the last one has none."""
+    (most, hidden, inner), device = sizes, device.format(rank=rank)
+    settings = settings_for(ranks, most, hidden, quant)
+    experts = experts_of(rank, settings, ranks, inner, device)
+    tokens = tokens_of(rank, settings, 0 if rank and rank == ranks - 1 else most - rank, device)
+    with MoEQuantDispatcher(**settings, overlap=False, device=device) as dispatcher:
+        expected = dispatcher(*tokens, experts)
+    assert expected.shape == tokens[0].shape and bool(expected.isfinite().all())
+    with MoEQuantDispatcher(**settings, device=device) as dispatcher:
+        for chunks in (1, 2, 2, 1, None):
+            assert_bit_equal(dispatcher(*tokens, experts, chunks=chunks), expected, f"{chunks} chunks")
+        with pytest.raises(ValueError, match="chunks must be 1, or 2 with"):
+            dispatcher(*tokens, experts, chunks=3)
+
+
+@pytest.mark.parametrize(("ranks", "quant"), [(2, "fp8_e4m3fn"), (4, "int8"), (1, "fp8_e4m3fn")])
+def test_pushed_and_halved_layers_have_the_bits_of_one_step_after_the_other(ranks, quant, interpreted):
+    run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter, timeout=120)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none"])
+def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(ranks, quant):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    run_ranks(run_ways, ranks, quant, (700, 1032, 384), "cuda:{rank}", backend=BACKEND, timeout=300)
+
+
+def run_replays(rank: int, ranks: int, replays: int, late: bool) -> int:
+    """Replays a graph of a layer in halves over a pool of inputs, and counts the numbers that differ from the layer without overlap.
+    late: a rank waits now and then."""
+    device, pool_size = f"cuda:{rank}", 64
+    settings = settings_for(ranks, 256, 512, "fp8_e4m3fn", local_experts=4)
+    experts = experts_of(rank, settings, ranks, 256, device)
+    inputs = [tokens_of(1000 * rank + number, settings, 256, device) for number in range(pool_size)]
+    pool = [torch.stack(tensors) for tensors in zip(*inputs, strict=True)]
+    with MoEQuantDispatcher(**settings, overlap=False) as dispatcher:
+        expected = torch.stack([dispatcher(*tokens, experts) for tokens in inputs])
+    with MoEQuantDispatcher(**settings) as dispatcher:
+        turn = torch.zeros(1, dtype=torch.int64, device=device)
+        wrong = torch.zeros(1, dtype=torch.int64, device=device)
+
+        def step() -> None:
+            tokens = [tensor.index_select(0, turn % pool_size)[0] for tensor in pool]
+            out = dispatcher(*tokens, experts, chunks=2)
+            wrong.add_((out.view(torch.int16) != expected.index_select(0, turn % pool_size)[0].view(torch.int16)).sum())
+            turn.add_(1)
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        sleeper = random.Random(7)
+        for _ in range(replays):
+            # the same draw on every rank says which one is late
+            who, cycles = sleeper.randrange(ranks), sleeper.randrange(400_000)
+            if late and who == rank:
+                torch.cuda._sleep(cycles)
+            graph.replay()
+        dispatcher.check()
+        assert int(turn) == replays + 1
+        return int(wrong)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("late", [False, True])
+def test_replays_of_a_layer_in_halves_change_no_bit(ranks, late):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    replays = 1000 if late else int(os.environ.get("MOEQUANT_REPLAYS", "2000"))
+    assert run_ranks(run_replays, ranks, replays, late, backend=BACKEND, timeout=400) == [0] * ranks
+
+
+def two_layers(
+    dispatcher: MoEQuantDispatcher, tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor], experts: GroupedExperts
+) -> None:
+    for _ in range(2):
+        dispatcher(*tokens, experts, chunks=2)
+        dispatcher.check()
+
+
+def run_until_lost(rank: int, ranks: int, device: str) -> tuple[int | None, float] | None:
+    """The last rank dies; the others return whom they blame, and how long it took."""
+    device = device.format(rank=rank)
+    settings = settings_for(ranks, 8, 128, "fp8_e4m3fn")
+    experts = experts_of(rank, settings, ranks, 128, device)
+    tokens = tokens_of(rank, settings, 8, device)
+    dispatcher = MoEQuantDispatcher(**settings, device=device, timeout=TIMEOUT)
+    dispatcher(*tokens, experts, chunks=2)
+    dispatcher.check()
+    if rank == ranks - 1:
+        os._exit(1)
+    start = time.monotonic()
+    with pytest.raises(PeerTimeoutError, match="of the group did not") as raised:
+        two_layers(dispatcher, tokens, experts)
+    took = time.monotonic() - start
+    dispatcher.close()
+    return raised.value.rank, took
+
+
+def check_survivors(results: list[Any]) -> None:
+    for blamed, took in results[:-1]:
+        assert blamed == len(results) - 1
+        assert took < TIMEOUT + 2.0
+
+
+def test_survivors_of_a_layer_in_halves_blame_the_lost_rank(interpreted):
+    check_survivors(run_ranks(run_until_lost, 3, "cpu", may_die=(2,), setup=install_interpreter, timeout=60))
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("ranks", [3, 4, 8])
+def test_survivors_on_gpus_of_a_layer_in_halves_blame_the_lost_rank(ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", may_die=(ranks - 1,), backend=BACKEND, timeout=90))
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (128, 1), (512, 1), (16384, 2)])
+def test_many_tokens_go_in_halves(tokens, chunks):
+    config = DispatcherConfig(
+        num_experts=256, top_k=8, hidden_size=7168, max_tokens_per_rank=tokens, world_size=8, capacity=4096, slots=2
+    )
+    assert choose_chunks(config, 2048, 132) == chunks
