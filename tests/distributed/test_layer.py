@@ -101,7 +101,7 @@ def run_replays(rank: int, ranks: int, replays: int, late: bool) -> int:
 
         def step() -> None:
             tokens = [tensor.index_select(0, turn % pool_size)[0] for tensor in pool]
-            out = dispatcher(*tokens, experts, chunks=2)
+            out = dispatcher(tokens[0], tokens[1], tokens[2], experts, chunks=2)
             wrong.add_((out.view(torch.int16) != expected.index_select(0, turn % pool_size)[0].view(torch.int16)).sum())
             turn.add_(1)
 
