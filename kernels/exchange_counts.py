@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from moequant.kernels.route import FEW, route_few
 from moequant.kernels.symmetric import (
     COUNTS,
     NO_FAULT,
@@ -30,10 +29,8 @@ def behind(words, epoch):
     return ((words >> 32).to(tl.int32) - epoch < 0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["entries", "call", "limit"])
+@triton.jit(do_not_specialize=["call", "limit"])
 def exchange_counts_kernel(
-    ids_ptr,
-    slots_ptr,
     counts_ptr,
     offsets_ptr,
     num_tokens_ptr,
@@ -46,13 +43,11 @@ def exchange_counts_kernel(
     abort_offset,
     rank,
     ranks,
-    entries,
     experts,
     local_experts,
     capacity,
     call,
     limit,
-    FEW: tl.constexpr,
     EXPERTS: tl.constexpr,
     LANES: tl.constexpr,
     EARLY: tl.constexpr,
@@ -61,14 +56,13 @@ def exchange_counts_kernel(
 
     Each count travels in one word of 8 bytes together with the epoch: it is complete when it is there, and needs no flag behind it.
     Nothing else is read here that a peer has stored; the kernels that follow see, as after any kernel, what this one has seen. After a
-    fault nothing has a place: offsets are M, and the batch is empty. With ids_ptr, the counts and slots are made here.
+    fault nothing has a place: offsets are M, and the batch is empty.
 
     Example: rank 1 of 2, M=5, L=1, counts [2, 4] of rank 0 and [1, 3] of rank 1: rank 1's rows begin at row 2 of expert 0 and row 4 of
     expert 1; of expert 1, which is rank 1's, min(4 + 3, 5) = 5 rows are valid and 2 have no place.
     """
     let_next_begin(EARLY)
-    if ids_ptr is None:
-        await_previous(EARLY)
+    await_previous(EARLY)
     epoch = tl.load(epoch_ptr) + 1
     expert = tl.arange(0, EXPERTS)
     inside = expert < experts
@@ -78,11 +72,7 @@ def exchange_counts_kernel(
     # the number of the call travels behind the counts
     width = experts + 1
     upper = epoch.to(tl.int64) << 32
-    if ids_ptr is None:
-        counts = tl.load(counts_ptr + expert, mask=inside, other=0)
-    else:
-        counts = route_few(ids_ptr, slots_ptr, status_ptr, entries, experts, FEW, EXPERTS)
-    mine = upper | counts
+    mine = upper | tl.load(counts_ptr + expert, mask=inside, other=0)
     theirs = tl.load(peers_ptr + peer, mask=present, other=0) + (words_offset + 8 * rank * width)
     theirs = theirs.to(tl.pointer_type(tl.int64))
     # all stores, and later all loads, are in flight at once
@@ -128,8 +118,6 @@ def exchange_counts_kernel(
 
 
 def exchange_counts(
-    topk_ids: torch.Tensor | None,
-    slots: torch.Tensor,
     counts: torch.Tensor,
     offsets: torch.Tensor,
     num_tokens: torch.Tensor,
@@ -145,21 +133,15 @@ def exchange_counts(
     call: int,
     limit: int,
 ) -> None:
-    """Written: offsets (E,) int32, num_tokens (L,) int32, status, epoch.
+    """counts: (E,) int32, rows of this rank for each expert. Written: offsets (E,) int32, num_tokens (L,) int32, status, epoch.
 
-    topk_ids: (T, K) with at most FEW entries, of which this launch writes the slots, or None: then the launch before was `route`, which
-        left slots and counts.
-    counts: (E,) int32, rows of this rank for each expert; written by `route` alone.
+    The launch before is `route`, which began when all before it had ended: `push_tokens` may begin early behind this one, and reads then
+    what was there before `route`.
     call: the number of the dispatcher's call, the same on all ranks that are in step. limit: of the wait, in units of 1024 ns.
     """
     experts, ranks = counts.shape[0], peers.shape[0]
-    entries = 0 if topk_ids is None else topk_ids.numel()
     early = begins_early(counts.device)
-    # after another launch than `route`, which began when all before it had ended, `push_tokens` could begin before its input is there
-    options = launch_option(early and topk_ids is None)
     exchange_counts_kernel[(1,)](
-        topk_ids,
-        slots,
         counts,
         offsets,
         num_tokens,
@@ -172,16 +154,14 @@ def exchange_counts(
         abort_offset,
         rank,
         ranks,
-        entries,
         experts,
         num_tokens.shape[0],
         capacity,
         call,
         limit,
-        FEW=FEW,
         EXPERTS=triton.next_power_of_2(experts),
         LANES=triton.next_power_of_2(ranks),
         EARLY=early,
         num_warps=8,
-        **options,
+        **launch_option(early),
     )

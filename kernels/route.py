@@ -11,37 +11,6 @@ import triton.language as tl
 
 from moequant.kernels.symmetric import begins_early, let_next_begin
 
-# Most entries that one program numbers itself.
-FEW = 256
-
-
-@triton.jit
-def route_few(ids_ptr, slots_ptr, status_ptr, entries, experts, FEW: tl.constexpr, EXPERTS: tl.constexpr):
-    """What `route` does, by one program, for at most FEW entries. Returns the counts, (EXPERTS,) int32.
-
-    Compares each entry with all that come before it, 32 at a time.
-
-    Example: E=3, ids 2 0 | 0 -1 | 2 2: entry 4 finds entry 0 alone before it with its id, and gets slot 1; the counts are 2, 0, 3.
-    """
-    entry = tl.arange(0, FEW)
-    inside = entry < entries
-    expert = tl.arange(0, EXPERTS)
-    ids = tl.load(ids_ptr + entry, mask=inside, other=-1).to(tl.int64)
-    slots = tl.zeros((FEW,), tl.int32)
-    counts = tl.zeros((EXPERTS,), tl.int32)
-    for start in range(0, entries, 32):
-        other = start + tl.arange(0, 32)
-        others = tl.load(ids_ptr + other, mask=other < entries, other=-1).to(tl.int64)
-        before = (others[None, :] == ids[:, None]) & (other[None, :] < entry[:, None])
-        slots += tl.sum(before.to(tl.int32), axis=1)
-        counts += tl.sum((others[None, :] == expert[:, None]).to(tl.int32), axis=1)
-    absent = (ids < 0) | (ids >= experts)
-    tl.store(slots_ptr + entry, tl.where(absent, -1, slots), mask=inside)
-    invalid = tl.sum((absent & (ids != -1)).to(tl.int32), axis=0)
-    if invalid > 0:
-        tl.atomic_add(status_ptr, invalid.to(tl.int64), sem="relaxed")
-    return counts
-
 
 # Not specialized on the number of entries, which changes from call to call.
 @triton.jit(do_not_specialize=["entries"])

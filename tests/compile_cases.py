@@ -208,14 +208,11 @@ def peer_arguments() -> dict[str, Any]:
     }
 
 
-def exchange_counts(few: bool) -> None:
+def exchange_counts() -> None:
     counts, num_tokens = empty(256, dtype=torch.int32), empty(32, dtype=torch.int32)
     arguments = peer_arguments()
     del arguments["flags_offset"]
-    ids = empty(32, 8, dtype=torch.int64)
     exchange_counts_module.exchange_counts(
-        ids if few else None,
-        ids.int(),
         counts,
         counts,
         num_tokens,
@@ -406,7 +403,7 @@ CASES = {
     "move_source_rows": cases(move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True),
     "combine": [*cases(combine, {}, {"weights": BF16}, {"weights": None}), *cases(presum, {}), *cases(combine_shared, {})],
     "partials": cases(partials, {"listed": False}, {"listed": True}, wide=False),
-    "exchange_counts": cases(exchange_counts, {"few": True}, {"few": False}, wide=False, may_spill=True, nvidia=True),
+    "exchange_counts": cases(exchange_counts, {}, wide=False, may_spill=True, nvidia=True),
     "push_tokens": [
         *cases(push_tokens, *each_format(BF16), nvidia=True),
         *cases(push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, nvidia=True),

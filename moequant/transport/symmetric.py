@@ -1,6 +1,6 @@
 """Dispatch and combine over NVLink with nothing in between: kernels that store to other ranks' memory, and load from it.
 
-    dispatch   route            slots and counts of this rank's tokens; of few, `exchange_counts` makes them itself
+    dispatch   route            slots and counts of this rank's tokens
                exchange_counts  counts to all ranks, which carry their own flags; where each row goes
                push_tokens      quantizes each token once, stores it to its final rows; the last program raises the flags
                land_rows        transposes scales, fills in sources, copies tokens that came once for several experts
@@ -170,15 +170,10 @@ class SymmetricTransport(Transport):
     def _exchange(self, topk_ids: Tensor, slot: Slot) -> None:
         """From this rank's ids to the places of its rows, and the rows of this rank's experts."""
         from moequant.kernels.exchange_counts import exchange_counts
-        from moequant.kernels.route import FEW, route
+        from moequant.kernels.route import route
 
-        few = topk_ids.numel() <= FEW
-        slots = slot["slots"][: len(topk_ids)]
-        if not few:
-            route(topk_ids, slots, slot["counts"], status=self.status, early=True)
+        route(topk_ids, slot["slots"][: len(topk_ids)], slot["counts"], status=self.status, early=True)
         exchange_counts(
-            topk_ids if few else None,
-            slots,
             slot["counts"],
             slot["row_offsets"],
             slot["num_tokens"],
