@@ -1,4 +1,4 @@
-"""Quantization of matrices to float8 in groups of columns or in blocks, as it is and behind what comes before it in a model.
+"""Quantization of matrices to float8 in groups of columns or in blocks, as it is and behind what comes before it in a model; and back.
 
 Letters: M rows, H columns, G = ceil(H / group_size) groups, N rows and K_dim columns of a weight.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moequant import (
     ops,  # noqa: F401  (registers torch.ops.moequant)
+    reference,
 )
 from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div, empty_scales
 from moequant.checks import check_choice, check_eps, check_format, check_no_grad, check_tensor
@@ -190,6 +191,18 @@ def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, b
     torch.ops.moequant.quantize_weight(w.reshape(values.shape), values, scales, recipe, segments, block_size)
     shaped = values.view(w.shape), scales.view(*leading, *scales.shape[1:])
     return QuantizedTensor(*shaped, "block", recipe, block_size, segments)
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """values * scales in float32, rounded once to dtype. Contiguous, of the shape of q.values.
+
+    dtype: bfloat16, float16, float32 or float64. Raises RuntimeError if q's tensors require grad under grad mode.
+    """
+    check_no_grad(values=q.values, scales=q.scales)
+    values, scales, group_rows = reference.blocks_of(q)
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    torch.ops.moequant.dequantize_blocks(values.contiguous(), scales, out, group_rows, q.group_size)
+    return out.view(q.shape)
 
 
 def _check_input(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str, eps: float | None = None) -> None:

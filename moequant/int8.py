@@ -16,13 +16,12 @@ from torch import Tensor
 
 from moequant import (
     ops,  # noqa: F401  (registers torch.ops.moequant)
-    reference,
 )
 from moequant.batch import QuantizedTensor, ceil_div
 from moequant.checks import check_choice, check_contiguous, check_no_grad, check_tensor
 from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
-from moequant.group_quant import quantize_blocks
+from moequant.group_quant import dequantize, quantize_blocks
 
 BLOCK_SIZES = (32, 64, 128, 256)
 OUT_BLOCK_SIZES = (32, 64, 128)
@@ -189,4 +188,4 @@ def _dequantize(x: Tensor, s: Tensor, layout: str, block_size: int, output_dtype
     rows = x.unsqueeze(0) if x.dim() == 1 else x
     scales = s.unsqueeze(0) if x.dim() == 1 else s
     q = QuantizedTensor(rows, scales.contiguous(), "row" if layout == "row" else "block", group_size=block_size)
-    return reference.dequantize(q, output_dtype).view(x.shape)
+    return dequantize(q, output_dtype).view(x.shape)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from moequant import (
     ops,  # noqa: F401  (registers torch.ops.moequant)
-    reference,
 )
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_counts, check_eps, check_no_grad, check_tensor
 from moequant.formats import format_of, recipe_of
 from moequant.group_quant import GROUP_SIZES, quantize_blocks
+from moequant.group_quant import dequantize as dequantize
 from moequant.group_quant import fused_flatten_fp8_group_quant as fused_flatten_fp8_group_quant
 from moequant.group_quant import fused_rms_fp8_group_quant as fused_rms_fp8_group_quant
 from moequant.group_quant import per_block_quant_fp8 as per_block_quant_fp8
@@ -131,11 +131,6 @@ def quantize_weight(
     recipe_of(recipe)
     check_no_grad(w=w)
     return quantize_blocks(w, dtype, recipe, segments, 128)
-
-
-def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """values * scales in float32, rounded once to dtype. Contiguous, of the shape of q.values. Plain torch on every device."""
-    return reference.dequantize(q, dtype)
 
 
 def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, eps: float | None) -> None:

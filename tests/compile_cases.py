@@ -134,6 +134,14 @@ def dequantize_tensor(dtype: torch.dtype, output_dtype: torch.dtype = BF16) -> N
     ops.dequantize_fp8(empty(2**20, dtype=dtype), empty(dtype=torch.float32), empty(2**20, dtype=output_dtype))
 
 
+def dequantize_blocks(
+    dtype: torch.dtype, output_dtype: torch.dtype = BF16, group: int = 128, weight: bool = False, columns: int = 7168
+) -> None:
+    rows = group if weight else 1
+    values, scales = empty(4, 256, columns, dtype=dtype), empty(4, 256 // rows, ceil_div(columns, group), dtype=torch.float32)
+    ops.dequantize_blocks(values, scales, empty(4, 256, columns, dtype=output_dtype), rows, group)
+
+
 def route(ids: torch.dtype = torch.int64, capacity: int | None = None) -> None:
     topk_ids, slots = empty(128, 8, dtype=ids), empty(128, 8, dtype=torch.int32)
     counts, num_tokens = empty(256, dtype=torch.int32), empty(256, dtype=torch.int32)
@@ -377,6 +385,11 @@ CASES = {
     "dequantize_tensor": cases(
         dequantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "output_dtype": torch.float32}
     ),
+    "dequantize_blocks": [
+        *cases(dequantize_blocks, {"dtype": INT8}, {"dtype": INT8, "weight": True}, {"dtype": E4M3, "group": 32}),
+        *cases(dequantize_blocks, {"dtype": INT8, "output_dtype": torch.float32}),
+        *cases(dequantize_blocks, *({"dtype": INT8, "columns": columns} for columns in (2890, 1)), wide=False),
+    ],
     "quantize_weight": [
         *cases(quantize_weight, *each_format(E5M2), *each_format(recipe="ue8m0", segments=2), {"dtype": E4M3, "block": 32}),
         *cases(quantize_weight, {"dtype": FNUZ}, anywhere=True),

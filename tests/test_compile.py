@@ -23,6 +23,7 @@ OPERATIONS = (
     "int8_gelu",
     "quantize_tensor",
     "dequantize_tensor",
+    "dequantize_blocks",
     "quantize_weight",
     "fused_rms_quantize",
     "route",

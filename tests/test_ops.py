@@ -21,7 +21,7 @@ from moequant import (
 )
 from moequant.batch import QuantizedTensor, empty_scales, empty_transposed_scales
 from moequant.gemm import fp8_gemm, int8_addmm_quant, int8_gemm, mm_fp8_blockscale
-from moequant.quantization import act_quant, dequantize_fp8, int8_gelu, quantize_fp8, weight_quant
+from moequant.quantization import act_dequant, act_quant, dequantize_fp8, int8_gelu, quantize_fp8, weight_dequant, weight_quant
 from moequant.testing import assert_bit_equal
 
 FP8 = torch.float8_e4m3fn
@@ -155,6 +155,14 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
             1,
             32,
         ),
+    },
+    "dequantize_blocks": {
+        "int8, groups": lambda: (
+            torch.ones(2, 3, 140, dtype=torch.int8),
+            empty_transposed_scales(2, 3, 2, "cpu").fill_(2.0),
+            torch.zeros(2, 3, 140),
+        ),
+        "fp8, blocks": lambda: (torch.ones(1, 40, 70).to(FP8), torch.rand(1, 2, 3), torch.zeros(1, 40, 70).half(), 32, 32),
     },
     "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, torch.zeros(2, 4, 140).bfloat16())},
     "grouped_gemm_blockscale": {"int8, counted": lambda: gemm_arguments(True), "bfloat16": lambda: gemm_arguments(False)},
@@ -322,7 +330,7 @@ def network(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor | None) -> tu
 
 def int8_network(x: torch.Tensor, w: torch.Tensor, counts: None) -> tuple[torch.Tensor, ...]:
     inner = int8_gelu(*int8_addmm_quant(*act_quant(x), *weight_quant(w[0]), w[0].sum(1)))
-    return *inner, int8_gemm(*inner, *weight_quant(w[1].T)) + 1
+    return *inner, int8_gemm(*inner, *weight_quant(w[1].T)) + 1, act_dequant(*inner), weight_dequant(*weight_quant(w[0]))
 
 
 def fp8_network(x: torch.Tensor, w: torch.Tensor, counts: None) -> tuple[torch.Tensor, ...]:

@@ -39,6 +39,9 @@ from moequant.ops.per_tensor import (
     quantize_fp8 as quantize_fp8,
 )
 from moequant.ops.quantization import (
+    dequantize_blocks as dequantize_blocks,
+)
+from moequant.ops.quantization import (
     fused_rms_quantize as fused_rms_quantize,
 )
 from moequant.ops.quantization import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moequant import reference
@@ -112,3 +113,24 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
     from moequant.kernels.silu_mul_quantize import silu_mul as kernel
 
     kernel(x, num_tokens, out)
+
+
+def reads(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device's kernels read a format: int8 everywhere, float8_e4m3fn and float8_e5m2 on NVIDIA GPUs from sm_89 on."""
+    if dtype == torch.float8_e4m3fnuz:
+        return False
+    if dtype == torch.int8 or device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@registered(mutates=("out",))
+def dequantize_blocks(values: Tensor, scales: Tensor, out: Tensor, group_rows: int = 1, group_size: int = 128) -> None:
+    """`reference.dequantize_blocks` into a given output. values, out: (L, M, H) contiguous. Groups that no kernel is made for, and
+    formats that no kernel of the device reads, take plain torch."""
+    if uses_kernels(values) and group_size in (32, 64, 128, 256) and reads(values.dtype, values.device):
+        from moequant.kernels.dequantize_blocks import dequantize_blocks as kernel
+
+        kernel(values, scales, out, group_rows=group_rows, group_size=group_size)
+        return
+    out.copy_(reference.dequantize_blocks(values, scales, group_rows, group_size, out.dtype))

@@ -45,10 +45,16 @@ from moequant.reference.quantization import (
     INF_BITS as INF_BITS,
 )
 from moequant.reference.quantization import (
+    blocks_of as blocks_of,
+)
+from moequant.reference.quantization import (
     counted_rows as counted_rows,
 )
 from moequant.reference.quantization import (
     dequantize as dequantize,
+)
+from moequant.reference.quantization import (
+    dequantize_blocks as dequantize_blocks,
 )
 from moequant.reference.quantization import (
     group_scales as group_scales,

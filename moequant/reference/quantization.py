@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -117,14 +119,28 @@ def quantize_weight(
     )
 
 
+def dequantize_blocks(values: Tensor, scales: Tensor, group_rows: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """values (..., M, H) times scales (..., ceil(M / group_rows), ceil(H / group_size)), in float32, rounded once to dtype."""
+    rows, columns = values.shape[-2:]
+    wide = scales.repeat_interleave(group_size, -1)[..., :columns]
+    if group_rows > 1:
+        wide = wide.repeat_interleave(group_rows, -2)[..., :rows, :]
+    return (values.float() * wide).to(dtype)
+
+
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """As `moequant.dequantize`."""
+    values, scales, group_rows = blocks_of(q)
+    return dequantize_blocks(values, scales, group_rows, q.group_size, dtype).view(q.shape)
+
+
+def blocks_of(q: QuantizedTensor) -> tuple[Tensor, Tensor, int]:
+    """values (L, M, H) and scales as `dequantize_blocks` takes them, a weight's segments each a matrix, and the rows of a scale."""
     rows, columns = q.shape[-2:]
-    scales = q.scales_by_row().repeat_interleave(q.group_size, -1)[..., :columns]
-    if q.layout == "block":
-        segments = scales.unflatten(-2, (q.segments, -1))
-        scales = segments.repeat_interleave(q.group_size, -2)[..., : rows // q.segments, :].flatten(-3, -2)
-    return (q.values.float() * scales).to(dtype)
+    matrices = math.prod(q.shape[:-2]) * q.segments
+    scales = q.scales_by_row()
+    scales = scales.reshape(matrices, scales.shape[-2] // q.segments, scales.shape[-1])
+    return q.values.reshape(matrices, rows // q.segments, columns), scales, q.group_size if q.layout == "block" else 1
 
 
 def swiglu(x: Tensor) -> Tensor:
