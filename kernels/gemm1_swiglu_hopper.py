@@ -40,17 +40,13 @@ STAGES = 4
 @gluon.jit
 def silu(gate):
     """`kernels/common.py`'s silu_mul_product, without the product."""
-    x = gl.minimum(gl.maximum(gate * -1.0, -150.0), 88.7)
-    t = x * 1.4426950216293335
-    # log2(e) is high + low
-    lost = gl.fma(x, 1.9259629911293902e-08, gl.fma(x, 1.4426950216293335, t * -1.0))
+    x = gl.minimum(gl.maximum(gate, -88.72283935546875), 88.72283935546875)
+    t = x * -1.4426950216293335
+    lost = gl.fma(t, 1.904654323148236e-09, gl.fma(t, -0.6931471824645996, x * -1.0))
     e = gl.exp2(t)
-    exponential = gl.fma(e, lost * 0.6931471805599453, e)
-    # gate / (1 + exponential), bit for bit the compiler's division, of which this is the part that such divisors need: a quarter of both,
-    # so that the reciprocal of the largest is a normal number
-    asm: gl.constexpr = "{ .reg .f32 r; rcp.approx.ftz.f32 r, $2; mul.f32 $0, r, $1; }"
-    quarters = [gate * 0.25, gl.fma(exponential, 0.25, 0.25)]
-    return gl.inline_asm_elementwise(asm, "=f,f,f", quarters, dtype=gl.float32, is_pure=True, pack=1)
+    y = 1.0 + gl.fma(e, lost, e)
+    r = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=gl.float32, is_pure=True, pack=1)
+    return gate * r
 
 
 @gluon.jit

@@ -42,6 +42,15 @@ def test_gates_of_any_size_stay_within_tolerance(gate, device):
     assert_close(x.to(device), None, torch.float8_e4m3fn)
 
 
+def test_huge_negative_gates_count_as_zero(device):
+    gates = [-88.5, -88.7228317, -88.7228394, -88.73, -150.0, -1e4, -(2.0**24), -1e30, torch.finfo(torch.float32).min]
+    x = torch.ones(1, len(gates), 256, device=device)
+    x[0, :, 5] = torch.tensor(gates)
+    values, scales = run(x, None, torch.float8_e4m3fn, True)
+    assert_nearly_quantized((values, scales), run(x, None, torch.float8_e4m3fn, False))
+    assert (values.float()[..., 5] == 0).all()
+
+
 def test_bad_numbers_come_out_as_nan_scales(device):
     x = torch.randn(1, 4, 256, dtype=torch.bfloat16)
     x[0, 0, 5], x[0, 1, 200], x[0, 2, 3] = float("nan"), float("inf"), float("-inf")
