@@ -7,12 +7,13 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.language.target_info import is_cuda
+from triton.language.target_info import current_target, is_cuda
+from triton.runtime.jit import constexpr_function
 
 # The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
 INF_BITS = tl.constexpr(0x7F800000)
 
-# What values are stored as where the device does not convert to their type: e4m3fnuz is rounded in integers.
+# What values are stored as where the device does not convert to their type: the bits of e4m3fnuz are made by hand.
 POINTER_VIEW = {torch.float8_e4m3fnuz: torch.uint8}
 
 
@@ -74,6 +75,51 @@ def round_e4m3fnuz(q):
     return tl.where(code == 0, 0, code | sign).to(tl.uint8)
 
 
+@constexpr_function
+def converts_e4m3():
+    """Whether casts to float8_e4m3fn are there and saturate: on NVIDIA GPUs from sm_89 on, and in the interpreter."""
+    target = current_target()
+    return target is None or (target.backend == "cuda" and target.arch >= 89)
+
+
+# `convert_e4m3fnuz` of four numbers, on the four bytes of a register: in Triton the compiler takes them apart.
+CONVERT_E4M3FNUZ = tl.constexpr(
+    """{
+        .reg .pred p;
+        .reg .b16 low, high;
+        .reg .f32 x, a, b, c, d;
+        abs.f32 x, $1; setp.gt.f32 p, x, 0f3A800000; selp.f32 a, $1, 0f00000000, p;
+        abs.f32 x, $2; setp.gt.f32 p, x, 0f3A800000; selp.f32 b, $2, 0f00000000, p;
+        abs.f32 x, $3; setp.gt.f32 p, x, 0f3A800000; selp.f32 c, $3, 0f00000000, p;
+        abs.f32 x, $4; setp.gt.f32 p, x, 0f3A800000; selp.f32 d, $4, 0f00000000, p;
+        cvt.rn.satfinite.e4m3x2.f32 low, b, a;
+        cvt.rn.satfinite.e4m3x2.f32 high, d, c;
+        mov.b32 $0, {low, high};
+        abs.f32 x, $1; setp.gt.f32 p, x, 0f43E80000; @p add.u32 $0, $0, 0x1;
+        abs.f32 x, $2; setp.gt.f32 p, x, 0f43E80000; @p add.u32 $0, $0, 0x100;
+        abs.f32 x, $3; setp.gt.f32 p, x, 0f43E80000; @p add.u32 $0, $0, 0x10000;
+        abs.f32 x, $4; setp.gt.f32 p, x, 0f43E80000; @p add.u32 $0, $0, 0x1000000;
+    }"""
+)
+
+
+@triton.jit
+def convert_e4m3fnuz(doubled):
+    """Half of float32 `doubled` to the bits of float8_e4m3fnuz, to nearest even; NaN to 0. |doubled| <= 480 up to float32 rounding.
+
+    float8_e4m3fn has twice the number at the same bits, and the device converts to it. But the bits of its -0 are NaN here, and its
+    numbers end at 448, 0x7E, to which the conversion saturates; here 240, 0x7F, follows.
+    """
+    if is_cuda():
+        code = tl.inline_asm_elementwise(CONVERT_E4M3FNUZ, "=&r,f,f,f,f", [doubled], dtype=tl.uint8, is_pure=True, pack=4)
+    else:
+        # 2**-10 is half of the smallest number: a tie, which goes to 0
+        number = tl.where(tl.abs(doubled) > 0.0009765625, doubled, 0.0)
+        # so is 464, between 448 and 480
+        code = number.to(tl.float8e4nv).to(tl.uint8, bitcast=True) + (tl.abs(doubled) > 464.0).to(tl.uint8)
+    return code
+
+
 @triton.jit
 def quantize_group(
     x, eps, AXIS: tl.constexpr, MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, RECIPROCAL: tl.constexpr, target: tl.constexpr
@@ -95,19 +141,27 @@ def quantize_group(
 def divide_and_round(x, bits, scale, r, RECIPROCAL: tl.constexpr, target: tl.constexpr):
     """float32 x over the scale of its group, as target. bits: of the group's absolute maximum. r: the correctly rounded 1 / scale. All
     three are broadcast against x."""
+    FNUZ: tl.constexpr = target == tl.uint8 and converts_e4m3()
+    if FNUZ:
+        # q is twice the quotient: powers of two change none of the roundings
+        scale, r = scale * 0.5, r * 2.0
     q = x * r
     if not RECIPROCAL:
         # with the signs this way round -0.0 stays -0.0; x * -1 is a sign flip, which costs nothing, where -x would be 0 - x
         q = tl.fma(tl.fma(q, scale, x * -1.0), r * -1.0, q)
     # the values of a bad group are 0: its scale alone says NaN
-    q = tl.where(bits >= INF_BITS, 0.0, q)
-    if target == tl.uint8:
-        values = round_e4m3fnuz(q)
-    elif target == tl.int8:
-        # 1.5 * 2**23: the sum has no fraction bits, so the addition rounds to nearest even
-        values = ((q + 12582912.0) - 12582912.0).to(tl.int8)
+    if FNUZ:
+        # all are NaN, which comes out as 0
+        values = convert_e4m3fnuz(q)
     else:
-        values = q.to(target)
+        q = tl.where(bits >= INF_BITS, 0.0, q)
+        if target == tl.uint8:
+            values = round_e4m3fnuz(q)
+        elif target == tl.int8:
+            # 1.5 * 2**23: the sum has no fraction bits, so the addition rounds to nearest even
+            values = ((q + 12582912.0) - 12582912.0).to(tl.int8)
+        else:
+            values = q.to(target)
     return values
 
 

@@ -216,6 +216,6 @@ def _check_input(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str, ep
 def _check_target(dtype: torch.dtype, recipe: str, device: torch.device) -> None:
     check_choice("dtype", dtype, FLOAT8_DTYPES)
     recipe_of(recipe)
-    # e4m3fnuz is rounded in integers, which any GPU can do
+    # e4m3fnuz can be rounded in integers, which any GPU can do
     if dtype != torch.float8_e4m3fnuz and not torch.compiler.is_compiling():
         check_format(format_of(dtype).name, device)

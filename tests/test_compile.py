@@ -51,7 +51,7 @@ MATRIX_INSTRUCTIONS = {
     ("sm_100", "float8_e4m3fn"): "UTCQMMA",
     ("sm_100", "bfloat16"): "UTCHMMA",
 }
-# what rounds to e4m3fnuz by the instruction of the GPU that has one, and in integers elsewhere
+# what rounds to e4m3fnuz by the instruction of the GPU that has one
 NATIVE_FNUZ = {"quantize", "silu_mul_quantize", "quantize_weight", "fused_rms_quantize"}
 # modules of device functions that other kernels call
 SHARED = {"common", "hopper", "hopper_ring", "symmetric"}

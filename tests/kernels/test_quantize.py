@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_scales, empty_transposed_scales
 from moequant.formats import FORMATS, RECIPES
+from moequant.kernels.common import convert_e4m3fnuz, round_e4m3fnuz
 from moequant.kernels.quantize import quantize_expert_batch
 from moequant.quantization import per_token_group_quant_fp8
 from moequant.testing import assert_bit_equal, poison
@@ -190,6 +193,32 @@ def test_e4m3fnuz_is_rounded_as_by_integers(device):
     assert (scales == 1).all()
     expected = torch.from_numpy(rounded_e4m3fnuz(groups.numpy()))
     assert_bit_equal(values.view(torch.uint8).cpu(), expected)
+
+
+@triton.jit
+def round_kernel(x_ptr, codes_ptr, count, BY_CONVERSION: tl.constexpr):
+    at = tl.program_id(0) * 65536 + tl.arange(0, 65536)
+    x = tl.load(x_ptr + at, mask=at < count, other=0.0)
+    codes = convert_e4m3fnuz(x * 2.0) if BY_CONVERSION else round_e4m3fnuz(x)
+    tl.store(codes_ptr + at, codes, mask=at < count)
+
+
+@pytest.mark.parametrize("by_conversion", [True, False])
+def test_both_ways_to_e4m3fnuz_round_as_integers_do(by_conversion, device):
+    """All bfloat16 and float16 numbers up to 240, and float32 ones at every tie, an ulp beside it, and anywhere."""
+    if by_conversion and device == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 9)):
+        pytest.skip("needs a GPU that converts to float8_e4m3fn")
+    every = torch.arange(-(2**15), 2**15).to(torch.int16)
+    grid = torch.arange(0x80, dtype=torch.uint8).view(torch.float8_e4m3fnuz).float()
+    ties = ((grid[1:] + grid[:-1]) / 2).view(torch.int32)
+    ties = torch.cat([(ties + shift).view(torch.float32) for shift in (-1, 0, 1)])
+    anywhere = torch.randint(0, 0x43700000, (100_000,), dtype=torch.int32).view(torch.float32)
+    numbers = torch.cat([every.view(torch.bfloat16).float(), every.view(torch.float16).float(), ties, -ties, anywhere, -anywhere])
+    # what exceeds 240 by the rounding of a quotient is 240
+    numbers = torch.cat([numbers[numbers.abs() <= 240], torch.tensor([240.00002, -240.00002])])
+    codes = torch.full(numbers.shape, 0x55, dtype=torch.uint8, device=device)
+    round_kernel[(ceil_div(numbers.numel(), 65536),)](numbers.to(device), codes, numbers.numel(), by_conversion)
+    assert_bit_equal(codes.cpu(), torch.from_numpy(rounded_e4m3fnuz(numbers.clamp(-240, 240).numpy())))
 
 
 @pytest.mark.parametrize("group_size", [32, 128, 256])
