@@ -158,8 +158,8 @@ def divide_and_round(x, bits, scale, r, RECIPROCAL: tl.constexpr, target: tl.con
         if target == tl.uint8:
             values = round_e4m3fnuz(q)
         elif target == tl.int8:
-            # 1.5 * 2**23: the sum has no fraction bits, so the addition rounds to nearest even
-            values = ((q + 12582912.0) - 12582912.0).to(tl.int8)
+            # 1.5 * 2**23: the sum has no fraction bits, so the addition rounds to nearest even, and its low byte is the number
+            values = (q + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
         else:
             values = q.to(target)
     return values
