@@ -126,8 +126,8 @@ def int8_gelu(block_size: int = 128, columns: int = 4096, rows: int = 256) -> No
     ops.int8_gelu(x, scales, torch.empty_like(x), torch.empty_like(scales), block_size)
 
 
-def quantize_tensor(dtype: torch.dtype, input_dtype: torch.dtype = BF16, computed: bool = True) -> None:
-    ops.quantize_fp8(empty(2**20, dtype=input_dtype), empty(2**20, dtype=dtype), empty(dtype=torch.float32), computed)
+def quantize_tensor(dtype: torch.dtype, input_dtype: torch.dtype = BF16, computed: bool = True, count: int = 2**20) -> None:
+    ops.quantize_fp8(empty(count, dtype=input_dtype), empty(count, dtype=dtype), empty(dtype=torch.float32), computed)
 
 
 def dequantize_tensor(dtype: torch.dtype, output_dtype: torch.dtype = BF16) -> None:
@@ -380,8 +380,9 @@ CASES = {
     "quantize_tensor": [
         *cases(quantize_tensor, *({"dtype": dtype, "computed": False} for dtype in (E4M3, torch.uint8))),
         *cases(quantize_tensor, {"dtype": E4M3, "computed": False, "input_dtype": torch.float32}),
-        # the maximum is one number
+        # a maximum is one number
         *cases(quantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, wide=False),
+        *cases(quantize_tensor, *({"dtype": dtype, "count": 7168} for dtype in (E4M3, torch.uint8))),
     ],
     "dequantize_tensor": cases(
         dequantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "output_dtype": torch.float32}

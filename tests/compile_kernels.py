@@ -35,6 +35,7 @@ from moequant.kernels import exchange_counts as exchange_counts_module
 from moequant.kernels import grouped_gemm as grouped_gemm_module
 from moequant.kernels import land_rows as land_rows_module
 from moequant.kernels import push_tokens as push_tokens_module
+from moequant.kernels import quantize_tensor as quantize_tensor_module
 from moequant.kernels import signal_and_wait as signal_and_wait_module
 from moequant.kernels.grouped_gemm import Limits
 
@@ -43,6 +44,7 @@ EARLY_MODULES: Any = (
     exchange_counts_module,
     land_rows_module,
     push_tokens_module,
+    quantize_tensor_module,
     signal_and_wait_module,
 )
 FLOAT8 = (E4M3, FNUZ, E5M2)

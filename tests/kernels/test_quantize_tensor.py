@@ -33,7 +33,7 @@ def assert_same(x: torch.Tensor, scale: float | None, dtype: torch.dtype) -> Non
 
 @dtypes
 @pytest.mark.parametrize("input_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("count", [1, 100, 4096, 9001])
+@pytest.mark.parametrize("count", [1, 100, 4096, 9001, 70_001])
 @pytest.mark.parametrize("scale", [None, 100.0])
 def test_values_and_scale_match_the_reference_bit_for_bit(count, input_dtype, scale, dtype, device):
     assert_same((torch.randn(count) * 3).to(device, input_dtype), scale, dtype)
