@@ -209,8 +209,12 @@ def quantize_expert_batch(
     max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`.
     """
     groups_there = triton.next_power_of_2(triton.cdiv(x.shape[2], group_size))
-    # tiles of 4096 numbers, and none wider than the rows
+    # no tile is wider than the rows
     block_g = max(min(512 // group_size, groups_there), 4 if scales.dtype == torch.int32 else 1)
+    # tiles of 4096 numbers, or of 1024, which are done sooner, where those don't fill the device
+    block_m = 4096 // (group_size * block_g)
+    tiles = values.shape[0] * triton.cdiv(values.shape[1], block_m) * triton.cdiv(groups_there, block_g)
+    small = tiles < 6 * num_sms(x.device)
     launch_quantize(
         x,
         num_tokens,
@@ -222,8 +226,8 @@ def quantize_expert_batch(
         eps=eps,
         power_of_two=power_of_two,
         reciprocal=reciprocal,
-        block_m=4096 // (group_size * block_g),
+        block_m=block_m // 4 if small else block_m,
         block_g=block_g,
         num_warps=2,
-        programs_per_sm=6,
+        programs_per_sm=24 if small else 6,
     )
