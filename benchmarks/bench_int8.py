@@ -1,6 +1,7 @@
 """The int8 operations in blocks and the per-tensor fp8 ones, on one GPU: python benchmarks/bench_int8.py [--all-configs]
 
-Letters: M rows (in a case: rows), H columns of what is quantized, N columns and K_dim contraction of a product. Products stand beside
+Letters: M rows (in a case: rows), H columns of what is quantized, N columns and K_dim contraction of a product. The large quantizers are
+timed call by call with a cold L2, the small ones in a CUDA graph, since events take as long as their kernels. Products stand beside
 torch's of the same type, which scale nothing (`torch._int_mm`) or by one number (`torch._scaled_mm`).
 """
 
@@ -19,10 +20,18 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_grouped_gemm import interleaved
-from benchmarks.common import Bench, OneLineParser, Timing, measure, progress
+from benchmarks.common import Bench, OneLineParser, Timing, measure, measure_graph, progress
 from moequant import reference
 from moequant.gemm import fp8_gemm, int8_addmm_quant, int8_gemm
-from moequant.quantization import act_dequant, act_quant, dequantize_fp8, int8_gelu, quantize_fp8, weight_quant
+from moequant.quantization import (
+    act_dequant,
+    act_quant,
+    dequantize_fp8,
+    int8_gelu,
+    quantize_fp8,
+    weight_dequant,
+    weight_quant,
+)
 from moequant.testing import assert_bit_equal, relative_error
 
 # (M, H) of what is quantized: 1 GiB of bfloat16, and the rows of decoding
@@ -57,13 +66,22 @@ def quantizers(x: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
     gelu = int8_gelu(values, s)
     expected = reference.int8_gelu(values[:CHECKED_ROWS].cpu(), s[:CHECKED_ROWS].cpu())
     check_rows(gelu[0].cpu(), gelu[1].cpu(), expected, "int8_gelu", exact=False)
+    weight, weight_s = weight_quant(x)
+    back = {
+        "act_dequant": (lambda: act_dequant(values, s, output_dtype=torch.bfloat16), 3 * count + scales),
+        "weight_dequant": (lambda: weight_dequant(weight, weight_s, output_dtype=torch.bfloat16), 3 * count + weight_s.nbytes),
+    }
+    checked = {"act_dequant": (values, s[:CHECKED_ROWS], 1), "weight_dequant": (weight, weight_s[:1], 128)}
+    for name, (q, q_s, group_rows) in checked.items():
+        expected = reference.dequantize_blocks(q[:CHECKED_ROWS].cpu(), q_s.cpu(), group_rows, 128, torch.bfloat16)
+        assert_bit_equal(back[name][0]()[:CHECKED_ROWS].cpu(), expected, name)
     codes, scale = quantize_fp8(x)
     if scale.item() != (torch.full((), 448.0) / x.abs().max().float().cpu()).item():
         raise AssertionError(f"quantize_fp8: scale {scale.item()} is not 448 / max(abs(x))")
     assert_bit_equal(codes[:CHECKED_ROWS], reference.quantize_fp8(head, scale.cpu(), codes.dtype)[0], "quantize_fp8's values")
     return {
         "act_quant": (lambda: act_quant(x), 3 * count + scales),
-        "act_dequant": (lambda: act_dequant(values, s, output_dtype=torch.bfloat16), 3 * count + scales),
+        **back,
         "int8_gelu": (lambda: int8_gelu(values, s), 2 * count + 2 * scales),
         # the maximum comes first: x is read twice
         "quantize_fp8": (lambda: quantize_fp8(x), 5 * count),
@@ -78,7 +96,7 @@ def run_quantizers(bench: Bench, rows: int, columns: int) -> None:
     for name, (call, nbytes) in quantizers(x).items():
         op, _, variant = name.partition(", ")
         case: dict[str, Any] = {"rows": rows, "H": columns} | ({"variant": variant} if variant else {})
-        timing = measure(call, device=bench.device)
+        timing = (measure if x.nbytes > 2**28 else measure_graph)(call, device=bench.device)
         bench.record(op, case, timing, floor_us=bench.floor_us(nbytes), gbps=nbytes / timing.us / 1e3)
 
 
