@@ -7,7 +7,8 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from triton.language.target_info import current_target, is_cuda
+from triton import knobs
+from triton.language.target_info import current_target
 from triton.runtime.jit import constexpr_function
 
 # The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
@@ -44,6 +45,20 @@ def storable(values: torch.Tensor) -> torch.Tensor:
     return values if converts_fnuz(values.device) else values.view(POINTER_VIEW.get(values.dtype, values.dtype))
 
 
+@constexpr_function
+def takes_ptx():
+    """Whether a kernel is compiled for an NVIDIA GPU. The interpreter, also on a machine with GPUs, runs no inline assembly."""
+    target = current_target()
+    return not knobs.runtime.interpret and target is not None and target.backend == "cuda"
+
+
+@constexpr_function
+def converts_e4m3():
+    """Whether casts to float8_e4m3fn are there and saturate: on NVIDIA GPUs from sm_89 on, and in the interpreter."""
+    target = current_target()
+    return knobs.runtime.interpret or (target.backend == "cuda" and target.arch >= 89)
+
+
 @triton.jit
 def group_scale(bits, eps, MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """The scale of groups whose absolute maximum has these float32 bits: floor, divide, round up; NaN for Inf and NaN.
@@ -75,13 +90,6 @@ def round_e4m3fnuz(q):
     return tl.where(code == 0, 0, code | sign).to(tl.uint8)
 
 
-@constexpr_function
-def converts_e4m3():
-    """Whether casts to float8_e4m3fn are there and saturate: on NVIDIA GPUs from sm_89 on, and in the interpreter."""
-    target = current_target()
-    return target is None or (target.backend == "cuda" and target.arch >= 89)
-
-
 # `convert_e4m3fnuz` of four numbers, on the four bytes of a register: in Triton the compiler takes them apart.
 CONVERT_E4M3FNUZ = tl.constexpr(
     """{
@@ -110,7 +118,7 @@ def convert_e4m3fnuz(doubled):
     float8_e4m3fn has twice the number at the same bits, and the device converts to it. But the bits of its -0 are NaN here, and its
     numbers end at 448, 0x7E, to which the conversion saturates; here 240, 0x7F, follows.
     """
-    if is_cuda():
+    if takes_ptx():
         code = tl.inline_asm_elementwise(CONVERT_E4M3FNUZ, "=&r,f,f,f,f", [doubled], dtype=tl.uint8, is_pure=True, pack=4)
     else:
         # 2**-10 is half of the smallest number: a tie, which goes to 0
@@ -197,7 +205,7 @@ def locate_block(block, counts, ends, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
 def quotient(x, y):
     """x / y for normal y, within 2 units in the last place. On NVIDIA GPUs it is 0 for |y| > 2**126, and takes two instructions, where
     `/` takes eight."""
-    if is_cuda():
+    if takes_ptx():
         r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1)
         q = x * r
     else:
