@@ -8,22 +8,18 @@ H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a G
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compile_case import BF16, E4M3, E5M2, FNUZ, INT8, cases, each_format
 from moequant import ops
 from moequant.batch import ceil_div, empty_scales, empty_transposed_scales
 from moequant.kernels import exchange_counts as exchange_counts_module
 from moequant.kernels import land_rows as land_rows_module
 from moequant.kernels import push_tokens as push_tokens_module
 from moequant.kernels import signal_and_wait as signal_and_wait_module
-
-BF16, INT8 = torch.bfloat16, torch.int8
-E4M3, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
 
 
 def counted(x: Tensor) -> Tensor:
@@ -287,37 +283,6 @@ def combine_shared() -> None:
     rows, weights = empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.float32)
     peers, abort = empty(8, dtype=torch.int64), empty(1, dtype=torch.int32)
     kernel(empty(1, 7168), rows, weights, empty(128, 7168), abort, peers=peers, peer_offset=256, rows_of_rank=32768)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call whose launches are compiled.
-
-    arguments: of the call. One that is a float8 format limits the case to the targets that have it (`anywhere`: it does not).
-    may_spill: no registers are promised, as for rows that have to be read element by element.
-    hopper: for sm_90 alone: compiling a Hopper kernel for another target aborts.
-    nvidia: for NVIDIA GPUs alone.
-    wide: rows lie on 16-byte boundaries, and NVIDIA GPUs must move them in 16-byte loads and stores.
-    """
-
-    call: Callable[..., None]
-    arguments: dict[str, Any]
-    wide: bool = True
-    anywhere: bool = False
-    may_spill: bool = False
-    hopper: bool = False
-    nvidia: bool = False
-
-    def __str__(self) -> str:
-        return ", ".join(f"{key}={str(value).removeprefix('torch.')}" for key, value in self.arguments.items())
-
-
-def cases(call: Callable[..., None], *arguments: dict[str, Any], **settings: bool) -> list[Case]:
-    return [Case(call, case, **settings) for case in arguments]
-
-
-def each_format(*plain: torch.dtype, **arguments: Any) -> list[dict[str, Any]]:
-    return [{"dtype": dtype, **arguments} for dtype in (E4M3, FNUZ, INT8, *plain)]
 
 
 # What is compiled, by operation. A new kernel needs a function above that calls its operation, and an entry here.

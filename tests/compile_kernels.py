@@ -28,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from compile_cases import CASES, E4M3, E5M2, FNUZ, Case
+from compile_case import E4M3, E5M2, FNUZ, Case
+from compile_cases import CASES
 from moequant.kernels import combine as combine_module
 from moequant.kernels import common
 from moequant.kernels import exchange_counts as exchange_counts_module
