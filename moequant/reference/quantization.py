@@ -153,12 +153,11 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(x + residual) / sqrt(mean of its squares + eps) * weight * silu(gate), along the last dimension. Returns that and x + residual,
-    both float32, not rounded in between."""
+    both float32; the former is computed in float64 and rounded once."""
     summed = x.float() if residual is None else x.float() + residual.float()
-    # in float64, so that only the kernel's sum has errors, whichever its order
-    inverse = (summed.double().square().mean(-1, keepdim=True) + eps).rsqrt().float()
-    normed = summed * inverse * weight.float()
-    return (normed if gate is None else swiglu(torch.cat([gate.float(), normed], -1))), summed
+    wide = summed.double()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
+    return (normed if gate is None else normed * F.silu(gate.double())).float(), summed
 
 
 def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:

