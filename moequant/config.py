@@ -45,7 +45,7 @@ class DispatcherConfig:
     recipe: str = "default"
     slots: int = 1
     overlap: bool = True
-    num_sms: int = 16
+    num_sms: int = 8
     timeout: float = 60.0
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ class MoEQuantDispatcher:
         recipe: str = "default",
         slots: int = 1,
         overlap: bool = True,
-        num_sms: int = 16,
+        num_sms: int = 8,
         timeout: float = 60.0,
         device: torch.device | str | None = None,
     ) -> None:

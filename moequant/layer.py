@@ -8,7 +8,7 @@ Many tokens go in two halves, one in each slot, on two streams:
     main   dispatch 0 | GEMM 1 of 0   GEMM 2 of 0 | GEMM 1 of 1   GEMM 2 of 1   combine 1
     side              | dispatch 1                | combine 0
 
-Beside dispatch and combine GEMM 1 leaves `num_sms` multiprocessors alone: its programs take one whole each, and stay until the last tile.
+Beside dispatch 1, GEMM 1 of 0 leaves `num_sms` multiprocessors alone: its programs take one whole each, and stay until the last tile.
 
 Why two streams can't deadlock. What waits for other ranks are single programs, one a slot at most, so that they never fill a device and
 everything else goes on. What a wait is for, every rank queues at the same place of the same sequence of steps, behind events that point
@@ -20,7 +20,6 @@ T tokens, K top-k, E experts, W ranks, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,38 +34,31 @@ if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
 
 # What a layer's parts reach on H200s, of benchmarks/results, in bytes/s: dispatch, the local sum, weights from memory; and in
-# operations/s: fp8 products, by rows of an expert.
-DISPATCH_RATE, SUM_RATE, MEMORY_RATE = 230e9, 3.6e12, 4.2e12
-PRODUCT_RATES = ((128, 0.79e15), (256, 1.03e15), (1024, 1.16e15))
-
-
-def product_rate(rows: float) -> float:
-    """Between the measured rows by a straight line; fewer rows are the weights' matter, see `layer_seconds`."""
-    for (few, low), (many, high) in itertools.pairwise(PRODUCT_RATES):
-        if rows < many:
-            return low + (high - low) * max(0.0, rows - few) / (many - few)
-    return PRODUCT_RATES[-1][1]
+# operations/s: fp8 products of many rows.
+DISPATCH_RATE, SUM_RATE, MEMORY_RATE, PRODUCT_RATE = 240e9, 3.9e12, 4.2e12, 1.2e15
+# An expert's last tile of 128 rows is half full.
+LOST_ROWS = 64
 
 
 def layer_seconds(config: DispatcherConfig, intermediate_size: int, chunks: int, sms: int) -> float:
     """A layer's time by a rough model, with max_tokens_per_rank tokens on each rank and uniform routing.
 
-    Of two chunks, half of the dispatch and half of the sum hide under products, which have fewer rows and, for that long, fewer of the
-    device's sms multiprocessors.
+    Of two chunks, half of the dispatch hides under GEMM 1 of the first half, which has fewer of the device's sms multiprocessors; and
+    weights are read, and last tiles lost, twice.
     """
     tokens, ranks, hidden = config.max_tokens_per_rank, config.world_size, config.hidden_size
     entries = tokens * config.top_k
     reached = ranks * (1 - (1 - 1 / ranks) ** config.top_k)
     dispatch = tokens * reached * (1 - 1 / ranks) * hidden * config.dtype.itemsize / DISPATCH_RATE
     total = entries * 2 * hidden / SUM_RATE
-    rows = ranks * entries / config.num_experts / chunks
-    weights = 3 * config.num_local_experts * hidden * intermediate_size * config.dtype.itemsize / MEMORY_RATE
-    products = max(6 * entries * hidden * intermediate_size / product_rate(rows), chunks * weights)
+    weights = 3 * config.num_local_experts * hidden * intermediate_size
+    rows = entries * ranks / config.num_experts
+    operations = 2 * weights * (rows + chunks * LOST_ROWS)
+    products = max(operations / PRODUCT_RATE, chunks * weights * config.dtype.itemsize / MEMORY_RATE)
     if chunks == 1:
         return dispatch + products + total
-    hidden_seconds = (dispatch + total) / 2
-    # on the multiprocessors that are left to it, communication takes longer than alone
-    return hidden_seconds + products + 2 * hidden_seconds * config.num_sms / sms
+    # GEMM 1 is two thirds of the products
+    return dispatch / 2 + products * (1 + config.num_sms / (sms - config.num_sms) / 3) + total
 
 
 def choose_chunks(config: DispatcherConfig, intermediate_size: int, sms: int) -> int:
@@ -98,9 +90,9 @@ def run_layer(
             f"slots={config.slots}"
         )
     if pushing is not None and halves:
-        sms = multiprocessors(dispatcher.device)
+        sms = max(multiprocessors(dispatcher.device), config.num_sms + 1)
         if (chunks or choose_chunks(config, pushing.intermediate_size, sms)) == 2:
-            return run_in_halves(dispatcher, tokens, pushing, side, max(1, sms - config.num_sms))
+            return run_in_halves(dispatcher, tokens, pushing, side, sms - config.num_sms)
     batch, handle = dispatcher.dispatch(*tokens, slot=slot)
     if pushing is not None:
         push(pushing, batch, handle)
@@ -140,7 +132,7 @@ def run_in_halves(
         dispatcher.combine_pushed(handle0, out=out[:half])
     if main is not None and arrived is not None:
         main.wait_event(arrived)
-    push(experts, batch1, handle1, gemm1_sms)
+    push(experts, batch1, handle1)
     dispatcher.combine_pushed(handle1, out=out[half:])
     follow(main, side)
     return out
