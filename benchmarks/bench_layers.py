@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
             for tokens in options.num_tokens:
                 for way in options.ways:
                     case = ["--model", model, "--num-tokens", str(tokens), *WAYS[way], *rest]
-                    if tokens * ranks > CAPACITY:
+                    if tokens * ranks > CAPACITY and "--capacity" not in rest:
                         case += ["--capacity", str(CAPACITY)]
                     settings = parse_options(case, ranks, __doc__)
                     if run is None:
