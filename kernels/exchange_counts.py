@@ -23,6 +23,9 @@ from moequant.kernels.symmetric import (
 )
 
 
+EXPIRED = tl.constexpr(1 << 16)
+
+
 @triton.jit
 def behind(words, epoch):
     """Which words are of an earlier epoch, as 1."""
@@ -82,16 +85,22 @@ def exchange_counts_kernel(
     words = peer_block(peers_ptr, rank, words_offset, tl.int64) + peer * width
     abort_ptr = peer_block(peers_ptr, rank, abort_offset, tl.int32)
     started = globaltimer()
-    waited = started - started
-    missing = tl.zeros((), tl.int32)
+    # of the first rank that is late: its distance from the last; from EXPIRED on, the time is over
+    state = tl.full((), 1, tl.int32)
+    turn = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
-    while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
-        fault = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="sys")
+    while (state > 0) & (state < EXPIRED) & (fault == NO_FAULT):
+        # a way to memory and back of its own, which the first counts are under way for anyhow
+        if turn % 8 == 0:
+            fault = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="sys")
+        turn += 1
         late = behind(tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True), epoch)
         calls_late = behind(tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True), epoch)
         late = tl.where(everyone, late, 0) | tl.where(present[:, None], calls_late, 0)
-        missing = ranks - agreed(ranks - tl.min(tl.min(tl.where(late > 0, peer[:, None], ranks), axis=1), axis=0))
-        waited = agreed((globaltimer() - started) >> 10)
+        missing = tl.max(tl.max(tl.where(late > 0, ranks - peer[:, None], 0), axis=1), axis=0)
+        over = (globaltimer() - started) >> 10 >= limit
+        state = agreed(missing + tl.where(over & (missing > 0), EXPIRED, 0))
+    missing = ranks - state % EXPIRED
     fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
     # behind a barrier: every warp has read the old one
     tl.store(epoch_ptr, epoch)
