@@ -5,8 +5,11 @@ On a CPU its kernels run in Triton's interpreter, in processes that share memory
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 from trials import Way, check_trial, stand_in, there_and_back
 
 from moequant import MoEQuantDispatcher
@@ -68,3 +71,29 @@ def test_random_settings_have_the_bits_of_one_process(ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     run_ranks(run_trials, ranks, 200, "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=500)
+
+
+def run_subgroups(rank: int, ranks: int, trials: int, device: str) -> None:
+    # odd and even ranks: group ranks differ from global ranks
+    members = [[0, 2], [1, 3]]
+    groups: list[Any] = [dist.new_group(group) for group in members]
+    mine, device = rank % 2, device.format(rank=rank)
+    # both groups at the same time, each with trials of its own
+    for trial in range(mine, trials, 2):
+        way = WAYS[trial // 2 % len(WAYS)]
+        check_trial(members[mine].index(rank), 2, trial, {"transport": "symmetric"}, groups[mine], device, way)
+    with pytest.raises(ValueError, match="not a member of the group"):
+        MoEQuantDispatcher(
+            groups[1 - mine], num_experts=4, top_k=1, hidden_size=8, max_tokens_per_rank=1, transport="symmetric", device=device
+        )
+
+
+def test_two_interpreted_groups_of_two_in_a_world_of_four_work_apart(interpreted):
+    run_ranks(run_subgroups, 4, 16, "cpu", setup=install_interpreter)
+
+
+@pytest.mark.multigpu
+def test_two_groups_of_two_gpus_work_apart():
+    if torch.cuda.device_count() < 4:
+        pytest.skip("needs 4 GPUs")
+    run_ranks(run_subgroups, 4, 100, "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=250)
