@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from trials import Way, check_trial, stand_in, there_and_back
 
-from moequant import MoEQuantDispatcher
+from moequant import GroupedExperts, MoEQuantDispatcher
 from moequant.batch import ExpertBatch
-from moequant.testing import run_ranks
+from moequant.testing import assert_bit_equal, run_ranks
 
 
 def install_interpreter() -> None:
@@ -97,3 +97,41 @@ def test_two_groups_of_two_gpus_work_apart():
     if torch.cuda.device_count() < 4:
         pytest.skip("needs 4 GPUs")
     run_ranks(run_subgroups, 4, 100, "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=250)
+
+
+def run_int8_layers(rank: int, ranks: int, sizes: tuple[int, int, int], device: str) -> None:
+    """Whole int8 layers; ranks have other tokens, and the last one has none."""
+    (most, hidden, inner), device = sizes, device.format(rank=rank)
+    generator = torch.Generator().manual_seed(rank)
+    tokens = 0 if rank == ranks - 1 else most - rank
+    ids = torch.rand(tokens, 2 * ranks, generator=generator).argsort(1)[:, :2].contiguous()
+    ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
+    x, weights = torch.randn(tokens, hidden, generator=generator).bfloat16(), torch.rand(tokens, 2, generator=generator)
+    shapes = (2, 2 * inner, hidden), (2, hidden, inner)
+    w13, w2 = ((torch.randn(shape, generator=generator) * shape[2] ** -0.5).bfloat16().to(device) for shape in shapes)
+    experts = GroupedExperts.from_weights(w13, w2, quant="int8")
+    settings: dict[str, Any] = {"num_experts": 2 * ranks, "top_k": 2, "hidden_size": hidden, "max_tokens_per_rank": most}
+    inputs = x.to(device), ids.to(device), weights.to(device)
+    for reduce in ("exact", "per_rank"):
+        outputs = []
+        for transport in ("symmetric", "collective"):
+            with MoEQuantDispatcher(**settings, quant="int8", reduce=reduce, transport=transport, device=device) as dispatcher:
+                outputs.append(dispatcher(*inputs, experts))
+                assert dispatcher.check() == 0
+        assert_bit_equal(outputs[0], outputs[1], reduce)
+        assert outputs[0].shape == (tokens, hidden) and bool(outputs[0].isfinite().all())
+        # whatever is the same everywhere could still be nothing
+        assert tokens == 0 or bool((outputs[0][(ids >= 0).any(1).to(device)] != 0).any(1).all())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_interpreted_int8_layers_have_the_bits_of_the_collective_transport(ranks, interpreted):
+    run_ranks(run_int8_layers, ranks, (9, 136, 72), "cpu", setup=install_interpreter)
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_int8_layers_on_gpus_have_the_bits_of_the_collective_transport(ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    run_ranks(run_int8_layers, ranks, (256, 1032, 384), "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=200)
