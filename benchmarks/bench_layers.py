@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 benchmarks/bench_layers.py --models deepseek-v3 --num-tokens 128 --ways symmetric --skew
 
 Options that are not listed here are launch/bench_ep.py's, which checks and times each case. All steps are timed for `symmetric`; for the
-exchanges of `collective` the layer, dispatch and combine. Where a buffer for every row would be large, its capacity is 2048 rows.
+exchanges of `collective` the layer, dispatch and combine. Where a buffer for every row would be large, it has room for twice the mean
+number of rows of an expert, at least 2048.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from benchmarks.common import OneLineParser, process_group
 from benchmarks.ep_layer import EXCHANGE
 from benchmarks.ep_options import EMPTY_RANKS, SKEWS, parse_options
 from launch.bench_ep import Run
-from moequant.models import MODELS
+from moequant.models import MODELS, model_shape
 
 WAYS = {
     "symmetric": ["--transport", "symmetric"],
@@ -56,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
                 for way in options.ways:
                     case = ["--model", model, "--num-tokens", str(tokens), *WAYS[way], *rest]
                     if tokens * ranks > CAPACITY and "--capacity" not in rest:
-                        case += ["--capacity", str(CAPACITY)]
+                        shape = model_shape(model)
+                        # of 8 ranks' experts, as launch/bench_ep.py shares them out
+                        mean = tokens * max(ranks, 8) * shape.top_k // shape.num_experts
+                        case += ["--capacity", str(max(CAPACITY, 2 * mean))]
                     settings = parse_options(case, ranks, __doc__)
                     if run is None:
                         run = Run(settings, rank, device)

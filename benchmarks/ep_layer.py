@@ -107,10 +107,17 @@ def all_ids(options: argparse.Namespace, kind: str, config: DispatcherConfig, de
     ids = torch.stack([F.pad(x, (0, 0, 0, options.num_tokens - len(x)), value=-1) for x in each])
     if options.capacity is None:
         return ids, ids
-    # rows are ordered by (source rank, token, k), and the last ones find no place
-    slots, counts = torch.empty_like(ids.flatten(0, 1)), torch.empty(options.num_experts, dtype=torch.int32, device=device)
-    reference.route(ids.flatten(0, 1), slots, counts)
-    return ids, torch.where(slots.view(ids.shape) < config.max_rows, ids, -1)
+    # each half of a layer's tokens has the buffers for itself
+    parts = ids.tensor_split((ceil_div(ids.shape[1], 2),), 1) if options.chunks == 2 else (ids,)
+    return ids, torch.cat([without_overflow(part, config) for part in parts], 1)
+
+
+def without_overflow(ids: Tensor, config: DispatcherConfig) -> Tensor:
+    """Rows are ordered by (source rank, token, k), and the last ones find no place: -1."""
+    flat = ids.flatten(0, 1)
+    slots, counts = torch.empty_like(flat), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
+    reference.route(flat, slots, counts)
+    return torch.where(slots.view(ids.shape) < config.max_rows, ids, -1)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from moequant.kernels.symmetric import (
     peer_block,
 )
 
-
 EXPIRED = tl.constexpr(1 << 16)
 
 

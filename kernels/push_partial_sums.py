@@ -57,11 +57,12 @@ def push_partial_sums_kernel(
         expert, row, _ = locate_block(tile // column_blocks, counts, ends, 1, EXPERTS)
         flat = expert * capacity + row
         note = notes_ptr + flat.to(tl.int64) * NOTE + SCALES
-        token = tl.load(note) // K
+        entry = tl.load(note)
+        token = entry // K
         source = tl.load(note + 1)
         leads = tl.load(note + 2) == flat
         # nothing that came from another rank becomes an address unchecked
-        if leads & (source >= 0) & (source < ranks) & (token >= 0) & (token < max_tokens):
+        if leads & (source >= 0) & (source < ranks) & (entry >= 0) & (token < max_tokens):
             column = tile % column_blocks * BLOCK + tl.arange(0, BLOCK)
             inside = column < columns
             acc = tl.zeros((BLOCK,), tl.float32)
