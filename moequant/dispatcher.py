@@ -281,9 +281,9 @@ class MoEQuantDispatcher:
         With `GroupedExperts`, transport "symmetric" and reduce="exact", GEMM 2 stores its rows at their tokens' ranks; overlap=False
         keeps the steps apart. The same bits, but for the experts' choice of tiles.
 
-        chunks: 1, or, with slots=2 besides, 2: half of the tokens in each slot, one half's exchange under the other's products (`slot`
-            is not used then), each with room for M rows of an expert. The same on all ranks. None: what a model of the hardware finds faster for max_tokens_per_rank tokens;
-            give 1 for calls with few tokens of a dispatcher that is made for many.
+        chunks: 1, or, with slots=2 besides, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of
+            an expert, and one half's dispatch under the other's products. The same on all ranks. None: 2 where a model of the hardware
+            finds that faster for max_tokens_per_rank tokens; give 1 for calls with few tokens of a dispatcher that is made for many.
         """
         return run_layer(self, (hidden_states, topk_ids, topk_weights), experts, slot, chunks, self._side)
 
