@@ -95,7 +95,8 @@ def fused_rms_quantize_kernel(
         inverse = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.sqrt_rn(mean + norm_eps))
         y = y * inverse[:, None, None] * weight.to(tl.float32)
         if gate_ptr is not None:
-            y = silu_mul_product(gate.to(tl.float32), y)
+            # four roundings come before the product, and 4 units in the last place are allowed
+            y = silu_mul_product(gate.to(tl.float32), y, EXACT=True)
         values, scales = quantize_group(y, eps, 2, MAX, POWER_OF_TWO, RECIPROCAL, values_ptr.dtype.element_ty)
         tl.store(values_ptr + out, values, mask=mask)
         at = (first_row + row).to(tl.int64)[:, None] * s_stride_m + group.to(tl.int64)[None, :] * s_stride_g

@@ -47,8 +47,12 @@ def land_rows_kernel(
     await_previous(EARLY)
     counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, BLOCK, EXPERTS, True)
     column_blocks = tl.cdiv(groups, BLOCK_G)
-    # after a fault the notes may be anything
-    tiles = tl.where(tl.load(fault_ptr) == NO_FAULT, tl.max(ends, axis=0) * column_blocks, 0)
+    # after a fault the notes may be anything; the batch is empty, so that no product stores rows at addresses of an earlier call
+    well = tl.load(fault_ptr) == NO_FAULT
+    tiles = tl.where(well, tl.max(ends, axis=0) * column_blocks, 0)
+    if (tl.program_id(0) == 0) & (not well):
+        expert = tl.arange(0, EXPERTS)
+        tl.store(num_tokens_ptr + expert, tl.zeros((EXPERTS,), tl.int32), mask=expert < local_experts)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         expert, first_row, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
         first_group = tile % column_blocks * BLOCK_G
@@ -99,7 +103,8 @@ def land_rows(
     """values: (L, M, H), notes (L, M, words) int32: as `push_tokens` on all ranks left them. num_tokens: (L,) int32.
 
     Written for the valid rows: values of rows that don't lead, scales (L, M, G) with strides (M*G, 1, M), sources (L, M)
-    int64, and destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries.
+    int64, and destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries. After a
+    fault num_tokens becomes 0 instead.
 
     expected_rows: of an expert, a guess by which the launch is sized.
     """

@@ -25,7 +25,7 @@ class Landing:
 
     def __init__(self, shape: tuple[int, int, int, list[int]], dtype: torch.dtype, device: str, pushed: bool = True) -> None:
         self.experts, self.capacity, self.columns, counts = shape
-        self.counts = torch.tensor(counts, dtype=torch.int32)
+        self.counts = torch.tensor(counts, dtype=torch.int32, device=device)
         self.pushed = pushed
         self.return_bytes = 2 * self.columns
         self.groups = ceil_div(self.columns, 128) if dtype != torch.bfloat16 else 0
@@ -66,7 +66,7 @@ class Landing:
         land_rows(
             blocks["values"][1],
             blocks["notes"][1],
-            self.counts.to(blocks.memory.device),
+            self.counts,
             blocks["scales"][1].transpose(1, 2) if self.groups else None,
             blocks["sources"][1],
             blocks["destinations"][1] if self.pushed else None,
@@ -127,13 +127,14 @@ def test_counts_out_of_range_stay_in_the_buffer(device):
     Landing((3, 5, 130, [-3, 6, 2**31 - 1]), FP8, device).check()
 
 
-def test_after_a_fault_nothing_is_written(device):
-    """Notes may then be anything."""
+def test_after_a_fault_the_batch_is_empty_and_nothing_else_is_written(device):
+    """Notes may then be anything, and destinations are those of an earlier call."""
     landing = Landing((2, 8, 300, [8, 5]), FP8, device)
     landing.blocks["fault"][1] = fault_word(3, 1, 2)
     expected = landing.blocks.snapshot()
     landing.run()
     assert_same_blocks(landing.blocks, expected)
+    assert landing.counts.tolist() == [0, 0]
 
 
 FAR = [-1, -(2**31), 2**31 - 1]
