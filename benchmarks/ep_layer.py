@@ -186,7 +186,7 @@ class Layer:
         case |= {"W": config.world_size, "quant": config.quant, "transport": config.transport}
         case |= {"exchange": self.exchange, "reduce": config.reduce, "routing": kind}
         if config.transport == "symmetric":
-            case |= {"overlap": "none" if not config.pushes else "rows pushed" if self.chunks == 1 else "in halves"}
+            case |= {"overlap": "steps apart" if not config.pushes else "rows pushed" if self.chunks == 1 else "in halves"}
         # as it is rounded
         case |= {"capacity": config.max_rows if config.capacity is not None else None}
         return {key: value for key, value in case.items() if value is not None}

@@ -35,11 +35,11 @@ README_CASES: dict[str, dict[str, tuple[Any, ...]]] = {
     "gemm1_fused": {"H": (7168,), "rows": (16, 128, 256, 1024)},
     "mm_fp8_blockscale": {"N": (4096, 7168), "rows": (1, 128, 4096), "step": ("quantize + product",)},
     "int8_gemm": {"N": (4096,)},
-    "dispatch": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
-    "combine": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
-    "combine_pull": {"H": (7168,), "T": (1, 128, 4096), "transport": ("symmetric",)},
-    "combine_push": {"H": (7168,), "T": (1, 128, 4096), "transport": ("symmetric",)},
-    "layer": {"H": (7168,), "T": (8, 128, 4096), "routing": ("uniform",)},
+    "dispatch": {"H": (7168,), "I": (2048,), "E": (128,), "T": (1, 8, 128, 4096), "routing": ("uniform",)},
+    "gemm2_push": {"H": (7168,), "I": (2048,), "E": (128,), "T": (8, 128, 4096), "routing": ("uniform",)},
+    "combine": {"H": (7168,), "I": (2048,), "E": (128,), "T": (1, 8, 128, 4096), "routing": ("uniform",)},
+    "combine_push": {"H": (7168,), "I": (2048,), "E": (128,), "T": (1, 8, 128, 4096), "routing": ("uniform",)},
+    "layer": {"H": (7168, 4096), "I": (2048,), "T": (8, 128, 4096), "quant": ("fp8_e4m3fn",), "routing": ("uniform",)},
 }
 Record = dict[str, Any]
 

@@ -76,7 +76,7 @@ def test_plots_are_the_same_bytes_each_time(project):
 
 
 def test_the_readme_shows_goal_rows_only():
-    layer = {"H": 7168, "T": 128, "routing": "uniform"}
+    layer = {"H": 7168, "I": 2048, "T": 128, "quant": "fp8_e4m3fn", "routing": "uniform"}
     shown = [record("layer", case=layer), record("quantize", case={"H": 7168, "rows": 32})]
     hidden = [record("layer", case={**layer, **change}) for change in ({"routing": "zipf:1"}, {"T": 37}, {"H": 2880})]
     hidden += [record("route", case={"T": 128}), record("quantize", case={"H": 7168})]
@@ -87,7 +87,7 @@ def test_the_readme_shows_goal_rows_only():
 
 def test_layers_of_several_sizes_are_drawn_with_their_floors_and_their_steps(project):
     pytest.importorskip("matplotlib")
-    layers = {"H": 7168, "I": 2048, "E": 8, "K": 2, "W": 4, "exchange": "padded", "routing": "uniform"}
+    layers = {"H": 7168, "I": 2048, "E": 128, "K": 2, "W": 4, "quant": "fp8_e4m3fn", "exchange": "padded", "routing": "uniform"}
     records = [record("layer", us=100.0 * tokens, case={"T": tokens, **layers}) for tokens in (8, 128)]
     for tokens, fused in ((8, False), (128, True)):
         case = {"T": tokens, **layers}
@@ -95,11 +95,13 @@ def test_layers_of_several_sizes_are_drawn_with_their_floors_and_their_steps(pro
         for step in ("gemm1", "gemm2"):
             records.append(record("grouped_gemm", us=40.0, case=case | {"step": step, "N": 1, "K_dim": 2, "rows": 3}))
         records.append(record("gemm1_fused" if fused else "silu_mul_quantize", us=13.0, case=case))
+        # what stands in the place of others, where it was recorded
+        records += [record(name, us=9.0, case=case) for name in ("gemm2_push", "combine_push") if fused]
     root = project(*records)
     found = layer_parts(report.read_records(root / "benchmarks" / "results"))
     assert [list(parts) for _, parts in found.values()] == [
         ["dispatch", "gemm1", "silu_mul_quantize", "gemm2", "combine"],
-        ["dispatch", "gemm1_fused", "gemm2", "combine"],
+        ["dispatch", "gemm1_fused", "gemm2_push", "combine_push"],
     ]
     assert report.main([], root) == 0
     plots = {path.stem: path.read_text() for path in (root / "benchmarks" / "plots").iterdir()}

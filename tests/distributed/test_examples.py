@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from examples import moe_module
-from moequant.testing import relative_error, run_ranks
+from examples import moe_module, two_micro_batches
+from moequant.testing import assert_bit_equal, relative_error, run_ranks
 
 
 def dense(weights: list[dict[str, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
@@ -42,14 +42,40 @@ def test_the_module_on_two_ranks_is_near_a_dense_computation():
         assert relative_error(out.flatten(0, 1), dense(weights, x.flatten(0, 1).float())) < 0.076
 
 
-def test_the_module_is_short_and_runs_as_its_docstring_says():
-    path = Path(moe_module.__file__)
-    tree = ast.parse(path.read_text())
-    module = next(node for node in tree.body if isinstance(node, ast.ClassDef))
-    assert module.end_lineno is not None and module.end_lineno - module.lineno <= 30
+def launch(path: Path) -> str:
+    """What two ranks of a script print, started as its docstring says."""
     kept = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "MOEQUANT_CPU_KERNELS")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(path)]
     environment = kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("(2, 16, 256) to (2, 16, 256) on cpu") == 2
+    return done.stdout
+
+
+def test_the_module_is_short_and_runs_as_its_docstring_says():
+    path = Path(moe_module.__file__)
+    tree = ast.parse(path.read_text())
+    module = next(node for node in tree.body if isinstance(node, ast.ClassDef))
+    assert module.end_lineno is not None and module.end_lineno - module.lineno <= 30
+    assert launch(path).count("(2, 16, 256) to (2, 16, 256) on cpu") == 2
+
+
+def run_micro_batches(rank: int, ranks: int) -> None:
+    """Side by side as one after the other."""
+    dispatcher, layers = two_micro_batches.build("cpu")
+    generator = torch.Generator().manual_seed(rank)
+    batches = [torch.randn(tokens, 256, generator=generator).bfloat16() for tokens in (20 + rank, ranks - 1 - rank)]
+    with dispatcher, torch.no_grad():
+        outputs = two_micro_batches.run_layers(dispatcher, layers, batches)
+        for x, out in zip(batches, outputs, strict=True):
+            for router, experts in layers:
+                x = x + dispatcher(x, *router(x), experts)
+            assert_bit_equal(out, x)
+
+
+def test_two_micro_batches_have_the_bits_of_one_after_the_other():
+    run_ranks(run_micro_batches, 2)
+
+
+def test_the_micro_batches_run_as_their_docstring_says():
+    assert launch(Path(two_micro_batches.__file__)).count("[(64, 256), (40, 256)] on cpu, transport collective") == 2
