@@ -1,0 +1,48 @@
+"""Which transport "auto" means, and what is said when it can't be the fastest."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+
+from moequant.config import DispatcherConfig
+from moequant.errors import UnreachableError
+from moequant.transport import select
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+GROUP = cast(Any, object())
+
+
+def config(transport: str = "auto", world_size: int = 2, exchange: str = "auto") -> DispatcherConfig:
+    sizes = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}
+    return DispatcherConfig(**sizes, world_size=world_size, transport=transport, exchange=exchange)
+
+
+def resolved(monkeypatch: pytest.MonkeyPatch, reason: str | None, device: torch.device, **settings: Any) -> str:
+    """The transport, where ranks can reach each other's memory unless there is a reason."""
+    monkeypatch.setattr(select, "why_unreachable", lambda group, device: reason)
+    return select.resolve(config(**settings), GROUP, device).transport
+
+
+def test_auto_is_symmetric_where_memory_can_be_reached(monkeypatch):
+    assert resolved(monkeypatch, None, GPU) == "symmetric"
+    assert resolved(monkeypatch, None, GPU, world_size=1) == "local"
+    assert resolved(monkeypatch, None, CPU) == "collective"
+    # whoever names an exchange wants the transport that has one
+    assert resolved(monkeypatch, None, GPU, exchange="packed") == "collective"
+    assert resolved(monkeypatch, None, GPU, transport="collective") == "collective"
+
+
+def test_auto_falls_back_to_collective_with_one_line_that_says_why(monkeypatch, caplog):
+    assert resolved(monkeypatch, "ranks are on two hosts", GPU) == "collective"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages == ['transport "auto" is "collective": "symmetric" can\'t be used here: ranks are on two hosts']
+
+
+def test_symmetric_says_why_it_cannot_be_used(monkeypatch):
+    with pytest.raises(UnreachableError, match="can't be used here: ranks are on two hosts"):
+        resolved(monkeypatch, "ranks are on two hosts", GPU, transport="symmetric")
+    with pytest.raises(ValueError, match="needs torch.distributed"):
+        select.resolve(config("symmetric"), None, GPU)
