@@ -16,8 +16,15 @@ GROUP = cast(Any, object())
 
 
 def config(transport: str = "auto", world_size: int = 2, exchange: str = "auto") -> DispatcherConfig:
-    sizes = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}
-    return DispatcherConfig(**sizes, world_size=world_size, transport=transport, exchange=exchange)
+    return DispatcherConfig(
+        num_experts=4,
+        top_k=2,
+        hidden_size=64,
+        max_tokens_per_rank=8,
+        world_size=world_size,
+        transport=transport,
+        exchange=exchange,
+    )
 
 
 def resolved(monkeypatch: pytest.MonkeyPatch, reason: str | None, device: torch.device, **settings: Any) -> str:
