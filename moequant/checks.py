@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moequant.batch import DispatchHandle
 from moequant.config import DispatcherConfig
-from moequant.errors import InvalidExpertIdError
+from moequant.errors import CapacityOverflowError, InvalidExpertIdError
 from moequant.formats import MIN_EPS
 
 
@@ -127,3 +127,20 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
     """Raises ValueError unless the tensor is contiguous."""
     if not tensor.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous()")
+
+
+def check_counted(config: DispatcherConfig, invalid: int, dropped: int) -> None:
+    """Raises InvalidExpertIdError or CapacityOverflowError for what the kernels counted since the last check: ids that are no expert's,
+    and rows without room."""
+    overflow = (
+        f"{dropped} rows had no room in their expert's buffer of {config.max_rows} rows and were not sent; raise capacity (None holds "
+        'every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it with '
+        'on_overflow="drop"'
+    )
+    if invalid:
+        raise InvalidExpertIdError(
+            f"{invalid} entries of topk_ids were outside -1..{config.num_experts - 1} and were treated as -1; check the router, and "
+            f"num_experts{'. Besides, ' + overflow if dropped else ''}"
+        )
+    if dropped and config.on_overflow == "error":
+        raise CapacityOverflowError(overflow)

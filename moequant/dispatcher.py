@@ -6,7 +6,6 @@ G = ceil(H / 128) groups.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from types import TracebackType
@@ -18,19 +17,17 @@ from torch import Tensor
 
 from moequant.agreement import agree, attempt, choose_device, membership
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_expert_output, check_format, check_out, check_tokens
+from moequant.checks import check_counted, check_expert_output, check_format, check_out, check_tokens
 from moequant.config import DispatcherConfig
 from moequant.errors import (
-    CapacityOverflowError,
     ClosedError,
-    InvalidExpertIdError,
     OutOfStepError,
     PeerTimeoutError,
     StaleHandleError,
 )
 from moequant.layer import run_layer
 from moequant.transport.base import Slot
-from moequant.transport.select import make_transport, resolve, transport_class
+from moequant.transport.select import guess, make_transport, resolve, transport_class
 from moequant.transport.symmetric import SymmetricTransport
 from moequant.warm_up import warm_up
 
@@ -156,10 +153,7 @@ class MoEQuantDispatcher:
             world_size=world_size,
             **settings,
         )
-        if config.transport == "auto":
-            shared = world_size > 1 and config.exchange == "auto" and torch.cuda.is_available()
-            transport = "local" if world_size == 1 else "symmetric" if shared else "collective"
-            config = dataclasses.replace(config, transport=transport)
+        config = guess(config)
         specs = transport_class(config).buffer_specs(config)
         return config.slots * sum(spec.nbytes for spec in specs.values())
 
@@ -213,10 +207,8 @@ class MoEQuantDispatcher:
         dispatched again since, ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode.
         """
         buffers = self._slot_of(handle)
-        expert_output, out = (
-            check_expert_output(self.config, self.device, expert_output),
-            check_out(self.config, self.device, handle, out),
-        )
+        expert_output = check_expert_output(self.config, self.device, expert_output)
+        out = check_out(self.config, self.device, handle, out)
         self._run(self._transport.combine, expert_output, handle.topk_weights, out, buffers, handle.state)
         return out
 
@@ -309,18 +301,7 @@ class MoEQuantDispatcher:
                 "error, or skipped a call that the others made. Build a new dispatcher"
             )
             raise self._fault
-        overflow = (
-            f"{dropped} rows had no room in their expert's buffer of {self.config.max_rows} rows and were not sent; raise capacity "
-            '(None holds every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it with '
-            'on_overflow="drop"'
-        )
-        if invalid:
-            raise InvalidExpertIdError(
-                f"{invalid} entries of topk_ids were outside -1..{self.config.num_experts - 1} and were treated as -1; "
-                f"check the router, and num_experts{'. Besides, ' + overflow if dropped else ''}"
-            )
-        if dropped and self.config.on_overflow == "error":
-            raise CapacityOverflowError(overflow)
+        check_counted(self.config, invalid, dropped)
         return dropped
 
     def close(self) -> None:

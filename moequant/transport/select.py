@@ -44,6 +44,15 @@ def resolve(config: DispatcherConfig, group: dist.ProcessGroup | None, device: t
     return dataclasses.replace(config, transport="collective")
 
 
+def guess(config: DispatcherConfig) -> DispatcherConfig:
+    """`resolve` without a group: ranks are taken to reach each other's memory on a machine that has GPUs."""
+    if config.transport != "auto":
+        return config
+    shared = config.exchange == "auto" and torch.cuda.is_available()
+    transport = "local" if config.world_size == 1 else "symmetric" if shared else "collective"
+    return dataclasses.replace(config, transport=transport)
+
+
 def transport_class(config: DispatcherConfig) -> type[Transport]:
     """The class for settings whose transport is resolved."""
     if config.transport == "local":
