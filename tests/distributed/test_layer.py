@@ -6,12 +6,12 @@ On a CPU in Triton's interpreter, in processes that share memory; on GPUs (`mult
 from __future__ import annotations
 
 import os
-import random
 import time
 from typing import Any
 
 import pytest
 import torch
+from trials import count_wrong
 
 from moequant import GroupedExperts, MoEQuantDispatcher, PeerTimeoutError
 from moequant.config import DispatcherConfig
@@ -86,8 +86,7 @@ def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(ranks, quant):
 
 
 def run_replays(rank: int, ranks: int, replays: int, late: bool) -> int:
-    """Replays a graph of a layer in halves over a pool of inputs, and counts the numbers that differ from the layer without overlap.
-    late: a rank waits now and then."""
+    """Replays of a layer in halves, against the layer without overlap."""
     device, pool_size = f"cuda:{rank}", 64
     settings = settings_for(ranks, 256, 512, "fp8_e4m3fn", local_experts=4)
     experts = experts_of(rank, settings, ranks, 256, device)
@@ -96,30 +95,11 @@ def run_replays(rank: int, ranks: int, replays: int, late: bool) -> int:
     with MoEQuantDispatcher(**settings, overlap=False) as dispatcher:
         expected = torch.stack([dispatcher(*tokens, experts) for tokens in inputs])
     with MoEQuantDispatcher(**settings) as dispatcher:
-        turn = torch.zeros(1, dtype=torch.int64, device=device)
-        wrong = torch.zeros(1, dtype=torch.int64, device=device)
 
-        def step() -> None:
-            tokens = [tensor.index_select(0, turn % pool_size)[0] for tensor in pool]
-            out = dispatcher(tokens[0], tokens[1], tokens[2], experts, chunks=2)
-            wrong.add_((out.view(torch.int16) != expected.index_select(0, turn % pool_size)[0].view(torch.int16)).sum())
-            turn.add_(1)
+        def layer(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return dispatcher(hidden, ids, weights, experts, chunks=2)
 
-        step()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-        sleeper = random.Random(7)
-        for _ in range(replays):
-            # the same draw on every rank says which one is late
-            who, cycles = sleeper.randrange(ranks), sleeper.randrange(400_000)
-            if late and who == rank:
-                torch.cuda._sleep(cycles)
-            graph.replay()
-        dispatcher.check()
-        assert int(turn) == replays + 1
-        return int(wrong)
+        return count_wrong(rank, ranks, pool, expected, layer, replays, late)
 
 
 @pytest.mark.multigpu

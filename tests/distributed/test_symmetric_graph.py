@@ -6,13 +6,12 @@ MOEQUANT_REPLAYS sets how many replays there are; the default is small.
 from __future__ import annotations
 
 import os
-import random
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from trials import stand_in
+from trials import count_wrong, stand_in
 
 from moequant import CapacityOverflowError, InvalidExpertIdError, MoEQuantDispatcher
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
@@ -47,41 +46,21 @@ def pool_of(rank: int, ranks: int, hot: bool) -> list[torch.Tensor]:
 
 
 def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str) -> int:
-    """Replays a graph that takes the next input of the pool, does a layer, and counts the numbers that differ from what the
-    collective transport gave. late: one rank waits now and then. Returns the count."""
+    """Replays over the pool, against what the collective transport gives."""
     settings, first = settings_for(ranks, reduce), 8 * rank
     pool = pool_of(rank, ranks, hot=True)
     with MoEQuantDispatcher(**settings, transport="collective", exchange="padded") as dispatcher:
         expected = torch.stack([dispatcher(h, i, w, lambda batch: stand_in(batch, first)) for h, i, w in zip(*pool, strict=True)])
     with MoEQuantDispatcher(**settings, transport="symmetric") as dispatcher:
-        turn = torch.zeros(1, dtype=torch.int64, device=f"cuda:{rank}")
-        wrong = torch.zeros(1, dtype=torch.int64, device=f"cuda:{rank}")
         out = torch.empty_like(expected[0])
 
-        def step() -> None:
-            hidden, ids, weights = (tensor.index_select(0, turn % POOL)[0] for tensor in pool)
+        def layer(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             batch, handle = dispatcher.dispatch(hidden, ids, weights)
             output = dispatcher.output_buffer().copy_(stand_in(batch, first))
             out.fill_(torch.nan)
-            dispatcher.combine(output, handle, out=out)
-            wrong.add_((out.view(torch.int16) != expected.index_select(0, turn % POOL)[0].view(torch.int16)).sum())
-            turn.add_(1)
+            return dispatcher.combine(output, handle, out=out)
 
-        step()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()
-        sleeper = random.Random(7)
-        for _ in range(replays):
-            # the same draw on every rank says which one is late
-            who, cycles = sleeper.randrange(ranks), sleeper.randrange(200_000)
-            if late and who == rank:
-                torch.cuda._sleep(cycles)
-            graph.replay()
-        dispatcher.check()
-        assert int(turn) == replays + 1
-        return int(wrong)
+        return count_wrong(rank, ranks, pool, expected, layer, replays, late)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

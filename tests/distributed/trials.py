@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -107,3 +108,39 @@ def check_trial(
         entry = starts[source >> 32] * settings["top_k"] + (source & 0xFFFFFFFF)
         assert_bit_equal(entry, expected.sources[whole, :count], name)
     assert_bit_equal(out.cpu(), outputs[rank], name)
+
+
+def count_wrong(
+    rank: int,
+    ranks: int,
+    pool: list[torch.Tensor],
+    expected: torch.Tensor,
+    layer: Callable[..., torch.Tensor],
+    replays: int,
+    late: bool,
+) -> int:
+    """Replays a graph that takes the next input of a pool, runs a layer on it, and counts, on the device, the numbers that differ from
+    what is expected. pool: hidden states, ids and weights, stacked. late: one rank waits now and then, the same draw on every rank says
+    which one and when. Returns the count."""
+    size, device = len(expected), expected.device
+    turn, wrong = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+
+    def step() -> None:
+        out = layer(*(tensor.index_select(0, turn % size)[0] for tensor in pool))
+        wrong.add_((out.view(torch.int16) != expected.index_select(0, turn % size)[0].view(torch.int16)).sum())
+        turn.add_(1)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    sleeper = random.Random(7)
+    for _ in range(replays):
+        who, cycles = sleeper.randrange(ranks), sleeper.randrange(400_000)
+        if late and who == rank:
+            torch.cuda._sleep(cycles)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert int(turn) == replays + 1
+    return int(wrong)
