@@ -214,9 +214,8 @@ def quotient(x, y):
 
 
 @triton.jit
-def silu_mul_product(gate, up, EXACT: tl.constexpr = False):
-    """silu(gate) * up in float32. One function for the kernels that do it, so that they give the same bits on one device. EXACT: the
-    division is rounded correctly.
+def silu(gate, EXACT: tl.constexpr = False):
+    """gate / (1 + exp(-gate)) in float32. EXACT: the division is rounded correctly.
 
     The hardware's 2**t alone is not enough: rounding t = -gate * log2(e) to float32 costs as many bits as its integer part has. What the
     rounding lost, -gate - t * ln(2), is small, and exp(-gate) = 2**t * (1 + lost). Below -87.3 the quotient may be 0: silu is nearer to
@@ -232,7 +231,12 @@ def silu_mul_product(gate, up, EXACT: tl.constexpr = False):
     e = tl.exp2(t)
     divisor = 1.0 + tl.fma(e, lost, e)
     if EXACT:
-        silu = tl.div_rn(gate, divisor)
+        return tl.div_rn(gate, divisor)
     else:
-        silu = quotient(gate, divisor)
-    return silu * up
+        return quotient(gate, divisor)
+
+
+@triton.jit
+def silu_mul_product(gate, up):
+    """silu(gate) * up in float32. One function for the kernels that do it, so that they give the same bits on one device."""
+    return silu(gate) * up

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.common import num_sms, quantize_group, silu_mul_product, storable
+from moequant.kernels.common import num_sms, quantize_group, silu, storable
 
 # numbers of a tile; a row is one tile at most
 TILE = 8192
@@ -32,6 +32,17 @@ def load_tile(x_ptr, residual_ptr, gate_ptr, first_row, row, column, x_stride_m,
     if gate_ptr is not None:
         gate = load_rows(gate_ptr, first_row, row64 * gate_stride_m + column, gate_stride_m, mask)
     return x, residual, gate
+
+
+@triton.jit
+def gated_product(y, inverse, inverse_low, weight, gate):
+    """y * (inverse + inverse_low) * weight * gate, rounded once instead of four times: silu takes most of the 4 units in the last place
+    that are allowed. What a product loses is carried along. Infinity and NaN become NaN, which is what the group becomes anyhow."""
+    normed = y * inverse
+    lost = tl.fma(y, inverse_low, tl.fma(y, inverse, normed * -1.0))
+    weighted = normed * weight
+    lost = tl.fma(lost, weight, tl.fma(normed, weight, weighted * -1.0))
+    return tl.fma(weighted, gate, lost * gate)
 
 
 @triton.jit
@@ -92,11 +103,18 @@ def fused_rms_quantize_kernel(
         # once a row, so that exact operations cost nothing
         count = tl.zeros((BLOCK_M,), tl.float32) + columns
         mean = tl.div_rn(tl.sum(tl.sum(y * y, axis=2), axis=1), count)
-        inverse = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.sqrt_rn(mean + norm_eps))
-        y = y * inverse[:, None, None] * weight.to(tl.float32)
-        if gate_ptr is not None:
-            # four roundings come before the product, and 4 units in the last place are allowed
-            y = silu_mul_product(gate.to(tl.float32), y, EXACT=True)
+        square = mean + norm_eps
+        inverse = tl.div_rn(tl.full((BLOCK_M,), 1.0, tl.float32), tl.sqrt_rn(square))
+        w = weight.to(tl.float32)
+        if gate_ptr is None:
+            y = y * inverse[:, None, None] * w
+        else:
+            # what inverse lacks, by a step of Newton's method; of an infinite square the inverse is 0, and exact
+            root = square * inverse
+            root_low = tl.fma(square, inverse, root * -1.0)
+            low = inverse * -0.5 * tl.fma(root_low, inverse, tl.fma(root, inverse, -1.0))
+            low = tl.where(inverse > 0.0, low, 0.0)
+            y = gated_product(y, inverse[:, None, None], low[:, None, None], w, silu(gate.to(tl.float32), True))
         values, scales = quantize_group(y, eps, 2, MAX, POWER_OF_TWO, RECIPROCAL, values_ptr.dtype.element_ty)
         tl.store(values_ptr + out, values, mask=mask)
         at = (first_row + row).to(tl.int64)[:, None] * s_stride_m + group.to(tl.int64)[None, :] * s_stride_g

@@ -60,10 +60,12 @@ def test_rows_of_a_wider_buffer_are_read_where_they_lie(device):
     assert_bit_equal(strided[2], copied[2])
 
 
-def test_zeros_stay_zeros_and_a_bad_number_spoils_its_row_alone(device):
+@pytest.mark.parametrize("gated", [False, True])
+def test_zeros_stay_zeros_and_a_bad_number_spoils_its_row_alone(gated, device):
     x = torch.randn(4, 256, device=device)
     x[0], x[1, 3], x[2, 200] = 0.0, float("nan"), float("inf")
-    values, scales, _ = run(x, torch.ones(256, device=device), None, None, torch.float8_e4m3fn)
+    gate = torch.randn(4, 256, device=device) if gated else None
+    values, scales, _ = run(x, torch.ones(256, device=device), None, gate, torch.float8_e4m3fn)
     # Inf * rsqrt(Inf) is NaN, and the row's other numbers become zeros
     assert scales.isnan().tolist() == [[False, False], [True, True], [False, True], [False, False]]
     assert not (values[:3].view(torch.uint8) & 0x7F).any()
