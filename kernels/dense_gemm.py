@@ -13,19 +13,22 @@ from moequant.kernels import grouped_gemm
 from moequant.kernels.common import quantize_group
 from moequant.kernels.grouped_gemm import (
     BAND,
-    BLOCK_N,
     GROUP_SIZE,
     LARGE_TILES,
     SMALL_TILES,
     STREAMING,
     Config,
     descriptor,
+    few_tiles,
     tma_readable,
 )
 
+# Half as wide, so that few tiles are on more multiprocessors.
+NARROW_TILES = Config(64, 4, 6, 2, block_n=64)
 # What benchmarks/bench_int8.py tries. There is one program for each tile, so that programs_per_sm means nothing here.
 CANDIDATES = (
     SMALL_TILES,
+    NARROW_TILES,
     STREAMING,
     Config(64, 4, 5, 2),
     Config(64, 8, 4, 2),
@@ -63,7 +66,7 @@ def dense_gemm_kernel(
     """Each program computes a tile (BLOCK_M, BLOCK_N).
 
     a, b: descriptors of (M, K_DIM) and (N, K_DIM) if TMA, else pointers.
-    GROUPED: a_scales (M, G) and b_scales (ceil(N / BLOCK_N), G) contiguous: each BLOCK_K of K_DIM is scaled and added in float32. Else
+    GROUPED: a_scales (M, G) and b_scales (ceil(N / 128), G) contiguous: each BLOCK_K of K_DIM is scaled and added in float32. Else
     a_scales (M,) and b_scales (N,) scale the sum.
     out_scales: contiguous (M, ceil(N / OUT_GROUP)), then the result leaves as int8; or None.
 
@@ -107,7 +110,7 @@ def dense_gemm_kernel(
             w = tl.load(b_pointers + step * BLOCK_K, mask=b_mask, other=0.0)
         if GROUPED:
             a_scale = tl.load(a_scale_pointers + step * tl.cast(a_scale_stride_group, tl.int64), mask=valid_row, other=0.0)
-            scale = a_scale * tl.load(b_scales + column_tile * STEPS + step)
+            scale = a_scale * tl.load(b_scales + first_column // 128 * STEPS + step)
             acc = tl.fma(tl.dot(x, w.T).to(tl.float32), tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_N)), acc)
         else:
             # Hopper's tensor cores add float8 products with about 14 bits: each block's sum is added in float32
@@ -143,7 +146,7 @@ def dense_gemm(
     out: Tensor,
     out_scales: Tensor | None = None,
     *,
-    out_group: int = BLOCK_N,
+    out_group: int = GROUP_SIZE,
     eps: float = 0.0,
     config: Config | None = None,
 ) -> None:
@@ -163,12 +166,14 @@ def dense_gemm(
     if out.numel() == 0:
         return
     grouped = a_scales.dim() == 2
-    config = SMALL_TILES if config is None else config
     limits = grouped_gemm.device_limits(a.device)
+    if config is None:
+        few = few_tiles(1, rows, triton.cdiv(columns, GROUP_SIZE), limits.sms)
+        config = NARROW_TILES if few and (out_scales is None or out_group <= NARROW_TILES.block_n) else SMALL_TILES
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
-    dense_gemm_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, BLOCK_N),)](
+    dense_gemm_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
         descriptor(a, config.block_m, GROUP_SIZE) if tma else a,
-        descriptor(b, BLOCK_N, GROUP_SIZE) if tma else b,
+        descriptor(b, config.block_n, GROUP_SIZE) if tma else b,
         out,
         a_scales,
         b_scales,
@@ -184,7 +189,7 @@ def dense_gemm(
         GROUPED=grouped,
         OUT_GROUP=out_group,
         BLOCK_M=config.block_m,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=config.block_n,
         BLOCK_K=GROUP_SIZE,
         BAND=BAND,
         TMA=tma,

@@ -14,8 +14,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# One column tile of a segment has one scale for each group: this is the width of b's blocks, and of the groups.
-BLOCK_N = 128
+from moequant.kernels.sum_parts import sum_parts
+from moequant.kernels.symmetric import begins_early, let_next_begin
+
+# The width of b's blocks and of the groups: a column tile of at most as many columns has one scale for each group.
 GROUP_SIZE = 128
 
 
@@ -43,6 +45,7 @@ def grouped_gemm_kernel(
     b,
     out,
     destinations,
+    partials,
     a_scales,
     b_scales,
     num_tokens,
@@ -61,15 +64,18 @@ def grouped_gemm_kernel(
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
     FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Each program computes every num_programs-th tile (BLOCK_M, BLOCK_N) of the valid output. Only counts are read to find them.
 
     a, b: descriptors of (L*M, K_DIM) and (L*N, K_DIM) if TMA, else pointers. EXPERTS: L, rounded up to a power of two.
     destinations: the address for each row, or None: then out holds them.
+    partials: None, or (PARTS, L, M, N) float32: PARTS programs share a tile, each sums a part of the steps. `sum_parts` does the rest.
     FLATTEN: one loop over the steps of all tiles, so that the loads of a tile start while the one before is being finished.
     Tiles are numbered expert by expert; within an expert by bands of BAND row tiles, column by column, the rows of a band fastest: CTAs
     that run at the same time then read the same weights, and in a tall expert not more than BAND different tiles of activations.
-    A column tile never crosses from one segment to the next, so it has one row of b_scales: expert * column tiles + column tile.
+    A column tile never crosses from one segment to the next, nor from one block of 128 columns to the next: it has one row of b_scales.
 
     Example: BLOCK_M=64, BLOCK_N=128, BAND=2, SEGMENTS=2, N=400 (segments of 200 columns: 128 + 72), so 4 column tiles, which start at
     columns 0, 128, 200, 328. Counts [70, 0, 130] need 2, 0, 3 row tiles, 8 + 0 + 12 tiles in all, ends [8, 8, 20]:
@@ -81,6 +87,7 @@ def grouped_gemm_kernel(
     """
     SEGMENT_N: tl.constexpr = N // SEGMENTS
     SEGMENT_TILES: tl.constexpr = (SEGMENT_N + BLOCK_N - 1) // BLOCK_N
+    SEGMENT_BLOCKS: tl.constexpr = (SEGMENT_N + 127) // 128
     COLUMN_TILES: tl.constexpr = SEGMENTS * SEGMENT_TILES
     STEPS: tl.constexpr = (K_DIM + BLOCK_K - 1) // BLOCK_K
 
@@ -94,7 +101,9 @@ def grouped_gemm_kernel(
     tiles = tl.max(ends, 0)
     group_stride = tl.cast(scale_stride_group, tl.int64)
 
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+    let_next_begin(EARLY)
+    for unit in tl.range(tl.program_id(0), tiles * PARTS, tl.num_programs(0), flatten=FLATTEN):
+        tile = unit // PARTS
         expert, count, row_tile, column_tile = locate_tile(tile, ends, counts, BLOCK_M, BAND, COLUMN_TILES)
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         first_column = column_tile // SEGMENT_TILES * SEGMENT_N + column_tile % SEGMENT_TILES * BLOCK_N
@@ -112,10 +121,15 @@ def grouped_gemm_kernel(
             b_pointers = b + (b_row.to(tl.int64) + in_tile)[:, None] * K_DIM + depth[None, :]
         if a_scales is not None:
             a_scale_pointers = a_scales + expert.to(tl.int64) * scale_stride_expert + rows
-            b_scale_pointer = b_scales + (expert * COLUMN_TILES + column_tile) * STEPS
+            block = column_tile // SEGMENT_TILES * SEGMENT_BLOCKS + column_tile % SEGMENT_TILES * BLOCK_N // 128
+            b_scale_pointer = b_scales + (expert * (SEGMENTS * SEGMENT_BLOCKS) + block) * STEPS
 
+        first_step, last_step = 0, STEPS
+        if PARTS > 1:
+            first_step = unit % PARTS * STEPS // PARTS
+            last_step = (unit % PARTS + 1) * STEPS // PARTS
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in tl.range(0, STEPS, num_stages=STAGES):
+        for step in tl.range(first_step, last_step, num_stages=STAGES):
             if TMA:
                 x = a.load([a_row, step * BLOCK_K])
                 w = b.load([b_row, step * BLOCK_K])
@@ -133,12 +147,15 @@ def grouped_gemm_kernel(
             else:
                 a_scale = tl.load(a_scale_pointers + step * group_stride, mask=valid_row, other=0.0)
                 scale = a_scale * tl.load(b_scale_pointer + step)
-                acc += tl.dot(x, w.T).to(tl.float32) * scale[:, None]
+                acc = tl.fma(tl.dot(x, w.T).to(tl.float32), tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_N)), acc)
 
         mask = valid_row[:, None] & valid_column[None, :]
-        if destinations is None:
-            output_rows = out + (expert.to(tl.int64) * M + rows)[:, None] * N
-            tl.store(output_rows + first_column + in_tile[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        if destinations is None or PARTS > 1:
+            output = out
+            if PARTS > 1:
+                output = partials + tl.cast(unit % PARTS, tl.int64) * experts * M * N
+            output_rows = output + (expert.to(tl.int64) * M + rows)[:, None] * N
+            tl.store(output_rows + first_column + in_tile[None, :], acc.to(output.dtype.element_ty), mask=mask)
         else:
             # not loaded before: the products have no registers to spare
             addresses = tl.load(destinations + expert.to(tl.int64) * M + rows, mask=valid_row, other=0)
@@ -155,6 +172,8 @@ class Config(NamedTuple):
     stages: blocks of K_dim in flight; fewer where the device's shared memory asks for it.
     programs_per_sm: how many programs are launched for each multiprocessor, as many as can be resident at once.
     tma: use TMA where device and alignment allow it.
+    block_n: columns of a tile, a power of two from 16 to 128.
+    parts: programs that share a tile, each with a part of K_dim. They leave float32 numbers, which a second kernel adds in order.
     """
 
     block_m: int
@@ -163,11 +182,13 @@ class Config(NamedTuple):
     programs_per_sm: int
     flatten: bool = False
     tma: bool = True
+    block_n: int = 128
+    parts: int = 1
 
 
 # Three programs on a multiprocessor: one's scaling and storing hides under the others' products.
 SMALL_TILES = Config(64, 4, 3, 3)
-# Two with a deeper ring each: for weights that are read once, where there are several tiles for each program anyway.
+# Two with a deeper ring each: for weights that are read once, where there are several tiles for each program anyway, or only one.
 STREAMING = Config(64, 4, 4, 2)
 # Short sums: the next tile's loads start under the end of this one.
 SHORT = Config(64, 4, 4, 2, flatten=True)
@@ -181,6 +202,8 @@ CANDIDATES = (
     Config(64, 8, 4, 2),
     LARGE_TILES,
     Config(128, 8, 5, 1, flatten=True),
+    Config(64, 4, 6, 2, block_n=64),
+    SMALL_TILES._replace(parts=3),
 )
 BAND = 16
 
@@ -203,11 +226,20 @@ def device_limits(device: torch.device) -> Limits:
     return Limits(properties.multi_processor_count, shared_memory, torch.version.hip is None and properties.major >= 9)
 
 
-def choose_config(expected_rows: int, experts: int, column_tiles: int, steps: int, sms: int) -> Config:
+def few_tiles(experts: int, rows: int, column_tiles: int, sms: int) -> bool:
+    """Whether not every multiprocessor has a tile of its own, even if all rows are valid: then several share one."""
+    return experts * triton.cdiv(rows, STREAMING.block_m) * column_tiles <= sms
+
+
+def choose_config(expected_rows: int, experts: int, rows: int, column_tiles: int, steps: int, sms: int) -> Config:
     """The configuration for a mean number of valid rows, by what was measured on an H200 (benchmarks/results).
 
     column_tiles, steps: tiles of 128 columns, and blocks of K_dim, of one expert.
     """
+    if few_tiles(experts, rows, column_tiles, sms):
+        tiles = experts * triton.cdiv(rows, STREAMING.block_m) * column_tiles
+        # one program for each multiprocessor, or two if their sums are long: the second kernel takes as long as about ten steps
+        return STREAMING._replace(parts=max(1, min(sms // tiles, steps // 4), min(2 * sms // tiles, steps // 24)))
     if steps <= 12 and expected_rows <= 128:
         return SHORT
     if expected_rows <= 16 and experts * column_tiles > sms * SMALL_TILES.programs_per_sm:
@@ -217,9 +249,9 @@ def choose_config(expected_rows: int, experts: int, column_tiles: int, steps: in
 
 def fitting_stages(config: Config, limits: Limits, out_bytes: int) -> int:
     """The configuration's stages, or as many as fit: each holds 128 bytes of every row of both tiles, and the row tile's scales."""
-    stage = (config.block_m + BLOCK_N) * 128 + (config.block_m + 32) * 4
+    stage = (config.block_m + config.block_n) * 128 + (config.block_m + 32) * 4
     # a flattened loop has its loads in flight while the output tile passes through shared memory
-    reserved = config.block_m * BLOCK_N * out_bytes if config.flatten else 0
+    reserved = config.block_m * config.block_n * out_bytes if config.flatten else 0
     # devices without TMA multiply from registers: the stage being multiplied takes no shared memory
     in_registers = 0 if limits.tma else 1
     return max(1, min(config.stages, (limits.shared_memory - reserved) // stage + in_registers))
@@ -268,17 +300,23 @@ def grouped_gemm_blockscale(
     limits = device_limits(a.device)
     sms = limits.sms if num_sms is None else num_sms
     block_k = GROUP_SIZE // a.element_size()
-    column_tiles = segments * triton.cdiv(columns // segments, BLOCK_N)
     if config is None:
         expected_rows = rows if expected_rows is None else expected_rows
-        config = choose_config(expected_rows, experts, column_tiles, triton.cdiv(depth, block_k), limits.sms)
+        blocks = segments * triton.cdiv(columns // segments, GROUP_SIZE)
+        config = choose_config(expected_rows, experts, rows, blocks, triton.cdiv(depth, block_k), limits.sms)
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
-    programs = min(sms * config.programs_per_sm, experts * triton.cdiv(rows, config.block_m) * column_tiles)
+    column_tiles = segments * triton.cdiv(columns // segments, config.block_n)
+    partials, early = None, False
+    if config.parts > 1:
+        partials = torch.empty(config.parts, experts, rows, columns, dtype=torch.float32, device=a.device)
+        early = begins_early(a.device)
+    programs = min(sms * config.programs_per_sm, experts * triton.cdiv(rows, config.block_m) * column_tiles * config.parts)
     grouped_gemm_kernel[(programs,)](
         descriptor(a, config.block_m, block_k) if tma else a,
-        descriptor(b, BLOCK_N, block_k) if tma else b,
+        descriptor(b, config.block_n, block_k) if tma else b,
         out,
         destinations,
+        partials,
         a_scales,
         b_scales,
         num_tokens,
@@ -291,11 +329,15 @@ def grouped_gemm_blockscale(
         SEGMENTS=segments,
         EXPERTS=triton.next_power_of_2(experts),
         BLOCK_M=config.block_m,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=config.block_n,
         BLOCK_K=block_k,
         BAND=BAND,
         TMA=tma,
         STAGES=fitting_stages(config, limits, 2 if out is None else out.element_size()),
         FLATTEN=config.flatten and depth > 0,
+        PARTS=config.parts,
+        EARLY=early,
         num_warps=config.warps,
     )
+    if partials is not None:
+        sum_parts(partials, out, destinations, num_tokens, early)

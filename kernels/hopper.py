@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moequant.kernels.common import num_sms, runs_gluon
+from moequant.kernels.grouped_gemm import few_tiles
 
 # Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
 REGISTERS = 168
@@ -101,10 +102,11 @@ def supports(
     return runs_gluon(a.device) and takes(a, a_scales, b, b_scales, out, segments)
 
 
-def too_small(experts: int, columns: int, expected_rows: int, device: torch.device) -> bool:
-    """Whether a problem has so few tiles of weights that the plain kernel's three programs on each multiprocessor load them faster than
-    one: measured with 6 experts of 4096 to 7168 columns on an H200 (benchmarks/results)."""
-    return expected_rows <= 64 and experts * -(-columns // 128) < 2.6 * multiprocessors(device)
+def too_small(experts: int, rows: int, columns: int, expected_rows: int, device: torch.device) -> bool:
+    """Whether a problem has so few tiles that the plain kernel, several programs of which share a multiprocessor or a tile, loads the
+    weights faster: measured with 1 to 6 experts of 2112 to 7168 columns on an H200 (benchmarks/results)."""
+    column_tiles, sms = -(-columns // 128), multiprocessors(device)
+    return few_tiles(experts, rows, column_tiles, sms) or (expected_rows <= 64 and experts * column_tiles < 2.6 * sms)
 
 
 def takes(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor | None, segments: int) -> bool:

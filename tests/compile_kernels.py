@@ -43,6 +43,7 @@ from moequant.kernels.grouped_gemm import Limits
 EARLY_MODULES: Any = (
     combine_module,
     exchange_counts_module,
+    grouped_gemm_module,
     land_rows_module,
     push_tokens_module,
     quantize_tensor_module,

@@ -39,6 +39,7 @@ OPERATIONS = (
     "push_partial_sums",
     "signal_and_wait",
     "partials",
+    "sum_parts",
 )
 # written for NVLink
 NVIDIA_ONLY = {"exchange_counts", "push_tokens", "push_partial_sums", "signal_and_wait"}

@@ -28,7 +28,8 @@ def gemm_kernel(
     if common.runs_gluon(a.device):
         from moequant.kernels import hopper
 
-        small = hopper.too_small(b.shape[0], b.shape[1], a.shape[1] if expected_rows is None else expected_rows, a.device)
+        rows = a.shape[1]
+        small = hopper.too_small(b.shape[0], rows, b.shape[1], rows if expected_rows is None else expected_rows, a.device)
         if not small and hopper.supports(a, a_scales, b, b_scales, out, segments=segments):
             from moequant.kernels.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
 

@@ -6,28 +6,10 @@ from torch import Tensor
 
 from moequant import reference
 from moequant.formats import RECIPES
-from moequant.ops.gemm import rows_side_by_side
+from moequant.ops.gemm import gemm_kernel, rows_side_by_side
 from moequant.ops.registration import registered, uses_kernels
 
 EPS = RECIPES["default"].eps
-
-
-def on_hopper(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor) -> bool:
-    """Computes the product by Hopper's grouped GEMM of one group, if it takes the arguments and is faster. Returns whether it has."""
-    from moequant.kernels import common
-
-    if not common.runs_gluon(a.device):
-        return False
-    from moequant.kernels import hopper
-    from moequant.kernels.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
-
-    if hopper.too_small(1, b.shape[0], a.shape[0], a.device):
-        return False
-    left, left_scales, right, right_scales, result = (x.unsqueeze(0) for x in (a, rows_side_by_side(a_scales), b, b_scales, out))
-    taken = hopper.supports(left, left_scales, right, right_scales, result)
-    if taken:
-        grouped_gemm_blockscale_hopper(left, left_scales, right, right_scales, None, result)
-    return taken
 
 
 @registered(mutates=("out", "out_scales"))
@@ -43,7 +25,12 @@ def int8_addmm(
 ) -> None:
     """`reference.int8_addmm` into a given output (M, N), float, or int8 with out_scales (M, ceil(N / out_block_size))."""
     if uses_kernels(a):
-        if bias is None and out_scales is None and on_hopper(a, a_scales, b, b_scales, out):
+        if bias is None and out_scales is None:
+            left, left_scales, right, right_scales, result = (
+                x.unsqueeze(0) for x in (a, rows_side_by_side(a_scales), b, b_scales, out)
+            )
+            kernel = gemm_kernel(left, left_scales, right, right_scales, result)
+            kernel(left, left_scales, right, right_scales, None, result)
             return
         from moequant.kernels.dense_gemm import dense_gemm
 

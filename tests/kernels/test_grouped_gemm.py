@@ -19,6 +19,7 @@ from moequant.kernels.grouped_gemm import (
     STREAMING,
     Config,
     Limits,
+    choose_config,
     fitting_stages,
     grouped_gemm_blockscale,
     locate_tile,
@@ -242,10 +243,33 @@ def test_configurations(device: str, config: Config) -> None:
     check(a, b, [130, 0, 17], config=config)
 
 
+@pytest.mark.parametrize("parts", [1, 5], ids=["whole", "parts"])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-def test_output_types(device: str, out_dtype: torch.dtype) -> None:
+def test_output_types(device: str, out_dtype: torch.dtype, parts: int) -> None:
+    """More parts than groups of K_dim: some are empty."""
     a, b = operands(device, DTYPES["e4m3fn"], (2, 140, 384, 192))
-    check(a, b, [140, 111], out_dtype=out_dtype)
+    check(a, b, [140, 111], out_dtype=out_dtype, config=SMALL_TILES._replace(parts=parts))
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("block_n", [16, 32, 64])
+def test_narrow_tiles_have_the_scales_of_their_blocks(device: str, block_n: int, segments: int) -> None:
+    a, b = operands(device, DTYPES["e4m3fn"], (2, 70, 400, 256), segments=segments)
+    check(a, b, [70, 3], config=SMALL_TILES._replace(block_n=block_n))
+
+
+@pytest.mark.parametrize(
+    ("experts", "rows", "column_tiles", "steps", "parts"),
+    [
+        pytest.param(1, 1, 17, 56, 7, id="one program for each multiprocessor"),
+        pytest.param(1, 1, 56, 128, 4, id="two, as the sums are long"),
+        pytest.param(1, 1, 17, 12, 3, id="at least four steps a part"),
+        pytest.param(1, 128, 112, 56, 1, id="tiles enough"),
+        pytest.param(8, 65, 9, 56, 1, id="tiles enough if all rows are valid"),
+    ],
+)
+def test_programs_share_tiles_where_there_are_few(experts: int, rows: int, column_tiles: int, steps: int, parts: int) -> None:
+    assert choose_config(rows, experts, rows, column_tiles, steps, 132).parts == parts
 
 
 @pytest.mark.parametrize("expected_rows", [None, 0, 1, 300, 10**6])

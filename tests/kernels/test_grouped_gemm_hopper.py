@@ -329,10 +329,17 @@ def test_configurations_are_the_measured_ones(experts: int, columns: int, rows: 
 
 
 @pytest.mark.parametrize(
-    ("experts", "columns", "rows", "small"), [(6, 4096, 20, True), (6, 4096, 65, False), (16, 3072, 16, False), (1, 28672, 1, True)]
+    ("experts", "rows", "columns", "expected_rows", "small"),
+    [
+        pytest.param(6, 1024, 4096, 20, True, id="few weights"),
+        pytest.param(6, 1024, 4096, 65, False, id="few weights, many rows"),
+        pytest.param(16, 1024, 3072, 16, False, id="many weights"),
+        pytest.param(1, 128, 7168, 128, True, id="fewer tiles than multiprocessors"),
+        pytest.param(1, 256, 7168, 256, False, id="more tiles than multiprocessors"),
+    ],
 )
-def test_few_tiles_of_weights_are_left_to_the_plain_kernel(experts: int, columns: int, rows: int, small: bool) -> None:
-    assert too_small(experts, columns, rows, torch.device("cpu")) == small
+def test_few_tiles_are_left_to_the_plain_kernel(experts: int, rows: int, columns: int, expected_rows: int, small: bool) -> None:
+    assert too_small(experts, rows, columns, expected_rows, torch.device("cpu")) == small
 
 
 def test_no_counter_is_freed_while_a_graph_may_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:

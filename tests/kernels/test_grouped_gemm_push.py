@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moequant import ops, reference
+from moequant.kernels import grouped_gemm
 
 COUNTS, ROWS = [70, 0, 1], 72
 # of a bfloat16, a NaN that no computation makes
@@ -43,6 +44,12 @@ def test_quantized_rows_have_the_bits_of_the_gemm(columns, kernels):
     a = reference.quantize_expert_batch(torch.randn(3, ROWS, 256, device=kernels).bfloat16(), dtype=torch.int8)
     b = reference.quantize_weight(torch.randn(3, columns, 256, device=kernels).bfloat16(), dtype=torch.int8)
     check((a.values, a.scales), (b.values, b.scales))
+
+
+def test_rows_whose_product_is_done_in_parts_have_the_bits_of_the_gemm(kernels, monkeypatch):
+    monkeypatch.setattr(grouped_gemm, "choose_config", lambda *_: grouped_gemm.SMALL_TILES._replace(parts=2))
+    a, b = (torch.randn(3, rows, 256, device=kernels).bfloat16() for rows in (ROWS, 136))
+    check((a, None), (b, None))
 
 
 @pytest.mark.parametrize("columns", [136, 100], ids=["aligned", "odd"])
