@@ -149,7 +149,8 @@ def fused_rms_quantize(
         return
     block_g = triton.next_power_of_2(triton.cdiv(columns, group_size))
     block_m = max(1, TILE // (block_g * group_size))
-    num_warps = max(4, block_m * block_g * group_size // 1024)
+    # two rows of numbers more to hold, half as many of each in a thread
+    num_warps = max(4, block_m * block_g * group_size // (1024 if residual is None and gate is None else 512))
     fused_rms_quantize_kernel[(min(triton.cdiv(rows, block_m), num_sms(x.device) * 16 // num_warps),)](
         x,
         weight,

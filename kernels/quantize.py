@@ -36,6 +36,19 @@ def load_tile(
 
 
 @triton.jit
+def locate_rows(block, counts, ends, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr):
+    """As `locate_block`. Without counts block after block of rows, of all experts each: where these are the heads of a matrix's rows,
+    what is written at one time lies side by side.
+
+    Example: two experts of 20 rows, BLOCK=8: blocks 0..5 are rows 0 of experts 0 and 1, rows 8 of both, rows 16 of both.
+    """
+    if COUNTED:
+        return locate_block(block, counts, ends, BLOCK, EXPERTS)
+    else:
+        return block % experts, block // experts * BLOCK, rows
+
+
+@triton.jit
 def quantize_kernel(
     x_ptr,
     num_tokens_ptr,
@@ -93,7 +106,7 @@ def quantize_kernel(
     scale_in_tile = row.to(tl.int64)[:, None] * s_stride_m + scale_in_group[None, :]
 
     tile = tl.program_id(0)
-    expert, first_row, count = locate_block(tile // group_blocks, counts, ends, BLOCK_M, EXPERTS)
+    expert, first_row, count = locate_rows(tile // group_blocks, counts, ends, experts, rows, BLOCK_M, EXPERTS, COUNTED)
     first_group = tile % group_blocks * BLOCK_G
     mask = tile_mask(first_row, first_group * GROUP, row, column, count, columns, EVEN)
     x, up = load_tile(
@@ -102,7 +115,8 @@ def quantize_kernel(
     while tile < tiles:
         next_tile = tile + tl.num_programs(0)
         # past the last tile there is no valid row
-        next_expert, next_row, next_count = locate_block(next_tile // group_blocks, counts, ends, BLOCK_M, EXPERTS)
+        next_block = next_tile // group_blocks
+        next_expert, next_row, next_count = locate_rows(next_block, counts, ends, experts, rows, BLOCK_M, EXPERTS, COUNTED)
         next_group = next_tile % group_blocks * BLOCK_G
         mask = tile_mask(next_row, next_group * GROUP, row, column, next_count, columns, EVEN)
         next_x, next_up = load_tile(
