@@ -22,7 +22,7 @@ def gelu_of_twice(h):
     group, and its error a thousandth of that floor's step.
     """
     u = tl.minimum(tl.abs(h), 4.15)
-    t = quotient(u - 2.0, u + 2.0)
+    t = quotient(u - 2.0, u + 2.0, False)
     p = tl.full(h.shape, 0.001562363700941205, tl.float32)
     p = tl.fma(p, t, tl.full(h.shape, 0.00099001987837255, tl.float32))
     p = tl.fma(p, t, tl.full(h.shape, -0.01706968992948532, tl.float32))
