@@ -22,6 +22,7 @@ from benchmarks.timing import Modes, Way, time_modes, time_turn_about
 from moequant import GroupedExperts, MoEQuantDispatcher, quantize_expert_batch, reference
 from moequant.batch import ceil_div
 from moequant.config import DispatcherConfig
+from moequant.layer import Plan
 from moequant.testing import routing
 from moequant.transport.collective import CollectiveTransport, choose_exchange, message_bytes
 
@@ -108,7 +109,7 @@ def all_ids(options: argparse.Namespace, kind: str, config: DispatcherConfig, de
     if options.capacity is None:
         return ids, ids
     # each half of a layer's tokens has the buffers for itself
-    parts = ids.tensor_split((ceil_div(ids.shape[1], 2),), 1) if options.chunks == 2 else (ids,)
+    parts = ids.tensor_split((ceil_div(ids.shape[1], 2),), 1) if options.plan.chunks == 2 else (ids,)
     return ids, torch.cat([without_overflow(part, config) for part in parts], 1)
 
 
@@ -173,12 +174,13 @@ class Layer:
         w13, w2 = (torch.stack(weights) for weights in zip(*pairs, strict=True))
         self.experts = GroupedExperts.from_weights(w13, w2, quant=config.quant)
         self.tokens = tokens
-        self.iters, self.chunks = options.iters, options.chunks
+        self.iters, self.plan = options.iters, options.plan
         self.exchange = choose_exchange(config) if isinstance(self.dispatcher._transport, CollectiveTransport) else None
         self.in_graph = device.type == "cuda" and self.exchange != "packed"
 
     def __call__(self) -> Tensor:
-        return self.dispatcher(*self.tokens, self.experts, chunks=self.chunks if self.config.pushes else 1)
+        plan = self.plan if self.config.pushes else Plan()
+        return self.dispatcher(*self.tokens, self.experts, chunks=plan.chunks, first_experts=plan.first_experts)
 
     def case(self, options: argparse.Namespace, kind: str) -> dict[str, Any]:
         config = self.config
@@ -186,7 +188,8 @@ class Layer:
         case |= {"W": config.world_size, "quant": config.quant, "transport": config.transport}
         case |= {"exchange": self.exchange, "reduce": config.reduce, "routing": kind}
         if config.transport == "symmetric":
-            case |= {"overlap": "steps apart" if not config.pushes else "rows pushed" if self.chunks == 1 else "in halves"}
+            way = "in halves" if self.plan.chunks == 2 else "in waves" if self.plan.first_experts else "rows pushed"
+            case |= {"overlap": way if config.pushes else "steps apart"}
         # as it is rounded
         case |= {"capacity": config.max_rows if config.capacity is not None else None}
         return {key: value for key, value in case.items() if value is not None}

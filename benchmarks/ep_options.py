@@ -13,7 +13,7 @@ from benchmarks.common import TOLERANCES, OneLineParser, free_memory
 from benchmarks.traces import TraceError, check_matches, find_traces, load_trace, matching_trace
 from moequant import MoEQuantDispatcher
 from moequant.config import CHOICES, DispatcherConfig
-from moequant.layer import choose_chunks, multiprocessors
+from moequant.layer import Plan, choose_plan, multiprocessors
 from moequant.models import MODELS, model_shape
 from moequant.testing import routing
 
@@ -57,7 +57,13 @@ def make_parser(description: str | None) -> OneLineParser:
         "--chunks",
         type=int,
         choices=(1, 2),
-        help="parts of the layer's tokens with --overlap on (default: what a model finds faster)",
+        help="parts of the layer's tokens with --overlap on (default: what a model finds fastest)",
+    )
+    add(
+        "--first-experts",
+        type=int,
+        metavar="N",
+        help="experts of each rank whose rows are sent first with --overlap on, 0: all at once (default: what a model finds fastest)",
     )
     add("--quant", choices=tuple(TOLERANCES), default="fp8_e4m3fn", help="format of activations and weights (default: fp8_e4m3fn)")
     add(
@@ -96,10 +102,11 @@ def parse_options(argv: list[str] | None, world_size: int, description: str | No
         choose_shape(options, world_size)
         choose_routing(options)
         config = DispatcherConfig(world_size=world_size, **dispatcher_settings(options))
-        if options.chunks is None:
-            options.chunks = choose_chunks(config, options.intermediate, multiprocessors(torch.device(options.device)))
+        options.plan = Plan(options.chunks or 1, options.first_experts or 0)
         if options.overlap == "off" or options.transport not in ("auto", "symmetric") or config.per_rank or world_size == 1:
-            options.chunks = 1
+            options.plan = Plan()
+        elif options.chunks is None and options.first_experts is None:
+            options.plan = choose_plan(config, options.intermediate, multiprocessors(torch.device(options.device)))
     except ValueError as error:
         parser.error(str(error))
     needed, free = memory_needed(options, config), free_memory(options.device)
@@ -171,8 +178,7 @@ def dispatcher_settings(options: argparse.Namespace) -> dict[str, Any]:
         "reduce": options.reduce,
         "capacity": options.capacity,
         "overlap": options.overlap == "on",
-        # None: not settled yet
-        "slots": options.chunks or 1,
+        "slots": 2 if options.chunks == 2 else 1,
         "on_overflow": "error" if options.capacity is None else "drop",
     }
 

@@ -26,6 +26,8 @@ def land_rows_kernel(
     returns_offset,
     ranks,
     entries,
+    first_expert,
+    experts,
     local_experts,
     capacity,
     columns,
@@ -39,25 +41,27 @@ def land_rows_kernel(
     EXPERTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Tiles of BLOCK valid rows and BLOCK_G groups of columns are dealt to the programs in turn.
+    """Tiles of BLOCK valid rows and BLOCK_G groups of columns are dealt to the programs in turn. The rows are those of `experts` experts
+    from first_expert on.
 
     Example: M=8, L=2, NOTE=4: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2, leader 3, then
     sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
     """
     await_previous(EARLY)
-    counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, BLOCK, EXPERTS, True)
+    counts, ends = row_blocks(num_tokens_ptr + first_expert, experts, capacity, BLOCK, EXPERTS, True)
     column_blocks = tl.cdiv(groups, BLOCK_G)
     # after a fault the notes may be anything; the batch is empty, so that no product stores rows at addresses of an earlier call
     well = tl.load(fault_ptr) == NO_FAULT
     tiles = tl.where(well, tl.max(ends, axis=0) * column_blocks, 0)
     if (tl.program_id(0) == 0) & (not well):
         expert = tl.arange(0, EXPERTS)
-        tl.store(num_tokens_ptr + expert, tl.zeros((EXPERTS,), tl.int32), mask=expert < local_experts)
+        tl.store(num_tokens_ptr + first_expert + expert, tl.zeros((EXPERTS,), tl.int32), mask=expert < experts)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         expert, first_row, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
         first_group = tile % column_blocks * BLOCK_G
         row = first_row + tl.arange(0, BLOCK)
         there = row < count
+        expert += first_expert
         flat = expert.to(tl.int64) * capacity + row
         note = notes_ptr + flat * NOTE + SCALES
         leader = tl.load(note + 2, mask=there, other=0)
@@ -99,6 +103,7 @@ def land_rows(
     entries: int,
     return_bytes: int,
     expected_rows: int,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """values: (L, M, H), notes (L, M, words) int32: as `push_tokens` on all ranks left them. num_tokens: (L,) int32.
 
@@ -106,12 +111,15 @@ def land_rows(
     int64, and destinations (L, M) int64: where the row goes on its source rank, `return_bytes` for each of its `entries` entries. After a
     fault num_tokens becomes 0 instead.
 
-    expected_rows: of an expert, a guess by which the launch is sized.
+    expected_rows: of an expert, a guess by which the launch is sized. part: the experts to do, from the first to before the second; None:
+    all.
     """
     local_experts, capacity, columns = values.shape
+    first_expert, end = part or (0, local_experts)
+    experts = end - first_expert
     groups = triton.cdiv(columns, 128)
     block, block_g = 8, min(8, triton.next_power_of_2(groups))
-    columns_of_tiles, warps, sms = local_experts * triton.cdiv(groups, block_g), 4, num_sms(values.device)
+    columns_of_tiles, warps, sms = experts * triton.cdiv(groups, block_g), 4, num_sms(values.device)
     fits = EARLY_WARPS // warps * sms
     early = begins_early(values.device) and columns_of_tiles * triton.cdiv(expected_rows, block) <= 4 * fits
     worst = columns_of_tiles * triton.cdiv(capacity, block)
@@ -127,6 +135,8 @@ def land_rows(
         returns_offset,
         peers.shape[0],
         entries,
+        first_expert,
+        experts,
         local_experts,
         capacity,
         columns,
@@ -137,7 +147,7 @@ def land_rows(
         BLOCK=block,
         WIDTH=values.element_size(),
         BLOCK_G=block_g,
-        EXPERTS=triton.next_power_of_2(local_experts),
+        EXPERTS=triton.next_power_of_2(experts),
         EARLY=early,
         num_warps=warps,
         **launch_option(early),

@@ -8,6 +8,8 @@ than the row itself. They travel side by side in the row's note, and the receive
 G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the leader, a spare; and, for
 reduce="per_rank", in the leader's note, the token's K rows on its rank (-1 for the others), padded to a multiple of 4, and its K weights
 (float32), likewise. The leader of a row is the row of the first of the token's entries on the same rank, itself if it is the first.
+
+In two waves, one launch each, the rows of each rank's first experts go before the others'; entries of the first wave come first then.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ def push_tokens_kernel(
     max_tokens,
     experts,
     local_experts,
+    first_experts,
     capacity,
     columns,
     x_stride_t,
@@ -75,6 +78,7 @@ def push_tokens_kernel(
     K: tl.constexpr,
     TOPK_LANES: tl.constexpr,
     PER_RANK: tl.constexpr,
+    WAVE: tl.constexpr,
     WAIT: tl.constexpr,
     EARLY: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -84,6 +88,7 @@ def push_tokens_kernel(
 
     Only the first row of a token on a rank, the leader, gets its values and scales; `land_rows` copies them to the others.
     NOTE: words of a note, of which the first SCALES hold scales.
+    WAVE: 0 for all rows, 1 for those of each rank's first first_experts experts, 2 for the others.
 
     Example: W=2, L=2, M=8, ids[t] [3, 0, 2], slots[t] [0, 1, 0], offsets [4, 0, 8, 5]. Entry 0 goes to row 5 of expert 3, row
     1 * 8 + 5 = 13 of rank 1; entry 1 to row 5 of expert 0 on rank 0; entry 2 would be row 8 of expert 2, for which there is no room.
@@ -107,6 +112,8 @@ def push_tokens_kernel(
         rows = ()
         owners = ()
         leaders = ()
+        # of the first wave
+        firsts = ()
         for k in tl.static_range(K):
             expert = tl.load(ids_ptr + token * K + k).to(tl.int64)
             slot = tl.load(slots_ptr + token * K + k)
@@ -122,8 +129,10 @@ def push_tokens_kernel(
             rows = rows + (row,)
             owners = owners + (owner,)
             leaders = leaders + (leader,)
+            firsts = firsts + (expert % local_experts < first_experts,)
         first_block = tl.program_id(1) == 0
-        if first_block:
+        # the second wave would write the same
+        if first_block & (WAVE != 2):
             for k in tl.static_range(K):
                 tl.store(rows_ptr + token * K + k, rows[k])
             if PER_RANK:
@@ -137,10 +146,15 @@ def push_tokens_kernel(
         lane = tl.arange(0, TOPK_LANES)
         rows_of_rank = local_experts * capacity
         for k in tl.static_range(K):
-            if rows[k] >= 0:
+            leader = leaders[k]
+            if WAVE > 0:
+                for back in tl.static_range(K):
+                    ahead = firsts[K - 1 - back] & (owners[K - 1 - back] == owners[k])
+                    leader = tl.where(ahead, rows[K - 1 - back], leader)
+            if (rows[k] >= 0) & ((WAVE == 0) | (firsts[k] == (WAVE == 1))):
                 owner = owners[k]
                 local_row = (rows[k] - owner * rows_of_rank).to(tl.int64)
-                leads = leaders[k] == rows[k]
+                leads = leader == rows[k]
                 note = peer_block(peers_ptr, owner, notes_offset, tl.int32)
                 note = tl.multiple_of(note + local_row * NOTE, 16)
                 if leads:
@@ -149,8 +163,8 @@ def push_tokens_kernel(
                     if QUANTIZED:
                         tl.store(note + group, scales.to(tl.int32, bitcast=True), mask=group * 128 < columns)
                 if first_block:
-                    leader = leaders[k] - owner * rows_of_rank
-                    words = tl.where(word == 0, token * K + k, tl.where(word == 1, rank, tl.where(word == 2, leader, 0)))
+                    led_by = leader - owner * rows_of_rank
+                    words = tl.where(word == 0, token * K + k, tl.where(word == 1, rank, tl.where(word == 2, led_by, 0)))
                     tl.store(note + SCALES + word, words)
                     if PER_RANK and leads:
                         for other in tl.static_range(K):
@@ -205,6 +219,8 @@ def push_tokens(
     wait: bool,
     limit: int,
     *,
+    wave: int = 0,
+    first_experts: int = 0,
     max_value: float = 0.0,
     eps: float = 0.0,
     power_of_two: bool = False,
@@ -214,7 +230,8 @@ def push_tokens(
 
     topk_weights: (T, K), for reduce="per_rank"; otherwise None. Written: rows (T, K) int32, the flat row of each entry among all ranks'
     E * M rows, -1 where there is none; and, with weights, partials (T, W) int32: r * max_tokens + t for each rank r that holds rows of
-    token t, otherwise -1. dtype: of the values; max_value, eps, power_of_two, reciprocal: of the format and the recipe.
+    token t, otherwise -1. wave, first_experts: 1, and then 2, with the number of each rank's experts whose rows go first; 0: all at once.
+    dtype: of the values; max_value, eps, power_of_two, reciprocal: of the format and the recipe.
     """
     (tokens, columns), top_k = x.shape, topk_ids.shape[1]
     ranks, experts = peers.shape[0], offsets.shape[0]
@@ -247,6 +264,7 @@ def push_tokens(
         max_tokens,
         experts,
         local_experts,
+        first_experts,
         capacity,
         columns,
         x.stride(0),
@@ -262,6 +280,7 @@ def push_tokens(
         K=top_k,
         TOPK_LANES=triton.next_power_of_2(top_k),
         PER_RANK=topk_weights is not None,
+        WAVE=wave,
         WAIT=wait,
         EARLY=early,
         BLOCK_G=block_g,

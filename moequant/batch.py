@@ -6,7 +6,7 @@ N and K_dim columns and contraction of a weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -160,6 +160,17 @@ class ExpertBatch:
         if self.scales is None:
             return self.values
         return QuantizedTensor(self.values, self.scales, "transposed", self.recipe)
+
+    def part(self, begin: int, end: int) -> ExpertBatch:
+        """The batch of experts begin..end - 1, views of this one."""
+        values, num_tokens, sources = (x[begin:end] for x in (self.values, self.num_tokens, self.sources))
+        return replace(
+            self,
+            values=values,
+            scales=None if self.scales is None else self.scales[begin:end],
+            num_tokens=num_tokens,
+            sources=sources,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -144,3 +144,8 @@ def check_counted(config: DispatcherConfig, invalid: int, dropped: int) -> None:
         )
     if dropped and config.on_overflow == "error":
         raise CapacityOverflowError(overflow)
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """x with the numbers of a row side by side: x itself, or a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -17,17 +17,12 @@ from torch import Tensor
 
 from moequant.agreement import agree, attempt, choose_device, membership
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_counted, check_expert_output, check_format, check_out, check_tokens
+from moequant.checks import check_counted, check_expert_output, check_format, check_out, check_tokens, with_rows
 from moequant.config import DispatcherConfig
-from moequant.errors import (
-    ClosedError,
-    OutOfStepError,
-    PeerTimeoutError,
-    StaleHandleError,
-)
-from moequant.layer import run_layer
+from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError, StaleHandleError
+from moequant.layer import run_layer, side_stream
 from moequant.transport.base import Slot
-from moequant.transport.select import guess, make_transport, resolve, transport_class
+from moequant.transport.select import buffer_bytes, make_transport, resolve
 from moequant.transport.symmetric import SymmetricTransport
 from moequant.warm_up import warm_up
 
@@ -134,28 +129,9 @@ class MoEQuantDispatcher:
             if self.device.type == "cuda":
                 warm_up(self._transport, self.config, self._slots[0], self.device)
             self._transport.start()
-            self._side = torch.cuda.Stream() if self.device.type == "cuda" and slots == 2 else None
+            self._side = side_stream(self.config, self.device)
 
-    @staticmethod
-    def buffer_bytes(
-        *, num_experts: int, top_k: int, hidden_size: int, max_tokens_per_rank: int, world_size: int = 1, **settings: Any
-    ) -> int:
-        """Bytes of device memory that a dispatcher with these settings allocates on each rank. Needs no GPU and no group.
-
-        settings: as the constructor's; world_size stands in for the group. transport="auto" with several ranks means "symmetric" on a
-            machine that has GPUs, and "collective" on one that has none.
-        """
-        config = DispatcherConfig(
-            num_experts=num_experts,
-            top_k=top_k,
-            hidden_size=hidden_size,
-            max_tokens_per_rank=max_tokens_per_rank,
-            world_size=world_size,
-            **settings,
-        )
-        config = guess(config)
-        specs = transport_class(config).buffer_specs(config)
-        return config.slots * sum(spec.nbytes for spec in specs.values())
+    buffer_bytes = staticmethod(buffer_bytes)
 
     @untraced
     def dispatch(
@@ -193,6 +169,23 @@ class MoEQuantDispatcher:
         """The second half of `dispatch`: the batch, when all ranks' rows are there. Collective. handle: of `dispatch_send`."""
         buffers = self._slot_of(handle)
         return self._run(self._transport.dispatch_recv, handle.topk_weights.shape[0], buffers)
+
+    @untraced
+    def dispatch_first(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: int, experts: int
+    ) -> tuple[ExpertBatch, DispatchHandle]:
+        """`dispatch` of the rows of each rank's first `experts` experts, 1 to L - 1, whose batch it returns; `dispatch_second` sends the
+        others, beside products of these if need be. Transport "symmetric" alone. Collective."""
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot)
+        batch, state = self._run(self._symmetric().dispatch_first, *arguments, buffers, experts)
+        return batch, self._handle(*arguments, buffers, state)
+
+    @untraced
+    def dispatch_second(self, hidden_states: Tensor, topk_ids: Tensor, handle: DispatchHandle, experts: int) -> ExpertBatch:
+        """The batch of the other experts, after `dispatch_first` of the same tensors, which returned the handle. Collective."""
+        buffers = self._slot_of(handle)
+        arguments = with_rows(hidden_states), topk_ids.contiguous(), handle.topk_weights
+        return self._run(self._symmetric().dispatch_second, *arguments, buffers, experts)
 
     @untraced
     def combine(self, expert_output: Tensor, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
@@ -267,17 +260,23 @@ class MoEQuantDispatcher:
         *,
         slot: int = 0,
         chunks: int | None = None,
+        first_experts: int | None = None,
     ) -> Tensor:
         """dispatch, experts, combine. Returns (T, H) of the hidden states' type. Collective.
 
-        With `GroupedExperts`, transport "symmetric" and reduce="exact", GEMM 2 stores its rows at their tokens' ranks; overlap=False
-        keeps the steps apart. The same bits, but for the experts' choice of tiles.
+        With `GroupedExperts`, transport "symmetric" and reduce="exact", GEMM 2 stores its rows at their tokens' ranks, and communication
+        can go on under the products; overlap=False keeps the steps apart. The same bits, but for the experts' choice of tiles.
 
-        chunks: 1, or, with slots=2 besides, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of
-            an expert, and one half's dispatch under the other's products. The same on all ranks. None: 2 where a model of the hardware
-            finds that faster for max_tokens_per_rank tokens; give 1 for calls with few tokens of a dispatcher that is made for many.
+        first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others under
+            their products.
+        chunks: 1, or, with slots=2, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of an
+            expert, and one half's dispatch under the other's products.
+
+        Both are the same on all ranks, and only one is used. None: what a model of the hardware finds fastest for max_tokens_per_rank
+        tokens; give first_experts=0 and chunks=1 for calls with few tokens of a dispatcher that is made for many.
         """
-        return run_layer(self, (hidden_states, topk_ids, topk_weights), experts, slot, chunks, self._side)
+        tokens = hidden_states, topk_ids, topk_weights
+        return run_layer(self, tokens, experts, slot, chunks, first_experts, self._side)
 
     def check(self) -> int:
         """Waits for the device, and reports what dispatches since the last check could not raise. Not collective.
@@ -355,11 +354,9 @@ class MoEQuantDispatcher:
         buffers = self._slot(slot)
         buffers.call = (self._calls % 2**30) * 2 + slot
         check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
-        if hidden_states.stride(-1) != 1:
-            hidden_states = hidden_states.contiguous()
         buffers.generation += 1
         buffers.pending = None
-        return (hidden_states, topk_ids.contiguous(), topk_weights.contiguous()), buffers
+        return (with_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()), buffers
 
     def _handle(self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor, slot: Slot, state: Any) -> DispatchHandle:
         destinations = slot.buffers.get("destinations")
@@ -382,14 +379,17 @@ class MoEQuantDispatcher:
             )
         return buffers
 
+    def _symmetric(self) -> SymmetricTransport:
+        if not isinstance(self._transport, SymmetricTransport):
+            raise RuntimeError(f'only transport "symmetric" can do this, not "{self.config.transport}"')
+        return self._transport
+
     def _pushing(self, handle: DispatchHandle) -> SymmetricTransport:
         self._slot_of(handle)
-        if not isinstance(self._transport, SymmetricTransport) or handle.destinations is None:
-            raise RuntimeError(
-                f'rows can be pushed with transport "symmetric" and reduce="exact" alone, not with "{self.config.transport}" and '
-                f'"{self.config.reduce}"; use combine'
-            )
-        return self._transport
+        transport = self._symmetric()
+        if handle.destinations is None:
+            raise RuntimeError(f'rows can be pushed with reduce="exact" alone, not with "{self.config.reduce}"; use combine')
+        return transport
 
     def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
         """A transport's step; after a fault every later call raises."""

@@ -6,6 +6,7 @@ L local experts, M rows of an expert's buffer, H hidden size, I intermediate siz
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class GroupedExperts:
         self.w13, self.w2 = w13, w2
         self.hidden_size, self.intermediate_size = hidden, doubled // 2
         self._workspaces: dict[tuple[int, int], Workspace] = {}
+        self._parts: dict[tuple[int, int], GroupedExperts] = {}
 
     @classmethod
     def from_weights(
@@ -122,6 +124,18 @@ class GroupedExperts:
         )
         return inner
 
+    def part(self, begin: int, end: int) -> GroupedExperts:
+        """Experts begin..end - 1 with views of the weights and workspaces of their own, for `ExpertBatch.part`. It is kept."""
+        if (begin, end) not in self._parts:
+            w13, w2 = (
+                replace(w, values=w.values[begin:end], scales=w.scales[begin:end])
+                if isinstance(w, QuantizedTensor)
+                else w[begin:end]
+                for w in (self.w13, self.w2)
+            )
+            self._parts[begin, end] = GroupedExperts(w13, w2)
+        return self._parts[begin, end]
+
     def fuses(self, batch: ExpertBatch) -> bool:
         """Whether `gemm1_swiglu` is one kernel for a batch."""
         inner, w13 = self._workspace(batch).inner, self.w13
@@ -180,20 +194,24 @@ class GroupedExperts:
 
 
 class Workspace:
-    """What passes between the steps for batches of M rows: gate and up (L, M, 2I), made when it is first asked for, SwiGLU's output
-    (L, M, I) and GEMM 2's (L, M, H)."""
+    """What passes between the steps for batches of M rows: SwiGLU's output (L, M, I), and, each made when it is first asked for, gate and
+    up (L, M, 2I) and GEMM 2's output (L, M, H)."""
 
     def __init__(self, experts: GroupedExperts, rows: int) -> None:
         self.shape = experts.w13.shape[0], rows
         self.device = experts.w13.device
         self.gate_up_columns = 2 * experts.intermediate_size
-        self.output = torch.empty(*self.shape, experts.hidden_size, dtype=torch.bfloat16, device=self.device)
+        self.hidden_size = experts.hidden_size
         self.inner: QuantizedTensor | Tensor = torch.empty(
             *self.shape, experts.intermediate_size, dtype=_dtype(experts.w2), device=self.device
         )
         if isinstance(experts.w2, QuantizedTensor):
             scales = empty_transposed_scales(*self.shape, ceil_div(experts.intermediate_size, 128), self.device)
             self.inner = QuantizedTensor(self.inner, scales, "transposed")
+
+    @functools.cached_property
+    def output(self) -> Tensor:
+        return torch.empty(*self.shape, self.hidden_size, dtype=torch.bfloat16, device=self.device)
 
     @functools.cached_property
     def gate_up(self) -> Tensor:

@@ -16,7 +16,7 @@ from moequant import (
     reference,
 )
 from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div, empty_scales
-from moequant.checks import check_choice, check_eps, check_format, check_no_grad, check_tensor
+from moequant.checks import check_choice, check_eps, check_format, check_no_grad, check_tensor, with_rows
 from moequant.formats import FLOAT_DTYPES, format_of, recipe_of
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -132,8 +132,9 @@ def fused_rms_fp8_group_quant(
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     summed = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scales, written = _scales(rows, ceil_div(columns, group_size), transpose_scale, x.device)
+    optional = (None if tensor is None else with_rows(tensor) for tensor in (residual, gate))
     torch.ops.moequant.fused_rms_quantize(
-        _with_rows(x), weight.contiguous(), _with_rows(residual), _with_rows(gate), summed, values, written, eps, group_size, recipe
+        with_rows(x), weight.contiguous(), *optional, summed, values, written, eps, group_size, recipe
     )
     return QuantizedTensor(values, scales, _flat_layout(transpose_scale), recipe, group_size), summed
 
@@ -175,11 +176,6 @@ def _scales(rows: int, groups: int, transpose_scale: bool, device: torch.device)
     """Scales (M, G), contiguous, and the view by which they are written."""
     scales = torch.empty(rows, groups, dtype=torch.float32, device=device)
     return scales, scales.view(groups, rows).transpose(0, 1) if transpose_scale else scales
-
-
-def _with_rows(x: Tensor | None) -> Tensor | None:
-    """x with the numbers of a row side by side."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, block_size: int) -> QuantizedTensor:

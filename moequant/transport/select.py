@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,13 +45,28 @@ def resolve(config: DispatcherConfig, group: dist.ProcessGroup | None, device: t
     return dataclasses.replace(config, transport="collective")
 
 
-def guess(config: DispatcherConfig) -> DispatcherConfig:
-    """`resolve` without a group: ranks are taken to reach each other's memory on a machine that has GPUs."""
-    if config.transport != "auto":
-        return config
-    shared = config.exchange == "auto" and torch.cuda.is_available()
-    transport = "local" if config.world_size == 1 else "symmetric" if shared else "collective"
-    return dataclasses.replace(config, transport=transport)
+def buffer_bytes(
+    *, num_experts: int, top_k: int, hidden_size: int, max_tokens_per_rank: int, world_size: int = 1, **settings: Any
+) -> int:
+    """Bytes of device memory that a dispatcher with these settings allocates on each rank. Needs no GPU and no group.
+
+    settings: as the constructor's; world_size stands in for the group. transport="auto" with several ranks means "symmetric" on a machine
+        that has GPUs, and "collective" on one that has none.
+    """
+    config = DispatcherConfig(
+        num_experts=num_experts,
+        top_k=top_k,
+        hidden_size=hidden_size,
+        max_tokens_per_rank=max_tokens_per_rank,
+        world_size=world_size,
+        **settings,
+    )
+    if config.transport == "auto":
+        shared = config.exchange == "auto" and torch.cuda.is_available()
+        transport = "local" if config.world_size == 1 else "symmetric" if shared else "collective"
+        config = dataclasses.replace(config, transport=transport)
+    specs = transport_class(config).buffer_specs(config)
+    return config.slots * sum(spec.nbytes for spec in specs.values())
 
 
 def transport_class(config: DispatcherConfig) -> type[Transport]:

@@ -43,8 +43,8 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     words = note_words(config.num_groups if config.quantized else 0, config.top_k, config.per_rank)
     returned = ranks if config.per_rank else config.top_k
     return {
-        # of the rows and of the outputs, one for each rank
-        "flags": BufferSpec((2, ranks), torch.int32),
+        # of the rows, of the outputs and of the rows of a second wave, one for each rank
+        "flags": BufferSpec((3, ranks), torch.int32),
         # of each rank: rows for each expert and the number of the call, with the epoch in the upper half
         "count_words": BufferSpec((ranks, config.num_experts + 1), torch.int64),
         "values": BufferSpec((experts, rows, columns), config.dtype),
@@ -137,6 +137,20 @@ class SymmetricTransport(Transport):
         self._flag_round(slot, 1, signal=False)
         return self._land(slot, tokens)
 
+    def dispatch_first(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, experts: int
+    ) -> tuple[ExpertBatch, Tensor]:
+        """`dispatch` of the rows of each rank's first `experts` experts; the batch is theirs."""
+        rows = self._send(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=1, first_experts=experts)
+        return self._land(slot, hidden_states.shape[0], (0, experts)), rows
+
+    def dispatch_second(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, experts: int
+    ) -> ExpertBatch:
+        """`dispatch` of the rows of the other experts, after `dispatch_first`; beside it on another stream once its rows are sent."""
+        self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=2, first_experts=experts)
+        return self._land(slot, hidden_states.shape[0], (experts, self.config.num_local_experts))
+
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
         self._return(expert_output, slot, wait=True)
         self._sum(expert_output.dtype, topk_weights, out, slot, state)
@@ -161,11 +175,20 @@ class SymmetricTransport(Transport):
             culprit,
         )
 
-    def _send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, wait: bool) -> Tensor:
+    def _send(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        slot: Slot,
+        wait: bool,
+        wave: int = 0,
+        first_experts: int = 0,
+    ) -> Tensor:
         """Returns rows (T, K) int32: the row of each entry among all ranks' E * M rows, -1 where there is none."""
         slot.answered = False
         self._exchange(topk_ids, slot)
-        return self._push(hidden_states, topk_ids, topk_weights, slot, wait)
+        return self._push(hidden_states, topk_ids, topk_weights, slot, wait, wave, first_experts)
 
     def _exchange(self, topk_ids: Tensor, slot: Slot) -> None:
         """From this rank's ids to the places of its rows, and the rows of this rank's experts."""
@@ -190,8 +213,17 @@ class SymmetricTransport(Transport):
             self.limit,
         )
 
-    def _push(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, wait: bool) -> Tensor:
-        """Stores this rank's rows at their places. Returns rows, as `_send`."""
+    def _push(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        slot: Slot,
+        wait: bool,
+        wave: int = 0,
+        first_experts: int = 0,
+    ) -> Tensor:
+        """Stores this rank's rows, or those of a wave, at their places. Returns rows, as `_send`."""
         from moequant.kernels.push_tokens import push_tokens
 
         config, tokens = self.config, len(topk_ids)
@@ -212,7 +244,7 @@ class SymmetricTransport(Transport):
             self.record,
             self._offset(slot, "values"),
             self._offset(slot, "notes"),
-            self._flags(slot, 1),
+            self._flags(slot, 3 if wave == 2 else 1),
             self.abort_offset,
             self.rank,
             config.max_tokens_per_rank,
@@ -221,11 +253,13 @@ class SymmetricTransport(Transport):
             config.dtype,
             wait,
             self.limit,
+            wave=wave,
+            first_experts=first_experts,
             **settings,
         )
         return rows
 
-    def _land(self, slot: Slot, tokens: int) -> ExpertBatch:
+    def _land(self, slot: Slot, tokens: int, part: tuple[int, int] | None = None) -> ExpertBatch:
         from moequant.kernels.land_rows import land_rows
 
         config, batch = self.config, self.expert_batch(slot, tokens)
@@ -242,8 +276,9 @@ class SymmetricTransport(Transport):
             config.max_tokens_per_rank * config.top_k,
             2 * config.hidden_size,
             batch.expected_rows,
+            part,
         )
-        return batch
+        return batch if part is None else batch.part(*part)
 
     def _return(self, expert_output: Tensor, slot: Slot, wait: bool) -> None:
         """Makes the experts' output available to the tokens' ranks."""

@@ -1,4 +1,4 @@
-"""Whole layers whose experts push their rows, in one piece and in halves, against the same layer step by step.
+"""Whole layers whose experts push their rows, in one piece, in waves and in halves, against the same layer step by step.
 
 On a CPU in Triton's interpreter, in processes that share memory; on GPUs (`multigpu`) also in graphs, with late ranks and lost ones.
 """
@@ -15,7 +15,7 @@ from trials import count_wrong
 
 from moequant import GroupedExperts, MoEQuantDispatcher, PeerTimeoutError
 from moequant.config import DispatcherConfig
-from moequant.layer import choose_chunks
+from moequant.layer import Plan, choose_plan
 from moequant.testing import assert_bit_equal, run_ranks
 
 BACKEND = "cpu:gloo,cuda:nccl"
@@ -56,7 +56,7 @@ def tokens_of(seed: int, settings: dict[str, Any], tokens: int, device: str) -> 
 
 
 def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], device: str) -> None:
-    """The layer with and without overlap and in halves; other ranks have other numbers of tokens, the last one has none."""
+    """The layer with and without overlap, in waves and in halves; other ranks have other numbers of tokens, the last one has none."""
     (most, hidden, inner), device = sizes, device.format(rank=rank)
     settings = settings_for(ranks, most, hidden, quant)
     experts = experts_of(rank, settings, ranks, inner, device)
@@ -65,14 +65,32 @@ def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], dev
         expected = dispatcher(*tokens, experts)
     assert expected.shape == tokens[0].shape and bool(expected.isfinite().all())
     with MoEQuantDispatcher(**settings, device=device) as dispatcher:
-        for chunks in (1, 2, 2, 1, None):
-            assert_bit_equal(dispatcher(*tokens, experts, chunks=chunks), expected, f"{chunks} chunks")
+        for chunks, first in (
+            (1, 0),
+            (2, 0),
+            (2, None),
+            (1, 1),
+            (None, 1),
+            (1, None),
+            (None, settings["num_experts"] // ranks - 1),
+        ):
+            out = dispatcher(*tokens, experts, chunks=chunks, first_experts=first)
+            assert_bit_equal(out, expected, f"{chunks} chunks, {first} experts first")
+        assert_bit_equal(dispatcher(*tokens, experts, slot=1, first_experts=1), expected, "in the second slot")
+        assert_bit_equal(dispatcher(*tokens, experts), expected, "as the model chooses")
         with pytest.raises(ValueError, match="chunks must be 1, or 2 with"):
             dispatcher(*tokens, experts, chunks=3)
+        for refused in (
+            {"first_experts": settings["num_experts"] // ranks},
+            {"first_experts": -1},
+            {"chunks": 2, "first_experts": 1},
+        ):
+            with pytest.raises(ValueError, match="first_experts must be 0, or with GroupedExperts, .* at most"):
+                dispatcher(*tokens, experts, **refused)
 
 
 @pytest.mark.parametrize(("ranks", "quant"), [(2, "fp8_e4m3fn"), (4, "int8"), (1, "fp8_e4m3fn")])
-def test_pushed_and_halved_layers_have_the_bits_of_one_step_after_the_other(ranks, quant, interpreted):
+def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_other(ranks, quant, interpreted):
     run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter, timeout=120)
 
 
@@ -85,8 +103,12 @@ def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(ranks, quant):
     run_ranks(run_ways, ranks, quant, (700, 1032, 384), "cuda:{rank}", backend=BACKEND, timeout=300)
 
 
-def run_replays(rank: int, ranks: int, replays: int, late: bool) -> int:
-    """Replays of a layer in halves, against the layer without overlap."""
+IN_HALVES, IN_WAVES = {"chunks": 2}, {"first_experts": 1}
+WAYS = pytest.mark.parametrize("way", [IN_HALVES, IN_WAVES], ids=["halves", "waves"])
+
+
+def run_replays(rank: int, ranks: int, replays: int, late: bool, way: dict[str, int]) -> int:
+    """Replays of a layer in halves or waves, against the layer without overlap."""
     device, pool_size = f"cuda:{rank}", 64
     settings = settings_for(ranks, 256, 512, "fp8_e4m3fn", local_experts=4)
     experts = experts_of(rank, settings, ranks, 256, device)
@@ -97,7 +119,7 @@ def run_replays(rank: int, ranks: int, replays: int, late: bool) -> int:
     with MoEQuantDispatcher(**settings) as dispatcher:
 
         def layer(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return dispatcher(hidden, ids, weights, experts, chunks=2)
+            return dispatcher(hidden, ids, weights, experts, **way)
 
         return count_wrong(rank, ranks, pool, expected, layer, replays, late)
 
@@ -105,35 +127,39 @@ def run_replays(rank: int, ranks: int, replays: int, late: bool) -> int:
 @pytest.mark.multigpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("late", [False, True])
-def test_replays_of_a_layer_in_halves_change_no_bit(ranks, late):
+@WAYS
+def test_replays_of_a_layer_on_two_streams_change_no_bit(way, ranks, late):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     replays = 1000 if late else int(os.environ.get("MOEQUANT_REPLAYS", "2000"))
-    assert run_ranks(run_replays, ranks, replays, late, backend=BACKEND, timeout=400) == [0] * ranks
+    assert run_ranks(run_replays, ranks, replays, late, way, backend=BACKEND, timeout=400) == [0] * ranks
 
 
 def two_layers(
-    dispatcher: MoEQuantDispatcher, tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor], experts: GroupedExperts
+    dispatcher: MoEQuantDispatcher,
+    tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    experts: GroupedExperts,
+    way: dict[str, int],
 ) -> None:
     for _ in range(2):
-        dispatcher(*tokens, experts, chunks=2)
+        dispatcher(*tokens, experts, **way)
         dispatcher.check()
 
 
-def run_until_lost(rank: int, ranks: int, device: str) -> tuple[int | None, float] | None:
+def run_until_lost(rank: int, ranks: int, device: str, way: dict[str, int]) -> tuple[int | None, float] | None:
     """The last rank dies; the others return whom they blame, and how long it took."""
     device = device.format(rank=rank)
     settings = settings_for(ranks, 8, 128, "fp8_e4m3fn")
     experts = experts_of(rank, settings, ranks, 128, device)
     tokens = tokens_of(rank, settings, 8, device)
     dispatcher = MoEQuantDispatcher(**settings, device=device, timeout=TIMEOUT)
-    dispatcher(*tokens, experts, chunks=2)
+    dispatcher(*tokens, experts, **way)
     dispatcher.check()
     if rank == ranks - 1:
         os._exit(1)
     start = time.monotonic()
     with pytest.raises(PeerTimeoutError, match="of the group did not") as raised:
-        two_layers(dispatcher, tokens, experts)
+        two_layers(dispatcher, tokens, experts, way)
     took = time.monotonic() - start
     dispatcher.close()
     return raised.value.rank, took
@@ -145,21 +171,31 @@ def check_survivors(results: list[Any]) -> None:
         assert took < TIMEOUT + 2.0
 
 
-def test_survivors_of_a_layer_in_halves_blame_the_lost_rank(interpreted):
-    check_survivors(run_ranks(run_until_lost, 3, "cpu", may_die=(2,), setup=install_interpreter, timeout=60))
+@WAYS
+def test_survivors_of_a_layer_on_two_streams_blame_the_lost_rank(way, interpreted):
+    check_survivors(run_ranks(run_until_lost, 3, "cpu", way, may_die=(2,), setup=install_interpreter, timeout=60))
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("ranks", [3, 4, 8])
-def test_survivors_on_gpus_of_a_layer_in_halves_blame_the_lost_rank(ranks):
+@WAYS
+def test_survivors_on_gpus_of_a_layer_on_two_streams_blame_the_lost_rank(way, ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", may_die=(ranks - 1,), backend=BACKEND, timeout=90))
+    check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", way, may_die=(ranks - 1,), backend=BACKEND, timeout=90))
 
 
-@pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (128, 1), (512, 1), (16384, 2)])
-def test_many_tokens_go_in_halves(tokens, chunks):
+@pytest.mark.parametrize(
+    ("tokens", "in_waves"), [(1, False), (128, False), (512, False), (4096, True)], ids=["1", "128", "512", "4096"]
+)
+def test_many_tokens_go_in_waves_of_experts(tokens, in_waves):
     config = DispatcherConfig(
-        num_experts=256, top_k=8, hidden_size=7168, max_tokens_per_rank=tokens, world_size=8, capacity=4096, slots=2
+        num_experts=256, top_k=8, hidden_size=7168, max_tokens_per_rank=tokens, world_size=8, capacity=4096, transport="symmetric"
     )
-    assert choose_chunks(config, 2048, 132) == chunks
+    plan = choose_plan(config, 2048, 132)
+    assert plan.chunks == 1 and (plan.first_experts > 0) == in_waves
+
+
+def test_a_single_rank_has_nothing_to_hide():
+    config = DispatcherConfig(num_experts=32, top_k=8, hidden_size=7168, max_tokens_per_rank=8192, slots=2)
+    assert choose_plan(config, 2048, 132) in (Plan(), Plan(chunks=2))

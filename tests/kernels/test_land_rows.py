@@ -59,7 +59,13 @@ class Landing:
         """(L * M, bytes of a row) uint8."""
         return blocks["values"][1].flatten(0, 1).view(torch.uint8)
 
-    def run(self, expected_rows: int = 4, entries: int = ENTRIES, returns_offset: int | None = None) -> None:
+    def run(
+        self,
+        expected_rows: int = 4,
+        entries: int = ENTRIES,
+        returns_offset: int | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> None:
         from moequant.kernels.land_rows import land_rows
 
         blocks = self.blocks
@@ -76,11 +82,15 @@ class Landing:
             entries,
             self.return_bytes,
             expected_rows,
+            part,
         )
 
-    def expected(self) -> PeerBlocks:
+    def expected(self, part: tuple[int, int] | None = None) -> PeerBlocks:
         expected, peers = self.blocks.snapshot(), self.blocks.peers.tolist()
+        begin, end = part or (0, self.experts)
         for flat in self.valid:
+            if not begin <= flat // self.capacity < end:
+                continue
             entry, source, leader = self.note(flat)[self.entry :][:3].tolist()
             expert, row = divmod(flat, self.capacity)
             expected["sources"][1, expert, row] = source << 32 | entry
@@ -104,6 +114,14 @@ class Landing:
 def test_rows_land(shape, dtype, pushed, device):
     """Experts without rows, a full one, several tiles a program; no byte of any rank changes besides."""
     Landing(shape, dtype, device, pushed).check()
+
+
+def test_rows_of_some_experts_land_alone(device):
+    landing = Landing((5, 20, 300, [3, 0, 17, 20, 1]), FP8, device)
+    for part in ((1, 3), (0, 1), (3, 5)):
+        expected = landing.expected(part)
+        landing.run(part=part)
+        assert_same_blocks(landing.blocks, expected)
 
 
 def test_the_worked_example(device):

@@ -51,7 +51,15 @@ class Push:
         self.blocks["epoch"][rank] = epoch
         self.blocks["flags"][rank] = epoch
 
-    def run(self, wait: bool = True, limit: int = LONG, values_offset: int | None = None, notes_offset: int | None = None) -> None:
+    def run(
+        self,
+        wait: bool = True,
+        limit: int = LONG,
+        values_offset: int | None = None,
+        notes_offset: int | None = None,
+        wave: int = 0,
+        first_experts: int = 0,
+    ) -> None:
         from moequant.kernels.push_tokens import push_tokens
 
         blocks, rank = self.blocks, self.rank
@@ -80,6 +88,8 @@ class Push:
             self.dtype,
             wait,
             limit,
+            wave=wave,
+            first_experts=first_experts,
             **settings,
         )
 
@@ -95,7 +105,8 @@ class Push:
             places.append(row)
         return places
 
-    def expected(self) -> PeerBlocks:
+    def expected(self, wave: int = 0, first_experts: int = 0) -> PeerBlocks:
+        """wave: 1: rows of each rank's first experts alone are there; 2: all, of which those of the first wave come first."""
         expected, rows_of_rank, places = self.blocks.snapshot(), self.local_experts * self.capacity, self.places()
         values, scales = self.x.cpu().to(self.dtype if not self.groups else self.x.dtype), None
         if self.groups:
@@ -105,11 +116,12 @@ class Push:
                 expected["rows"][self.rank, token] = torch.tensor(rows, dtype=torch.int32)
             for owner in range(self.ranks):
                 theirs = [row - owner * rows_of_rank if row >= 0 and row // rows_of_rank == owner else -1 for row in rows]
-                held = [row for row in theirs if row >= 0]
+                # False, of the first wave, is sorted before True
+                held = sorted((row for row in theirs if row >= 0), key=lambda row: row // self.capacity >= first_experts)
                 if self.weights is not None:
                     expected["partials"][self.rank, token, owner] = owner * self.max_tokens + token if held else -1
                 for k, row in enumerate(theirs):
-                    if row < 0:
+                    if row < 0 or (wave == 1 and row // self.capacity >= first_experts):
                         continue
                     note = expected["notes"][owner, row]
                     note[self.entry :][:4] = torch.tensor([token * self.top_k + k, self.rank, held[0], 0])
@@ -136,6 +148,16 @@ class Push:
 def test_rows_and_notes_are_where_they_belong(shape, dtype, per_rank, device):
     """Experts that overflow, absent entries, no tokens, top-k 1, several experts of one rank; no other byte of any rank changes."""
     Push(shape, dtype, device, per_rank, rank=shape[2] - 1).check()
+
+
+@pytest.mark.parametrize("first_experts", [1, 2])
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] > 2], ids=str)
+def test_in_two_waves_rows_of_the_first_experts_go_first_and_stand_for_the_others(shape, first_experts, device):
+    push = Push(shape, FP8, device)
+    for wave in (1, 2):
+        expected = push.expected(wave, first_experts)
+        push.run(wave=wave, first_experts=first_experts)
+        assert_same_blocks(push.blocks, expected)
 
 
 def test_the_worked_example(device):
