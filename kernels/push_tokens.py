@@ -189,10 +189,9 @@ VALUE_TYPES = {
 }
 
 
-def groups_per_program(tokens: int, groups: int, sms: int, beside: bool) -> int:
-    """Large parts of a token where they fill the device, otherwise small ones. beside: products leave few multiprocessors to it, whose
-    time is the programs' latencies: fewer, larger ones."""
-    return min(triton.next_power_of_2(groups), 8 if tokens < sms // 2 else 64 if beside else 32)
+def groups_per_program(tokens: int, groups: int, sms: int) -> int:
+    """Large parts of a token where they fill the device, otherwise small ones."""
+    return min(triton.next_power_of_2(groups), 32 if tokens >= sms // 2 else 8)
 
 
 def push_tokens(
@@ -238,7 +237,7 @@ def push_tokens(
     ranks, experts = peers.shape[0], offsets.shape[0]
     quantized = dtype != torch.bfloat16
     groups = triton.cdiv(columns, 128)
-    block_g = groups_per_program(tokens, groups, num_sms(x.device), wave == 2)
+    block_g = groups_per_program(tokens, groups, num_sms(x.device))
     programs, warps = max(tokens, 1) * triton.cdiv(groups, block_g), max(2, block_g // 8)
     early = begins_early(x.device) and programs * warps <= EARLY_WARPS * num_sms(x.device)
     words = note_words(groups if quantized else 0, top_k, topk_weights is not None)
