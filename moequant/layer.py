@@ -16,10 +16,12 @@ In halves of the tokens, one in each slot:
 The products on the side leave `num_sms` multiprocessors alone, for the exchange: their programs take one whole each, and stay until the
 last tile. Their stream has the higher priority, so that they begin at once; the other stream's products start where these end.
 
-Why two streams can't deadlock. What waits for other ranks are single programs, one a slot at most, so that they never fill a device and
-everything else goes on. What a wait is for, every rank queues at the same place of the same sequence of steps, behind events that point
-back in that sequence alone. Of the waits that ranks are in, take the earliest in the sequence: before it stand, on every rank, kernels
-that end by themselves and waits that are over, so its answer comes. That holds as well where both streams share one hardware queue.
+Why two streams can't deadlock. All ranks queue the same steps; what waits for other ranks are single programs, with a time limit, but
+kernels that begin early behind a wait can hold multiprocessors that products need whole. So the steps have an order in which each
+depends, and can be kept from running, by earlier ones alone: dispatch of the first, of the others, products of the first, of the others,
+combine; or dispatch 0, dispatch 1, products 0, combine 0, products 1, combine 1, where events hold combine 0 back until dispatch 1 is
+done, and combine 1 until products 0 are. Of the steps that are not done on some rank the first one can go on. That holds as well where
+both streams share one hardware queue, since events point back in that order alone.
 
 T tokens, K top-k, E experts, W ranks, L = E / W local experts, H hidden size, I intermediate size.
 """
@@ -39,13 +41,11 @@ from moequant.experts import GroupedExperts
 if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
 
-# What a layer's parts reach on H200s, of benchmarks/results, in bytes/s: dispatch, the local sum, weights from memory; and in
-# operations/s: fp8 products of many rows.
-DISPATCH_RATE, SUM_RATE, MEMORY_RATE, PRODUCT_RATE = 240e9, 3.9e12, 4.2e12, 1.2e15
+# What a layer's parts reach on H200s, of benchmarks/results, in bytes/s: dispatch, and each multiprocessor of one that has few; the local
+# sum; weights from memory; and in operations/s: fp8 products of many rows.
+DISPATCH_RATE, DISPATCH_RATE_OF_ONE, SUM_RATE, MEMORY_RATE, PRODUCT_RATE = 240e9, 14e9, 3.9e12, 4.2e12, 1.2e15
 # An expert's last tile of 128 rows is half full.
 LOST_ROWS = 64
-# What the launches of a second part cost.
-LAUNCHES = 15e-6
 
 
 class Plan(NamedTuple):
@@ -59,32 +59,32 @@ def layer_seconds(config: DispatcherConfig, intermediate_size: int, plan: Plan, 
     """A layer's time by a rough model, with max_tokens_per_rank tokens on each rank and uniform routing, on a device of sms
     multiprocessors.
 
-    What is dispatched beside products costs them a share of the multiprocessors for so long. Half of the tokens have half of the rows of
-    each expert: weights are read, and last tiles lost, twice.
+    In two parts the products end unevenly twice, which costs about the time of a tile; half of the tokens have half of the rows of each
+    expert, so that weights are read, and last tiles lost, twice as well. What is dispatched beside products takes longer, on few
+    multiprocessors. Nothing is gained where products are many enough to be held by the card's power: beside others they get less of it.
     """
     tokens, ranks, hidden = config.max_tokens_per_rank, config.world_size, config.hidden_size
     entries = tokens * config.top_k
 
-    def reached(experts: int) -> float:
-        """The other ranks that have a row of a token among so many of their experts."""
-        return (ranks - 1) * (1 - (1 - experts / config.num_experts) ** config.top_k)
+    def sent(experts: int) -> float:
+        """Bytes to other ranks for the tokens that name one of so many experts there."""
+        reached = (ranks - 1) * (1 - (1 - experts / config.num_experts) ** config.top_k)
+        return tokens * reached * hidden * config.dtype.itemsize
 
-    def seconds(ranks_reached: float) -> float:
-        return tokens * ranks_reached * hidden * config.dtype.itemsize / DISPATCH_RATE
-
-    dispatch = seconds(reached(config.num_local_experts))
-    total = entries * 2 * hidden / SUM_RATE
     weights = 3 * config.num_local_experts * hidden * intermediate_size
-    operations = 2 * weights * (entries * ranks / config.num_experts + plan.chunks * LOST_ROWS)
-    products = max(operations / PRODUCT_RATE, plan.chunks * weights * config.dtype.itemsize / MEMORY_RATE)
-    share = config.num_sms / sms
+    reading = plan.chunks * weights * config.dtype.itemsize / MEMORY_RATE
+    computing = 2 * weights * (entries * ranks / config.num_experts + plan.chunks * LOST_ROWS) / PRODUCT_RATE
+    products, exchanged = max(reading, computing), sent(config.num_local_experts)
+    whole = exchanged / DISPATCH_RATE + products + entries * 2 * hidden / SUM_RATE
+    if plan == Plan():
+        return whole
+    tile = 2 * 128 * 256 * (hidden + intermediate_size) * sms / PRODUCT_RATE
     if plan.chunks == 2:
-        return dispatch / 2 * (1 + share) + products + total / 2 + LAUNCHES
-    if plan.first_experts:
-        first = seconds(reached(plan.first_experts))
-        beside, meanwhile = dispatch - first, products * plan.first_experts / config.num_local_experts
-        return first + products + beside * share + max(0.0, beside - meanwhile) + total + LAUNCHES
-    return dispatch + products + total
+        beside, meanwhile = exchanged / 2, products / 2
+    else:
+        beside, meanwhile = exchanged - sent(plan.first_experts), products * plan.first_experts / config.num_local_experts
+    late = max(0.0, beside / (config.num_sms * DISPATCH_RATE_OF_ONE) - meanwhile)
+    return whole + tile - (0.0 if computing > reading else max(0.0, beside / DISPATCH_RATE - late))
 
 
 def choose_plan(config: DispatcherConfig, intermediate_size: int, sms: int) -> Plan:
@@ -198,9 +198,14 @@ def run_in_halves(
     follow(side, main)
     with torch.cuda.stream(side):
         push(experts, batch0, handle0, side_sms)
-        dispatcher.combine_pushed(handle0, out=out[:half])
+    pushed = None if side is None else side.record_event()
     batch1, handle1 = dispatcher.dispatch(*(x[half:] for x in tokens), slot=1)
+    follow(side, main)
+    with torch.cuda.stream(side):
+        dispatcher.combine_pushed(handle0, out=out[:half])
     push(experts, batch1, handle1)
+    if main is not None and pushed is not None:
+        main.wait_event(pushed)
     dispatcher.combine_pushed(handle1, out=out[half:])
     follow(main, side)
     return out

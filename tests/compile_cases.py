@@ -228,7 +228,7 @@ def exchange_counts() -> None:
     )
 
 
-def push_tokens(dtype: torch.dtype, tokens: int = 128, per_rank: bool = False) -> None:
+def push_tokens(dtype: torch.dtype, tokens: int = 128, per_rank: bool = False, wave: int = 0) -> None:
     entries = empty(tokens, 8, dtype=torch.int32)
     push_tokens_module.push_tokens(
         empty(tokens, 7168),
@@ -246,6 +246,8 @@ def push_tokens(dtype: torch.dtype, tokens: int = 128, per_rank: bool = False) -
         capacity=1024,
         dtype=dtype,
         wait=True,
+        wave=wave,
+        first_experts=8,
         **peer_arguments(),
         **({} if dtype == BF16 else ops.quantize_settings(empty(1, dtype=dtype), "default", None)),
     )
@@ -393,7 +395,9 @@ CASES = {
     "exchange_counts": cases(exchange_counts, {}, wide=False, may_spill=True, nvidia=True),
     "push_tokens": [
         *cases(push_tokens, *each_format(BF16), nvidia=True),
-        *cases(push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, nvidia=True),
+        *cases(
+            push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, {"dtype": E4M3, "wave": 2}, nvidia=True
+        ),
     ],
     "land_rows": cases(land_rows, {"dtype": INT8}, {"dtype": BF16}),
     "push_rows": cases(push_rows, {"remote": False}, {"remote": True}),

@@ -185,17 +185,22 @@ def test_survivors_on_gpus_of_a_layer_on_two_streams_blame_the_lost_rank(way, ra
     check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", way, may_die=(ranks - 1,), backend=BACKEND, timeout=90))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "in_waves"), [(1, False), (128, False), (512, False), (4096, True)], ids=["1", "128", "512", "4096"]
-)
-def test_many_tokens_go_in_waves_of_experts(tokens, in_waves):
+def plan_for(tokens: int, inner: int, **settings: Any) -> Plan:
     config = DispatcherConfig(
-        num_experts=256, top_k=8, hidden_size=7168, max_tokens_per_rank=tokens, world_size=8, capacity=4096, transport="symmetric"
+        hidden_size=7168, max_tokens_per_rank=tokens, capacity=4096, transport="symmetric", slots=2, **settings
     )
-    plan = choose_plan(config, 2048, 132)
-    assert plan.chunks == 1 and (plan.first_experts > 0) == in_waves
+    return choose_plan(config, inner, 132)
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 512, 4096, 16384])
+def test_layers_that_were_measured_go_in_one_piece(tokens):
+    assert plan_for(tokens, 2048, num_experts=128, top_k=8, world_size=4) == Plan()
+
+
+def test_products_that_wait_for_memory_hide_a_long_dispatch():
+    plan = plan_for(1024, 512, num_experts=2048, top_k=16, world_size=8, num_sms=32)
+    assert plan.chunks == 1 and plan.first_experts > 0
 
 
 def test_a_single_rank_has_nothing_to_hide():
-    config = DispatcherConfig(num_experts=32, top_k=8, hidden_size=7168, max_tokens_per_rank=8192, slots=2)
-    assert choose_plan(config, 2048, 132) in (Plan(), Plan(chunks=2))
+    assert plan_for(8192, 2048, num_experts=32, top_k=8) == Plan()
