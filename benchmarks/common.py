@@ -33,8 +33,8 @@ from moequant.testing import cosine_difference, relative_error
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WARMUP = 3
-# About 50 us, more than the host needs for a few launches.
-BUSY_CYCLES = 100_000
+# Of torch.cuda._sleep on an H200, about.
+CYCLES_PER_SECOND = 1.8e9
 
 # Relative error of the layer against dense bfloat16, by format. With normal data each of the four quantizations (tokens, w13, SwiGLU's
 # result, w2) adds independent rounding noise, so that the ratio depends on the format and hardly on the shape: for I from 256 to 2880
@@ -76,12 +76,15 @@ def flush_l2_cache() -> None:
 
 
 def gpu_samples(fn: Callable[[], Any], reps: int, flush_l2: bool) -> list[float]:
-    """us of each call by CUDA events. flush_l2: of single calls with a cold L2; the GPU is kept busy before each, so that the host has
-    queued all of it when it begins."""
+    """us of each call by CUDA events. flush_l2: of single calls with a cold L2; before each the GPU is kept busy for several times as long
+    as the host needs for one, so that all of it is queued when it begins."""
+    started = time.perf_counter()
+    fn()
+    busy = int((time.perf_counter() - started) * 4 * CYCLES_PER_SECOND)
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
     for start, end in events:
         if flush_l2:
-            torch.cuda._sleep(BUSY_CYCLES)
+            torch.cuda._sleep(busy)
             flush_l2_cache()
         start.record()
         fn()
@@ -121,8 +124,7 @@ def graph_samples(fn: Callable[[], Any], inner: int, reps: int) -> list[float]:
 
 
 def measure(fn: Callable[[], Any], *, flush_l2: bool = True, min_reps: int = 20, device: str = "auto") -> Timing:
-    """Times fn, one call at a time, with a cold L2: right for a few kernels. More launches than the host can queue within
-    about 70 us want `measure_graph`.
+    """Times fn, one call at a time, with a cold L2.
 
     device: "cuda", "cpu" (the host's clock, no flush) or "auto", "cuda" if there is one.
     """

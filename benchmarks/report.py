@@ -29,8 +29,8 @@ def peers_text(record: Record) -> str:
     return "; ".join(f"{name}: {number(us)} us, {us / record['us']:.2f}x" for name, us in peers.items())
 
 
-def table(records: list[Record]) -> list[str]:
-    """A Markdown table of one op's records, without the columns that none of them fills."""
+def table(records: list[Record], spread: bool = True) -> list[str]:
+    """A Markdown table of one op's records, without the columns that none of them fills. spread: with percentiles."""
     columns: dict[str, list[str]] = {"machine": [], "case": [], "us": [], "p20 to p80": [], "of the ceiling": [], "GB/s": []}
     columns |= {"TFLOP/s": [], "fresh us": [], "peer": [], "measured": []}
     for record in records:
@@ -38,7 +38,7 @@ def table(records: list[Record]) -> list[str]:
         columns["machine"].append(record["machine"])
         columns["case"].append(case_text(record["case"]))
         columns["us"].append(number(record["us"]))
-        columns["p20 to p80"].append(f"{number(record.get('us_p20'))} to {number(record.get('us_p80'))}")
+        columns["p20 to p80"].append(f"{number(record.get('us_p20'))} to {number(record.get('us_p80'))}" if spread else "")
         columns["of the ceiling"].append("" if part is None else f"{part:.0%}")
         columns["GB/s"].append(number(record.get("gbps")))
         columns["TFLOP/s"].append(number(record.get("tflops")))
@@ -50,12 +50,12 @@ def table(records: list[Record]) -> list[str]:
     return head + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in zip(*filled.values(), strict=True)]
 
 
-def tables(records: list[Record], level: str) -> str:
-    """Markdown: a heading and a table for each op. level: the headings' hashes."""
+def tables(records: list[Record], level: str, spread: bool = True) -> str:
+    """Markdown: a heading and a table for each op. level: the headings' hashes. spread: as for `table`."""
     by_op: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_op[record["op"]].append(record)
-    parts = [f"{level} {TITLES.get(op, op)}\n\n" + "\n".join(table(rows)) for op, rows in by_op.items()]
+    parts = [f"{level} {TITLES.get(op, op)}\n\n" + "\n".join(table(rows, spread)) for op, rows in by_op.items()]
     return "\n\n".join(parts)
 
 
@@ -71,8 +71,10 @@ def readme_section(records: list[Record], plots: Iterable[str]) -> str:
     )
     images = "\n".join(f"![{name.replace('_', ' ')}](benchmarks/plots/{name}.svg)" for name in plots)
     other = other_routing_rows(records)
-    others = "### The whole layer with recorded and with skewed routing\n\n" + "\n".join(table(other)) if other else ""
-    return "\n\n".join(part for part in (intro, images, tables(goal_rows(records), "###"), others) if part)
+    others = (
+        "### The whole layer with recorded and with skewed routing\n\n" + "\n".join(table(other, spread=False)) if other else ""
+    )
+    return "\n\n".join(part for part in (intro, images, tables(goal_rows(records), "###", spread=False), others) if part)
 
 
 def replace_section(text: str, section: str, name: str) -> str:
