@@ -76,8 +76,8 @@ def flush_l2_cache() -> None:
 
 
 def gpu_samples(fn: Callable[[], Any], reps: int, flush_l2: bool) -> list[float]:
-    """us of each call by CUDA events. flush_l2: of single calls with a cold L2; before each the GPU is kept busy for several times as long
-    as the host needs for one, so that all of it is queued when it begins."""
+    """us of each call by CUDA events. flush_l2: of single calls with a cold L2; before each the GPU is kept busy several times as long as
+    the host needs for one, so that all of it is queued when it begins."""
     started = time.perf_counter()
     fn()
     busy = int((time.perf_counter() - started) * 4 * CYCLES_PER_SECOND)

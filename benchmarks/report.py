@@ -20,6 +20,8 @@ from benchmarks.drawing import draw, plot_names
 from benchmarks.records import TITLES, Record, ReportError, case_text, goal_rows, number, other_routing_rows, read_records, share
 
 ROOT = Path(__file__).resolve().parents[1]
+# What a rank does for its T tokens; in README.md one table of them all.
+BY_TOKENS = ("dispatch", "gemm2_push", "combine", "combine_push", "layer")
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -59,6 +61,25 @@ def tables(records: list[Record], level: str, spread: bool = True) -> str:
     return "\n\n".join(parts)
 
 
+def table_by_tokens(records: list[Record]) -> list[str]:
+    """A Markdown table of what depends on T, the tokens of a rank: a row for each operation and case, a column for each T."""
+    rows: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
+    for record in records:
+        case = {key: value for key, value in record["case"].items() if key not in ("T", "capacity")}
+        rows[TITLES.get(record["op"], record["op"]), f"{record['machine']}: {case_text(case)}"][record["case"]["T"]] = record
+    sizes = sorted({tokens for cells in rows.values() for tokens in cells})
+
+    def cell(record: Record | None) -> str:
+        part = share(record) if record else None
+        return "" if record is None else number(record["us"]) + ("" if part is None else f" ({part:.0%})")
+
+    head = ["| us (of the ceiling) | case | " + " | ".join(f"T={size}" for size in sizes) + " |", "| --- " * (2 + len(sizes)) + "|"]
+    return head + [
+        f"| {title} | {case} | " + " | ".join(cell(cells.get(size)) for size in sizes) + " |"
+        for (title, case), cells in rows.items()
+    ]
+
+
 def readme_section(records: list[Record], plots: Iterable[str]) -> str:
     """What stands between the marks of README.md."""
     if not records:
@@ -70,11 +91,15 @@ def readme_section(records: list[Record], plots: Iterable[str]) -> str:
         "[benchmarks/results](benchmarks/results/README.md)."
     )
     images = "\n".join(f"![{name.replace('_', ' ')}](benchmarks/plots/{name}.svg)" for name in plots)
+    shown = goal_rows(records)
+    kernels, layers = ([record for record in shown if (record["op"] in BY_TOKENS) == wanted] for wanted in (False, True))
+    parts = [intro, images, tables(kernels, "###", spread=False)]
+    if layers:
+        parts.append("### Layers and their exchange\n\n" + "\n".join(table_by_tokens(layers)))
     other = other_routing_rows(records)
-    others = (
-        "### The whole layer with recorded and with skewed routing\n\n" + "\n".join(table(other, spread=False)) if other else ""
-    )
-    return "\n\n".join(part for part in (intro, images, tables(goal_rows(records), "###", spread=False), others) if part)
+    if other:
+        parts.append("### Layers with recorded and with skewed routing\n\n" + "\n".join(table(other, spread=False)))
+    return "\n\n".join(part for part in parts if part)
 
 
 def replace_section(text: str, section: str, name: str) -> str:

@@ -86,7 +86,8 @@ def test_the_readme_shows_goal_rows_only():
 
 def test_layers_of_several_sizes_are_drawn_with_their_floors_and_their_steps(project):
     pytest.importorskip("matplotlib")
-    layers = {"H": 7168, "I": 2048, "E": 128, "K": 2, "W": 4, "quant": "fp8_e4m3fn", "exchange": "padded", "routing": "uniform"}
+    layers = {"H": 7168, "I": 2048, "E": 128, "K": 2, "W": 4, "quant": "fp8_e4m3fn", "exchange": "padded", "reduce": "exact"}
+    layers |= {"routing": "uniform"}
     records = [record("layer", us=100.0 * tokens, case={"T": tokens, **layers}) for tokens in (8, 128)]
     for tokens, fused in ((8, False), (128, True)):
         case = {"T": tokens, **layers}
@@ -106,7 +107,11 @@ def test_layers_of_several_sizes_are_drawn_with_their_floors_and_their_steps(pro
     plots = {path.stem: path.read_text() for path in (root / "benchmarks" / "plots").iterdir()}
     assert set(plots) == {"share_of_ceiling", "layer_times", "layer_parts"}
     assert "H=7168, I=2048, K=2" in plots["layer_times"] and "layer 12800 us" in plots["layer_parts"]
-    assert "fresh us" in (root / "README.md").read_text() and "| 15.0 |" in (root / "README.md").read_text()
+    text = (root / "README.md").read_text()
+    case = "nvidia-h200: H=7168, I=2048, E=128, K=2, W=4, fp8_e4m3fn, padded, exact, uniform"
+    assert f"| The whole layer | {case} | 800 (50%) | 12800 (50%) |" in text
+    full = (root / "benchmarks" / "results" / "README.md").read_text()
+    assert "fresh us" in full and "| 15.0 |" in full
 
 
 def test_every_peer_of_a_record_is_shown():
