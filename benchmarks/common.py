@@ -78,9 +78,8 @@ def flush_l2_cache() -> None:
 def gpu_samples(fn: Callable[[], Any], reps: int, flush_l2: bool) -> list[float]:
     """us of each call by CUDA events. flush_l2: of single calls with a cold L2; before each the GPU is kept busy several times as long as
     the host needs for one, so that all of it is queued when it begins."""
-    started = time.perf_counter()
-    fn()
-    busy = int((time.perf_counter() - started) * 4 * CYCLES_PER_SECOND)
+    # the least of three, as the first may compile
+    busy = int(min(host_samples(fn, 3)) * 4e-6 * CYCLES_PER_SECOND) if flush_l2 else 0
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(reps)]
     for start, end in events:
         if flush_l2:

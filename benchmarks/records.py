@@ -37,11 +37,22 @@ README_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
     "quantize": [{"H": (7168,), "rows": (32, 1024), "quant": ("fp8_e4m3fn",)}],
     "silu_mul_quantize": [{"I": (2048,), "rows": (32, 1024)}],
     "grouped_gemm": [
-        {"E": (32,), "N": (n,), "K_dim": (k,), "rows": (16, 64, 128, 256, 1024), "quant": ("fp8_e4m3fn",), "routing": (None,)}
+        {
+            "E": (32,),
+            "N": (n,),
+            "K_dim": (k,),
+            "rows": (16, 64, 128, 256, 1024),
+            "quant": ("fp8_e4m3fn",),
+            "counts": (None,),
+            "routing": (None,),
+        }
         for n, k in ((4096, 7168), (7168, 2048))
     ],
     "gemm1_fused": [{"H": (7168,), "rows": (16, 128, 256, 1024), "T": (None,)}],
-    "mm_fp8_blockscale": [{"N": (4096, 7168), "K_dim": (7168, 2048), "rows": (1, 128, 4096), "step": ("quantize + product",)}],
+    "mm_fp8_blockscale": [
+        {"N": (n,), "K_dim": (k,), "rows": (1, 128, 4096), "step": ("quantize + product",)}
+        for n, k in ((4096, 7168), (7168, 16384))
+    ],
     "int8_gemm": [{"N": (4096,)}],
     "dispatch": EXCHANGED,
     "gemm2_push": EXCHANGED,
