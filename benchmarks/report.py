@@ -66,7 +66,7 @@ def table_by_tokens(records: list[Record]) -> list[str]:
     rows: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
     for record in records:
         case = {key: value for key, value in record["case"].items() if key not in ("T", "capacity")}
-        rows[TITLES.get(record["op"], record["op"]), f"{record['machine']}: {case_text(case)}"][record["case"]["T"]] = record
+        rows[TITLES[record["op"]], f"{record['machine']}: {case_text(case)}"][record["case"]["T"]] = record
     sizes = sorted({tokens for cells in rows.values() for tokens in cells})
 
     def cell(record: Record | None) -> str:

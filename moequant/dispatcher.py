@@ -174,8 +174,8 @@ class MoEQuantDispatcher:
     def dispatch_first(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: int, experts: int
     ) -> tuple[ExpertBatch, DispatchHandle]:
-        """`dispatch` of the rows of each rank's first `experts` experts, 1 to L - 1, whose batch it returns; `dispatch_second` sends the
-        others, beside products of these if need be. Transport "symmetric" alone. Collective."""
+        """`dispatch` of the rows of each rank's first `experts` experts, 1 to L - 1, whose batch it returns. Collective.
+        `dispatch_second` sends the others, beside products of these if need be, before combine. Transport "symmetric" alone."""
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot)
         batch, state = self._run(self._symmetric().dispatch_first, *arguments, buffers, experts)
         return batch, self._handle(*arguments, buffers, state)

@@ -317,6 +317,15 @@ def test_a_group_without_torch_distributed_raises():
         MoEQuantDispatcher(**SETTINGS, transport="collective", device="cpu")
 
 
+def test_waves_and_pushed_rows_are_for_the_symmetric_transport():
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
+        batch, handle = dispatcher.dispatch(*inputs())
+        pushing = (lambda: dispatcher.push(stand_in(batch), handle), lambda: dispatcher.combine_pushed(handle))
+        for call in (*pushing, lambda: dispatcher.dispatch_first(*inputs(), 0, 1)):
+            with pytest.raises(RuntimeError, match='only transport "symmetric"'):
+                call()
+
+
 def test_buffer_bytes_is_what_a_dispatcher_allocates():
     with MoEQuantDispatcher(**SETTINGS, slots=2, device="cpu") as dispatcher:
         allocated = sum(buffer.nbytes for slot in dispatcher._slots for buffer in slot.buffers.values())

@@ -141,6 +141,9 @@ class SymmetricTransport(Transport):
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, experts: int
     ) -> tuple[ExpertBatch, Tensor]:
         """`dispatch` of the rows of each rank's first `experts` experts; the batch is theirs."""
+        local = self.config.num_local_experts
+        if not 1 <= experts < local:
+            raise ValueError(f"experts must be from 1 to {local - 1}, as a rank has {local}, got {experts}")
         rows = self._send(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=1, first_experts=experts)
         return self._land(slot, hidden_states.shape[0], (0, experts)), rows
 
