@@ -43,6 +43,7 @@ def build(device: str, layers: int = 2) -> tuple[MoEQuantDispatcher, nn.Sequenti
     dispatcher = MoEQuantDispatcher(num_experts=8, top_k=2, hidden_size=256, max_tokens_per_rank=64, device=device)
     model = nn.Sequential(*(MoE(dispatcher, intermediate_size=128) for _ in range(layers))).to(device)
     first = (dist.get_rank() if dist.is_initialized() else 0) * dispatcher.config.num_local_experts
+    shared = None
     for number, layer in enumerate(model):
         assert isinstance(layer, MoE)
         generator = torch.Generator().manual_seed(number)
@@ -51,6 +52,8 @@ def build(device: str, layers: int = 2) -> tuple[MoEQuantDispatcher, nn.Sequenti
             whole = torch.randn(dispatcher.config.num_experts, *weight.shape[1:], generator=generator) / weight.shape[-1] ** 0.5
             weight.data.copy_(whole[first : first + len(weight)])
         layer.quantize()
+        shared = shared or layer.experts
+        layer.experts.share_workspaces(shared)
     return dispatcher, model
 
 

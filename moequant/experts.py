@@ -56,7 +56,9 @@ class GroupedExperts:
             raise ValueError(f"w13 and w2 must have one dtype, got {_dtype(w13)} and {_dtype(w2)}")
         self.w13, self.w2 = w13, w2
         self.hidden_size, self.intermediate_size = hidden, doubled // 2
-        self._workspaces: dict[tuple[int, int], Workspace] = {}
+        # of these experts among all of a layer, by slot and M
+        self._span = 0, experts
+        self._workspaces: dict[tuple[int, int, tuple[int, int]], Workspace] = {}
         self._parts: dict[tuple[int, int], GroupedExperts] = {}
 
     @classmethod
@@ -125,7 +127,7 @@ class GroupedExperts:
         return inner
 
     def part(self, begin: int, end: int) -> GroupedExperts:
-        """Experts begin..end - 1 with views of the weights and workspaces of their own, for `ExpertBatch.part`. It is kept."""
+        """Experts begin..end - 1, with views of the weights and a workspace of their own, for `ExpertBatch.part`. It is kept."""
         if (begin, end) not in self._parts:
             w13, w2 = (
                 replace(w, values=w.values[begin:end], scales=w.scales[begin:end])
@@ -133,8 +135,21 @@ class GroupedExperts:
                 else w[begin:end]
                 for w in (self.w13, self.w2)
             )
-            self._parts[begin, end] = GroupedExperts(w13, w2)
+            part = self._parts[begin, end] = GroupedExperts(w13, w2)
+            part._span, part._workspaces = (begin, end), self._workspaces
         return self._parts[begin, end]
+
+    def share_workspaces(self, other: GroupedExperts) -> None:
+        """Uses the other's workspaces from now on, as layers of a model can that run one after the other: they then need no more memory
+        than one. Raises ValueError if the other's weights have other sizes, another type or device."""
+        for name, mine, theirs in (("w13", self.w13, other.w13), ("w2", self.w2, other.w2)):
+            if (mine.shape, _dtype(mine), mine.device) != (theirs.shape, _dtype(theirs), theirs.device):
+                raise ValueError(
+                    f"experts that share workspaces must be of the same size, type and device: {name} is {tuple(mine.shape)} in "
+                    f"{_dtype(mine)} on {mine.device}, the other's {tuple(theirs.shape)} in {_dtype(theirs)} on {theirs.device}"
+                )
+        self._workspaces = other._workspaces
+        self._parts.clear()
 
     def fuses(self, batch: ExpertBatch) -> bool:
         """Whether `gemm1_swiglu` is one kernel for a batch."""
@@ -187,7 +202,7 @@ class GroupedExperts:
                 f"the experts are {self.w13.shape[0]} of hidden size {self.hidden_size} in {_dtype(self.w13)}, the batch has values of "
                 f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
             )
-        key = batch.slot, rows
+        key = batch.slot, rows, self._span
         if key not in self._workspaces:
             self._workspaces[key] = Workspace(self, rows)
         return self._workspaces[key]

@@ -145,6 +145,35 @@ def test_batches_of_more_and_of_fewer_rows_get_workspaces_of_their_own_size(quan
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
+def test_parts_are_the_experts_of_the_whole(quant):
+    experts, batch = GroupedExperts.from_weights(*weights(), quant=quant), make_batch(quant, torch.randn(EXPERTS, ROWS, HIDDEN))
+    whole = valid(experts(batch).clone())
+    parts = torch.cat([experts.part(*span)(batch.part(*span)) for span in ((0, 1), (1, 3))])
+    assert_bit_equal(valid(parts), whole)
+    assert experts.part(0, 1) is experts.part(0, 1)
+
+
+def test_layers_share_workspaces_and_keep_their_results():
+    first, second = (GroupedExperts.from_weights(*weights()) for _ in range(2))
+    batch = make_batch("fp8_e4m3fn", torch.randn(EXPERTS, ROWS, HIDDEN))
+    # parts made before, with a workspace of their own
+    alone = [valid(second(batch).clone()), second.part(1, 3)(batch.part(1, 3)).clone()[1, :5]]
+    second.share_workspaces(first)
+    assert first(batch).data_ptr() == second(batch).data_ptr()
+    assert first.part(1, 3)(batch.part(1, 3)).data_ptr() == second.part(1, 3)(batch.part(1, 3)).data_ptr()
+    assert_bit_equal(valid(second(batch)), alone[0])
+    assert_bit_equal(second.part(1, 3)(batch.part(1, 3))[1, :5], alone[1])
+
+
+@pytest.mark.parametrize("other", [{"inner": 8}, {"quant": "int8"}], ids=str)
+def test_experts_of_other_sizes_or_types_share_no_workspaces(other):
+    sizes = {"inner": INNER, "quant": "fp8_e4m3fn"} | other
+    experts = GroupedExperts.from_weights(*weights(inner=sizes["inner"]), quant=sizes["quant"])
+    with pytest.raises(ValueError, match="experts that share workspaces must be of the same size"):
+        experts.share_workspaces(GroupedExperts.from_weights(*weights()))
+
+
+@pytest.mark.parametrize("quant", ["none", "int8"])
 def test_the_steps_alone_are_the_call(quant):
     experts = GroupedExperts.from_weights(*weights(), quant=quant)
     batch = make_batch(quant, torch.randn(EXPERTS, ROWS, HIDDEN))
