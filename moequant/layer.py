@@ -146,7 +146,8 @@ def check_plan(plan: Plan, config: DispatcherConfig, pushes: bool, experts: str)
     needed = 'GroupedExperts, transport "symmetric", reduce="exact" and overlap=True'
     if plan.chunks != 1 and not (plan.chunks == 2 and pushes and config.slots == 2):
         raise ValueError(f"chunks must be 1, or 2 with {needed} and slots=2, got {plan.chunks} with {experts}, {here}")
-    if plan.first_experts and not (pushes and plan.chunks == 1 and 0 < plan.first_experts < config.num_local_experts):
+    possible = isinstance(plan.first_experts, int) and 0 < plan.first_experts < config.num_local_experts
+    if plan.first_experts and not (pushes and plan.chunks == 1 and possible):
         raise ValueError(
             f"first_experts must be 0, or with {needed} and without chunks=2 at most {config.num_local_experts - 1}, one less than each "
             f"rank's experts, got {plan.first_experts} with chunks={plan.chunks}, {experts}, {here}"

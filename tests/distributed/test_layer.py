@@ -89,9 +89,9 @@ def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], dev
                 dispatcher(*tokens, experts, **refused)
 
 
-@pytest.mark.parametrize(("ranks", "quant"), [(2, "fp8_e4m3fn"), (4, "int8"), (1, "fp8_e4m3fn")])
+@pytest.mark.parametrize(("ranks", "quant"), [(2, "fp8_e4m3fn"), (4, "int8"), (8, "fp8_e4m3fn"), (1, "fp8_e4m3fn")])
 def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_other(ranks, quant, interpreted):
-    run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter, timeout=120)
+    run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter, timeout=240)
 
 
 @pytest.mark.multigpu

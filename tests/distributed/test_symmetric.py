@@ -60,9 +60,9 @@ def run_trials(rank: int, ranks: int, trials: int, device: str) -> None:
         check_trial(rank, ranks, trial, {"transport": "symmetric"}, None, device, WAYS[trial // 3 % len(WAYS)])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_interpreted_kernels_have_the_bits_of_one_process(ranks, interpreted):
-    run_ranks(run_trials, ranks, 12, "cpu", setup=install_interpreter, timeout=120)
+    run_ranks(run_trials, ranks, 12, "cpu", setup=install_interpreter, timeout=240)
 
 
 @pytest.mark.multigpu

@@ -13,7 +13,8 @@ from moequant import MoEQuantDispatcher
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
 from moequant.transport.symmetric import SymmetricTransport
 
-SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 8, "max_tokens_per_rank": 2}
+SETTINGS: dict[str, Any] = {"num_experts": 8, "top_k": 2, "hidden_size": 8, "max_tokens_per_rank": 2}
+FOUR_EXPERTS: dict[str, Any] = {**SETTINGS, "num_experts": 4}
 ROUNDS = 100
 
 
@@ -39,34 +40,43 @@ def install_slow_interpreter() -> None:
     shipped.GridExecutor.__call__ = slow(shipped.GridExecutor.__call__)
 
 
-def draw_rounds(rounds: int, ranks: int) -> list[tuple[int, int, Any, Any, Any]]:
-    """For each round: a slot, how often combine is called, all ranks' inputs, and the batch and the sums that they have to get."""
+def draw_rounds(rounds: int, ranks: int) -> list[tuple[int, bool, int, Any, Any, Any]]:
+    """For each round: a slot, whether rows go in two waves, how often combine is called, all ranks' inputs, and the batch and the sums
+    that they have to get."""
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     drawn = []
     for _ in range(rounds):
         inputs = []
         for _ in range(ranks):
             tokens = draw.randrange(3)
-            ids = torch.rand(tokens, 4, generator=generator).argsort(1)[:, :2].contiguous()
+            ids = torch.rand(tokens, 8, generator=generator).argsort(1)[:, :2].contiguous()
             weights = torch.rand(tokens, 2, generator=generator)
             inputs.append([torch.randn(tokens, 8, generator=generator).bfloat16(), ids, weights])
         expected, outputs, _ = in_one_process(SETTINGS, inputs, stand_in)
         # plain pickle knows no float8
         batch = expected.num_tokens, expected.values.view(torch.uint8)
-        drawn.append((draw.randrange(2), draw.choice((0, 1, 1, 2)), inputs, batch, outputs))
+        drawn.append((draw.randrange(2), draw.random() < 0.5, draw.choice((0, 1, 1, 2)), inputs, batch, outputs))
     return drawn
 
 
-def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, int, Any, Any, Any]]) -> None:
-    """The drawn rounds, each compared with one process: two slots, combines left out and done twice, ranks without tokens."""
+def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, bool, int, Any, Any, Any]]) -> None:
+    """The drawn rounds, each compared with one process: two slots, one wave or two, combines left out and done twice, ranks without
+    tokens."""
     del ranks
     with MoEQuantDispatcher(**SETTINGS, transport="symmetric", slots=2, timeout=30.0) as dispatcher:
-        for number, (slot, combines, inputs, (counts, values), outputs) in enumerate(rounds):
-            batch, handle = dispatcher.dispatch(*inputs[rank], slot=slot)
-            count = int(batch.num_tokens[0])
-            assert count == int(counts[rank]), number
-            assert_bit_equal(batch.values.view(torch.uint8)[0, :count], values[rank, :count], f"round {number}")
-            output = stand_in(batch, rank)
+        for number, (slot, waves, combines, inputs, (counts, values), outputs) in enumerate(rounds):
+            hidden, ids, weights = inputs[rank]
+            if waves:
+                _, handle = dispatcher.dispatch_first(hidden, ids, weights, slot, 1)
+                dispatcher.dispatch_second(hidden, ids, handle, 1)
+                batch = dispatcher._transport.expert_batch(dispatcher._slots[slot], len(hidden))
+            else:
+                batch, handle = dispatcher.dispatch(hidden, ids, weights, slot=slot)
+            mine = slice(2 * rank, 2 * rank + 2)
+            assert batch.num_tokens.tolist() == counts[mine].tolist(), number
+            for got, wanted, count in zip(batch.values.view(torch.uint8), values[mine], batch.num_tokens.tolist(), strict=True):
+                assert_bit_equal(got[:count], wanted[:count], f"round {number}")
+            output = stand_in(batch, 2 * rank)
             for _ in range(combines):
                 assert_bit_equal(dispatcher.combine(output, handle), outputs[rank], f"round {number}")
 
@@ -75,12 +85,12 @@ def test_random_delays_change_no_bit(monkeypatch):
     rounds = draw_rounds(ROUNDS, 4)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
-    run_ranks(run_rounds, 4, rounds, setup=install_slow_interpreter, timeout=150)
+    run_ranks(run_rounds, 4, rounds, setup=install_slow_interpreter, timeout=200)
 
 
 def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
     """Counts and flags alone: what every rank learns of the others' counts, and that no rank passes a round before all have come."""
-    with MoEQuantDispatcher(**SETTINGS, transport="symmetric", timeout=30.0) as dispatcher:
+    with MoEQuantDispatcher(**FOUR_EXPERTS, transport="symmetric", timeout=30.0) as dispatcher:
         transport, slot = dispatcher._transport, dispatcher._slots[0]
         assert isinstance(transport, SymmetricTransport)
         hidden, weights = torch.zeros(0, 8).bfloat16(), torch.zeros(0, 2)
@@ -100,6 +110,7 @@ def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
 
 
 def test_flags_keep_ranks_together_through_random_delays(monkeypatch):
+    """A thousand calls of three rounds each: counts, outputs, rows."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
-    run_ranks(run_flag_rounds, 4, 350, setup=install_slow_interpreter, timeout=150)
+    run_ranks(run_flag_rounds, 4, 1000, setup=install_slow_interpreter, timeout=280)
