@@ -123,6 +123,7 @@ def test_one_rank_drops_what_the_capacity_implies(tmp_path):
         (["--transport", "collective"], "torchrun"),
         (["--model", "gpt-1"], "--model"),
         (["--exchange"], "--exchange"),
+        (["--first-experts", "8"], "first_experts"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -85,7 +85,7 @@ def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], dev
             {"first_experts": -1},
             {"chunks": 2, "first_experts": 1},
         ):
-            with pytest.raises(ValueError, match="first_experts must be 0, or with GroupedExperts, .* at most"):
+            with pytest.raises(ValueError, match="first_experts must be from 0 to .* only with GroupedExperts"):
                 dispatcher(*tokens, experts, **refused)
 
 
