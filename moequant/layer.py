@@ -149,8 +149,8 @@ def check_plan(plan: Plan, config: DispatcherConfig, pushes: bool, experts: str)
     possible = isinstance(plan.first_experts, int) and 0 < plan.first_experts < config.num_local_experts
     if plan.first_experts and not (pushes and plan.chunks == 1 and possible):
         raise ValueError(
-            f"first_experts must be from 0 to {config.num_local_experts - 1}, as a rank has {config.num_local_experts} experts, and above "
-            f"0 only with {needed} and chunks=1, got {plan.first_experts} with chunks={plan.chunks}, {experts}, {here}"
+            f"first_experts must be from 0 to {config.num_local_experts - 1}, one less than a rank's experts, and above 0 only with "
+            f"{needed} and chunks=1, got {plan.first_experts} with chunks={plan.chunks}, {experts}, {here}"
         )
 
 
