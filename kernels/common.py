@@ -203,8 +203,8 @@ def locate_block(block, counts, ends, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
 
 @triton.jit
 def quotient(x, y, REFINED: tl.constexpr):
-    """x / y for normal y, within 2 units in the last place, REFINED within 0.51. On NVIDIA GPUs it is 0 for |y| > 2**126, and takes two
-    instructions, REFINED six, where `/` takes eight."""
+    """x / y for finite x and normal y, within 2 units in the last place, REFINED within 0.51. On NVIDIA GPUs it is 0 for |y| > 2**126,
+    and takes two instructions, REFINED six, where `/` takes eight."""
     if takes_ptx():
         r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1)
         q = x * r

@@ -150,7 +150,8 @@ def fused_rms_quantize(
     block_g = triton.next_power_of_2(triton.cdiv(columns, group_size))
     block_m = max(1, TILE // (block_g * group_size))
     # two rows of numbers more to hold, half as many of each in a thread
-    num_warps = max(4, block_m * block_g * group_size // (1024 if residual is None and gate is None else 512))
+    per_warp = 1024 if residual is None and gate is None else 512
+    num_warps = min(16, max(4, block_m * block_g * group_size // per_warp))
     fused_rms_quantize_kernel[(min(triton.cdiv(rows, block_m), num_sms(x.device) * 16 // num_warps),)](
         x,
         weight,
@@ -173,7 +174,7 @@ def fused_rms_quantize(
         GROUP=group_size,
         BLOCK_M=block_m,
         BLOCK_G=block_g,
-        num_warps=min(16, num_warps),
+        num_warps=num_warps,
         # a product that is rounded to an integer by an addition must be rounded by itself first
         enable_fp_fusion=False,
     )

@@ -44,7 +44,7 @@ def sum_parts_kernel(
     await_previous(EARLY)
     total = tl.load(partials + at, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
-        total += tl.load(partials + part * part_stride + at, mask=mask, other=0.0)
+        total += tl.load(partials + part * tl.cast(part_stride, tl.int64) + at, mask=mask, other=0.0)
     if destinations is None:
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
     else:

@@ -3,10 +3,11 @@
 W ranks. Every rank has one block of memory of the same layout, which all of them can address; `peers` is a (W,) int64 table of where
 each rank's block lies in this rank's address space, and an offset counts bytes from the beginning of a block.
 
-Flags are int32 words, W of them for the rows and for the outputs of a call, in the memory of the rank that waits: word r belongs to rank
-r, which writes the number of the call (the epoch) into it. Counts carry their epoch with them (`exchange_counts.py`). Epochs live in
-device memory, so that a captured graph counts on when it is replayed, and are compared by their difference, which is right across the
-wrap to negative numbers.
+Flags are int32 words, W of them for the rows, for the outputs and for the rows of a second wave of a call, in the memory of the rank that
+waits: word r belongs to rank r, which writes the number of the call (the epoch) into it. Counts carry their epoch with them
+(`exchange_counts.py`). Epochs live in device memory, so that a captured graph counts on when it is replayed, and are compared by their
+difference, which is right across the wrap to negative numbers. The words of the second wave, which few calls signal, are set to the epoch
+before by the rank that waits, before it sends its counts.
 
 Small launches may begin early (programmatic dependent launch, from Hopper on): while the kernel before them runs, they are set up and do
 what does not depend on it, and then wait for its end, in hardware. The kernel before may be spinning, so what waits must leave room on

@@ -62,7 +62,7 @@ class MoEQuantDispatcher:
     device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
     The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes, and
-    compiles the kernels for bfloat16 hidden states and float32 weights; other types compile when they first come. `dispatch` and
+    compiles the kernels for bfloat16 hidden states and float32 weights; other types, and waves, compile when they first come. `dispatch` and
     `combine` are collective and run in stream order; nothing in them syncs with the host, except in the packed exchange. All ranks have
     to make the same calls: a call that raises on one rank counts, and OutOfStepError tells the ranks that went on without it (on a GPU
     with the padded exchange, from `check()`). A dispatcher is a context manager; leaving it calls `check()` and `close()`.
@@ -176,16 +176,15 @@ class MoEQuantDispatcher:
     ) -> tuple[ExpertBatch, DispatchHandle]:
         """`dispatch` of the rows of each rank's first `experts` experts, 1 to L - 1, whose batch it returns. Collective.
         `dispatch_second` sends the others, beside products of these if need be, before combine. Transport "symmetric" alone."""
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot)
-        batch, state = self._run(self._symmetric().dispatch_first, *arguments, buffers, experts)
+        transport = self._symmetric()
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, experts)
+        batch, state = self._run(transport.dispatch_first, *arguments, buffers, experts)
         return batch, self._handle(*arguments, buffers, state)
 
     @untraced
-    def dispatch_second(self, hidden_states: Tensor, topk_ids: Tensor, handle: DispatchHandle, experts: int) -> ExpertBatch:
-        """The batch of the other experts, after `dispatch_first` of the same tensors, which returned the handle. Collective."""
-        buffers = self._slot_of(handle)
-        arguments = with_rows(hidden_states), topk_ids.contiguous(), handle.topk_weights
-        return self._run(self._symmetric().dispatch_second, *arguments, buffers, experts)
+    def dispatch_second(self, handle: DispatchHandle) -> ExpertBatch:
+        """The batch of the other experts. Collective. handle: of `dispatch_first`, whose tensors must not have changed."""
+        return self._run(self._symmetric().dispatch_second, self._slot_of(handle))
 
     @untraced
     def combine(self, expert_output: Tensor, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
@@ -345,17 +344,17 @@ class MoEQuantDispatcher:
         return self._slots[slot]
 
     def _begin(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: int
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: int, first_experts: int = 0
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
         """The start of a dispatch: the call is counted, the inputs are checked and made contiguous."""
         self._check_open()
         # a call that is refused counts too: ranks that go on without this one must notice
         self._calls += 1
         buffers = self._slot(slot)
-        buffers.call = (self._calls % 2**30) * 2 + slot
+        buffers.call = (self._calls % 2**21) << 9 | slot << 8 | first_experts % 2**8
         check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
         buffers.generation += 1
-        buffers.pending = None
+        buffers.pending = buffers.second = None
         return (with_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()), buffers
 
     def _handle(self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor, slot: Slot, state: Any) -> DispatchHandle:

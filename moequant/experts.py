@@ -140,14 +140,19 @@ class GroupedExperts:
         return self._parts[begin, end]
 
     def share_workspaces(self, other: GroupedExperts) -> None:
-        """Uses the other's workspaces from now on, as layers of a model can that run one after the other: they then need no more memory
-        than one. Raises ValueError if the other's weights have other sizes, another type or device."""
+        """Uses the other's workspaces, as layers of a model can that run one after the other: they then need no more memory than one.
+
+        Raises ValueError if the other's weights have other sizes, another type or device, and RuntimeError if there have been batches
+        already: a captured graph may hold the workspaces that were made for them.
+        """
         for name, mine, theirs in (("w13", self.w13, other.w13), ("w2", self.w2, other.w2)):
             if (mine.shape, _dtype(mine), mine.device) != (theirs.shape, _dtype(theirs), theirs.device):
                 raise ValueError(
                     f"experts that share workspaces must be of the same size, type and device: {name} is {tuple(mine.shape)} in "
                     f"{_dtype(mine)} on {mine.device}, the other's {tuple(theirs.shape)} in {_dtype(theirs)} on {theirs.device}"
                 )
+        if self._workspaces and self._workspaces is not other._workspaces:
+            raise RuntimeError("workspaces can't be shared any more, as there have been batches; share them before the first")
         self._workspaces = other._workspaces
         self._parts.clear()
 

@@ -18,16 +18,18 @@ last tile. Their stream has the higher priority, so that they begin at once; the
 
 Why two streams can't deadlock. All ranks queue the same steps; what waits for other ranks are single programs, with a time limit, but
 kernels that begin early behind a wait can hold multiprocessors that products need whole. So the steps have an order in which each
-depends, and can be kept from running, by earlier ones alone: dispatch of the first, of the others, products of the first, of the others,
-combine; or dispatch 0, dispatch 1, products 0, combine 0, products 1, combine 1, where events hold combine 0 back until dispatch 1 is
-done, and combine 1 until products 0 are. Of the steps that are not done on some rank the first one can go on. That holds as well where
-both streams share one hardware queue, since events point back in that order alone.
+depends on earlier ones alone, and can be held up until other ranks come by earlier ones alone (later ones only delay it, as products
+end): dispatch of the first, of the others, products of the first, of the others, combine; or dispatch 0, dispatch 1, products 0,
+combine 0, products 1, combine 1, where events hold combine 0 back until dispatch 1 is done, and combine 1 until products 0 are. Of the
+steps that are not done on some rank the first one can go on. That holds as well where both streams share one hardware queue, since
+events point back in that order alone.
 
 T tokens, K top-k, E experts, W ranks, L = E / W local experts, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,6 +89,7 @@ def layer_seconds(config: DispatcherConfig, intermediate_size: int, plan: Plan, 
     return whole + tile - (0.0 if computing > reading else max(0.0, beside / DISPATCH_RATE - late))
 
 
+@functools.lru_cache
 def choose_plan(config: DispatcherConfig, intermediate_size: int, sms: int) -> Plan:
     """The fastest for a layer of max_tokens_per_rank tokens, if it is faster than one piece by more than the model may err."""
     plans = [Plan(first_experts=experts) for experts in range(config.num_local_experts)]
@@ -173,11 +176,14 @@ def run_in_waves(
     batch, handle = dispatcher.dispatch_first(*tokens, slot, first)
     assert handle.destinations is not None
     follow(side, main)
-    with torch.cuda.stream(side):
-        experts.part(0, first).push(batch, handle.destinations[:first], num_sms=side_sms)
-    others = dispatcher.dispatch_second(*tokens[:2], handle, first)
-    experts.part(first, dispatcher.config.num_local_experts).push(others, handle.destinations[first:])
-    follow(main, side)
+    try:
+        with torch.cuda.stream(side):
+            experts.part(0, first).push(batch, handle.destinations[:first], num_sms=side_sms)
+        others = dispatcher.dispatch_second(handle)
+        experts.part(first, dispatcher.config.num_local_experts).push(others, handle.destinations[first:])
+    finally:
+        # after an error too: what the side uses may be freed then
+        follow(main, side)
     return dispatcher.combine_pushed(handle)
 
 
@@ -197,18 +203,21 @@ def run_in_halves(
     batch0, handle0 = dispatcher.dispatch(*(x[:half] for x in tokens), slot=0)
     # not beside it: they would share the wire
     follow(side, main)
-    with torch.cuda.stream(side):
-        push(experts, batch0, handle0, side_sms)
-    pushed = None if side is None else side.record_event()
-    batch1, handle1 = dispatcher.dispatch(*(x[half:] for x in tokens), slot=1)
-    follow(side, main)
-    with torch.cuda.stream(side):
-        dispatcher.combine_pushed(handle0, out=out[:half])
-    push(experts, batch1, handle1)
-    if main is not None and pushed is not None:
-        main.wait_event(pushed)
-    dispatcher.combine_pushed(handle1, out=out[half:])
-    follow(main, side)
+    try:
+        with torch.cuda.stream(side):
+            push(experts, batch0, handle0, side_sms)
+        pushed = None if side is None else side.record_event()
+        batch1, handle1 = dispatcher.dispatch(*(x[half:] for x in tokens), slot=1)
+        follow(side, main)
+        with torch.cuda.stream(side):
+            dispatcher.combine_pushed(handle0, out=out[:half])
+        push(experts, batch1, handle1)
+        if main is not None and pushed is not None:
+            main.wait_event(pushed)
+        dispatcher.combine_pushed(handle1, out=out[half:])
+    finally:
+        # after an error too: what the side uses may be freed then
+        follow(main, side)
     return out
 
 

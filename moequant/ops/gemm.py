@@ -112,8 +112,14 @@ def fuses_gemm1(
     if not common.runs_gluon(a.device):
         return False
     from moequant.kernels import gemm1_swiglu_hopper as fused
+    from moequant.kernels.grouped_gemm import few_tiles
+    from moequant.kernels.hopper import multiprocessors
 
-    if fused.faster_apart(w13.shape[0], w13.shape[1] // 2, expected_rows, a.device):
+    experts, columns, _ = w13.shape
+    # where programs share tiles, and add in another order
+    if few_tiles(experts, a.shape[1], ceil_div(columns, 128), multiprocessors(a.device)):
+        return False
+    if fused.faster_apart(experts, columns // 2, expected_rows, a.device):
         return False
     return fused.supports_gemm1_swiglu(a, a_scales, w13, w13_scales, values, scales)
 

@@ -32,11 +32,13 @@ class Slot:
     def __init__(self, number: int, buffers: dict[str, Tensor]) -> None:
         self.number = number
         self.buffers = buffers
-        # twice the number of the dispatcher's call, plus the slot's number: the same on all ranks that are in step
+        # of the dispatcher's call its number, slot and first wave, in bits: the same on all ranks that are in step
         self.call = 0
         self.generation = 0
         # the expert output that `combine_send` was given, for `combine_recv`
         self.pending: Tensor | None = None
+        # the arguments of `dispatch_first`, for `dispatch_second`
+        self.second: tuple[Tensor, Tensor, Tensor, int] | None = None
         # whether the last dispatch was combined
         self.answered = True
 

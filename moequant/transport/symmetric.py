@@ -144,15 +144,20 @@ class SymmetricTransport(Transport):
         local = self.config.num_local_experts
         if not 1 <= experts < local:
             raise ValueError(f"experts must be from 1 to {local - 1}, as a rank has {local}, got {experts}")
+        # the flags of the second wave may be so old that they seem to be ahead; nobody signals before it has this call's counts
+        slot["flags"][2].copy_(slot["epochs"][0].expand(self.config.world_size))
         rows = self._send(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=1, first_experts=experts)
+        slot.second = hidden_states, topk_ids, topk_weights, experts
         return self._land(slot, hidden_states.shape[0], (0, experts)), rows
 
-    def dispatch_second(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, experts: int
-    ) -> ExpertBatch:
-        """`dispatch` of the rows of the other experts, after `dispatch_first`; beside it on another stream once its rows are sent."""
+    def dispatch_second(self, slot: Slot) -> ExpertBatch:
+        """`dispatch` of the rows of the other experts, after `dispatch_first`."""
+        if slot.second is None:
+            raise RuntimeError("dispatch_second came without dispatch_first; call dispatch_first(...) first, and this once")
+        hidden_states, topk_ids, topk_weights, experts = slot.second
+        slot.second = None
         self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=2, first_experts=experts)
-        return self._land(slot, hidden_states.shape[0], (experts, self.config.num_local_experts))
+        return self._land(slot, len(hidden_states), (experts, self.config.num_local_experts))
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
         self._return(expert_output, slot, wait=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from trials import count_wrong
 
-from moequant import GroupedExperts, MoEQuantDispatcher, PeerTimeoutError
+from moequant import GroupedExperts, MoEQuantDispatcher, OutOfStepError, PeerTimeoutError
 from moequant.config import DispatcherConfig
 from moequant.layer import Plan, choose_plan
 from moequant.testing import assert_bit_equal, run_ranks
@@ -183,6 +183,37 @@ def test_survivors_on_gpus_of_a_layer_on_two_streams_blame_the_lost_rank(way, ra
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", way, may_die=(ranks - 1,), backend=BACKEND, timeout=90))
+
+
+def run_other_waves(rank: int, ranks: int) -> None:
+    settings = settings_for(ranks, 4, 64, "int8", local_experts=3)
+    experts, tokens = experts_of(rank, settings, ranks, 64, "cpu"), tokens_of(rank, settings, 4, "cpu")
+    dispatcher = MoEQuantDispatcher(**settings, device="cpu")
+    dispatcher(*tokens, experts, first_experts=1)
+    dispatcher.check()
+    dispatcher(*tokens, experts, first_experts=1 + rank)
+    with pytest.raises(OutOfStepError, match="made different calls"):
+        dispatcher.check()
+    with pytest.raises(OutOfStepError):
+        dispatcher.dispatch(*tokens)
+    dispatcher.close()
+
+
+def test_ranks_that_send_other_experts_first_hear_of_it(interpreted):
+    run_ranks(run_other_waves, 2, setup=install_interpreter, timeout=60)
+
+
+def run_second_without_first(rank: int, ranks: int) -> None:
+    settings = settings_for(ranks, 4, 64, "int8")
+    tokens = tokens_of(rank, settings, 4, "cpu")
+    with MoEQuantDispatcher(**settings, device="cpu") as dispatcher:
+        _, handle = dispatcher.dispatch(*tokens)
+        with pytest.raises(RuntimeError, match="dispatch_second came without dispatch_first"):
+            dispatcher.dispatch_second(handle)
+
+
+def test_a_second_wave_without_a_first_is_refused(interpreted):
+    run_ranks(run_second_without_first, 1, setup=install_interpreter, timeout=60)
 
 
 def plan_for(tokens: int, inner: int, **settings: Any) -> Plan:

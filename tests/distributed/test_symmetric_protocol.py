@@ -67,8 +67,10 @@ def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, bool, int, Any, An
         for number, (slot, waves, combines, inputs, (counts, values), outputs) in enumerate(rounds):
             hidden, ids, weights = inputs[rank]
             if waves:
+                # as the flags of a call in waves look 2**31 calls later
+                dispatcher._slots[slot]["flags"][2].fill_(2**30)
                 _, handle = dispatcher.dispatch_first(hidden, ids, weights, slot, 1)
-                dispatcher.dispatch_second(hidden, ids, handle, 1)
+                dispatcher.dispatch_second(handle)
                 batch = dispatcher._transport.expert_batch(dispatcher._slots[slot], len(hidden))
             else:
                 batch, handle = dispatcher.dispatch(hidden, ids, weights, slot=slot)

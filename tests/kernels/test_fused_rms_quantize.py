@@ -45,7 +45,7 @@ def test_other_groups_and_recipes_match_the_reference(group_size, recipe, device
     assert_close(x, torch.randn(700, device=device), None, x, torch.float8_e4m3fnuz, recipe, group_size)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7168), (200, 40), (3, 9000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7168), (200, 40), (3, 9000), (2, 20000)], ids=str)
 def test_tiles_of_many_rows_and_of_one_match_the_reference(shape, device):
     x = torch.randn(shape, device=device).bfloat16()
     assert_close(x, torch.randn(shape[1], device=device), x, None, torch.float8_e4m3fn)
