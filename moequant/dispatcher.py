@@ -62,10 +62,11 @@ class MoEQuantDispatcher:
     device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
     The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes, and
-    compiles the kernels for bfloat16 hidden states and float32 weights; other types and waves compile when they first come. `dispatch`
-    and `combine` are collective and run in stream order; nothing in them syncs with the host, except in the packed exchange. All ranks have
-    to make the same calls: a call that raises on one rank counts, and OutOfStepError tells the ranks that went on without it (on a GPU
-    with the padded exchange, from `check()`). A dispatcher is a context manager; leaving it calls `check()` and `close()`.
+    compiles the kernels for bfloat16 hidden states and float32 weights; other types and waves compile when they first come.
+    `dispatch` and `combine` are collective and run in stream order; nothing in them syncs with the host, except in the packed
+    exchange. All ranks have to make the same calls: a call that raises on one rank counts, and OutOfStepError tells the ranks that went
+    on without it (on a GPU with the padded exchange, from `check()`). A dispatcher is a context manager; leaving it calls `check()` and
+    `close()`.
 
     Raises ValueError for wrong settings, ConfigMismatchError where ranks disagree.
     """
