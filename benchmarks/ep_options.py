@@ -13,7 +13,7 @@ from benchmarks.common import TOLERANCES, OneLineParser, free_memory
 from benchmarks.traces import TraceError, check_matches, find_traces, load_trace, matching_trace
 from moequant import MoEQuantDispatcher
 from moequant.config import CHOICES, DispatcherConfig
-from moequant.layer import Plan, check_plan, choose_plan, multiprocessors
+from moequant.layer import Plan, check_plan, choose_plan
 from moequant.models import MODELS, model_shape
 from moequant.testing import routing
 
@@ -107,6 +107,8 @@ def parse_options(argv: list[str] | None, world_size: int, description: str | No
         if options.overlap == "off" or options.transport not in ("auto", "symmetric") or config.per_rank or world_size == 1:
             options.plan = Plan()
         elif options.chunks is None and options.first_experts is None:
+            from moequant.kernels.common import multiprocessors
+
             options.plan = choose_plan(config, options.intermediate, multiprocessors(torch.device(options.device)))
     except ValueError as error:
         parser.error(str(error))

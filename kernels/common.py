@@ -24,6 +24,11 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; without one, where kernels are only compiled, an H200's."""
+    return num_sms(device) if device.type == "cuda" else 132
+
+
 @functools.lru_cache
 def runs_gluon(device: torch.device) -> bool:
     """Whether the Gluon kernels for Hopper run on a device. Gluon's names change from one minor version of Triton to the next."""

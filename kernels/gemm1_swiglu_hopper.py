@@ -30,8 +30,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from moequant.kernels.common import INF_BITS, runs_gluon
-from moequant.kernels.hopper import REGISTERS, counters, matrix, multiprocessors, scale_matrix, takes
+from moequant.kernels.common import INF_BITS, multiprocessors, runs_gluon
+from moequant.kernels.hopper import REGISTERS, counters, matrix, scale_matrix, takes
 from moequant.kernels.hopper_ring import SCALAR, TILE_WORDS, advance, load_tiles, next_tile, product, release
 
 STAGES = 4

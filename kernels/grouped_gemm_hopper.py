@@ -36,7 +36,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from moequant.kernels.hopper import REGISTERS, counters, matrix, multiprocessors, scale_matrix
+from moequant.kernels.common import multiprocessors
+from moequant.kernels.hopper import REGISTERS, counters, matrix, scale_matrix
 from moequant.kernels.hopper_ring import SCALAR, TILE_WORDS, advance, load_tiles, next_tile, product, release, scale_pointers
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moequant.kernels.common import num_sms, runs_gluon
+from moequant.kernels.common import multiprocessors, runs_gluon
 from moequant.kernels.grouped_gemm import few_tiles
 
 # Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
@@ -87,11 +87,6 @@ class TileCounters:
 
 
 counters = TileCounters()
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; without one, where kernels are only compiled, an H200's."""
-    return num_sms(device) if device.type == "cuda" else 132
 
 
 def supports(

@@ -105,11 +105,6 @@ def side_stream(config: DispatcherConfig, device: torch.device) -> torch.cuda.St
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and config.pushes else None
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; on a CPU any number."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def run_layer(
     dispatcher: MoEQuantDispatcher,
     tokens: tuple[Tensor, Tensor, Tensor],
@@ -125,6 +120,8 @@ def run_layer(
     plan = Plan(1 if chunks is None else chunks, first_experts or 0)
     check_plan(plan, config, pushing is not None, type(experts).__name__)
     if pushing is not None:
+        from moequant.kernels.common import multiprocessors
+
         sms = max(multiprocessors(dispatcher.device), config.num_sms + 1)
         if chunks is None and first_experts is None:
             plan = choose_plan(config, pushing.intermediate_size, sms)

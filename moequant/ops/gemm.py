@@ -113,11 +113,10 @@ def fuses_gemm1(
         return False
     from moequant.kernels import gemm1_swiglu_hopper as fused
     from moequant.kernels.grouped_gemm import few_tiles
-    from moequant.kernels.hopper import multiprocessors
 
     experts, columns, _ = w13.shape
     # where programs share tiles, and add in another order
-    if few_tiles(experts, a.shape[1], ceil_div(columns, 128), multiprocessors(a.device)):
+    if few_tiles(experts, a.shape[1], ceil_div(columns, 128), common.multiprocessors(a.device)):
         return False
     if fused.faster_apart(experts, columns // 2, expected_rows, a.device):
         return False

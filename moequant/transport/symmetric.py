@@ -127,11 +127,13 @@ class SymmetricTransport(Transport):
         self._barrier()
 
     def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
-        rows = self._send(hidden_states, topk_ids, topk_weights, slot, wait=True)
+        self._exchange(topk_ids, slot)
+        rows = self._push(hidden_states, topk_ids, topk_weights, slot, wait=True)
         return self._land(slot, hidden_states.shape[0]), rows
 
     def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> Tensor:
-        return self._send(hidden_states, topk_ids, topk_weights, slot, wait=False)
+        self._exchange(topk_ids, slot)
+        return self._push(hidden_states, topk_ids, topk_weights, slot, wait=False)
 
     def dispatch_recv(self, tokens: int, slot: Slot) -> ExpertBatch:
         self._flag_round(slot, 1, signal=False)
@@ -146,7 +148,8 @@ class SymmetricTransport(Transport):
             raise ValueError(f"experts must be from 1 to {local - 1}, as a rank has {local}, got {experts}")
         # the flags of the second wave may be so old that they seem to be ahead; nobody signals before it has this call's counts
         slot["flags"][2].copy_(slot["epochs"][0].expand(self.config.world_size))
-        rows = self._send(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=1, first_experts=experts)
+        self._exchange(topk_ids, slot)
+        rows = self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=1, first_experts=experts)
         slot.second = hidden_states, topk_ids, topk_weights, experts
         return self._land(slot, hidden_states.shape[0], (0, experts)), rows
 
@@ -183,26 +186,12 @@ class SymmetricTransport(Transport):
             culprit,
         )
 
-    def _send(
-        self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        slot: Slot,
-        wait: bool,
-        wave: int = 0,
-        first_experts: int = 0,
-    ) -> Tensor:
-        """Returns rows (T, K) int32: the row of each entry among all ranks' E * M rows, -1 where there is none."""
-        slot.answered = False
-        self._exchange(topk_ids, slot)
-        return self._push(hidden_states, topk_ids, topk_weights, slot, wait, wave, first_experts)
-
     def _exchange(self, topk_ids: Tensor, slot: Slot) -> None:
         """From this rank's ids to the places of its rows, and the rows of this rank's experts."""
         from moequant.kernels.exchange_counts import exchange_counts
         from moequant.kernels.route import route
 
+        slot.answered = False
         route(topk_ids, slot["slots"][: len(topk_ids)], slot["counts"], status=self.status, early=True)
         exchange_counts(
             slot["counts"],
@@ -231,7 +220,8 @@ class SymmetricTransport(Transport):
         wave: int = 0,
         first_experts: int = 0,
     ) -> Tensor:
-        """Stores this rank's rows, or those of a wave, at their places. Returns rows, as `_send`."""
+        """Stores this rank's rows, or those of a wave, at their places. Returns rows (T, K) int32: the row of each entry among all ranks'
+        E * M rows, -1 where there is none."""
         from moequant.kernels.push_tokens import push_tokens
 
         config, tokens = self.config, len(topk_ids)
