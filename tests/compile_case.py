@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from moequant.batch import ceil_div, empty_transposed_scales
 
 BF16, INT8 = torch.bfloat16, torch.int8
 E4M3, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
@@ -41,3 +44,17 @@ def cases(call: Callable[..., None], *arguments: dict[str, Any], **settings: boo
 
 def each_format(*plain: torch.dtype, **arguments: Any) -> list[dict[str, Any]]:
     return [{"dtype": dtype, **arguments} for dtype in (E4M3, FNUZ, INT8, *plain)]
+
+
+def counted(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape[0], dtype=torch.int32)
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def quantized(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Values (L, M, H) and their transposed scales, or no scales for a plain type."""
+    scales = None if dtype == BF16 else empty_transposed_scales(experts, rows, ceil_div(columns, 128), "cpu")
+    return empty(experts, rows, columns, dtype=dtype), scales

@@ -11,29 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from compile_case import BF16, E4M3, E5M2, FNUZ, INT8, cases, each_format
+from compile_case import BF16, E4M3, E5M2, FNUZ, INT8, cases, counted, each_format, empty, quantized
 from moequant import ops
-from moequant.batch import ceil_div, empty_scales, empty_transposed_scales
+from moequant.batch import ceil_div, empty_scales
 from moequant.kernels import exchange_counts as exchange_counts_module
 from moequant.kernels import land_rows as land_rows_module
 from moequant.kernels import push_tokens as push_tokens_module
 from moequant.kernels import signal_and_wait as signal_and_wait_module
-
-
-def counted(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape[0], dtype=torch.int32)
-
-
-def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
-
-
-def quantized(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Values (L, M, H) and their transposed scales, or no scales for a plain type."""
-    scales = None if dtype == BF16 else empty_transposed_scales(experts, rows, ceil_div(columns, 128), "cpu")
-    return empty(experts, rows, columns, dtype=dtype), scales
 
 
 def quantize(dtype: torch.dtype, columns: int = 7168, recipe: str = "default", rows: int = 256) -> None:

@@ -40,6 +40,13 @@ def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
         yield
 
 
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks that a test starts interpret kernels on CPU tensors, on a machine with GPUs too."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

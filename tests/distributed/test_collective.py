@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from trials import check_trial, stand_in
+from trials import check_trial, install_interpreter, stand_in
 
 from moequant import ConfigMismatchError, MoEQuantDispatcher, OutOfStepError, PeerTimeoutError, ops
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
@@ -30,20 +30,12 @@ def test_random_settings_have_the_bits_of_one_process(ranks):
     run_ranks(run_trials, ranks, 40)
 
 
-def install_interpreter() -> None:
-    import interpreter
-
-    interpreter.install()
-
-
 def run_interpreted(rank: int, ranks: int, trials: int) -> None:
     assert ops.uses_kernels(torch.empty(0))
     run_trials(rank, ranks, trials)
 
 
-def test_interpreted_kernels_have_the_bits_of_one_process(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+def test_interpreted_kernels_have_the_bits_of_one_process(interpreted):
     run_ranks(run_interpreted, 2, 6, setup=install_interpreter)
 
 

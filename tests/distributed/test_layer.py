@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from trials import count_wrong
+from trials import count_wrong, install_interpreter
 
 from moequant import GroupedExperts, MoEQuantDispatcher, OutOfStepError, PeerTimeoutError
 from moequant.config import DispatcherConfig
@@ -20,18 +20,6 @@ from moequant.testing import assert_bit_equal, run_ranks
 
 BACKEND = "cpu:gloo,cuda:nccl"
 TIMEOUT = 2.0
-
-
-def install_interpreter() -> None:
-    import interpreter
-
-    interpreter.install()
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
 
 
 def settings_for(ranks: int, tokens: int, hidden: int, quant: str, local_experts: int = 2) -> dict[str, Any]:

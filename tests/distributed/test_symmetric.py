@@ -10,23 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from trials import Way, check_trial, stand_in, there_and_back
+from trials import Way, check_trial, install_interpreter, stand_in, there_and_back
 
 from moequant import GroupedExperts, MoEQuantDispatcher
 from moequant.batch import ExpertBatch
 from moequant.testing import assert_bit_equal, run_ranks
-
-
-def install_interpreter() -> None:
-    import interpreter
-
-    interpreter.install()
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
 
 
 def in_halves(dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], first_expert: int) -> tuple[ExpertBatch, torch.Tensor]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
-from trials import stand_in
+from trials import install_interpreter, stand_in
 
 from moequant import MoEQuantDispatcher, PeerTimeoutError
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
@@ -24,18 +24,6 @@ TIMEOUT = 2.0
 def settings_for(ranks: int) -> dict[str, Any]:
     """For so many ranks, and for one less."""
     return {"num_experts": ranks * (ranks - 1), "top_k": 2, "hidden_size": 96, "max_tokens_per_rank": 8}
-
-
-def install_interpreter() -> None:
-    import interpreter
-
-    interpreter.install()
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
 
 
 def tokens_of(rank: int, experts: int, device: str) -> list[torch.Tensor]:

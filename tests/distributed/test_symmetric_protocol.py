@@ -83,10 +83,8 @@ def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, bool, int, Any, An
                 assert_bit_equal(dispatcher.combine(output, handle), outputs[rank], f"round {number}")
 
 
-def test_random_delays_change_no_bit(monkeypatch):
+def test_random_delays_change_no_bit(interpreted):
     rounds = draw_rounds(ROUNDS, 4)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
     run_ranks(run_rounds, 4, rounds, setup=install_slow_interpreter, timeout=200)
 
 
@@ -111,8 +109,6 @@ def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
         assert int(dispatcher._status[2]) == 0
 
 
-def test_flags_keep_ranks_together_through_random_delays(monkeypatch):
+def test_flags_keep_ranks_together_through_random_delays(interpreted):
     """A thousand calls of three rounds each: counts, outputs, rows."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
     run_ranks(run_flag_rounds, 4, 1000, setup=install_slow_interpreter, timeout=280)

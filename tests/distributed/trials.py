@@ -19,6 +19,13 @@ SHAPES = 12
 KEPT = ("flags", "count_words", "epochs", "ticket", "fault")
 
 
+def install_interpreter() -> None:
+    """`setup` of ranks whose kernels are interpreted: the test has the fixture `interpreted`."""
+    import interpreter
+
+    interpreter.install()
+
+
 def stand_in(batch: ExpertBatch, first_expert: int = 0) -> torch.Tensor:
     """An elementwise expert, exact by construction, different for neighbouring experts."""
     values = batch.values.float()

@@ -14,13 +14,8 @@ from moequant import reference
 from moequant.batch import QuantizedTensor
 from moequant.kernels.grouped_gemm import (
     CANDIDATES,
-    LARGE_TILES,
     SMALL_TILES,
-    STREAMING,
     Config,
-    Limits,
-    choose_config,
-    fitting_stages,
     grouped_gemm_blockscale,
     locate_tile,
 )
@@ -258,20 +253,6 @@ def test_narrow_tiles_have_the_scales_of_their_blocks(device: str, block_n: int,
     check(a, b, [70, 3], config=SMALL_TILES._replace(block_n=block_n))
 
 
-@pytest.mark.parametrize(
-    ("experts", "rows", "column_tiles", "steps", "parts"),
-    [
-        pytest.param(1, 1, 17, 56, 7, id="one program for each multiprocessor"),
-        pytest.param(1, 1, 56, 128, 4, id="two, as the sums are long"),
-        pytest.param(1, 1, 17, 12, 3, id="at least four steps a part"),
-        pytest.param(1, 128, 112, 56, 1, id="tiles enough"),
-        pytest.param(8, 65, 9, 56, 1, id="tiles enough if all rows are valid"),
-    ],
-)
-def test_programs_share_tiles_where_there_are_few(experts: int, rows: int, column_tiles: int, steps: int, parts: int) -> None:
-    assert choose_config(rows, experts, rows, column_tiles, steps, 132).parts == parts
-
-
 @pytest.mark.parametrize("expected_rows", [None, 0, 1, 300, 10**6])
 def test_expected_rows_is_a_hint(device: str, expected_rows: int | None) -> None:
     a, b = operands(device, DTYPES["e4m3fn"], (2, 40, 128, 128))
@@ -323,21 +304,6 @@ def test_nothing_to_do(device: str) -> None:
         launch(a, b, counts[:experts], torch.empty(experts, rows, columns, device=device))
     a, b = (torch.empty(2, n, 0, dtype=torch.bfloat16, device=device) for n in (4, 8))
     assert torch.equal(launch(a, b, None, poisoned_output(a, b)), torch.zeros(2, 4, 8, device=device))
-
-
-@pytest.mark.parametrize(
-    ("config", "limits", "stages"),
-    [
-        pytest.param(STREAMING, Limits(132, 232448, True), 4, id="hopper"),
-        pytest.param(LARGE_TILES, Limits(132, 232448, True), 4, id="hopper-large"),
-        pytest.param(LARGE_TILES._replace(stages=9, flatten=True), Limits(132, 232448, True), 4, id="hopper-flat"),
-        pytest.param(LARGE_TILES, Limits(170, 101376, True), 3, id="99-kib-with-tma"),
-        pytest.param(STREAMING, Limits(108, 166912, False), 4, id="a100"),
-        pytest.param(LARGE_TILES, Limits(304, 65536, False), 2, id="64-kib"),
-    ],
-)
-def test_stages_fit_shared_memory(config: Config, limits: Limits, stages: int) -> None:
-    assert fitting_stages(config, limits, out_bytes=4) == stages
 
 
 def similarity_loss(x: Tensor, y: Tensor) -> float:
