@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import num_sms
-from moequant.kernels.symmetric import EARLY_WARPS, NO_FAULT, await_previous, begins_early, launch_option
+from moequant.kernels.early import EARLY_WARPS, await_previous, begins_early, launch_option
+from moequant.kernels.symmetric import NO_FAULT
 
 
 @triton.jit

@@ -10,17 +10,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
-from moequant.kernels.symmetric import (
-    COUNTS,
-    NO_FAULT,
-    agreed,
-    await_previous,
-    begins_early,
-    end_wait,
-    launch_option,
-    let_next_begin,
-    peer_block,
-)
+from moequant.kernels.early import await_previous, begins_early, launch_option, let_next_begin
+from moequant.kernels.symmetric import COUNTS, NO_FAULT, agreed, end_wait, peer_block
 
 EXPIRED = tl.constexpr(1 << 16)
 

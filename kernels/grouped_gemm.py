@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moequant.kernels.early import begins_early, let_next_begin
 from moequant.kernels.sum_parts import sum_parts
-from moequant.kernels.symmetric import begins_early, let_next_begin
 
 # The width of b's blocks and of the groups: a column tile of at most as many columns has one scale for each group.
 GROUP_SIZE = 128

@@ -19,18 +19,8 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import num_sms, quantize_group
-from moequant.kernels.symmetric import (
-    EARLY_WARPS,
-    ROWS,
-    await_previous,
-    begins_early,
-    last_program,
-    launch_option,
-    let_next_begin,
-    peer_block,
-    signal_peers,
-    wait_for_peers,
-)
+from moequant.kernels.early import EARLY_WARPS, await_previous, begins_early, launch_option, let_next_begin
+from moequant.kernels.symmetric import ROWS, last_program, peer_block, signal_peers, wait_for_peers
 
 
 def note_words(groups: int, top_k: int, per_rank: bool) -> int:

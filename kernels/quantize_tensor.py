@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import INF_BITS, num_sms
-from moequant.kernels.symmetric import await_previous, begins_early, launch_option, let_next_begin
+from moequant.kernels.early import await_previous, begins_early, launch_option, let_next_begin
 
 # numbers of a program's block
 BLOCK = 4096

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.symmetric import begins_early, let_next_begin
+from moequant.kernels.early import begins_early, let_next_begin
 
 
 # Not specialized on the number of entries, which changes from call to call.
@@ -76,7 +76,7 @@ def route(
     status: torch.Tensor | None = None,
     early: bool = False,
 ) -> None:
-    """As `moequant.reference.route`. All tensors contiguous. early: the next launch may begin early (`symmetric.py`)."""
+    """As `moequant.reference.route`. All tensors contiguous. early: the next launch may begin early (`early.py`)."""
     entries, experts = topk_ids.numel(), counts.shape[0]
     block = 1024 if entries <= 4096 else 4096
     route_kernel[(experts + 1,)](

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.symmetric import begins_early, let_next_begin, signal_peers, wait_for_peers
+from moequant.kernels.early import begins_early, let_next_begin
+from moequant.kernels.symmetric import signal_peers, wait_for_peers
 
 
 @triton.jit(do_not_specialize=["limit"])

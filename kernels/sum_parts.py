@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moequant.kernels.symmetric import await_previous, launch_option
+from moequant.kernels.early import await_previous, launch_option
 
 # Columns of a program.
 BLOCK = 512

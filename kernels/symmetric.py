@@ -9,11 +9,6 @@ waits: word r belongs to rank r, which writes the number of the call (the epoch)
 difference, which is right across the wrap to negative numbers. The words of the second wave, which few calls signal, are set to the epoch
 before by the rank that waits, before it sends its counts.
 
-Small launches may begin early (programmatic dependent launch, from Hopper on): while the kernel before them runs, they are set up and do
-what does not depend on it, and then wait for its end, in hardware. The kernel before may be spinning, so what waits must leave room on
-the device for what it waits for: at most EARLY_WARPS warps for each multiprocessor, of which two slots take no more than half of its
-registers.
-
 Why nothing is overwritten too early: a rank publishes its counts for call n + 1 of a slot only after all its own work on call n, in
 stream order, and no rank stores rows of call n + 1 anywhere before it has the counts of all ranks for it. Whoever reads a buffer in call
 n has thus finished before the first store of call n + 1 to it, whether combine was called or not. A rank without tokens publishes its
@@ -22,13 +17,9 @@ counts as well.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
+from triton.language.extra.cuda import globaltimer
 
 # The abort word while all is well. A fault is a smaller number: step << 8 | rank, where step is (epoch * 4 + phase) modulo 2**22. Ranks
 # that notice different faults agree on the smallest, the earliest step.
@@ -36,37 +27,6 @@ NO_FAULT = tl.constexpr(0x7FFFFFFF)
 STEP_MASK = tl.constexpr((1 << 22) - 1)
 # The phases of a call.
 COUNTS, ROWS, OUTPUTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-# Warps for each multiprocessor of a launch that may begin early.
-EARLY_WARPS = 16
-
-
-@functools.lru_cache
-def begins_early(device: torch.device) -> bool:
-    """Whether launches on a device can begin before the one before them has ended."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def launch_option(early: bool) -> dict[str, Any]:
-    """What a launch that may begin early needs besides. Not every kind of GPU knows the option."""
-    return {"launch_pdl": True} if early else {}
-
-
-@triton.jit
-def let_next_begin(EARLY: tl.constexpr):
-    """The next launch may begin, if it is one that may begin early."""
-    if EARLY:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def await_previous(EARLY: tl.constexpr):
-    """Waits for the end of the launch before, if this one may have begun early."""
-    if EARLY:
-        gdc_wait()
 
 
 @triton.jit

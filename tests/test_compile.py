@@ -55,7 +55,7 @@ MATRIX_INSTRUCTIONS = {
 # what rounds to e4m3fnuz by the instruction of the GPU that has one
 NATIVE_FNUZ = {"quantize", "silu_mul_quantize", "quantize_weight", "fused_rms_quantize"}
 # modules of device functions that other kernels call
-SHARED = {"common", "hopper", "hopper_ring", "symmetric"}
+SHARED = {"common", "early", "hopper", "hopper_ring", "symmetric"}
 
 
 def compiled(operation: str) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moequant.kernels.early import begins_early
 from moequant.kernels.sum_parts import sum_parts
-from moequant.kernels.symmetric import begins_early
 from moequant.testing import assert_bit_equal, poison
 
 COUNTS = [3, 0, 5]
