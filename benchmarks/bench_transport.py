@@ -31,6 +31,7 @@ from moequant.kernels.symmetric import NO_FAULT
 from moequant.models import MODELS, model_shape
 from moequant.peer_memory import PeerMemory
 from moequant.testing import assert_bit_equal, routing
+from moequant.transport.base import Stage
 
 TOKENS = (1, 8, 32, 128, 512, 4096)
 
@@ -140,7 +141,7 @@ class Case:
 
             def combine(handle: DispatchHandle = handle) -> None:
                 # the same rows again: nothing is overwritten by other bits, so that no round of flags has to come between
-                slot.answered = False
+                slot.stage, slot.pushing = Stage.LANDED, None
                 dispatcher.combine(output, handle, out=out)
 
             timings = {}
@@ -148,18 +149,23 @@ class Case:
                 timings["dispatch"] = self.time(lambda: dispatcher.dispatch(*self.inputs))
                 batch, handle = dispatcher.dispatch(*self.inputs)
             timings["combine_pull"] = self.time(lambda: combine(handle))
-            if handle.destinations is not None:
+            if dispatcher.config.pushes:
                 dispatcher.push(output, handle)
                 pushed = dispatcher.combine_pushed(handle)
                 if expected is not None:
                     assert_bit_equal(pushed, expected[1], "pushed")
 
                 def combine_pushed(handle: DispatchHandle = handle) -> None:
-                    slot.answered = False
+                    slot.stage, slot.pushing = Stage.LANDED, torch.bfloat16
                     dispatcher.combine_pushed(handle, out=out)
 
                 timings["combine_push"] = self.time(combine_pushed)
-                timings["push"] = self.time(lambda: dispatcher.push(output, handle))
+
+                def push(handle: DispatchHandle = handle) -> None:
+                    slot.stage, slot.pushing = Stage.LANDED, None
+                    dispatcher.push(output, handle)
+
+                timings["push"] = self.time(push)
         return kept, out.clone(), timings
 
 

@@ -22,8 +22,8 @@ from benchmarks.timing import Modes, Way, time_modes, time_turn_about
 from moequant import GroupedExperts, MoEQuantDispatcher, quantize_expert_batch, reference
 from moequant.batch import ceil_div
 from moequant.config import DispatcherConfig
-from moequant.layer import Plan
 from moequant.testing import routing
+from moequant.transport.base import Stage
 from moequant.transport.collective import CollectiveTransport, choose_exchange, message_bytes
 
 # in the order of the table
@@ -109,7 +109,7 @@ def all_ids(options: argparse.Namespace, kind: str, config: DispatcherConfig, de
     if options.capacity is None:
         return ids, ids
     # each half of a layer's tokens has the buffers for itself
-    parts = ids.tensor_split((ceil_div(ids.shape[1], 2),), 1) if options.plan.chunks == 2 else (ids,)
+    parts = ids.tensor_split((ceil_div(ids.shape[1], 2),), 1) if options.chunks == 2 else (ids,)
     return ids, torch.cat([without_overflow(part, config) for part in parts], 1)
 
 
@@ -174,13 +174,13 @@ class Layer:
         w13, w2 = (torch.stack(weights) for weights in zip(*pairs, strict=True))
         self.experts = GroupedExperts.from_weights(w13, w2, quant=config.quant)
         self.tokens = tokens
-        self.iters, self.plan = options.iters, options.plan
+        self.iters = options.iters
+        self.overlap = {"chunks": options.chunks, "first_experts": options.first_experts} if config.pushes else {}
         self.exchange = choose_exchange(config) if isinstance(self.dispatcher._transport, CollectiveTransport) else None
         self.in_graph = device.type == "cuda" and self.exchange != "packed"
 
     def __call__(self) -> Tensor:
-        plan = self.plan if self.config.pushes else Plan()
-        return self.dispatcher(*self.tokens, self.experts, chunks=plan.chunks, first_experts=plan.first_experts)
+        return self.dispatcher(*self.tokens, self.experts, **self.overlap)
 
     def case(self, options: argparse.Namespace, kind: str) -> dict[str, Any]:
         config = self.config
@@ -188,7 +188,7 @@ class Layer:
         case |= {"W": config.world_size, "quant": config.quant, "transport": config.transport}
         case |= {"exchange": self.exchange, "reduce": config.reduce, "routing": kind}
         if config.transport == "symmetric":
-            way = "in halves" if self.plan.chunks == 2 else "in waves" if self.plan.first_experts else "rows pushed"
+            way = "in halves" if options.chunks == 2 else "in waves" if options.first_experts else "rows pushed"
             case |= {"overlap": way if config.pushes else "steps apart"}
         # as it is rounded
         case |= {"capacity": config.max_rows if config.capacity is not None else None}
@@ -221,7 +221,7 @@ class Layer:
 
         def combine() -> None:
             # the same output again and again: no round of flags has to keep another one away
-            slot.answered = False
+            slot.stage = Stage.LANDED
             dispatcher.combine(output, handle, out=summed)
 
         steps["gemm1"] = lambda: experts.gemm1(batch)
@@ -231,11 +231,10 @@ class Layer:
         steps["gemm2"] = lambda: experts.gemm2(inner, batch)
         steps["combine"] = combine
         if config.pushes:
-            destinations = handle.destinations
-            assert destinations is not None
+            destinations = slot["destinations"]
 
             def combine_pushed() -> None:
-                slot.answered = False
+                slot.stage, slot.pushing = Stage.LANDED, torch.bfloat16
                 dispatcher.combine_pushed(handle, out=summed)
 
             steps["gemm2_push"] = lambda: experts.gemm2_push(inner, batch, destinations)

@@ -13,7 +13,7 @@ from benchmarks.common import TOLERANCES, OneLineParser, free_memory
 from benchmarks.traces import TraceError, check_matches, find_traces, load_trace, matching_trace
 from moequant import MoEQuantDispatcher
 from moequant.config import CHOICES, DispatcherConfig
-from moequant.layer import Plan, check_plan, choose_plan
+from moequant.layer import check_overlap
 from moequant.models import MODELS, model_shape
 from moequant.testing import routing
 
@@ -57,13 +57,15 @@ def make_parser(description: str | None) -> OneLineParser:
         "--chunks",
         type=int,
         choices=(1, 2),
-        help="parts of the layer's tokens with --overlap on (default: what a model finds fastest)",
+        default=1,
+        help="parts of the layer's tokens with --overlap on (default: 1)",
     )
     add(
         "--first-experts",
         type=int,
+        default=0,
         metavar="N",
-        help="experts of each rank whose rows are sent first with --overlap on, 0: all at once (default: what a model finds fastest)",
+        help="experts of each rank whose rows are sent first with --overlap on (default: 0, all at once)",
     )
     add("--quant", choices=tuple(TOLERANCES), default="fp8_e4m3fn", help="format of activations and weights (default: fp8_e4m3fn)")
     add(
@@ -102,14 +104,9 @@ def parse_options(argv: list[str] | None, world_size: int, description: str | No
         choose_shape(options, world_size)
         choose_routing(options)
         config = DispatcherConfig(world_size=world_size, **dispatcher_settings(options))
-        options.plan = Plan(options.chunks or 1, options.first_experts or 0)
-        check_plan(options.plan, config, True, "GroupedExperts")
+        check_overlap(options.chunks, options.first_experts, config, True, "GroupedExperts")
         if options.overlap == "off" or options.transport not in ("auto", "symmetric") or config.per_rank or world_size == 1:
-            options.plan = Plan()
-        elif options.chunks is None and options.first_experts is None:
-            from moequant.kernels.common import multiprocessors
-
-            options.plan = choose_plan(config, options.intermediate, multiprocessors(torch.device(options.device)))
+            options.chunks, options.first_experts = 1, 0
     except ValueError as error:
         parser.error(str(error))
     needed, free = memory_needed(options, config), free_memory(options.device)

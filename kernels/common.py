@@ -14,6 +14,9 @@ from triton.runtime.jit import constexpr_function
 # The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
 INF_BITS = tl.constexpr(0x7F800000)
 
+# The bits of a call's word that say its layer; 0 says none (`moequant.calls`).
+LAYERS = tl.constexpr((1 << 10) - 1)
+
 # What values are stored as where the device does not convert to their type: the bits of e4m3fnuz are made by hand.
 POINTER_VIEW = {torch.float8_e4m3fnuz: torch.uint8}
 
@@ -176,6 +179,14 @@ def divide_and_round(x, bits, scale, r, RECIPROCAL: tl.constexpr, target: tl.con
         else:
             values = q.to(target)
     return values
+
+
+@triton.jit
+def unlike(mine, theirs):
+    """Whether words of two calls are of calls that don't belong together, as `moequant.calls.unlike` says."""
+    differ = mine ^ theirs
+    layers = (differ & LAYERS != 0) & (mine & LAYERS != 0) & (theirs & LAYERS != 0)
+    return (differ & ~LAYERS != 0) | layers
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+from moequant.kernels.common import takes_ptx, unlike
 from moequant.kernels.early import await_previous, begins_early, launch_option, let_next_begin
 from moequant.kernels.symmetric import COUNTS, NO_FAULT, agreed, end_wait, peer_block
 
@@ -22,6 +23,16 @@ def behind(words, epoch):
     return ((words >> 32).to(tl.int32) - epoch < 0).to(tl.int32)
 
 
+@triton.jit
+def store_word(pointers, word, mask):
+    """Stores 8 bytes that another GPU polls: in one piece, and not held back."""
+    if takes_ptx():
+        store: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }"
+        tl.inline_asm_elementwise(store, "=r,l,l,r", [pointers, word, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(pointers, word, mask=mask)
+
+
 @triton.jit(do_not_specialize=["call", "limit"])
 def exchange_counts_kernel(
     counts_ptr,
@@ -30,6 +41,7 @@ def exchange_counts_kernel(
     status_ptr,
     peers_ptr,
     epoch_ptr,
+    calls_ptr,
     fault_ptr,
     record_ptr,
     words_offset,
@@ -45,7 +57,7 @@ def exchange_counts_kernel(
     LANES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program, the only one of a dispatch that waits for counts. Begins the slot's next epoch.
+    """One program, the only one of a dispatch that waits for counts. Begins the slot's next epoch, and counts its calls.
 
     Each count travels in one word of 8 bytes together with the epoch: it is complete when it is there, and needs no flag behind it.
     Nothing else is read here that a peer has stored; the kernels that follow see, as after any kernel, what this one has seen. After a
@@ -57,20 +69,22 @@ def exchange_counts_kernel(
     let_next_begin(EARLY)
     await_previous(EARLY)
     epoch = tl.load(epoch_ptr) + 1
+    number = tl.load(calls_ptr) + 1
     expert = tl.arange(0, EXPERTS)
     inside = expert < experts
     peer = tl.arange(0, LANES)
     present = peer < ranks
     everyone = present[:, None] & inside[None, :]
-    # the number of the call travels behind the counts
-    width = experts + 1
+    # what the call is travels behind the counts: its number and its word
+    width = experts + 2
     upper = epoch.to(tl.int64) << 32
     mine = upper | tl.load(counts_ptr + expert, mask=inside, other=0)
-    theirs = tl.load(peers_ptr + peer, mask=present, other=0) + (words_offset + 8 * rank * width)
+    theirs = tl.load(peers_ptr + peer, mask=present, other=0) + words_offset + (8 * rank * width).to(tl.int64)
     theirs = theirs.to(tl.pointer_type(tl.int64))
     # all stores, and later all loads, are in flight at once
-    tl.store(theirs[:, None] + expert[None, :], tl.broadcast_to(mine[None, :], (LANES, EXPERTS)), mask=everyone)
-    tl.store(theirs + experts, tl.zeros((LANES,), tl.int64) + (upper | call), mask=present)
+    store_word(theirs[:, None] + expert[None, :], tl.broadcast_to(mine[None, :], (LANES, EXPERTS)), everyone)
+    store_word(theirs + experts, tl.zeros((LANES,), tl.int64) + (upper | (number.to(tl.int64) & 0xFFFFFFFF)), present)
+    store_word(theirs + experts + 1, tl.zeros((LANES,), tl.int64) + (upper | call), present)
 
     words = peer_block(peers_ptr, rank, words_offset, tl.int64) + peer * width
     abort_ptr = peer_block(peers_ptr, rank, abort_offset, tl.int32)
@@ -85,20 +99,23 @@ def exchange_counts_kernel(
             fault = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="sys")
         turn += 1
         late = behind(tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True), epoch)
-        calls_late = behind(tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True), epoch)
-        late = tl.where(everyone, late, 0) | tl.where(present[:, None], calls_late, 0)
+        numbers_late = behind(tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True), epoch)
+        calls_late = behind(tl.load((words + experts + 1)[:, None], mask=present[:, None], other=0, volatile=True), epoch)
+        late = tl.where(everyone, late, 0) | tl.where(present[:, None], numbers_late | calls_late, 0)
         missing = tl.max(tl.max(tl.where(late > 0, ranks - peer[:, None], 0), axis=1), axis=0)
-        over = (globaltimer() - started) >> 10 >= limit
+        over = (globaltimer() - started) >> 20 >= limit
         state = agreed(missing + tl.where(over & (missing > 0), EXPIRED, 0))
     missing = ranks - state % EXPIRED
     fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
-    # behind a barrier: every warp has read the old one
+    # behind a barrier: every warp has read the old ones
     tl.store(epoch_ptr, epoch)
+    tl.store(calls_ptr, number)
 
     # read anew, behind the barrier: several threads may hold one word, and what a wait looks at is one thread's view of it
     counts = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True).to(tl.int32)
-    calls = tl.load(words + experts, mask=present, other=0, volatile=True).to(tl.int32)
-    strangers = tl.sum((present & (calls != call)).to(tl.int32), axis=0)
+    numbers = tl.load(words + experts, mask=present, other=0, volatile=True).to(tl.int32)
+    calls = tl.load(words + experts + 1, mask=present, other=0, volatile=True).to(tl.int32)
+    strangers = tl.sum((present & ((numbers != number) | unlike(call, calls))).to(tl.int32), axis=0)
     # whatever came, the sums stay in int32 and in order
     counts = tl.where(everyone, tl.minimum(tl.maximum(counts, 0), 1 << 24), 0)
     before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)
@@ -123,6 +140,7 @@ def exchange_counts(
     status: torch.Tensor,
     peers: torch.Tensor,
     epoch: torch.Tensor,
+    calls: torch.Tensor,
     fault: torch.Tensor,
     record: torch.Tensor,
     words_offset: int,
@@ -132,11 +150,13 @@ def exchange_counts(
     call: int,
     limit: int,
 ) -> None:
-    """counts: (E,) int32, rows of this rank for each expert. Written: offsets (E,) int32, num_tokens (L,) int32, status, epoch.
+    """counts: (E,) int32, rows of this rank for each expert. Written: offsets (E,) int32, num_tokens (L,) int32, status (3,) int64, epoch
+    and calls (1,) int32.
 
     The launch before is `route`, which began when all before it had ended: `push_tokens` may begin early behind this one, and reads then
     what was there before `route`.
-    call: the number of the dispatcher's call, the same on all ranks that are in step. limit: of the wait, in units of 1024 ns.
+    calls: how many the slot has seen. call: the word of this one (`moequant.calls`), the same on all ranks that are in step. The ranks
+    where either differs are added to status[2]. limit: of the wait, in units of 2**20 ns.
     """
     experts, ranks = counts.shape[0], peers.shape[0]
     early = begins_early(counts.device)
@@ -147,6 +167,7 @@ def exchange_counts(
         status,
         peers,
         epoch,
+        calls,
         fault,
         record,
         words_offset,

@@ -23,10 +23,9 @@ def expert_offsets_kernel(
     capacity,
     rows_per_source,
     counts_stride,
-    CALLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program adds up BLOCK experts' counts over the ranks, in rank order. CALLS: a column behind the counts has call numbers.
+    """Each program adds up BLOCK experts' counts over the ranks, in rank order.
 
     Example: C=4, M=5, one expert with counts [3, 6] of two ranks: offsets 0 and 3; 3 + min(6, 4) = 7 rows arrive, 5 are valid, and of
     all 9 rows 4 have no place.
@@ -43,13 +42,6 @@ def expert_offsets_kernel(
     placed = tl.minimum(arrived, capacity)
     local = expert - first_expert
     tl.store(num_tokens_ptr + local, placed, mask=(local >= 0) & (local < local_experts))
-    if CALLS and tl.program_id(0) == 0:
-        first_call = tl.load(counts_ptr + experts)
-        strangers = tl.zeros((), tl.int32)
-        for rank in range(ranks):
-            strangers += (tl.load(counts_ptr + rank * counts_stride + experts) != first_call).to(tl.int32)
-        if strangers > 0:
-            tl.atomic_add(status_ptr + 2, strangers.to(tl.int64), sem="relaxed")
     if status_ptr is not None:
         dropped = tl.sum((wanted - placed).to(tl.int64), axis=0)
         if dropped > 0:
@@ -80,7 +72,6 @@ def expert_offsets(
         capacity,
         rows_per_source,
         counts.stride(0),
-        CALLS=status is not None and counts.shape[1] > experts,
         BLOCK=block,
         num_warps=4,
     )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import locate_block, num_sms, row_blocks
-from moequant.kernels.symmetric import NO_FAULT, OUTPUTS, last_program, peer_block, signal_peers, wait_for_peers
+from moequant.kernels.symmetric import NO_FAULT, OUTPUTS, first_flag, last_program, peer_block, signal_peers, wait_for_peers
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -76,7 +76,7 @@ def push_partial_sums_kernel(
             tl.store(out + (rank * max_tokens + token).to(tl.int64) * columns + column, acc.to(tl.bfloat16), mask=inside)
     if last_program(ticket_ptr):
         epoch = tl.load(epoch_ptr) + 1
-        signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
+        signal_peers(peers_ptr, flags_offset, first_flag(epoch, OUTPUTS), rank, ranks, LANES)
         # behind a barrier: every warp has read the old one
         tl.store(epoch_ptr, epoch)
         if WAIT:

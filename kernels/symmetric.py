@@ -4,10 +4,11 @@ W ranks. Every rank has one block of memory of the same layout, which all of the
 each rank's block lies in this rank's address space, and an offset counts bytes from the beginning of a block.
 
 Flags are int32 words, W of them for the rows, for the outputs and for the rows of a second wave of a call, in the memory of the rank that
-waits: word r belongs to rank r, which writes the number of the call (the epoch) into it. Counts carry their epoch with them
-(`exchange_counts.py`). Epochs live in device memory, so that a captured graph counts on when it is replayed, and are compared by their
-difference, which is right across the wrap to negative numbers. The words of the second wave, which few calls signal, are set to the epoch
-before by the rank that waits, before it sends its counts.
+waits: word r belongs to rank r, which writes the number of the call (the epoch) into it; into that of the outputs 4 * epoch + way, where
+the way says how they come back. Counts carry their epoch with them (`exchange_counts.py`). Epochs live in device memory, so that a
+captured graph counts on when it is replayed, and flags are compared by their difference, which is right across the wrap to negative
+numbers. The words of the second wave, which few calls signal, are set to the epoch before by the rank that waits, before it sends its
+counts.
 
 Why nothing is overwritten too early: a rank publishes its counts for call n + 1 of a slot only after all its own work on call n, in
 stream order, and no rank stores rows of call n + 1 anywhere before it has the counts of all ranks for it. Whoever reads a buffer in call
@@ -27,6 +28,14 @@ NO_FAULT = tl.constexpr(0x7FFFFFFF)
 STEP_MASK = tl.constexpr((1 << 22) - 1)
 # The phases of a call.
 COUNTS, ROWS, OUTPUTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# The ways in which outputs come back.
+WAYS = tl.constexpr(4)
+
+
+@triton.jit
+def first_flag(epoch, PHASE: tl.constexpr):
+    """The least flag of an epoch."""
+    return epoch * WAYS if PHASE == OUTPUTS else epoch
 
 
 @triton.jit
@@ -43,7 +52,7 @@ def agreed(x):
 
 
 @triton.jit
-def signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES: tl.constexpr):
+def signal_peers(peers_ptr, flags_offset, flag, rank, ranks, LANES: tl.constexpr):
     """Tells all ranks that this one's stores for a phase are done: those of this program, and those of programs that this one has
     synchronised with."""
     lane = tl.arange(0, LANES)
@@ -51,7 +60,7 @@ def signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES: tl.constexp
     flags = (tl.load(peers_ptr + lane, mask=inside, other=0) + flags_offset).to(tl.pointer_type(tl.int32)) + rank
     # every warp's stores are issued before one lane for each peer releases them
     tl.debug_barrier()
-    tl.atomic_xchg(flags, tl.zeros((LANES,), tl.int32) + epoch, mask=inside, sem="release", scope="sys")
+    tl.atomic_xchg(flags, tl.zeros((LANES,), tl.int32) + flag, mask=inside, sem="release", scope="sys")
 
 
 @triton.jit
@@ -90,9 +99,10 @@ def wait_for_peers(
     PHASE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT.
+    """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT, and by how much each rank's flag exceeds the
+    epoch's least one, (2 * LANES,), of which the first `ranks` count.
 
-    Ends as well when a fault is known, or after `limit` units of 1024 ns: then the first rank that is missing is the culprit, and every
+    Ends as well when a fault is known, or after `limit` units of 2**20 ns: then the first rank that is missing is the culprit, and every
     rank is told. A fault stays, so that later waits end at once.
     """
     lane = tl.arange(0, 2 * LANES)
@@ -104,13 +114,16 @@ def wait_for_peers(
     waited = started - started
     missing = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
+    ahead = tl.zeros((2 * LANES,), tl.int32)
     while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
         # what an atomic operation returns is the same in all warps
         seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
-        missing = tl.min(tl.where((lane < ranks) & (seen - epoch < 0), lane, ranks), axis=0)
+        ahead = seen - first_flag(epoch, PHASE)
+        missing = tl.min(tl.where((lane < ranks) & (ahead < 0), lane, ranks), axis=0)
         fault = tl.sum(tl.where(lane == ranks, seen, 0), axis=0)
-        waited = agreed((globaltimer() - started) >> 10)
-    return end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, PHASE, LANES)
+        waited = agreed((globaltimer() - started) >> 20)
+    fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, PHASE, LANES)
+    return fault, ahead
 
 
 @triton.jit

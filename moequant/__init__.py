@@ -3,6 +3,7 @@
 from moequant.batch import DispatchHandle, ExpertBatch, QuantizedTensor
 from moequant.dispatcher import MoEQuantDispatcher
 from moequant.errors import (
+    CallOrderError,
     CapacityOverflowError,
     ClosedError,
     ConfigMismatchError,
@@ -19,6 +20,7 @@ from moequant.quantization import dequantize, quantize_expert_batch, quantize_we
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallOrderError",
     "CapacityOverflowError",
     "ClosedError",
     "ConfigMismatchError",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -9,6 +11,14 @@ import torch.distributed as dist
 
 from moequant.config import DispatcherConfig
 from moequant.errors import ConfigMismatchError
+
+# how many dispatchers were built on a group
+_BUILT: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = weakref.WeakKeyDictionary()
+
+
+def ordinal(group: dist.ProcessGroup | None) -> int:
+    """A number for one more dispatcher of a group, the same on all ranks, since they all build it; 0 without a group."""
+    return 0 if group is None else next(_BUILT.setdefault(group, itertools.count()))
 
 
 def membership(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:

@@ -181,8 +181,6 @@ class DispatchHandle:
     dtype: of the hidden states, and so of combine's output.
     dispatcher, slot, generation: which dispatcher, which slot, and which of the slot's dispatches this was.
     state: the transport's own record of where the rows went.
-    destinations: (L, M) int64, for transport "symmetric" with reduce="exact", otherwise None: the address, in this process, of the H
-        numbers of 2 bytes that `combine_pushed` reads for each valid row of the batch. A multiple of 16 if H is one of 8.
     """
 
     topk_weights: Tensor
@@ -191,4 +189,3 @@ class DispatchHandle:
     slot: int
     generation: int
     state: Any
-    destinations: Tensor | None = None

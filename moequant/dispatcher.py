@@ -7,35 +7,33 @@ G = ceil(H / 128) groups.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moequant.agreement import agree, attempt, choose_device, membership
+from moequant.agreement import agree, attempt, choose_device, membership, ordinal
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_counted, check_expert_output, check_format, check_out, check_tokens, with_rows
+from moequant.calls import LAYERS, Call
+from moequant.checks import check_expert_output, check_format, check_out, check_tokens, with_rows
 from moequant.config import DispatcherConfig
-from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError, StaleHandleError
-from moequant.layer import run_layer, side_stream
-from moequant.transport.base import Slot
+from moequant.errors import StaleHandleError
+from moequant.experts import GroupedExperts
+from moequant.layer import run_layer
+from moequant.lifecycle import Lifecycle, step
+from moequant.overlap import side_stream
+from moequant.transport.base import Slot, Stage
 from moequant.transport.select import buffer_bytes, make_transport, resolve
 from moequant.transport.symmetric import SymmetricTransport
 from moequant.warm_up import warm_up
 
 _NUMBERS = itertools.count()
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def untraced(method: Method) -> Method:
-    """A graph break for torch.compile, with the method's signature kept."""
-    return cast(Method, torch.compiler.disable(method))
-
-
-class MoEQuantDispatcher:
+class MoEQuantDispatcher(Lifecycle):
     """Routes, quantizes and exchanges tokens for expert parallelism. One dispatcher serves all layers of a model.
 
     group: the process group of the W ranks that share the experts; None: the default group, or a single rank where torch.distributed
@@ -64,9 +62,11 @@ class MoEQuantDispatcher:
     The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes, and
     compiles the kernels for bfloat16 hidden states and float32 weights; other types and waves compile when they first come.
     `dispatch` and `combine` are collective and run in stream order; nothing in them syncs with the host, except in the packed
-    exchange. All ranks have to make the same calls: a call that raises on one rank counts, and OutOfStepError tells the ranks that went
-    on without it (on a GPU with the padded exchange, from `check()`). A dispatcher is a context manager; leaving it calls `check()` and
-    `close()`.
+    exchange. All ranks have to make the same calls, of all dispatchers of a group in one order: a call that raises on one rank counts,
+    and OutOfStepError tells the ranks that went on without it, at once on a CPU; on a GPU, where nothing waits for the device, from the
+    first call that can know, and from `check()`. What is noticed on a device at all, dropped rows and wrong ids too, the next dispatch
+    raises if it is known by then. Threads take turns, a call each. A dispatcher can't be copied. It is a context manager; leaving it
+    calls `check()` and `close()`.
 
     Raises ValueError for wrong settings, ConfigMismatchError where ranks disagree.
     """
@@ -92,10 +92,10 @@ class MoEQuantDispatcher:
         timeout: float = 60.0,
         device: torch.device | str | None = None,
     ) -> None:
-        self._closed = False
-        self._fault: PeerTimeoutError | OutOfStepError | None = None
-        self._calls = 0
         self._number = next(_NUMBERS)
+        # of the modules that were called as experts, in the order of their first calls
+        self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._next_layer = itertools.count(1)
         group, rank, world_size = membership(group)
         self.device = choose_device(group, None)
 
@@ -122,9 +122,11 @@ class MoEQuantDispatcher:
             )
 
         mine = attempt(settings, alone=world_size == 1)
-        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+        self._ordinal = ordinal(group)
+        # tensors that are kept are no inference tensors: they are written in any mode
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1), torch.inference_mode(False), torch.no_grad():
             self.config = resolve(agree(mine, group, rank, world_size), group, self.device)
-            self._status = torch.zeros(3, dtype=torch.int64, device=self.device)
+            super().__init__(self.device)
             self._transport = make_transport(self.config, rank, self.device, self._status, group)
             self._slots = [self._transport.allocate(number) for number in range(slots)]
             if self.device.type == "cuda":
@@ -134,9 +136,9 @@ class MoEQuantDispatcher:
 
     buffer_bytes = staticmethod(buffer_bytes)
 
-    @untraced
+    @step
     def dispatch(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0, layer: int | None = None
     ) -> tuple[ExpertBatch, DispatchHandle]:
         """Sends each token to the ranks of its experts, quantized. Collective.
 
@@ -145,49 +147,65 @@ class MoEQuantDispatcher:
             InvalidExpertIdError; on a GPU it counts as -1, and `check()` raises.
         topk_weights: (T, K) float32 or bfloat16; used by `combine` too, so it must not change before.
         slot: whose buffers to use.
+        layer: the number of the model's layer, from 0 on, by which a rank that skipped one is noticed; None where that isn't said.
 
         Returns the batch of this rank's experts, views of the slot's buffers that are valid until its next dispatch, and the handle
-        that `combine` takes. Raises ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode.
+        that `combine` takes. Raises ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode; on a CPU
+        CapacityOverflowError, on all ranks, if rows of this call had no room and on_overflow is "error".
         """
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot)
-        batch, state = self._run(self._transport.dispatch, *arguments, buffers)
-        return batch, self._handle(*arguments, buffers, state)
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
+        batch, state = self._transport.dispatch(*arguments, buffers)
+        return batch, self._handle(*arguments, buffers, state, Stage.LANDED)
 
-    @untraced
-    def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0) -> DispatchHandle:
+    @step
+    def dispatch_send(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0, layer: int | None = None
+    ) -> DispatchHandle:
         """The first half of `dispatch`: sends this rank's rows, and does not wait for the others' to arrive. Collective.
 
         Other work can be queued between it and `dispatch_recv`. With transport "symmetric" it does wait for the other ranks' counts,
         which say where the rows go, and so for the ranks to come to this call. The transports that can't part the two do all of it here.
         Arguments and errors as for `dispatch`.
         """
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot)
-        state = self._run(self._transport.dispatch_send, *arguments, buffers)
-        return self._handle(*arguments, buffers, state)
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
+        state = self._transport.dispatch_send(*arguments, buffers)
+        return self._handle(*arguments, buffers, state, Stage.SENT)
 
-    @untraced
+    @step
     def dispatch_recv(self, handle: DispatchHandle) -> ExpertBatch:
         """The second half of `dispatch`: the batch, when all ranks' rows are there. Collective. handle: of `dispatch_send`."""
-        buffers = self._slot_of(handle)
-        return self._run(self._transport.dispatch_recv, handle.topk_weights.shape[0], buffers)
+        buffers = self._slot_of(handle, "dispatch_recv")
+        batch = self._transport.dispatch_recv(handle.topk_weights.shape[0], buffers)
+        buffers.done("dispatch_recv")
+        return batch
 
-    @untraced
+    @step
     def dispatch_first(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: int, experts: int
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        slot: int,
+        experts: int,
+        layer: int | None = None,
     ) -> tuple[ExpertBatch, DispatchHandle]:
         """`dispatch` of the rows of each rank's first `experts` experts, 1 to L - 1, whose batch it returns. Collective.
         `dispatch_second` sends the others, beside products of these if need be, before combine. Transport "symmetric" alone."""
         transport = self._symmetric()
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, experts)
-        batch, state = self._run(transport.dispatch_first, *arguments, buffers, experts)
-        return batch, self._handle(*arguments, buffers, state)
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, experts)
+        batch, state = transport.dispatch_first(*arguments, buffers, experts)
+        return batch, self._handle(*arguments, buffers, state, Stage.FIRST)
 
-    @untraced
+    @step
     def dispatch_second(self, handle: DispatchHandle) -> ExpertBatch:
         """The batch of the other experts. Collective. handle: of `dispatch_first`, whose tensors must not have changed."""
-        return self._run(self._symmetric().dispatch_second, self._slot_of(handle))
+        transport = self._symmetric()
+        buffers = self._slot_of(handle, "dispatch_second")
+        batch = transport.dispatch_second(buffers)
+        buffers.done("dispatch_second")
+        return batch
 
-    @untraced
+    @step
     def combine(self, expert_output: Tensor, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
         """Brings each token's rows back from its experts and sums them by their weights. Collective.
 
@@ -196,50 +214,75 @@ class MoEQuantDispatcher:
         handle: of the dispatch that this answers.
         out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
 
-        Returns out. A token whose entries are all absent (-1, or dropped) gets zeros. Raises StaleHandleError if the handle's slot has
-        dispatched again since, ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode.
+        Returns out. A token whose entries are all absent (-1, or dropped) gets zeros. It may be called again for the same dispatch.
+        Raises StaleHandleError if the handle's slot has dispatched again since, CallOrderError if the batch is not there yet, ValueError
+        for wrong tensors, RuntimeError for tensors that require grad under grad mode.
         """
-        buffers = self._slot_of(handle)
+        buffers = self._slot_of(handle, "combine")
         expert_output = check_expert_output(self.config, self.device, expert_output)
         out = check_out(self.config, self.device, handle, out)
-        self._run(self._transport.combine, expert_output, handle.topk_weights, out, buffers, handle.state)
+        self._come_again(buffers)
+        self._transport.combine(expert_output, handle.topk_weights, out, buffers, handle.state)
+        buffers.done("combine")
         return out
 
-    @untraced
+    @step
     def combine_send(self, expert_output: Tensor, handle: DispatchHandle) -> None:
         """The first half of `combine`: makes this rank's rows available, and does not wait for the others'. Collective.
 
         Other work can be queued between it and `combine_recv`, but none that writes expert_output. Arguments and errors as for `combine`.
         """
-        self._run(self._transport.combine_send, check_expert_output(self.config, self.device, expert_output), self._slot_of(handle))
+        buffers = self._slot_of(handle, "combine_send")
+        expert_output = check_expert_output(self.config, self.device, expert_output)
+        self._come_again(buffers)
+        self._transport.combine_send(expert_output, buffers)
+        buffers.done("combine_send")
 
-    @untraced
+    @step
     def combine_recv(self, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
         """The second half of `combine`: the sums, when all ranks' rows are there. Collective. After `combine_send` of the same handle."""
-        buffers, out = self._slot_of(handle), check_out(self.config, self.device, handle, out)
-        if buffers.pending is None:
-            raise RuntimeError("combine_recv came without combine_send; call combine_send(expert_output, handle) first")
-        self._run(self._transport.combine_recv, handle.topk_weights, out, buffers, handle.state)
-        buffers.pending = None
+        buffers, out = self._slot_of(handle, "combine_recv"), check_out(self.config, self.device, handle, out)
+        self._transport.combine_recv(handle.topk_weights, out, buffers, handle.state)
+        buffers.done("combine_recv")
         return out
 
-    @untraced
-    def push(self, expert_output: Tensor, handle: DispatchHandle) -> None:
-        """Stores each valid row of expert_output (L, M, H) at `handle.destinations`, as a producer can do that has the addresses itself.
-        Then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone."""
-        self._run(self._pushing(handle).push, check_expert_output(self.config, self.device, expert_output), self._slot_of(handle))
+    @step
+    def begin_push(self, handle: DispatchHandle, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Where a producer stores the rows that it makes: then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone.
 
-    @untraced
-    def combine_pushed(self, handle: DispatchHandle, *, out: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """`combine` of rows that have been stored at `handle.destinations`: waits until all ranks' are, and sums them. Collective.
+        dtype: of the rows, bfloat16 or float16, the same on all ranks.
 
-        dtype: of the rows, bfloat16 or float16. The same bits as `combine`. Transport "symmetric" with reduce="exact" alone.
+        Returns (L, M) int64: for each valid row of the batch the address, in this process, of H numbers of that type. A multiple of 16 if
+        H is one of 8. They stay as they are until the slot's next dispatch.
         """
-        transport = self._pushing(handle)
-        buffers, out = self._slot_of(handle), check_out(self.config, self.device, handle, out)
+        transport = self._symmetric()
+        if self.config.per_rank:
+            raise RuntimeError(f'rows can be pushed with reduce="exact" alone, not with "{self.config.reduce}"; use combine')
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, got {dtype}")
-        self._run(transport.combine_pushed, dtype, handle.topk_weights, out, buffers, handle.state)
+        buffers = self._slot_of(handle, "begin_push")
+        self._come_again(buffers)
+        buffers.pushing = dtype
+        return transport.destinations(buffers)
+
+    @step
+    def push(self, expert_output: Tensor, handle: DispatchHandle) -> None:
+        """Stores each valid row of expert_output (L, M, H), bfloat16 or float16, where its token came from, as a producer does that asks
+        `begin_push`. Then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone."""
+        transport = self._symmetric()
+        self._slot_of(handle)
+        expert_output = check_expert_output(self.config, self.device, expert_output)
+        self.begin_push(handle, dtype=expert_output.dtype)
+        transport.push(expert_output, self._slots[handle.slot])
+
+    @step
+    def combine_pushed(self, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
+        """`combine` of rows that have been pushed: waits until all ranks' are there, and sums them. Collective, the same bits."""
+        transport = self._symmetric()
+        buffers, out = self._slot_of(handle, "combine_pushed"), check_out(self.config, self.device, handle, out)
+        assert buffers.pushing is not None
+        transport.combine_pushed(buffers.pushing, handle.topk_weights, out, buffers, handle.state)
+        buffers.done("combine_pushed")
         return out
 
     def output_buffer(self, slot: int = 0) -> Tensor:
@@ -250,7 +293,7 @@ class MoEQuantDispatcher:
         self._check_open()
         return self._transport.output_buffer(self._slot(slot))
 
-    @untraced
+    @step
     def __call__(
         self,
         hidden_states: Tensor,
@@ -259,83 +302,27 @@ class MoEQuantDispatcher:
         experts: Callable[[ExpertBatch], Tensor],
         *,
         slot: int = 0,
-        chunks: int | None = None,
-        first_experts: int | None = None,
+        layer: int | None = None,
+        chunks: int = 1,
+        first_experts: int = 0,
     ) -> Tensor:
         """dispatch, experts, combine. Returns (T, H) of the hidden states' type. Collective.
 
         With `GroupedExperts`, transport "symmetric" and reduce="exact", GEMM 2 stores its rows at their tokens' ranks, and communication
         can go on under the products; overlap=False keeps the steps apart. The same bits, but for the experts' choice of tiles.
 
-        first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others under
-            their products.
+        layer: as for `dispatch`; None: for `GroupedExperts` and torch modules, a number for each in the order of their first calls here.
         chunks: 1, or, with slots=2, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of an
             expert, and one half's dispatch under the other's products.
+        first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others under
+            their products.
 
-        Both are the same on all ranks, and only one is used. None: what a model of the hardware finds fastest for max_tokens_per_rank
-        tokens; give first_experts=0 and chunks=1 for calls with few tokens of a dispatcher that is made for many.
+        The last two are the same on all ranks, and at most one is used.
         """
+        if layer is None:
+            layer = self._layer_of(experts)
         tokens = hidden_states, topk_ids, topk_weights
-        return run_layer(self, tokens, experts, slot, chunks, first_experts, self._side)
-
-    def check(self) -> int:
-        """Waits for the device, and reports what dispatches since the last check could not raise. Not collective.
-
-        Returns the number of rows without room, of all ranks and experts. Raises InvalidExpertIdError if topk_ids of this rank had ids
-        outside -1..E-1, CapacityOverflowError if rows had no room and on_overflow is "error", OutOfStepError if ranks made different
-        calls, PeerTimeoutError after a fault.
-        """
-        self._check_open()
-        return self._report()
-
-    def _report(self) -> int:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._raise_fault()
-        invalid, dropped, strangers = self._status.tolist()
-        self._status.zero_()
-        if strangers:
-            self._fault = OutOfStepError(
-                "ranks of the group made different calls of dispatch, and results since the last check are wrong: one rank raised an "
-                "error, or skipped a call that the others made. Build a new dispatcher"
-            )
-            raise self._fault
-        check_counted(self.config, invalid, dropped)
-        return dropped
-
-    def close(self) -> None:
-        """Waits for the device and frees the buffers; graphs that were captured with them must not be replayed any more. Not collective,
-        may be called twice; every other call raises ClosedError from then on."""
-        if self._slots and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self._closed = True
-        self._slots = []
-
-    def __enter__(self) -> MoEQuantDispatcher:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes, and, unless an error is under way, reports as `check` does: what was dropped must not go unsaid."""
-        try:
-            if kind is None and not self._closed and self._fault is None:
-                self._report()
-        finally:
-            self.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("this dispatcher is closed; build a new one")
-        earlier = self._fault
-        if earlier is not None:
-            message = f"this dispatcher lost a rank earlier: {earlier}"
-            raise PeerTimeoutError(message, earlier.rank) if isinstance(earlier, PeerTimeoutError) else OutOfStepError(message)
-        self._raise_fault()
-
-    def _raise_fault(self) -> None:
-        """Raises what the transport's kernels have noticed."""
-        self._fault = self._transport.fault()
-        if self._fault is not None:
-            raise self._fault
+        return run_layer(self, tokens, experts, slot, layer, chunks, first_experts, self._side)
 
     def _slot(self, slot: int) -> Slot:
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self._slots):
@@ -344,26 +331,62 @@ class MoEQuantDispatcher:
             )
         return self._slots[slot]
 
+    def _layer_of(self, experts: object) -> int | None:
+        """A number for experts that last from call to call."""
+        if not isinstance(experts, GroupedExperts | torch.nn.Module):
+            return None
+        if experts not in self._layers:
+            self._layers[experts] = next(self._next_layer)
+        return self._layers[experts]
+
     def _begin(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: int, first_experts: int = 0
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        slot: int,
+        layer: int | None,
+        first_experts: int = 0,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
-        """The start of a dispatch: the call is counted, the inputs are checked and made contiguous."""
+        """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
         self._check_open()
-        # a call that is refused counts too: ranks that go on without this one must notice
-        self._calls += 1
-        buffers = self._slot(slot)
-        buffers.call = (self._calls % 2**21) << 9 | slot << 8 | first_experts % 2**8
-        check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
+        try:
+            invalid, dropped, _ = self._news()
+            if invalid or (dropped and self.config.on_overflow == "error"):
+                self._report(wait=False)
+            buffers = self._slot(slot)
+            if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
+                raise ValueError(f"layer must be the number of a layer, from 0 on, or None, got {layer!r}")
+            check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
+        except Exception:
+            # a call that is refused counts too: ranks that go on without this one must notice
+            for each in self._slots:
+                if each.calls is not None:
+                    each.calls.add_(1)
+            raise
+        buffers.call = Call(self._ordinal, slot, first_experts, 0 if layer is None else 1 + layer % LAYERS)
         buffers.generation += 1
-        buffers.pending = buffers.second = None
+        buffers.stage = Stage.NONE
+        buffers.pushing = buffers.pending = buffers.second = None
         return (with_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()), buffers
 
-    def _handle(self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor, slot: Slot, state: Any) -> DispatchHandle:
-        destinations = slot.buffers.get("destinations")
-        return DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot.number, slot.generation, state, destinations)
+    def _handle(
+        self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor, slot: Slot, state: Any, stage: Stage
+    ) -> DispatchHandle:
+        """The handle of a dispatch that has come so far. On a CPU, where nothing has to be waited for, raises what it has counted."""
+        if self.device.type == "cpu" and self.config.on_overflow == "error":
+            self._report(wait=False)
+        slot.stage = stage
+        return DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot.number, slot.generation, state)
 
-    def _slot_of(self, handle: DispatchHandle) -> Slot:
-        """The slot of a handle that is still good."""
+    def _come_again(self, slot: Slot) -> None:
+        """Before a combine: if it isn't the dispatch's first, waits until all ranks have got that one's sums."""
+        if slot.stage is Stage.COMBINED:
+            self._transport.again(slot)
+            slot.stage = Stage.LANDED
+
+    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Slot:
+        """The slot of a handle that is still good, and ready for a step."""
         self._check_open()
         if not isinstance(handle, DispatchHandle):
             raise ValueError(f"handle must be the DispatchHandle that dispatch returned, got {type(handle).__name__}")
@@ -377,24 +400,11 @@ class MoEQuantDispatcher:
                 f"the handle is of dispatch {handle.generation} of slot {handle.slot}, which has dispatched {buffers.generation} times "
                 "since and reused its buffers; combine before the next dispatch, or use slots=2"
             )
+        if step is not None:
+            buffers.check_step(step)
         return buffers
 
     def _symmetric(self) -> SymmetricTransport:
         if not isinstance(self._transport, SymmetricTransport):
             raise RuntimeError(f'only transport "symmetric" can do this, not "{self.config.transport}"')
         return self._transport
-
-    def _pushing(self, handle: DispatchHandle) -> SymmetricTransport:
-        self._slot_of(handle)
-        transport = self._symmetric()
-        if handle.destinations is None:
-            raise RuntimeError(f'rows can be pushed with reduce="exact" alone, not with "{self.config.reduce}"; use combine')
-        return transport
-
-    def _run(self, step: Callable[..., Any], *arguments: Any) -> Any:
-        """A transport's step; after a fault every later call raises."""
-        try:
-            return step(*arguments)
-        except (PeerTimeoutError, OutOfStepError) as error:
-            self._fault = error
-            raise

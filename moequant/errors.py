@@ -29,8 +29,13 @@ class ClosedError(RuntimeError):
     """A dispatcher was used after `close()`."""
 
 
+class CallOrderError(RuntimeError):
+    """A step of a dispatch came before the one that it follows, or once too often."""
+
+
 class OutOfStepError(RuntimeError):
-    """Ranks of one group made different calls: one of them raised an error, or skipped a call, where the others went on."""
+    """Ranks of one group made different calls: one of them raised an error, or skipped a call, where the others went on; or they answer a
+    dispatch in different ways."""
 
 
 class PeerTimeoutError(RuntimeError):

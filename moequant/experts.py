@@ -101,7 +101,7 @@ class GroupedExperts:
     def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
         """As a call, but GEMM 2 stores each valid row at its address: `MoEQuantDispatcher.combine_pushed` then sums them.
 
-        destinations: (L, M) int64, `DispatchHandle.destinations` of the batch's dispatch.
+        destinations: (L, M) int64, as `MoEQuantDispatcher.begin_push` gives it.
         """
         self.gemm2_push(self.gemm1_swiglu(batch, num_sms=num_sms), batch, destinations, num_sms=num_sms)
 

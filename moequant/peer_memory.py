@@ -16,6 +16,11 @@ from moequant import ops
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
+def host_words(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros in the host's memory that a device's kernels can add to, so that reading them waits for nothing."""
+    return torch.zeros(count, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
 class PeerMemory:
     """nbytes of zeros on each rank. Building it is collective.
 
@@ -45,13 +50,21 @@ class PeerMemory:
         folder = [tempfile.mkdtemp(prefix="moequant-") if rank == 0 else ""]
         dist.broadcast_object_list(folder, group=group, group_src=0)
         # opening a file with shared=True makes it, of this size
-        maps = [torch.from_file(f"{folder[0]}/{peer}", shared=True, size=nbytes, dtype=torch.uint8) for peer in range(ranks)]
+        maps = [
+            torch.from_file(f"{folder[0]}/{peer}", shared=True, size=nbytes, dtype=torch.uint8, device="cpu")
+            for peer in range(ranks)
+        ]
         dist.barrier(group)
         if rank == 0:
             shutil.rmtree(folder[0])
         self._mapping = maps
         self.local = maps[rank]
-        self.pointers = torch.tensor([x.data_ptr() for x in maps])
+        self.pointers = torch.tensor([x.data_ptr() for x in maps], dtype=torch.int64, device="cpu")
+
+    def close(self) -> None:
+        """Lets go of the memory, which is freed when the last view of it is gone; other ranks keep what they map."""
+        self.local = self.local.new_empty(0)
+        self._mapping = None
 
 
 def why_unreachable(group: dist.ProcessGroup, device: torch.device) -> str | None:

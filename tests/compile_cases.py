@@ -129,9 +129,13 @@ def route(ids: torch.dtype = torch.int64, capacity: int | None = None) -> None:
     ops.route(topk_ids, slots, counts, capacity, num_tokens, empty(2, dtype=torch.int64))
 
 
-def expert_offsets(calls: int) -> None:
-    counts, offsets = empty(8, 256 + calls, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+def expert_offsets() -> None:
+    counts, offsets = empty(8, 256, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
     ops.expert_offsets(counts, 32, 1024, 128, offsets, empty(32, dtype=torch.int32), empty(3, dtype=torch.int64))
+
+
+def count_strangers() -> None:
+    ops.count_strangers(empty(8, 2, dtype=torch.int32), 3, empty(3, dtype=torch.int64))
 
 
 def plan_sends() -> None:
@@ -206,6 +210,7 @@ def exchange_counts() -> None:
         counts,
         num_tokens,
         empty(3, dtype=torch.int64),
+        calls=empty(1, dtype=torch.int32),
         words_offset=1024,
         capacity=1024,
         call=7,
@@ -261,7 +266,7 @@ def push_partial_sums() -> None:
 
 
 def signal_and_wait() -> None:
-    signal_and_wait_module.signal_and_wait(phase=2, **peer_arguments())
+    signal_and_wait_module.signal_and_wait(phase=2, status=empty(3, dtype=torch.int64), way=2, **peer_arguments())
 
 
 def combine_shared() -> None:
@@ -365,7 +370,8 @@ CASES = {
         *cases(fused_rms, {"dtype": E4M3, "rows": 1, "residual": True}),
     ],
     "route": cases(route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False),
-    "expert_offsets": cases(expert_offsets, {"calls": 0}, {"calls": 1}, wide=False),
+    "expert_offsets": cases(expert_offsets, {}, wide=False),
+    "count_strangers": cases(count_strangers, {}, wide=False),
     "plan_sends": cases(plan_sends, {}, wide=False),
     "scatter": [
         *cases(scatter, *each_format(BF16)),

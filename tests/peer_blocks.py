@@ -10,15 +10,25 @@ from moequant.config import round_up
 from moequant.testing import assert_bit_equal
 
 NO_FAULT = 0x7FFFFFFF
-# limits of waits, in units of 1024 ns: for what is there already, and for what will never come
-LONG, SHORT = 10**7, 1000
+# limits of waits, in units of 2**20 ns: for what is there already, and for what will never come
+LONG, SHORT = 10**5, 1
 # epochs before a call: the first, any, the last before the wrap to negative numbers, the last negative one
 EPOCHS = [0, 6, 2**31 - 1, -1]
 
 
+def in_int32(number: int) -> int:
+    """number as int32 arithmetic has it."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
 def following(epoch: int) -> int:
     """The next epoch, in int32."""
-    return (epoch + 1 + 2**31) % 2**32 - 2**31
+    return in_int32(epoch + 1)
+
+
+def output_flag(epoch: int, way: int = 0) -> int:
+    """What says that outputs are there, and how."""
+    return in_int32(4 * epoch + way)
 
 
 def fault_word(epoch: int, phase: int, rank: int) -> int:
@@ -29,13 +39,14 @@ def fault_word(epoch: int, phase: int, rank: int) -> int:
 class PeerBlocks:
     """A block for each of W ranks, all bytes 0x55, with at least 256 bytes between the buffers.
 
-    buffers: shape and dtype of each. Every block also has flags (W,), abort, epoch, ticket, fault and record (1,), as a transport that
-    has seen no fault has them. blocks[name] is (W, *shape), a view. offsets: in bytes, of each buffer. peers: (W,) int64, addresses.
+    buffers: shape and dtype of each. Every block also has flags (W,), status (3,), and abort, epoch, calls, ticket, fault and record
+    (1,), as a transport that has seen no fault has them. blocks[name] is (W, *shape), a view. offsets: in bytes, of each buffer. peers:
+    (W,) int64, addresses.
     """
 
     def __init__(self, ranks: int, device: str, **buffers: tuple[tuple[int, ...], torch.dtype]) -> None:
-        words = dict.fromkeys(("abort", "epoch", "ticket", "fault", "record"), ((1,), torch.int32))
-        self.buffers = {"flags": ((ranks,), torch.int32), **words, **buffers}
+        words = dict.fromkeys(("abort", "epoch", "calls", "ticket", "fault", "record"), ((1,), torch.int32))
+        self.buffers = {"flags": ((ranks,), torch.int32), "status": ((3,), torch.int64), **words, **buffers}
         self.offsets: dict[str, int] = {}
         end = 256
         for name, (shape, dtype) in self.buffers.items():
@@ -43,7 +54,7 @@ class PeerBlocks:
             end += round_up(torch.Size(shape).numel() * dtype.itemsize, 256) + 256
         self.memory = torch.full((ranks, end), 0x55, dtype=torch.uint8, device=device)
         self.peers = self.memory.data_ptr() + end * torch.arange(ranks, device=device)
-        for name in ("flags", "epoch", "ticket"):
+        for name in ("flags", "status", "epoch", "calls", "ticket"):
             self[name].zero_()
         for name in ("abort", "fault", "record"):
             self[name].fill_(NO_FAULT)

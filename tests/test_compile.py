@@ -28,6 +28,7 @@ OPERATIONS = (
     "fused_rms_quantize",
     "route",
     "expert_offsets",
+    "count_strangers",
     "plan_sends",
     "scatter",
     "move_source_rows",

@@ -196,6 +196,10 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
         ),
         "without status": lambda: (integers([3, 1], [6, 0]), 1, 5, 4, integers([0, 0], [0, 0]), small_counts(1)),
     },
+    "count_strangers": {
+        "one": lambda: (integers([4, 9], [5, 9], [4, 9]), 0, torch.zeros(3, dtype=torch.int64)),
+        "none": lambda: (integers([4, 9], [4, 0]), 1, torch.zeros(3, dtype=torch.int64)),
+    },
     "plan_sends": {
         "one rank's list is empty": lambda: (
             integers([0, 1], [3, -1], [1, 2]),

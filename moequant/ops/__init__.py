@@ -69,6 +69,9 @@ from moequant.ops.routing import (
     combine as combine,
 )
 from moequant.ops.routing import (
+    count_strangers as count_strangers,
+)
+from moequant.ops.routing import (
     expert_offsets as expert_offsets,
 )
 from moequant.ops.routing import (

@@ -46,6 +46,17 @@ def expert_offsets(
     kernel(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
 
 
+@registered(mutates=("status",))
+def count_strangers(words: Tensor, rank: int, status: Tensor) -> None:
+    """`reference.count_strangers`."""
+    if not uses_kernels(words):
+        reference.count_strangers(words, rank, status)
+        return
+    from moequant.kernels.count_strangers import count_strangers as kernel
+
+    kernel(words, rank, status)
+
+
 @registered(mutates=("send_tokens", "send_counts"))
 def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_counts: Tensor) -> None:
     """`reference.plan_sends`."""

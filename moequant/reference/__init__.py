@@ -96,6 +96,9 @@ from moequant.reference.routing import (
     combine_per_rank as combine_per_rank,
 )
 from moequant.reference.routing import (
+    count_strangers as count_strangers,
+)
+from moequant.reference.routing import (
     expert_offsets as expert_offsets,
 )
 from moequant.reference.routing import (

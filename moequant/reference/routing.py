@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moequant.calls import unlike
 from moequant.reference.quantization import quantize_groups
 
 
@@ -55,17 +56,13 @@ def expert_offsets(
 ) -> None:
     """Where each source rank's rows start in each expert's buffer.
 
-    counts: (W, E) int32, as each rank's `route` gave them; counts above rows_per_source (C) are cut to it. Or (W, E + 1): the last
-        column then is each rank's number of the call.
+    counts: (W, E) int32, as each rank's `route` gave them; counts above rows_per_source (C) are cut to it.
     offsets: (W, E) int32, written: rows of lower ranks. It may exceed capacity (M): such rows have no place.
     num_tokens: (L,) int32, written for the experts from first_expert on: valid rows, at most capacity.
-    status: (3,) int64; status[1] is raised by the rows, of all ranks and experts, that found no place, status[2] by the ranks whose call
-        has another number than rank 0's.
+    status: (3,) int64; status[1] is raised by the rows, of all ranks and experts, that found no place.
 
     Example: W=2, C=4, M=5, counts of one expert [3, 6]: offsets [0, 3], num_tokens 5, and 4 rows have no place (2 of them past C).
     """
-    experts = offsets.shape[1]
-    calls, counts = counts[:, experts:], counts[:, :experts]
     sent = counts.clamp_max(rows_per_source)
     ends = sent.cumsum(0, dtype=torch.int32)
     offsets.copy_(ends - sent)
@@ -73,8 +70,16 @@ def expert_offsets(
     num_tokens.copy_(placed[first_expert : first_expert + num_tokens.shape[0]])
     if status is not None:
         status[1] += counts.sum() - placed.sum()
-        if calls.shape[1]:
-            status[2] += (calls != calls[0]).sum()
+
+
+def count_strangers(words: Tensor, rank: int, status: Tensor) -> None:
+    """How many ranks' calls are not this rank's.
+
+    words: (W, 2) int32, the number of each rank's call and its word (`moequant.calls`). rank: this one. status: (3,) int64; status[2] is
+    raised by the number of the others.
+    """
+    mine, *_ = everyone = words.roll(-rank, 0).tolist()
+    status[2] += sum(number != mine[0] or unlike(mine[1], word) for number, word in everyone)
 
 
 def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_counts: Tensor) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moequant.batch import ExpertBatch, ceil_div
+from moequant.calls import Call
 from moequant.config import DispatcherConfig
-from moequant.errors import PeerTimeoutError
+from moequant.errors import CallOrderError, PeerTimeoutError
 
 
 class BufferSpec(NamedTuple):
@@ -26,21 +28,87 @@ class BufferSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Slot:
-    """One slot's buffers, by name, and how many dispatches it has served."""
+class Stage(Enum):
+    """How far a slot's last dispatch has come."""
 
-    def __init__(self, number: int, buffers: dict[str, Tensor]) -> None:
+    NONE = "nothing was dispatched"
+    SENT = "after dispatch_send"
+    FIRST = "after dispatch_first"
+    LANDED = "its batch is there"
+    RETURNING = "after combine_send"
+    COMBINED = "it was combined"
+
+
+class Follows(NamedTuple):
+    """Of a step after a dispatch: the stages that it follows, the stage it leads to, if another, and whether rows are being pushed
+    before it (None: that doesn't matter)."""
+
+    stages: tuple[Stage, ...]
+    leads_to: Stage | None
+    pushing: bool | None
+
+
+THERE = Stage.LANDED, Stage.COMBINED
+STEPS = {
+    "dispatch_recv": Follows((Stage.SENT,), Stage.LANDED, None),
+    "dispatch_second": Follows((Stage.FIRST,), Stage.LANDED, None),
+    "begin_push": Follows((Stage.FIRST, *THERE), None, False),
+    "combine": Follows(THERE, Stage.COMBINED, False),
+    "combine_send": Follows(THERE, Stage.RETURNING, False),
+    "combine_recv": Follows((Stage.RETURNING,), Stage.COMBINED, False),
+    "combine_pushed": Follows((Stage.LANDED,), Stage.COMBINED, True),
+}
+# what is missing before a step, where that does not follow from the stage
+BEFORE = {
+    "dispatch_recv": "dispatch_send",
+    "dispatch_second": "dispatch_first",
+    "combine_recv": "combine_send",
+    "combine_pushed": "push or begin_push",
+}
+NEXT = {Stage.SENT: "dispatch_recv", Stage.FIRST: "dispatch_second", Stage.RETURNING: "combine_recv"}
+
+
+class Slot:
+    """One slot's buffers, by name, how many dispatches it has served, and how far the last one has come."""
+
+    def __init__(self, number: int, buffers: dict[str, Tensor], calls: Tensor | None = None) -> None:
+        """calls: (1,) int32 on the device, how many dispatches the slot has seen; None where no other rank asks."""
         self.number = number
         self.buffers = buffers
-        # of the dispatcher's call its number, slot and first wave, in bits: the same on all ranks that are in step
-        self.call = 0
+        self.calls = calls
+        self.call = Call(0, number)
         self.generation = 0
+        self.stage = Stage.NONE
+        # the type of the rows that are being pushed
+        self.pushing: torch.dtype | None = None
         # the expert output that `combine_send` was given, for `combine_recv`
         self.pending: Tensor | None = None
         # the arguments of `dispatch_first`, for `dispatch_second`
         self.second: tuple[Tensor, Tensor, Tensor, int] | None = None
-        # whether the last dispatch was combined
-        self.answered = True
+
+    def check_step(self, step: str) -> None:
+        """Raises CallOrderError unless the step may come now."""
+        follows = STEPS[step]
+        pushing = self.pushing is not None
+        if self.stage in follows.stages and follows.pushing in (None, pushing):
+            return
+        if self.stage in NEXT and self.stage not in follows.stages:
+            before = NEXT[self.stage]
+        elif pushing and follows.pushing is False:
+            before = "combine_pushed"
+        else:
+            before = BEFORE[step]
+        pushed = ", and its rows are being pushed" if pushing else ""
+        raise CallOrderError(
+            f"{step} came without {before}; call {before} first, and each step once. Of slot {self.number}'s last dispatch: "
+            f"{self.stage.value}{pushed}"
+        )
+
+    def done(self, step: str) -> None:
+        """The step is done."""
+        self.stage = STEPS[step].leads_to or self.stage
+        if self.stage is Stage.COMBINED:
+            self.pushing = self.pending = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.buffers[name]
@@ -50,7 +118,7 @@ class Transport(ABC):
     """Moves rows to their experts and back. One instance serves one dispatcher; `slot` says whose buffers a call uses."""
 
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor) -> None:
-        """status: (3,) int64 on device, to which ids out of range, rows without a place and ranks out of step are added."""
+        """status: (3,) int64, which the device can add to: ids out of range, rows without a place, ranks out of step."""
         self.config = config
         self.rank = rank
         self.device = device
@@ -95,6 +163,12 @@ class Transport(ABC):
             shape = config.num_local_experts, config.max_rows, config.hidden_size
             slot.buffers["output"] = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         return slot["output"]
+
+    def again(self, slot: Slot) -> None:  # noqa: B027 (most transports have nothing to do)
+        """Before a second combine of one dispatch, which must not write what a slower rank still reads for the first."""
+
+    def close(self) -> None:  # noqa: B027 (most transports have nothing to do)
+        """Lets go of memory that other ranks map. Not collective."""
 
     def start(self) -> None:  # noqa: B027 (most transports have nothing to do)
         """Called once, on all ranks, when the kernels are compiled and before the first call."""

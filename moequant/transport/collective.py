@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moequant import ops
 from moequant.batch import ExpertBatch
+from moequant.calls import Call, unlike
 from moequant.config import DispatcherConfig, round_up
 from moequant.errors import OutOfStepError, PeerTimeoutError
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
@@ -82,14 +83,46 @@ class CollectiveTransport(Transport):
         self.wire = Wire(group, config.timeout, waits=device.type == "cpu")
         self.first_expert = rank * config.num_local_experts
 
+    def allocate(self, number: int = 0) -> Slot:
+        slot = super().allocate(number)
+        slot.calls = self._words(slot)[:1].zero_()
+        return slot
 
-def check_in_step(calls: list[int]) -> None:
-    """Raises OutOfStepError unless all ranks' calls have one number."""
-    if len(set(calls)) > 1:
+    def _words(self, slot: Slot) -> Tensor:
+        """What a slot's counts say of the call, (2,) int32: its number, and its word."""
+        return slot["counts"][self.config.num_experts :][:2]
+
+    def _begin(self, slot: Slot) -> None:
+        """Counts the call, and says what it is behind the counts."""
+        words = self._words(slot)
+        words[:1].add_(1)
+        words[1:].fill_(slot.call.word)
+        if self.wire.waits:
+            # at once, before messages whose sizes are this call's
+            self._meet(slot)
+
+    def _meet(self, slot: Slot) -> None:
+        """Learns what all ranks are about to do. On a CPU raises OutOfStepError unless it is the same, on a GPU counts who differs."""
+        self.wire.all_gather(slot["all_words"], self._words(slot))
+        if self.wire.waits:
+            check_in_step(slot["all_words"].tolist())
+        else:
+            ops.count_strangers(slot["all_words"], self.rank, self.status)
+
+    def _begin_combine(self, slot: Slot, dtype: torch.dtype) -> None:
+        call = slot.call._replace(first_experts=0, combines=True, float16=dtype == torch.float16 and not self.config.per_rank)
+        self._words(slot)[1:].fill_(call.word)
+        self._meet(slot)
+
+
+def check_in_step(words: list[list[int]]) -> None:
+    """Raises OutOfStepError unless all ranks' calls, (number, word) each, are the same."""
+    number, word = words[0]
+    if any(theirs != number or unlike(word, call) for theirs, call in words):
+        calls = "; ".join(f"rank {rank}: call {number}, {Call.of(word)}" for rank, (number, word) in enumerate(words))
         raise OutOfStepError(
-            f"ranks of the group are at different calls of dispatch: by rank, calls {[call // 2 for call in calls]} in slots "
-            f"{[call % 2 for call in calls]}. One raised an error, or skipped a call that the others made; all ranks have to make the "
-            "same calls. Build a new dispatcher"
+            f"ranks of the group are at different calls ({calls}). One raised an error, skipped a call, or made another where the others "
+            "went on; all ranks have to make the same calls in the same order. Build new dispatchers"
         )
 
 
@@ -106,13 +139,14 @@ class PaddedTransport(CollectiveTransport):
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
         experts, limit, columns = config.num_experts, config.rows_per_source, config.hidden_size
         ranks, tokens, top_k = config.world_size, config.max_tokens_per_rank, config.top_k
-        announced = experts + 1 + (3 * tokens * top_k if config.per_rank else 0)
+        announced = experts + 2 + (3 * tokens * top_k if config.per_rank else 0)
         specs = {
             **batch_specs(config),
             **routing_specs(config),
-            # rows of each expert, the number of the call; per_rank: slots, ids and weights of each token, as `locate_entries` takes them
+            # rows of each expert, what the call is; per_rank: slots, ids and weights of each token, as `locate_entries` takes them
             "counts": BufferSpec((announced,), torch.int32),
             "all_counts": BufferSpec((ranks, announced), torch.int32),
+            "all_words": BufferSpec((ranks, 2), torch.int32),
             "offsets": BufferSpec((ranks, experts), torch.int32),
             # routed tokens on their way out, expert output on its way back; float32 tokens get a buffer of their own when they come
             "routed": BufferSpec((experts, limit, columns), torch.bfloat16),
@@ -133,20 +167,19 @@ class PaddedTransport(CollectiveTransport):
     def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
         config, tokens, experts = self.config, hidden_states.shape[0], self.config.num_experts
         slots, rows = slot["slots"][:tokens], slot["rows"][:tokens]
-        counts, all_counts, offsets = slot["counts"][:experts], slot["all_counts"][:, : experts + 1], slot["offsets"]
+        counts, all_counts, offsets = slot["counts"][:experts], slot["all_counts"][:, :experts], slot["offsets"]
         batch = self.expert_batch(slot, tokens)
 
+        self._begin(slot)
         ops.route(topk_ids, slots, counts, status=self.status)
-        slot["counts"][experts : experts + 1].fill_(slot.call)
         if config.per_rank:
             self._announce(slot, slots, topk_ids, topk_weights)
         self.wire.all_gather(slot["all_counts"], slot["counts"])
         ops.expert_offsets(
             all_counts, self.first_expert, config.max_rows, config.rows_per_source, offsets, slot["num_tokens"], self.status
         )
-        # on a GPU `check` tells
-        if self.wire.waits:
-            check_in_step(all_counts[:, -1].tolist())
+        if not self.wire.waits:
+            ops.count_strangers(slot["all_counts"][:, experts : experts + 2], self.rank, self.status)
         meta_out, meta_in = slot["meta"]
         routed = self._routed(slot, hidden_states.dtype if config.quantized else torch.bfloat16)
         ops.scatter(
@@ -192,6 +225,7 @@ class PaddedTransport(CollectiveTransport):
         return batch, rows
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
+        self._begin_combine(slot, expert_output.dtype)
         if self.config.per_rank:
             sent, returned = slot["sums"].flatten(1, 2)
             rows, weights = slot["received_rows"].flatten(0, 1), slot["received_weights"].flatten(0, 1)
@@ -206,9 +240,9 @@ class PaddedTransport(CollectiveTransport):
         ops.combine(returned.flatten(0, 1), state, topk_weights, out)
 
     def _entries(self, counts: Tensor) -> Tensor:
-        """What follows the counts (..., E + 1 + 3 * T * K): (..., 3, T, K), T being max_tokens_per_rank."""
+        """What follows the counts (..., E + 2 + 3 * T * K): (..., 3, T, K), T being max_tokens_per_rank."""
         config = self.config
-        return counts[..., config.num_experts + 1 :].unflatten(-1, (3, config.max_tokens_per_rank, config.top_k))
+        return counts[..., config.num_experts + 2 :].unflatten(-1, (3, config.max_tokens_per_rank, config.top_k))
 
     def _announce(self, slot: Slot, slots: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Writes this rank's tokens behind its counts."""
@@ -278,9 +312,10 @@ class PackedTransport(CollectiveTransport):
         return {
             **batch_specs(config),
             **routing_specs(config),
-            # rows of each expert, the number of the call, tokens to each rank
-            "counts": BufferSpec((experts + 1 + ranks,), torch.int32),
-            "all_counts": BufferSpec((ranks, experts + 1 + ranks), torch.int32),
+            # rows of each expert, what the call is, tokens to each rank
+            "counts": BufferSpec((experts + 2 + ranks,), torch.int32),
+            "all_counts": BufferSpec((ranks, experts + 2 + ranks), torch.int32),
+            "all_words": BufferSpec((ranks, 2), torch.int32),
             "offsets": BufferSpec((ranks, experts), torch.int32),
             "send_tokens": BufferSpec((ranks, config.max_tokens_per_rank), torch.int32),
         }
@@ -297,9 +332,9 @@ class PackedTransport(CollectiveTransport):
         slots, rows, offsets = slot["slots"][:tokens], slot["rows"][:tokens], slot["offsets"]
         batch = self.expert_batch(slot, tokens)
 
+        self._begin(slot)
         ops.route(topk_ids, slots, slot["counts"][:experts], status=self.status)
-        slot["counts"][experts : experts + 1].fill_(slot.call)
-        ops.plan_sends(topk_ids, local, slot["send_tokens"], slot["counts"][experts + 1 :])
+        ops.plan_sends(topk_ids, local, slot["send_tokens"], slot["counts"][experts + 2 :])
         self.wire.all_gather(slot["all_counts"], slot["counts"])
         all_counts = slot["all_counts"]
         ops.expert_offsets(
@@ -342,6 +377,7 @@ class PackedTransport(CollectiveTransport):
         return batch, PackedState(rows, received_rows, received_weights, [row[self.rank] for row in going_back], returned)
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: PackedState) -> None:
+        self._begin_combine(slot, expert_output.dtype)
         if state.received_weights is not None:
             sums = torch.empty(sum(state.sent), out.shape[1], dtype=torch.bfloat16, device=self.device)
             back = torch.empty(sum(state.returned), out.shape[1], dtype=torch.bfloat16, device=self.device)
@@ -359,8 +395,8 @@ class PackedTransport(CollectiveTransport):
         """The one host sync. Returns, by source and target rank, the tokens that are sent, and their rows that find a place."""
         config = self.config
         host = all_counts.cpu()
-        counts, traffic = host[:, : config.num_experts], host[:, config.num_experts + 1 :]
-        check_in_step(host[:, config.num_experts].tolist())
+        counts, words, traffic = host.split((config.num_experts, 2, config.world_size), 1)
+        check_in_step(words.tolist())
         ends = counts.cumsum(0).clamp_max(config.max_rows)
         placed = ends - torch.cat((torch.zeros_like(ends[:1]), ends[:-1]))
         return traffic.tolist(), placed.unflatten(1, (config.world_size, config.num_local_experts)).sum(2).tolist()

@@ -5,7 +5,7 @@
                push_tokens      quantizes each token once, stores it to its final rows; the last program raises the flags
                land_rows        transposes scales, fills in sources, copies tokens that came once for several experts
     combine    "exact", pulled  a flag round, then `combine` reads the rows where they lie
-               "exact", pushed  whoever makes the rows stores them to `handle.destinations`; a flag round, then a local `combine`
+               "exact", pushed  whoever makes the rows stores them at the slot's destinations; a flag round, then a local `combine`
                "per_rank"       push_partial_sums sums what this rank holds of a token and stores it at its rank; a local `combine`
 
 Why no buffer is overwritten too early stands in `kernels/symmetric.py`, with flags, epochs and faults. Nothing here syncs with the host,
@@ -23,10 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import ExpertBatch
+from moequant.calls import Call
 from moequant.config import DispatcherConfig, round_up
 from moequant.errors import PeerTimeoutError
 from moequant.ops import quantize_settings
-from moequant.peer_memory import PeerMemory
+from moequant.peer_memory import PeerMemory, host_words
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
 
 # of a phase that is not done in time: what the culprit did not do
@@ -45,8 +46,8 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     return {
         # of the rows, of the outputs and of the rows of a second wave, one for each rank
         "flags": BufferSpec((3, ranks), torch.int32),
-        # of each rank: rows for each expert and the number of the call, with the epoch in the upper half
-        "count_words": BufferSpec((ranks, config.num_experts + 1), torch.int64),
+        # of each rank: rows for each expert, the number of the call and its word, with the epoch in the upper half
+        "count_words": BufferSpec((ranks, config.num_experts + 2), torch.int64),
         "values": BufferSpec((experts, rows, columns), config.dtype),
         "notes": BufferSpec((experts, rows, words), torch.int32),
         "output": BufferSpec((experts, rows, columns), torch.bfloat16),
@@ -74,11 +75,9 @@ class SymmetricTransport(Transport):
         # behind the slots: the abort word
         self.abort_offset = config.slots * self.slot_bytes
         self.memory = PeerMemory(group, self.abort_offset + 256, device)
-        self.abort = self.memory.local[self.abort_offset :][:4].view(torch.int32)
         self.no_fault: int = NO_FAULT.value
-        self.abort.fill_(self.no_fault)
-        # in the host's memory, so that reading it waits for nothing
-        self.record = torch.full((1,), self.no_fault, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.memory.local[self.abort_offset :][:4].view(torch.int32).fill_(self.no_fault)
+        self.record = host_words(1, torch.int32, device).fill_(self.no_fault)
         self.limit = self._units(WARM_UP_SECONDS)
         # no rank may signal before every abort word and flag is set
         self._barrier()
@@ -92,8 +91,10 @@ class SymmetricTransport(Transport):
             **shared_specs(config),
             "counts": BufferSpec((experts,), torch.int32),
             "row_offsets": BufferSpec((experts,), torch.int32),
-            # how many dispatches and combines the slot has seen; how many programs of a kernel are done
+            # how many dispatches and combines the slot has seen; and how many dispatches were called, with those that raised; how many
+            # programs of a kernel are done
             "epochs": BufferSpec((2,), torch.int32),
+            "calls": BufferSpec((1,), torch.int32),
             "ticket": BufferSpec((1,), torch.int32),
             # what the last wait found
             "fault": BufferSpec((1,), torch.int32),
@@ -111,13 +112,16 @@ class SymmetricTransport(Transport):
                 buffers[name] = block.view(spec.dtype).view(spec.shape)
             else:
                 buffers[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
-        buffers["epochs"].zero_()
-        buffers["ticket"].zero_()
+        for name in ("epochs", "calls", "ticket"):
+            buffers[name].zero_()
         buffers["fault"].fill_(self.no_fault)
         if "destinations" in buffers:
             # addresses that may be stored to, whatever happens in the first dispatch
             buffers["destinations"].fill_(buffers["returns"].data_ptr())
-        return Slot(number, buffers)
+        return Slot(number, buffers, buffers["calls"])
+
+    def close(self) -> None:
+        self.memory.close()
 
     def start(self) -> None:
         self.limit = self._units(self.config.timeout)
@@ -155,8 +159,7 @@ class SymmetricTransport(Transport):
 
     def dispatch_second(self, slot: Slot) -> ExpertBatch:
         """`dispatch` of the rows of the other experts, after `dispatch_first`."""
-        if slot.second is None:
-            raise RuntimeError("dispatch_second came without dispatch_first; call dispatch_first(...) first, and this once")
+        assert slot.second is not None
         hidden_states, topk_ids, topk_weights, experts = slot.second
         slot.second = None
         self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=2, first_experts=experts)
@@ -172,7 +175,7 @@ class SymmetricTransport(Transport):
 
     def combine_recv(self, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
         assert slot.pending is not None
-        self._flag_round(slot, 2, signal=False)
+        self._flag_round(slot, 2, signal=False, way=self._way(slot, slot.pending.dtype))
         self._sum(slot.pending.dtype, topk_weights, out, slot, state)
 
     def fault(self) -> PeerTimeoutError | None:
@@ -191,7 +194,6 @@ class SymmetricTransport(Transport):
         from moequant.kernels.exchange_counts import exchange_counts
         from moequant.kernels.route import route
 
-        slot.answered = False
         route(topk_ids, slot["slots"][: len(topk_ids)], slot["counts"], status=self.status, early=True)
         exchange_counts(
             slot["counts"],
@@ -200,13 +202,14 @@ class SymmetricTransport(Transport):
             self.status,
             self.memory.pointers,
             slot["epochs"],
+            slot["calls"],
             slot["fault"],
             self.record,
             self._offset(slot, "count_words"),
             self.abort_offset,
             self.rank,
             self.config.max_rows,
-            slot.call,
+            slot.call.word,
             self.limit,
         )
 
@@ -284,7 +287,6 @@ class SymmetricTransport(Transport):
         from moequant.kernels.push_rows import push_rows
 
         config = self.config
-        self._answer(slot)
         if config.per_rank:
             groups = config.num_groups if config.quantized else 0
             push_partial_sums(
@@ -310,7 +312,11 @@ class SymmetricTransport(Transport):
         output = slot["output"]
         if expert_output.data_ptr() != output.data_ptr():
             push_rows(expert_output, slot["num_tokens"], output.view(expert_output.dtype), None)
-        self._flag_round(slot, 2, wait=wait)
+        self._flag_round(slot, 2, wait=wait, way=self._way(slot, expert_output.dtype))
+
+    def destinations(self, slot: Slot) -> Tensor:
+        """Where the rows of a slot's batch go back to: (L, M) int64, addresses."""
+        return slot["destinations"]
 
     def push(self, expert_output: Tensor, slot: Slot) -> None:
         from moequant.kernels.push_rows import push_rows
@@ -320,8 +326,7 @@ class SymmetricTransport(Transport):
     def combine_pushed(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
         from moequant.kernels.combine import combine_shared
 
-        self._answer(slot)
-        self._flag_round(slot, 2)
+        self._flag_round(slot, 2, way=self._way(slot, dtype))
         combine_shared(slot["returns"].view(dtype), state, topk_weights, out, slot["fault"], in_order=True)
 
     def _sum(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, rows: Tensor) -> None:
@@ -342,7 +347,13 @@ class SymmetricTransport(Transport):
             rows_of_rank=config.num_local_experts * config.max_rows,
         )
 
-    def _flag_round(self, slot: Slot, phase: int, signal: bool = True, wait: bool = True) -> None:
+    def _way(self, slot: Slot, dtype: torch.dtype) -> int:
+        """What this rank's combine says of its rows; sums of a rank are always bfloat16."""
+        if self.config.per_rank:
+            return 0
+        return Call(0, 0, float16=dtype == torch.float16, pushed=slot.pushing is not None).way
+
+    def _flag_round(self, slot: Slot, phase: int, signal: bool = True, wait: bool = True, way: int = 0) -> None:
         from moequant.kernels.signal_and_wait import signal_and_wait
 
         signal_and_wait(
@@ -350,6 +361,7 @@ class SymmetricTransport(Transport):
             slot["epochs"][phase - 1 :],
             slot["fault"],
             self.record,
+            self.status,
             self._flags(slot, phase),
             self.abort_offset,
             self.rank,
@@ -357,13 +369,11 @@ class SymmetricTransport(Transport):
             phase,
             signal,
             wait,
+            way,
         )
 
-    def _answer(self, slot: Slot) -> None:
-        """A second combine of one dispatch must not write what a slower rank still reads for the first."""
-        if slot.answered:
-            self._flag_round(slot, 2)
-        slot.answered = True
+    def again(self, slot: Slot) -> None:
+        self._flag_round(slot, 2)
 
     def _offset(self, slot: Slot, name: str) -> int:
         return slot.number * self.slot_bytes + self.offsets[name]
@@ -378,5 +388,5 @@ class SymmetricTransport(Transport):
 
     @staticmethod
     def _units(seconds: float) -> int:
-        """Units of 1024 ns."""
-        return min(int(seconds * 1e9) >> 10, 2**31 - 1)
+        """Units of 2**20 ns, in which the kernels measure: at least one, and the longest time that a dispatcher takes fits an int32."""
+        return max(1, int(seconds * 1e9) >> 20)

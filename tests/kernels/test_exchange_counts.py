@@ -8,7 +8,8 @@ import torch
 from peer_blocks import EPOCHS, LONG, SHORT, PeerBlocks, assert_same_blocks, fault_word, following
 
 COUNTS = 0
-CALL = 12
+# how many calls the slot has seen before this one, and the word of this one: layer 5 of something
+CALLS, CALL = 11, 7 << 10 | 5
 
 
 def words_of(epoch: int, numbers: torch.Tensor) -> torch.Tensor:
@@ -21,16 +22,16 @@ def make_blocks(counts: torch.Tensor, rank: int, epoch: int, device: str) -> Pee
     blocks = PeerBlocks(
         ranks,
         device,
-        words=((ranks, experts + 1), torch.int64),
+        words=((ranks, experts + 2), torch.int64),
         counts=((experts,), torch.int32),
         offsets=((experts,), torch.int32),
         num_tokens=((experts // ranks,), torch.int32),
-        status=((3,), torch.int64),
     )
     blocks["epoch"][rank] = epoch
+    blocks["calls"][rank] = CALLS
     blocks["counts"][rank] = counts[rank]
     blocks["status"][rank] = torch.tensor([100, 200, 300])
-    numbers = torch.cat([counts, torch.full((ranks, 1), CALL)], dim=1).to(device)
+    numbers = torch.cat([counts, torch.tensor([[CALLS + 1, CALL]] * ranks)], dim=1).to(device)
     blocks["words"][rank] = words_of(following(epoch), numbers)
     blocks["words"][rank, rank] = words_of(epoch, numbers[rank])
     return blocks
@@ -46,6 +47,7 @@ def run(blocks: PeerBlocks, rank: int, capacity: int, limit: int = LONG) -> None
         blocks["status"][rank],
         blocks.peers,
         blocks["epoch"][rank],
+        blocks["calls"][rank],
         blocks["fault"][rank],
         blocks["record"][rank],
         blocks.offsets["words"],
@@ -60,9 +62,10 @@ def run(blocks: PeerBlocks, rank: int, capacity: int, limit: int = LONG) -> None
 def expect_words(blocks: PeerBlocks, rank: int, epoch: int, counts: torch.Tensor) -> PeerBlocks:
     """What is sent, whatever comes."""
     expected = blocks.snapshot()
-    numbers = torch.cat([counts[rank], torch.tensor([CALL])])
+    numbers = torch.cat([counts[rank], torch.tensor([CALLS + 1, CALL])])
     expected["words"][:, rank] = words_of(following(epoch), numbers).to(blocks.memory.device)
     expected["epoch"][rank] = following(epoch)
+    expected["calls"][rank] = CALLS + 1
     return expected
 
 
@@ -90,7 +93,7 @@ def test_the_worked_example(device):
     assert blocks["offsets"][1].tolist() == [2, 4]
     assert blocks["num_tokens"][1].tolist() == [5]
     assert blocks["status"][1].tolist() == [100, 202, 300]
-    assert blocks["words"][0, 1].tolist() == [1 << 32 | 1, 1 << 32 | 3, 1 << 32 | CALL]
+    assert blocks["words"][0, 1].tolist() == [1 << 32 | 1, 1 << 32 | 3, 1 << 32 | CALLS + 1, 1 << 32 | CALL]
 
 
 @pytest.mark.parametrize("epoch", EPOCHS)
@@ -113,9 +116,9 @@ def test_no_rank_has_a_token(device):
 
 
 @pytest.mark.parametrize("epoch", EPOCHS)
-@pytest.mark.parametrize(("word", "late"), [(0, [2]), (3, [0, 2]), (8, [3])])
+@pytest.mark.parametrize(("word", "late"), [(0, [2]), (3, [0, 2]), (8, [3]), (9, [0])])
 def test_a_rank_that_does_not_come_is_blamed_at_all_ranks(word, late, epoch, device):
-    """One word of an earlier epoch is enough, a count or the number of the call; the first such rank is the culprit."""
+    """One word of an earlier epoch is enough, a count, the number of the call, or what it is; the first such rank is the culprit."""
     counts = torch.randint(1, 9, (4, 8))
     blocks = make_blocks(counts, 1, epoch, device)
     blocks["words"][1, late, word] = words_of(epoch, blocks["words"][1, late, word] & 0xFFFFFFFF)
@@ -151,11 +154,31 @@ def test_hostile_counts_leave_sums_in_order(device):
     assert_same_blocks(blocks, expected)
 
 
-def test_ranks_in_another_call_are_counted(device):
+# of another rank: what differs in its number and its word, and whether it is of another call
+@pytest.mark.parametrize(("number", "word", "strange"), [(2, 0, True), (0, 1 << 10, True), (0, 1, True), (0, -5, False)])
+def test_ranks_in_another_call_are_counted(number, word, strange, device):
+    """In one of another number, slot or dispatcher, or of another layer; a layer that is not said goes with any."""
     counts = torch.randint(0, 9, (4, 4))
     blocks = make_blocks(counts, 0, 3, device)
-    blocks["words"][0, 1:3, 4] += 2
+    blocks["words"][0, 1:3, 4] += number
+    blocks["words"][0, 1:3, 5] += word
     expected = expect_places(blocks, 0, 3, counts, 99)
-    expected["status"][0, 2] += 2
+    expected["status"][0, 2] += 2 * strange
     run(blocks, 0, 99)
+    assert_same_blocks(blocks, expected)
+
+
+def test_words_may_lie_two_gigabytes_away(device):
+    """The words' own place counts in 64 bits, where the block's offset is below 2**31 and the word's above."""
+    counts = torch.randint(0, 9, (4, 64))
+    blocks = make_blocks(counts, 3, 0, device)
+    expected = expect_places(blocks, 3, 0, counts, 99)
+    # as if each block began so much earlier
+    shift = 2**31 - 256 - blocks.offsets["words"]
+    blocks.peers -= shift
+    offsets = dict(blocks.offsets)
+    for name in ("words", "abort"):
+        blocks.offsets[name] += shift
+    run(blocks, 3, 99)
+    blocks.offsets = offsets
     assert_same_blocks(blocks, expected)

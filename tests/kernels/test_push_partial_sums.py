@@ -7,7 +7,7 @@ import torch
 
 from moequant import reference
 from moequant.batch import ceil_div
-from peer_blocks import EPOCHS, LONG, NO_FAULT, SHORT, PeerBlocks, assert_same_blocks, fault_word, following
+from peer_blocks import EPOCHS, LONG, NO_FAULT, SHORT, PeerBlocks, assert_same_blocks, fault_word, following, output_flag
 
 OUTPUTS = 2
 RANKS, RANK, MAX_TOKENS = 3, 1, 6
@@ -37,7 +37,7 @@ class Sums:
             returns=((RANKS, MAX_TOKENS, self.columns), torch.bfloat16),
         )
         self.blocks["epoch"][RANK] = epoch
-        self.blocks["flags"][RANK] = following(epoch)
+        self.blocks["flags"][RANK] = output_flag(following(epoch))
         self.y = torch.full((self.experts * self.capacity, self.columns), float("nan"), dtype=dtype)
         self.valid = [
             expert * self.capacity + row for expert, count in enumerate(counts) for row in range(min(max(count, 0), self.capacity))
@@ -96,7 +96,8 @@ class Sums:
 
     def expected_signal(self) -> PeerBlocks:
         expected = self.blocks.snapshot()
-        expected["flags"][:, RANK] = expected["epoch"][RANK] = following(self.epoch)
+        expected["epoch"][RANK] = following(self.epoch)
+        expected["flags"][:, RANK] = output_flag(following(self.epoch))
         return expected
 
     def expected(self) -> PeerBlocks:
@@ -156,10 +157,10 @@ def test_the_product_is_rounded_before_the_addition(device):
 def test_the_next_epoch_begins_and_all_are_told(epoch, device):
     """The launch leaves the ticket ready for the next one, which finds ranks 0 and 2 missing and blames rank 0."""
     sums = Sums(SHAPES[1], device, epoch)
-    sums.blocks["flags"][RANK, 2] = following(following(epoch))
+    sums.blocks["flags"][RANK, 2] = output_flag(following(following(epoch)))
     sums.check()
     sums.epoch = following(epoch)
-    sums.blocks["flags"][RANK, 2] = sums.epoch
+    sums.blocks["flags"][RANK, 2] = output_flag(sums.epoch)
     expected = sums.expected()
     expected.expect_fault(RANK, fault_word(following(sums.epoch), OUTPUTS, 0), told=True)
     sums.run(limit=SHORT)

@@ -1,0 +1,119 @@
+"""Layers on two streams, by request: communication under the experts' products. Transport "symmetric", reduce="exact", `GroupedExperts`.
+
+In waves of experts: rows of each rank's first experts are sent first, those of the others under the products of the first:
+
+    main   dispatch of the first | dispatch of the others | products of the others     | combine
+    side                         | products of the first                               |
+
+In halves of the tokens, one in each slot:
+
+    main   dispatch 0 | dispatch 1   | products 1   combine 1
+    side              | products 0   combine 0
+
+The products on the side leave `num_sms` multiprocessors alone, for the exchange: their programs take one whole each, and stay until the
+last tile. Their stream has the higher priority, so that they begin at once; the other stream's products start where these end.
+
+Why two streams can't deadlock. All ranks queue the same steps; what waits for other ranks are single programs, with a time limit, but
+kernels that begin early behind a wait can hold multiprocessors that products need whole. So the steps have an order in which each
+depends on earlier ones alone, and can be held up until other ranks come by earlier ones alone (later ones only delay it, as products
+end): dispatch of the first, of the others, products of the first, of the others, combine; or dispatch 0, dispatch 1, products 0,
+combine 0, products 1, combine 1, where events hold combine 0 back until dispatch 1 is done, and combine 1 until products 0 are. Of the
+steps that are not done on some rank the first one can go on. That holds as well where both streams share one hardware queue, since
+events point back in that order alone.
+
+At every size measured on H200s one piece is as fast (benchmarks/notes_layer.md): large products are held by the cards' power, and what
+runs beside them slows them by as much as it hides.
+
+L local experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moequant.config import DispatcherConfig
+from moequant.experts import GroupedExperts
+
+if TYPE_CHECKING:
+    from moequant.dispatcher import MoEQuantDispatcher
+
+
+def side_stream(config: DispatcherConfig, device: torch.device) -> torch.cuda.Stream | None:
+    """The stream of the first products, where there is something to run beside them. Its programs go before those of others."""
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and config.pushes else None
+
+
+def side_sms(dispatcher: MoEQuantDispatcher) -> int:
+    """Multiprocessors for the products beside an exchange."""
+    from moequant.kernels.common import multiprocessors
+
+    return max(multiprocessors(dispatcher.device) - dispatcher.config.num_sms, 1)
+
+
+def run_in_waves(
+    dispatcher: MoEQuantDispatcher,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    experts: GroupedExperts,
+    slot: int,
+    layer: int | None,
+    first: int,
+    side: torch.cuda.Stream | None,
+) -> Tensor:
+    """The module's first picture. side: the second stream; None on a CPU, where one step follows the other."""
+    main = None if side is None else torch.cuda.current_stream(tokens[0].device)
+    sms = side_sms(dispatcher)
+    batch, handle = dispatcher.dispatch_first(*tokens, slot, first, layer)
+    destinations = dispatcher.begin_push(handle)
+    follow(side, main)
+    try:
+        with torch.cuda.stream(side):
+            experts.part(0, first).push(batch, destinations[:first], num_sms=sms)
+        others = dispatcher.dispatch_second(handle)
+        experts.part(first, dispatcher.config.num_local_experts).push(others, destinations[first:])
+    finally:
+        # after an error too: what the side uses may be freed then
+        follow(main, side)
+    return dispatcher.combine_pushed(handle)
+
+
+def run_in_halves(
+    dispatcher: MoEQuantDispatcher,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    experts: GroupedExperts,
+    layer: int | None,
+    side: torch.cuda.Stream | None,
+) -> Tensor:
+    """The module's second picture. side: as for `run_in_waves`."""
+    hidden = tokens[0]
+    half = (hidden.shape[0] + 1) // 2
+    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    main = None if side is None else torch.cuda.current_stream(hidden.device)
+
+    batch0, handle0 = dispatcher.dispatch(*(x[:half] for x in tokens), slot=0, layer=layer)
+    # not beside it: they would share the wire
+    follow(side, main)
+    try:
+        with torch.cuda.stream(side):
+            experts.push(batch0, dispatcher.begin_push(handle0), num_sms=side_sms(dispatcher))
+        pushed = None if side is None else side.record_event()
+        batch1, handle1 = dispatcher.dispatch(*(x[half:] for x in tokens), slot=1, layer=layer)
+        follow(side, main)
+        with torch.cuda.stream(side):
+            dispatcher.combine_pushed(handle0, out=out[:half])
+        experts.push(batch1, dispatcher.begin_push(handle1))
+        if main is not None and pushed is not None:
+            main.wait_event(pushed)
+        dispatcher.combine_pushed(handle1, out=out[half:])
+    finally:
+        # after an error too: what the side uses may be freed then
+        follow(main, side)
+    return out
+
+
+def follow(later: torch.cuda.Stream | None, earlier: torch.cuda.Stream | None) -> None:
+    """What comes on `later` waits for what is on `earlier`."""
+    if later is not None and earlier is not None:
+        later.wait_stream(earlier)
