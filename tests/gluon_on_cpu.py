@@ -7,8 +7,8 @@ matrix's edges. Layouts mean nothing. Every address is looked up among the tenso
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import ctypes
 import inspect
