@@ -51,8 +51,9 @@ def prefetch_addresses(destinations, row, rows_left):
 
 
 @gluon.jit
-def store_rows(chunk_s, pointer, destinations, row, rows_left, column, N: gl.constexpr):
-    """Writes the first rows_left rows of a chunk in shared memory, to their places below pointer or each to its own address."""
+def store_rows(chunk_s, pointer, destinations, row, rows_left, column, N: gl.constexpr, TILE: gl.constexpr):
+    """Writes the first rows_left rows of a chunk in shared memory, to their places below pointer or each to its own address. TILE: columns
+    of the chunk's tile."""
     ROWS: gl.constexpr = chunk_s.shape[0]
     COLUMNS: gl.constexpr = chunk_s.shape[1]
     WIDTH: gl.constexpr = 128 // chunk_s.dtype.primitive_bitwidth
@@ -73,13 +74,14 @@ def store_rows(chunk_s, pointer, destinations, row, rows_left, column, N: gl.con
             # the compiler knows nothing of addresses in a table: rows begin at multiples of 16 bytes
             pointers = gl.max_contiguous(gl.multiple_of(pointers, (16, 16)), (1, WIDTH))
         inside = (rows < rows_left)[:, None]
-        if N % COLUMNS:
+        # the last tile's columns may end past N in any of its chunks, even before one begins
+        if N % TILE:
             inside = inside & (columns < N)[None, :]
         gl.store(pointers, x, mask=inside)
 
 
 @gluon.jit
-def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.constexpr):
+def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.constexpr, TILE: gl.constexpr):
     """Writes the first rows_left rows of a chunk of 64 rows, 64 or 128 columns: all of it by TMA, which cuts columns past N off, fewer
     rows, or rows that go to addresses of their own, by masked stores."""
     out, out_pointer, destinations, out_s = output
@@ -93,14 +95,14 @@ def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.cons
         # half of them at a time: the products have no registers to spare
         for half in gl.static_range(2):
             part = whole.slice(half * 32, 32, 0)
-            store_rows(part, None, destinations, row + half * 32, rows_left - half * 32, column, N)
+            store_rows(part, None, destinations, row + half * 32, rows_left - half * 32, column, N, TILE)
         gl.thread_barrier()
     elif rows_left >= 64:
         fence_async_shared()
         for piece in gl.static_range(PIECES):
             tma.async_copy_shared_to_global(out, [row, column + piece * 64], out_s.index(W * 2 + piece))
     else:
-        store_rows(whole, out_pointer, None, row, rows_left, column, N)
+        store_rows(whole, out_pointer, None, row, rows_left, column, N, TILE)
         gl.thread_barrier()
 
 
@@ -112,6 +114,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
     STAGES: gl.constexpr = full.shape[0]
     HALVES: gl.constexpr = b_s.shape[0] // STAGES
     SHORT: gl.constexpr = 64 * HALVES
+    TILE: gl.constexpr = 128 * HALVES
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     SHORT_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, SHORT, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -129,7 +132,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
     s0 = gl.load(scales0)
     s1 = gl.load(scales1)
     while expert >= 0:
-        column = column_tile * (128 * HALVES)
+        column = column_tile * TILE
         my_row = row + W * 64
         my_rows_left = rows_left - W * 64
         if rows_left > 64:
@@ -166,7 +169,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
             if HALVES == 2:
                 acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                 started = product(a_s.index(stage * 2 + W), b_s.index(stage * HALVES + 1), t)
-                store_chunk(W, output, acc0, my_row, my_rows_left, column, N)
+                store_chunk(W, output, acc0, my_row, my_rows_left, column, N, TILE)
                 t = warpgroup_mma_wait(0, deps=(started,))
             release(empty.index(stage))
             stage, phase = advance(stage, phase, STAGES)
@@ -176,10 +179,10 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
             s1 = gl.load(scales1)
             if HALVES == 2:
                 acc1 += t.to(gl.float32) * gl.expand_dims(scale1, 1)
-                store_chunk(W, output, acc1, my_row, my_rows_left, column + 128, N)
+                store_chunk(W, output, acc1, my_row, my_rows_left, column + 128, N, TILE)
             else:
                 acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
-                store_chunk(W, output, acc0, my_row, my_rows_left, column, N)
+                store_chunk(W, output, acc0, my_row, my_rows_left, column, N, TILE)
         else:
             prefetch_addresses(destinations, row, rows_left)
             u = gl.zeros((64, SHORT), SUM, SHORT_LAYOUT)
@@ -201,7 +204,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
             scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, HALVES, N, G)
             s0 = gl.load(scales0)
             s1 = gl.load(scales1)
-            store_chunk(W, output, acc, past_row, past_rows_left, column + W * SHORT, N)
+            store_chunk(W, output, acc, past_row, past_rows_left, column + W * SHORT, N, TILE)
     tma.store_wait(pendings=0)
 
 

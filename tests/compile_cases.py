@@ -315,7 +315,14 @@ CASES = {
         *cases(int8_addmm, {"bias": False}, hopper=True),
         # one address of a tile is spilled, outside the loop over groups
         *cases(grouped_gemm, {"dtype": E4M3, "expected_rows": 1024, "experts": 16, "push": True}, hopper=True, may_spill=True),
-        *cases(grouped_gemm, {"dtype": E4M3, "columns": 1024, "push": True}, hopper=True),
+        *cases(grouped_gemm, *({"dtype": E4M3, "columns": columns, "push": True} for columns in (1024, 2880)), hopper=True),
+        # half a wide tile is left
+        *cases(
+            grouped_gemm,
+            {"dtype": E4M3, "expected_rows": 1024, "experts": 16, "columns": 4224, "push": True},
+            hopper=True,
+            may_spill=True,
+        ),
         # few columns: narrow tiles; gpt-oss: tails
         *cases(
             grouped_gemm,
