@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import num_sms
-from moequant.kernels.early import EARLY_WARPS, await_previous, begins_early, launch_option
+from moequant.kernels.early import await_previous, launch_option, may_begin_early
 from moequant.kernels.symmetric import NO_FAULT
 
 
@@ -125,6 +125,21 @@ def combine_shared(
     )
 
 
+# Registers of a thread where a launch begins early.
+REGISTERS = 32
+
+
+def program_of(tokens: int, columns: int, waits: bool, device: torch.device) -> tuple[int, int, bool]:
+    """A program's columns and warps, and whether the launch begins early. waits: the launch before may wait for other ranks."""
+    most = triton.next_power_of_2(columns)
+    for block, warps in ((1024, 8), (2048, 16)):
+        if waits and may_begin_early(device, tokens * triton.cdiv(columns, block), warps, REGISTERS):
+            return min(block, most), warps, True
+    block = min(1024, most)
+    # few programs get more warps, which load less each
+    return block, 8 if tokens * triton.cdiv(columns, block) <= 4 * num_sms(device) else 4, False
+
+
 def launch_combine(
     expert_output: torch.Tensor,
     rows: torch.Tensor,
@@ -142,11 +157,7 @@ def launch_combine(
     if tokens == 0:
         return
     top_k, ranks = rows.shape[1], 1 if peers is None else peers.shape[0]
-    block = min(1024, triton.next_power_of_2(columns))
-    programs = tokens * triton.cdiv(columns, block)
-    # few programs get more warps, which load less each
-    warps = 8 if programs <= 4 * num_sms(out.device) else 4
-    early = fault is not None and begins_early(out.device) and programs * warps <= EARLY_WARPS * num_sms(out.device)
+    block, warps, early = program_of(tokens, columns, fault is not None, out.device)
     combine_kernel[(tokens, triton.cdiv(columns, block))](
         expert_output,
         rows,
@@ -168,5 +179,5 @@ def launch_combine(
         BLOCK=block,
         num_warps=warps,
         enable_fp_fusion=False,
-        **launch_option(early),
+        **launch_option(early, REGISTERS),
     )

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.common import locate_block, num_sms, row_blocks
-from moequant.kernels.early import EARLY_WARPS, await_previous, begins_early, launch_option
+from moequant.kernels.early import await_previous, launch_option, may_begin_early, most_programs
 from moequant.kernels.symmetric import NO_FAULT
 
 
@@ -91,6 +91,10 @@ def land_rows_kernel(
             tl.store(values_ptr + flat[:, None] * columns * WIDTH + byte[None, :], values, mask=inside)
 
 
+# Registers of a thread where the launch begins early, and the tiles that a program has then.
+REGISTERS, TURNS = 80, 2
+
+
 def land_rows(
     values: torch.Tensor,
     notes: torch.Tensor,
@@ -119,12 +123,18 @@ def land_rows(
     first_expert, end = part or (0, local_experts)
     experts = end - first_expert
     groups = triton.cdiv(columns, 128)
-    block, block_g = 8, min(8, triton.next_power_of_2(groups))
-    columns_of_tiles, warps, sms = experts * triton.cdiv(groups, block_g), 4, num_sms(values.device)
-    fits = EARLY_WARPS // warps * sms
-    early = begins_early(values.device) and columns_of_tiles * triton.cdiv(expected_rows, block) <= 4 * fits
-    worst = columns_of_tiles * triton.cdiv(capacity, block)
-    land_rows_kernel[(min(worst, fits if early else 2 * fits),)](
+    block = 8
+    # few programs of large tiles, if the launch may begin early and has few rows
+    block_g, warps = min(32 // values.element_size(), triton.next_power_of_2(groups)), 8
+    columns_of_tiles = experts * triton.cdiv(groups, block_g)
+    programs = min(columns_of_tiles * triton.cdiv(capacity, block), most_programs(values.device))
+    few = columns_of_tiles * triton.cdiv(expected_rows, block) <= TURNS * programs
+    early = few and may_begin_early(values.device, programs, warps, REGISTERS)
+    if not early:
+        block_g, warps = min(8, triton.next_power_of_2(groups)), 4
+        worst = experts * triton.cdiv(groups, block_g) * triton.cdiv(capacity, block)
+        programs = min(worst, 8 * num_sms(values.device))
+    land_rows_kernel[(programs,)](
         values.view(torch.uint8),
         notes,
         num_tokens,
@@ -151,5 +161,5 @@ def land_rows(
         EXPERTS=triton.next_power_of_2(experts),
         EARLY=early,
         num_warps=warps,
-        **launch_option(early),
+        **launch_option(early, REGISTERS),
     )

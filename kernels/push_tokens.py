@@ -14,12 +14,14 @@ In two waves, one launch each, the rows of each rank's first experts go before t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from moequant.kernels.common import num_sms, quantize_group
-from moequant.kernels.early import EARLY_WARPS, await_previous, begins_early, launch_option, let_next_begin
+from moequant.kernels.early import await_previous, begins_early, launch_option, let_next_begin, may_begin_early
 from moequant.kernels.symmetric import ROWS, last_program, peer_block, signal_peers, wait_for_peers
 
 
@@ -84,7 +86,6 @@ def push_tokens_kernel(
     1 * 8 + 5 = 13 of rank 1; entry 1 to row 5 of expert 0 on rank 0; entry 2 would be row 8 of expert 2, for which there is no room.
     rows[t] is [3 * 8 + 5, 0 * 8 + 5, -1].
     """
-    let_next_begin(EARLY)
     token = tl.program_id(0)
     # a launch has a program even where there is no token
     here = token < tokens
@@ -97,6 +98,8 @@ def push_tokens_kernel(
     else:
         values = x.to(VALUE)
     await_previous(EARLY)
+    # not before: behind the wait for counts stands this launch alone
+    let_next_begin(EARLY)
     epoch = tl.load(epoch_ptr)
     if here:
         rows = ()
@@ -179,9 +182,29 @@ VALUE_TYPES = {
 }
 
 
-def groups_per_program(tokens: int, groups: int, sms: int) -> int:
-    """Large parts of a token where they fill the device, otherwise small ones."""
-    return min(triton.next_power_of_2(groups), 32 if tokens >= sms // 2 else 8)
+# Registers of a thread where a launch begins early; the code of waves has more to remember.
+REGISTERS, REGISTERS_OF_WAVES = 80, 96
+
+
+class Parts(NamedTuple):
+    """How a launch cuts tokens: groups and warps of a program, and whether it begins early, with so many registers a thread."""
+
+    groups: int
+    warps: int
+    early: bool
+    registers: int
+
+
+def parts_of_tokens(tokens: int, groups: int, wave: int, device: torch.device) -> Parts:
+    """The smallest parts of a token with which the launch may begin early. Without, large ones where they fill the device."""
+    registers = REGISTERS_OF_WAVES if wave else REGISTERS
+    most = triton.next_power_of_2(groups)
+    for block in (min(most, size) for size in (8, 32, 64)):
+        warps = min(8, max(2, block // 4))
+        if may_begin_early(device, max(tokens, 1) * triton.cdiv(groups, block), warps, registers):
+            return Parts(block, warps, True, registers)
+    block = min(most, 32 if tokens >= num_sms(device) // 2 else 8)
+    return Parts(block, max(2, block // 8), False, registers)
 
 
 def push_tokens(
@@ -227,11 +250,9 @@ def push_tokens(
     ranks, experts = peers.shape[0], offsets.shape[0]
     quantized = dtype != torch.bfloat16
     groups = triton.cdiv(columns, 128)
-    block_g = groups_per_program(tokens, groups, num_sms(x.device))
-    programs, warps = max(tokens, 1) * triton.cdiv(groups, block_g), max(2, block_g // 8)
-    early = begins_early(x.device) and programs * warps <= EARLY_WARPS * num_sms(x.device)
+    parts = parts_of_tokens(tokens, groups, wave, x.device)
     words = note_words(groups if quantized else 0, top_k, topk_weights is not None)
-    push_tokens_kernel[(max(tokens, 1), triton.cdiv(groups, block_g))](
+    push_tokens_kernel[(max(tokens, 1), triton.cdiv(groups, parts.groups))](
         x,
         topk_ids,
         slots,
@@ -272,11 +293,11 @@ def push_tokens(
         PER_RANK=topk_weights is not None,
         WAVE=wave,
         WAIT=wait,
-        EARLY=early,
-        BLOCK_G=block_g,
+        EARLY=begins_early(x.device),
+        BLOCK_G=parts.groups,
         LANES=triton.next_power_of_2(ranks),
-        num_warps=warps,
+        num_warps=parts.warps,
         # as in the quantize kernel
         enable_fp_fusion=False,
-        **launch_option(early),
+        **launch_option(parts.early, parts.registers),
     )

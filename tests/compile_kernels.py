@@ -30,21 +30,18 @@ from triton.runtime.jit import JITFunction
 
 from compile_case import E4M3, E5M2, FNUZ, Case
 from compile_cases import CASES
-from moequant.kernels import combine as combine_module
-from moequant.kernels import common
+from moequant.kernels import common, early
 from moequant.kernels import exchange_counts as exchange_counts_module
 from moequant.kernels import grouped_gemm as grouped_gemm_module
-from moequant.kernels import land_rows as land_rows_module
 from moequant.kernels import push_tokens as push_tokens_module
 from moequant.kernels import quantize_tensor as quantize_tensor_module
 from moequant.kernels import signal_and_wait as signal_and_wait_module
 from moequant.kernels.grouped_gemm import Limits
 
 EARLY_MODULES: Any = (
-    combine_module,
+    early,
     exchange_counts_module,
     grouped_gemm_module,
-    land_rows_module,
     push_tokens_module,
     quantize_tensor_module,
     signal_and_wait_module,
@@ -180,9 +177,9 @@ def compile_operation(name: str) -> None:
             launched.clear()
             common.converts_fnuz = lambda device, native=target_name == "gfx942": native
             common.runs_gluon = lambda device, wanted=case.hopper: wanted
-            begins_early = target.gpu.backend == "cuda" and int(target.gpu.arch) >= 90
+            knows_early = target.gpu.backend == "cuda" and int(target.gpu.arch) >= 90
             for module in EARLY_MODULES:
-                module.begins_early = lambda device, early=begins_early: early
+                module.begins_early = lambda device, knows=knows_early: knows
             case.call(**case.arguments)
             assert launched, f"{case.call.__name__} launched no kernel"
             assert all(("hopper" in kernel) == case.hopper for kernel, _ in launched), f"{launched} for {case}"
