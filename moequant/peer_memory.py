@@ -45,13 +45,16 @@ class PeerMemory:
         folder = [tempfile.mkdtemp(prefix="moequant-") if rank == 0 else ""]
         dist.broadcast_object_list(folder, group=group, group_src=0)
         # opening a file with shared=True makes it, of this size
-        maps = [torch.from_file(f"{folder[0]}/{peer}", shared=True, size=nbytes, dtype=torch.uint8) for peer in range(ranks)]
+        maps = [
+            torch.from_file(f"{folder[0]}/{peer}", shared=True, size=nbytes, dtype=torch.uint8, device="cpu")
+            for peer in range(ranks)
+        ]
         dist.barrier(group)
         if rank == 0:
             shutil.rmtree(folder[0])
         self._mapping = maps
         self.local = maps[rank]
-        self.pointers = torch.tensor([x.data_ptr() for x in maps])
+        self.pointers = torch.tensor([x.data_ptr() for x in maps], device="cpu")
 
 
 def why_unreachable(group: dist.ProcessGroup, device: torch.device) -> str | None:
@@ -61,7 +64,7 @@ def why_unreachable(group: dist.ProcessGroup, device: torch.device) -> str | Non
     everyone: list[tuple[str, str, str]] = [("", "", "")] * dist.get_world_size(group)
     dist.all_gather_object(everyone, (host, identity, device.type), group=group)
     hosts, identities, kinds = ([entry[i] for entry in everyone] for i in range(3))
-    if any(kind != "cuda" for kind in kinds) and not ops.uses_kernels(torch.empty(0)):
+    if any(kind != "cuda" for kind in kinds) and not ops.uses_kernels(torch.empty(0, device="cpu")):
         return "it needs a GPU on every rank"
     if len(set(hosts)) > 1:
         return f"the ranks are on {len(set(hosts))} hosts, and it works inside one"

@@ -78,7 +78,7 @@ class SymmetricTransport(Transport):
         self.no_fault: int = NO_FAULT.value
         self.abort.fill_(self.no_fault)
         # in the host's memory, so that reading it waits for nothing
-        self.record = torch.full((1,), self.no_fault, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.record = torch.full((1,), self.no_fault, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         self.limit = self._units(WARM_UP_SECONDS)
         # no rank may signal before every abort word and flag is set
         self._barrier()
