@@ -20,14 +20,20 @@ class MoE(nn.Module):
     def __init__(self, dispatcher: MoEQuantDispatcher, intermediate_size: int) -> None:
         super().__init__()
         self.dispatcher, config = dispatcher, dispatcher.config
-        experts, hidden = config.num_local_experts, config.hidden_size
-        self.router = nn.Linear(hidden, config.num_experts, bias=False)
-        self.w13 = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden, dtype=torch.bfloat16), requires_grad=False)
-        self.w2 = nn.Parameter(torch.empty(experts, hidden, intermediate_size, dtype=torch.bfloat16), requires_grad=False)
+        experts, hidden, device = config.num_local_experts, config.hidden_size, dispatcher.device
+        self.router = nn.Linear(hidden, config.num_experts, bias=False, device=device)
+        w13 = torch.empty(experts, 2 * intermediate_size, hidden, dtype=torch.bfloat16, device=device)
+        w2 = torch.empty(experts, hidden, intermediate_size, dtype=torch.bfloat16, device=device)
+        self.w13, self.w2 = nn.Parameter(w13, requires_grad=False), nn.Parameter(w2, requires_grad=False)
+        # GroupedExperts is no module and has copies: load_state_dict alone would leave the old experts in use
+        self.register_load_state_dict_post_hook(lambda module, keys: module.quantize())
 
     def quantize(self) -> None:
-        """Once the weights are loaded."""
-        self.experts = GroupedExperts.from_weights(self.w13, self.w2, quant=self.dispatcher.config.quant)
+        """Once the weights are there, and after each change of them."""
+        experts = GroupedExperts.from_weights(self.w13, self.w2, quant=self.dispatcher.config.quant)
+        if hasattr(self, "experts"):
+            experts.share_workspaces(self.experts)
+        self.experts = experts
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -41,15 +47,20 @@ class MoE(nn.Module):
 def build(device: str, layers: int = 2) -> tuple[MoEQuantDispatcher, nn.Sequential]:
     """A stack of layers with weights that stand in for loaded ones: the same router on every rank, experts of its own."""
     dispatcher = MoEQuantDispatcher(num_experts=8, top_k=2, hidden_size=256, max_tokens_per_rank=64, device=device)
-    model = nn.Sequential(*(MoE(dispatcher, intermediate_size=128) for _ in range(layers))).to(device)
+    model = nn.Sequential(*(MoE(dispatcher, intermediate_size=128) for _ in range(layers)))
     first = (dist.get_rank() if dist.is_initialized() else 0) * dispatcher.config.num_local_experts
     shared = None
     for number, layer in enumerate(model):
         assert isinstance(layer, MoE)
         generator = torch.Generator().manual_seed(number)
-        layer.router.weight.data.copy_(torch.randn(layer.router.weight.shape, generator=generator) / 16)
+
+        def normal(*shape: int, generator: torch.Generator = generator) -> Tensor:
+            # on the CPU, as the generator is: a default device may be another
+            return torch.randn(shape, generator=generator, device="cpu") / shape[-1] ** 0.5
+
+        layer.router.weight.data.copy_(normal(*layer.router.weight.shape))
         for weight in (layer.w13, layer.w2):
-            whole = torch.randn(dispatcher.config.num_experts, *weight.shape[1:], generator=generator) / weight.shape[-1] ** 0.5
+            whole = normal(dispatcher.config.num_experts, *weight.shape[1:])
             weight.data.copy_(whole[first : first + len(weight)])
         layer.quantize()
         shared = shared or layer.experts
@@ -58,15 +69,15 @@ def build(device: str, layers: int = 2) -> tuple[MoEQuantDispatcher, nn.Sequenti
 
 
 def main() -> None:
-    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else "cpu"
-    with torch.device(device), torch.cuda.device(device if cuda else -1):
-        dispatcher, model = build(device)
-        with dispatcher:
-            x = torch.randn(2, 16, 256).bfloat16()
-            print(f"{tuple(x.shape)} to {tuple(model(x).shape)} on {device}")
+        dist.init_process_group("nccl" if device != "cpu" else "gloo")
+    dispatcher, model = build(device)
+    with dispatcher:
+        x = torch.randn(2, 16, 256, device=device).bfloat16()
+        print(f"{tuple(x.shape)} to {tuple(model(x).shape)} on {device}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

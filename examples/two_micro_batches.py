@@ -41,9 +41,11 @@ def build(device: str, depth: int = 2) -> tuple[MoEQuantDispatcher, list[tuple[R
     layers: list[tuple[Router, GroupedExperts]] = []
     for number in range(depth):
         generator = torch.Generator().manual_seed(number)
-        gate = (torch.randn(256, 8, generator=generator) / 16).to(device)
+        # on the CPU, as the generator is: a default device may be another
+        gate = (torch.randn(256, 8, generator=generator, device="cpu") / 16).to(device)
         generator.manual_seed(100 * (rank + 1) + number)
-        w13, w2 = (torch.randn(local, *shape, generator=generator).bfloat16() / 16 for shape in ((256, 256), (256, 128)))
+        shapes = (local, 256, 256), (local, 256, 128)
+        w13, w2 = (torch.randn(shape, generator=generator, device="cpu").bfloat16() / 16 for shape in shapes)
 
         def router(x: Tensor, gate: Tensor = gate) -> tuple[Tensor, Tensor]:
             weights, ids = (x.float() @ gate).softmax(-1).topk(2)

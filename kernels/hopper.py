@@ -69,7 +69,7 @@ class TileCounters:
     def get(self, device: torch.device) -> Tensor:
         """The pair for a launch on the current stream."""
         if device.type != "cuda":
-            return torch.zeros(2, dtype=torch.int32)
+            return torch.zeros(2, dtype=torch.int32, device=device)
         unused = self.unused.setdefault(device, [])
         if torch.cuda.is_current_stream_capturing():
             # memory that is made during a capture belongs to its graph, which zeroes it at each replay

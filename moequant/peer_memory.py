@@ -74,7 +74,7 @@ def why_unreachable(group: dist.ProcessGroup, device: torch.device) -> str | Non
     everyone: list[tuple[str, str, str]] = [("", "", "")] * dist.get_world_size(group)
     dist.all_gather_object(everyone, (host, identity, device.type), group=group)
     hosts, identities, kinds = ([entry[i] for entry in everyone] for i in range(3))
-    if any(kind != "cuda" for kind in kinds) and not ops.uses_kernels(torch.empty(0)):
+    if any(kind != "cuda" for kind in kinds) and not ops.uses_kernels(torch.empty(0, device="cpu")):
         return "it needs a GPU on every rank"
     if len(set(hosts)) > 1:
         return f"the ranks are on {len(set(hosts))} hosts, and it works inside one"

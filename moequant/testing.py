@@ -68,7 +68,7 @@ def routing(
 
 def log_popularity(kind: str, num_experts: int) -> Tensor:
     """(E,) float32: the log of how likely each expert is, up to a constant; infinite for an expert that every token chooses."""
-    popularity = torch.zeros(num_experts)
+    popularity = torch.zeros(num_experts, device="cpu")
     name, _, parameter = kind.partition(":")
     if kind == "one-hot":
         popularity[0] = math.inf
@@ -79,7 +79,7 @@ def log_popularity(kind: str, num_experts: int) -> Tensor:
         except ValueError:
             exponent = math.nan
         if exponent >= 0:
-            order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(0))
+            order = torch.randperm(num_experts, generator=torch.Generator().manual_seed(0), device="cpu")
             return -exponent * torch.log1p(order.float())
     elif kind in ("uniform", "half"):
         return popularity
@@ -103,7 +103,7 @@ def in_one_process(
     most = ranks * settings["max_tokens_per_rank"]
     sizes = {"max_tokens_per_rank": most, "capacity": settings.get("capacity") or most}
     config = DispatcherConfig(**{**settings, **ignored, **sizes})
-    status = torch.zeros(3, dtype=torch.int64)
+    status = torch.zeros(3, dtype=torch.int64, device="cpu")
     transport = LocalTransport(config, 0, torch.device("cpu"), status)
     hidden, ids, weights = (torch.cat([tensor.cpu() for tensor in tensors]) for tensors in zip(*inputs, strict=True))
     batch, rows = transport.dispatch(hidden, ids, weights, transport.allocate())

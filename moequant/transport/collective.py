@@ -367,7 +367,8 @@ class PackedTransport(CollectiveTransport):
         # a token that travelled brings back its sum, or each of its rows that was placed
         going_back = traffic if config.per_rank else placed
         returned = going_back[self.rank]
-        starts = torch.tensor([0, *itertools.accumulate(returned[:-1])], dtype=torch.int32).to(self.device, non_blocking=True)
+        starts = torch.tensor([0, *itertools.accumulate(returned[:-1])], dtype=torch.int32, device="cpu")
+        starts = starts.to(self.device, non_blocking=True)
         ops.plan_returns(topk_ids, slots, offsets[self.rank], config.max_rows, local, starts, rows)
         received_weights = None
         if config.per_rank:
