@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moequant import ExpertBatch, LayoutError, QuantizedTensor
-from moequant.batch import ceil_div, empty_transposed_scales, scale_layout
+from moequant.batch import ceil_div, empty_scales, empty_transposed_scales, scale_layout
 
 VALUES = torch.zeros(2, 6, 300, dtype=torch.int8)
 
@@ -52,6 +52,13 @@ GOOD = {
     "block in two segments": (VALUES, torch.ones(2, 2, 3), {"layout": "block", "segments": 2}),
     "block in segments with tails": (VALUES, torch.ones(2, 4, 150), {"layout": "block", "segments": 2, "group_size": 2}),
     "another group size": (VALUES, torch.ones(2, 6, 5), {"layout": "row", "group_size": 64}),
+    "aligned": (VALUES, empty_scales(2, 6, 3, "tma_aligned", "cpu"), {"layout": "tma_aligned"}),
+    "aligned without rows": (VALUES[:, :0], empty_scales(2, 0, 3, "tma_aligned", "cpu"), {"layout": "tma_aligned"}),
+    "packed without rows": (
+        torch.empty(2, 0, 600, dtype=torch.int8),
+        empty_scales(2, 0, 5, "ue8m0_packed", "cpu"),
+        {"layout": "ue8m0_packed", "recipe": "ue8m0"},
+    ),
 }
 
 
@@ -103,6 +110,18 @@ BAD = {
         {"layout": "block", "segments": 2},
         'layout "block" needs contiguous',
     ),
+    "aligned groups 6 rows apart": (
+        VALUES,
+        transposed(),
+        {"layout": "tma_aligned"},
+        r'layout "tma_aligned" needs groups a multiple of 4 apart, got strides \(18, 1, 6\)',
+    ),
+    "packed groups 6 rows apart": (
+        VALUES,
+        torch.ones(2, 2, 6, dtype=torch.int32).transpose(1, 2),
+        {"layout": "ue8m0_packed", "recipe": "ue8m0", "group_size": 64},
+        r'layout "ue8m0_packed" needs groups a multiple of 4 apart, got strides \(12, 1, 6\)',
+    ),
     "packed scales of another recipe": (
         VALUES,
         torch.ones(2, 6, 1, dtype=torch.int32),
@@ -138,9 +157,25 @@ def test_other_scales_are_a_layout_error_which_is_a_value_error(case):
     assert issubclass(LayoutError, ValueError)
 
 
+@pytest.mark.parametrize("layout", ["tma_aligned", "ue8m0_packed"])
+@pytest.mark.parametrize("rows, apart", [(0, 4), (1, 4), (4, 4), (6, 8)])
+def test_aligned_groups_are_whole_pieces_of_four_rows_apart_even_without_rows(rows, apart, layout):
+    scales = empty_scales(2, rows, 8, layout, "cpu")
+    columns = 2 if layout == "ue8m0_packed" else 8
+    assert scales.shape == (2, rows, columns) and scales.stride() == (columns * apart, 1, apart)
+
+
+def test_packed_exponents_are_powers_of_two_and_0xff_is_nan():
+    packed = torch.tensor([[[0x81FF7F01]], [[0x000000FE]]]).to(torch.int32)
+    values = torch.ones(2, 1, 4 * 32, dtype=torch.int8)
+    scales = QuantizedTensor(values, packed, "ue8m0_packed", "ue8m0", 32).scales_by_row()
+    assert scales.isnan().flatten().tolist() == [False, False, True, False] + [False] * 4
+    assert scales.nan_to_num(-1.0).flatten().tolist() == [2.0**-126, 1.0, -1.0, 4.0, 2.0**127, 0.0, 0.0, 0.0]
+
+
 def expert_batch(scales: torch.Tensor | None) -> ExpertBatch:
-    counts, sources = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 6, dtype=torch.int64)
-    return ExpertBatch(VALUES, scales, counts, sources, "ue8m0", 4)
+    counts, sources = torch.tensor([3, 5], dtype=torch.int32), torch.arange(12).view(2, 6)
+    return ExpertBatch(VALUES, scales, counts, sources, "ue8m0", 4, slot=1)
 
 
 def test_a_batchs_activations_are_its_values_with_their_scales_and_recipe():
@@ -153,6 +188,21 @@ def test_a_batchs_activations_are_its_values_with_their_scales_and_recipe():
 
 def test_a_batch_without_scales_has_plain_activations():
     assert expert_batch(None).activations is VALUES
+
+
+@pytest.mark.parametrize("scales", [None, transposed()], ids=["plain", "quantized"])
+def test_a_part_of_a_batch_is_a_view_of_its_experts_and_stays_what_it_was(scales):
+    batch = expert_batch(scales)
+    part = batch.part(1, 2)
+    for name in ("values", "num_tokens", "sources"):
+        mine, whole = getattr(part, name), getattr(batch, name)
+        assert mine.data_ptr() == whole[1:].data_ptr() and mine.shape == whole[1:].shape and mine.stride() == whole.stride()
+    assert (part.recipe, part.expected_rows, part.slot) == ("ue8m0", 4, 1)
+    if scales is None:
+        assert part.scales is None
+    else:
+        assert part.scales is not None and part.scales.data_ptr() == scales[1:].data_ptr()
+        assert part.scales.stride() == scales.stride()
 
 
 @pytest.mark.parametrize(

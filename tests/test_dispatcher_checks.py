@@ -1,0 +1,98 @@
+"""What a dispatcher asks of its device and of the tensors that it is given, and what it makes of strided ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moequant import CapacityOverflowError, InvalidExpertIdError, MoEQuantDispatcher
+from moequant.checks import check_counted, check_format
+from moequant.config import DispatcherConfig
+from moequant.testing import assert_bit_equal, routing
+
+SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 72, "max_tokens_per_rank": 9, "quant": "none"}
+both_paths = pytest.mark.usefixtures("both_paths")
+
+
+def inputs() -> list[torch.Tensor]:
+    device = torch.empty(0).device
+    ids, weights = (tensor.to(device) for tensor in routing(9, 2, 4))
+    return [torch.randn(9, 72).bfloat16(), ids, weights]
+
+
+def dispatcher(**changes: Any) -> MoEQuantDispatcher:
+    return MoEQuantDispatcher(**SETTINGS | changes, device=torch.empty(0).device)
+
+
+@both_paths
+def test_expert_output_of_any_strides_gives_the_bits_of_its_copy():
+    with dispatcher() as layer:
+        batch, handle = layer.dispatch(*inputs())
+        output = batch.values.clone()
+        expected = layer.combine(output, handle)
+        wide = torch.full((*output.shape[:2], 144), torch.nan, dtype=torch.bfloat16)
+        wide[..., ::2] = output
+        for strided in (wide[..., ::2], output.transpose(0, 1).contiguous().transpose(0, 1)):
+            assert not strided.is_contiguous()
+            assert_bit_equal(layer.combine(strided, handle), expected)
+
+
+@both_paths
+def test_a_given_output_without_contiguous_rows_is_refused():
+    with dispatcher() as layer:
+        batch, handle = layer.dispatch(*inputs())
+        with pytest.raises(ValueError, match=r"out must have contiguous rows, got strides \(144, 2\)"):
+            layer.combine(batch.values, handle, out=torch.empty(9, 144, dtype=torch.bfloat16)[:, ::2])
+
+
+@pytest.mark.parametrize("position, name", [(0, "hidden_states"), (1, "topk_ids"), (2, "topk_weights")])
+def test_every_input_has_to_be_on_the_dispatchers_device(position, name):
+    arguments = inputs()
+    arguments[position] = arguments[position].to("meta")
+    with dispatcher() as layer, pytest.raises(ValueError, match=f"{name} must be on cpu, got meta"):
+        layer.dispatch(*arguments)
+
+
+@pytest.mark.parametrize(
+    "capability, quant, works",
+    [
+        ((8, 0), "fp8_e4m3fn", False),
+        ((8, 6), "fp8_e5m2", False),
+        ((8, 0), "fp8_e4m3fnuz", False),
+        ((8, 9), "fp8_e4m3fn", True),
+        ((9, 0), "fp8_e5m2", True),
+        ((9, 0), "fp8_e4m3fnuz", False),
+        ((8, 0), "int8", True),
+        ((8, 0), "none", True),
+    ],
+)
+def test_float8_is_for_nvidia_gpus_from_sm_89_on(monkeypatch, capability, quant, works):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    device = torch.device("cuda", 0)
+    if works:
+        check_format(quant, device)
+    else:
+        named = f"sm_{capability[0]}{capability[1]}"
+        with pytest.raises(ValueError, match=rf'quant="{quant}" can\'t be computed on a GPU \({named}\); .*"int8" and "none" can'):
+            check_format(quant, device)
+    # whatever the GPU, a CPU computes all of them
+    check_format(quant, torch.device("cpu"))
+
+
+def test_invalid_ids_are_told_before_rows_without_room_and_with_them():
+    errors, drops = (DispatcherConfig(**SETTINGS, capacity=3, on_overflow=action) for action in ("error", "drop"))
+    for config in (errors, drops):
+        check_counted(config, 0, 0)
+        with pytest.raises(
+            InvalidExpertIdError, match=r"2 entries of topk_ids were outside -1\.\.3 .* Besides, 5 rows had no room"
+        ):
+            check_counted(config, 2, 5)
+        with pytest.raises(InvalidExpertIdError, match="num_experts$"):
+            check_counted(config, 2, 0)
+    check_counted(drops, 0, 5)
+    with pytest.raises(CapacityOverflowError, match="^5 rows had no room in their expert's buffer of 16 rows"):
+        check_counted(errors, 0, 5)
