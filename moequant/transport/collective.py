@@ -379,6 +379,11 @@ class PackedTransport(CollectiveTransport):
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: PackedState) -> None:
         self._begin_combine(slot, expert_output.dtype)
+        if self.device.type == "cuda":
+            # made on the stream of the dispatch, which may be another
+            for made in (state.rows, state.received_rows, state.received_weights):
+                if made is not None:
+                    made.record_stream(torch.cuda.current_stream(self.device))
         if state.received_weights is not None:
             sums = torch.empty(sum(state.sent), out.shape[1], dtype=torch.bfloat16, device=self.device)
             back = torch.empty(sum(state.returned), out.shape[1], dtype=torch.bfloat16, device=self.device)

@@ -15,6 +15,7 @@ from trials import Way, check_trial, install_interpreter, stand_in, there_and_ba
 from moequant import GroupedExperts, MoEQuantDispatcher
 from moequant.batch import ExpertBatch
 from moequant.testing import assert_bit_equal, run_ranks
+from moequant.transport.symmetric import SymmetricTransport
 
 
 def in_halves(dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], first_expert: int) -> tuple[ExpertBatch, torch.Tensor]:
@@ -123,3 +124,11 @@ def test_int8_layers_on_gpus_have_the_bits_of_the_collective_transport(ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     run_ranks(run_int8_layers, ranks, (256, 1032, 384), "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=200)
+
+
+@pytest.mark.parametrize("seconds", [1e-3, 60.0, 2200.0, 1e6])
+def test_time_limits_are_what_they_are_given_as(seconds):
+    """In units of 2**20 ns, which the kernels compare as int32."""
+    units = SymmetricTransport._units(seconds)
+    assert 1 <= units < 2**31
+    assert abs(units * 2**20 * 1e-9 - seconds) <= 2e-3

@@ -154,3 +154,36 @@ def run_auto(rank: int, ranks: int) -> str:
 
 def test_auto_is_symmetric_between_gpus_of_one_host():
     assert run_ranks(run_auto, 2, backend=BACKEND, timeout=120) == ["symmetric"] * 2
+
+
+def run_other_graphs(rank: int, ranks: int) -> None:
+    """Graphs of 4 and of 16 tokens, captured one after the other: a rank replays the one, its fellow the other, or calls eagerly."""
+    settings, first = settings_for(ranks), 8 * rank
+    inputs = [[tensor[0] for tensor in pool_of(peer, ranks, hot=False)] for peer in range(ranks)]
+    with MoEQuantDispatcher(**settings, transport="symmetric") as dispatcher:
+
+        def layer(tokens: int) -> torch.Tensor:
+            hidden, ids, weights = (tensor[:tokens].to(f"cuda:{rank}") for tensor in inputs[rank])
+            return dispatcher(hidden, ids, weights, lambda batch: stand_in(batch, first))
+
+        graphs, outs = {}, {}
+        for tokens in (4, 16):
+            layer(tokens)
+            torch.cuda.synchronize()
+            graphs[tokens] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[tokens], capture_error_mode="thread_local"):
+                outs[tokens] = layer(tokens)
+        for turn in range(12):
+            sizes = [(4, 16)[(peer + turn) % 2] for peer in range(ranks)]
+            if (rank + turn) % 3:
+                graphs[sizes[rank]].replay()
+                out = outs[sizes[rank]]
+            else:
+                out = layer(sizes[rank])
+            everyone = [[tensor[:tokens].cpu() for tensor in theirs] for tokens, theirs in zip(sizes, inputs, strict=True)]
+            assert_bit_equal(out.cpu(), in_one_process(settings, everyone, stand_in)[1][rank], f"turn {turn}")
+        assert dispatcher.check() == 0
+
+
+def test_ranks_that_replay_other_graphs_or_none_are_in_step():
+    run_ranks(run_other_graphs, 2, backend=BACKEND, timeout=120)
