@@ -121,7 +121,7 @@ class Control:
         import torch.distributed as dist
 
         self.rank = rank
-        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FIRST_SECONDS)) if ranks > 1 else None
+        self.group: Any = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=FIRST_SECONDS)) if ranks > 1 else None
 
     def merge(self, error: str | None, guards: bool, stop: bool) -> tuple[str | None, bool, bool]:
         """Any rank's."""

@@ -129,7 +129,7 @@ class Layers:
         # Hopper's kernels for few tiles too
         self.hopper = rng.random() < 0.7
         limit = {"timeout": LIMIT, "device": place.device}
-        self.dispatcher = MoEQuantDispatcher(**self.settings, **self.transport, **limit)
+        self.dispatcher: Any = MoEQuantDispatcher(**self.settings, **self.transport, **limit)
 
     def check(self, rng: random.Random) -> None:
         rank, ranks, device = self.place.rank, self.place.ranks, self.place.device
@@ -236,7 +236,8 @@ def all_sizes(active: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def nothing_early() -> Iterator[None]:
     """While it lasts, no launch begins early: on one GPU it would hold the room that other ranks need, while it waits for them."""
-    modules = {module: module.begins_early for module in list(sys.modules.values()) if hasattr(module, "begins_early")}
+    loaded: list[Any] = list(sys.modules.values())
+    modules = {module: module.begins_early for module in loaded if hasattr(module, "begins_early")}
     for module in modules:
         module.begins_early = lambda device: False
     try:
@@ -312,7 +313,8 @@ class PeersOnOneGPU:
             check = getattr(transport, "check_guards", None)
             if check is not None:
                 check()
-        counted = sum(int(status[1]) for status in self.status)
+        invalid, counted, strangers = torch.stack(self.status).sum(0).tolist()
+        assert (invalid, strangers) == (0, 0), f"{invalid} invalid ids, {strangers} ranks out of step"
         assert counted == dropped * (2 if way == "experts" else 1), f"dropped rows: {counted}, {dropped} expected"
 
     def close(self) -> None:
@@ -324,12 +326,12 @@ class PeersOnOneGPU:
         for transport, slots, status in zip(self.transports, self.slots, self.status, strict=True):
             # odd, and not 1, so that neither compiles anew
             transport.limit = 3 if dry else transport._units(LIMIT) | 1
-            transport.abort.fill_(transport.no_fault)
+            transport.memory.local[transport.abort_offset :][:4].view(torch.int32).fill_(transport.no_fault)
             transport.record.fill_(transport.no_fault)
             status.zero_()
             for slot in slots:
                 poison(slot.buffers)
-                for name in ("flags", "count_words", "epochs", "ticket"):
+                for name in ("flags", "count_words", "epochs", "calls", "ticket"):
                     slot[name].zero_()
                 slot["fault"].fill_(transport.no_fault)
         torch.cuda.synchronize()
