@@ -102,8 +102,23 @@ def check_trial(
         local = settings["num_experts"] // ranks
         batch, out = way(dispatcher, [tensor.to(device) for tensor in inputs[rank]], rank * local)
         assert dispatcher.check() == dropped
-    mine = slice(rank * local, (rank + 1) * local)
     name = f"trial {trial}, {transport}, {way.__name__}, {settings}"
+    assert_same_batch(rank, ranks, settings, inputs, batch, expected, name)
+    assert_bit_equal(out.cpu(), outputs[rank], name)
+
+
+def assert_same_batch(
+    rank: int,
+    ranks: int,
+    settings: dict[str, Any],
+    inputs: list[list[torch.Tensor]],
+    batch: ExpertBatch,
+    expected: ExpertBatch,
+    name: str,
+) -> None:
+    """A rank's batch is its part of the one of all experts that `in_one_process` returns."""
+    local = settings["num_experts"] // ranks
+    mine = slice(rank * local, (rank + 1) * local)
     assert_bit_equal(batch.num_tokens.cpu(), expected.num_tokens[mine], name)
     starts = torch.tensor([0, *(len(hidden) for hidden, _, _ in inputs)]).cumsum(0)
     for expert, count in enumerate(batch.num_tokens.tolist()):
@@ -114,7 +129,6 @@ def check_trial(
         source = batch.sources[expert, :count].cpu()
         entry = starts[source >> 32] * settings["top_k"] + (source & 0xFFFFFFFF)
         assert_bit_equal(entry, expected.sources[whole, :count], name)
-    assert_bit_equal(out.cpu(), outputs[rank], name)
 
 
 def count_wrong(

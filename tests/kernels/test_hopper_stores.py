@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gluon_on_cpu import Memory, StandIn
+from guarded import Guarded
 from moequant import reference
 from moequant.batch import empty_transposed_scales
 from moequant.config import round_up
@@ -23,27 +24,6 @@ from moequant.kernels.gemm1_swiglu_hopper import gemm1_swiglu_hopper, takes_gemm
 from moequant.kernels.grouped_gemm_hopper import FLOAT32, NARROW, WIDE, Config, grouped_gemm_blockscale_hopper
 from moequant.kernels.hopper import takes
 from moequant.testing import assert_nearly_quantized, relative_error
-
-GUARD = 0x55
-# more than any tile is wide or high
-GUARD_BYTES = 1 << 16
-
-
-class Guarded:
-    """A buffer between two guards. Every byte is the guard's, which no result is."""
-
-    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        self.memory = torch.full((nbytes + 2 * GUARD_BYTES,), GUARD, dtype=torch.uint8)
-        self.tensor = self.memory[GUARD_BYTES:][:nbytes].view(dtype).view(shape)
-
-    def assert_only(self, written: Tensor) -> None:
-        """Nothing but the elements of the mask `written` has changed."""
-        nbytes, size = self.tensor.numel() * self.tensor.itemsize, self.tensor.itemsize
-        changed = self.memory != GUARD
-        assert not changed[:GUARD_BYTES].any() and not changed[GUARD_BYTES + nbytes :].any(), "a guard was overwritten"
-        inside = changed[GUARD_BYTES:][:nbytes].view(-1, size).any(1).view(self.tensor.shape)
-        assert not (inside & ~written).any(), f"written: {(inside & ~written).nonzero()[:4].tolist()} ..."
 
 
 def addresses(tensor: Tensor, mask: Tensor) -> Tensor:
