@@ -186,6 +186,7 @@ OPTIONS = {
     "out of another type": ({"out": torch.empty(2, 4, 5).double()}, "out must be torch.bfloat16 or .* got torch.float64"),
     "out on another device": ({"out": torch.empty(2, 4, 5, device="meta")}, "out must be on cpu, got meta"),
     "strided out": ({"out": torch.empty(2, 5, 4).transpose(1, 2)}, r"out must be contiguous, got strides \(20, 1, 4\)"),
+    "no multiprocessors": ({"num_sms": 0}, "num_sms must be at least 1, or None for all, got 0"),
     "an output type that is none": ({"out_dtype": torch.int8}, "out_dtype must be one of torch.bfloat16, .* got torch.int8"),
 }
 
@@ -195,6 +196,14 @@ def test_bad_options_raise_a_value_error(case):
     options, message = OPTIONS[case]
     with pytest.raises(ValueError, match=message):
         grouped_gemm_blockscale(A, B, **options)
+
+
+def test_an_output_that_requires_grad_raises_under_grad_mode_only():
+    out = torch.ones(2, 4, 5).requires_grad_()
+    with pytest.raises(RuntimeError, match="out requires grad, and moequant has no backward yet"):
+        grouped_gemm_blockscale(A, B, out=out)
+    with torch.no_grad():
+        assert grouped_gemm_blockscale(A, B, out=out) is out and not out.any()
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

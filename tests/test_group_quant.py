@@ -259,9 +259,10 @@ def test_rms_norm_is_within_tolerance_of_the_reference(shape, residual, gate):
 @pytest.mark.parametrize("strided", [lambda x: x[:, ::2], lambda x: x[::2, 6:], lambda x: x.T, lambda x: x[:1].expand(4, -1)])
 def test_rms_norm_of_any_strides_gives_the_bits_of_the_copy(strided):
     x = strided(torch.randn(20, 140))
-    weight = torch.randn(x.shape[1])
+    weight = torch.randn(x.shape[1], 3)[:, 1]
     (q, total), (copied, expected) = (
-        fused_rms_fp8_group_quant(y, weight, residual=y, gate=y, recipe="ue8m0") for y in (x, x.contiguous())
+        fused_rms_fp8_group_quant(y, w, residual=y, gate=y, recipe="ue8m0")
+        for y, w in ((x, weight), (x.contiguous(), weight.contiguous()))
     )
     assert_bit_equal(q.values, copied.values)
     assert_bit_equal(q.scales, copied.scales)
@@ -283,6 +284,15 @@ RMS: dict[str, Any] = {
     "a gate of integers": (lambda x: (x, x[0]), {"gate": torch.ones(4, 256, dtype=torch.int32)}, "gate must be torch.bfloat16"),
     "three dimensions": (lambda x: (x[None], x[0]), {}, "x must have 2 dimensions"),
     "a negative eps": (lambda x: (x, x[0], -1.0), {}, "eps must be at least 0 and finite, got -1.0"),
+    "an eps of NaN": (lambda x: (x, x[0], math.nan), {}, "eps must be at least 0 and finite, got nan"),
+    "an infinite eps": (lambda x: (x, x[0], math.inf), {}, "eps must be at least 0 and finite, got inf"),
+    "a weight on another device": (lambda x: (x, x[0].to("meta")), {}, "weight must be on cpu, got meta"),
+    "a residual on another device": (
+        lambda x: (x, x[0]),
+        {"residual": torch.ones(4, 256, device="meta")},
+        "residual must be on cpu, got meta",
+    ),
+    "a gate on another device": (lambda x: (x, x[0]), {"gate": torch.ones(4, 256, device="meta")}, "gate must be on cpu, got meta"),
     "too wide": (lambda x: (x[:, :1].expand(4, 40000), x[0]), {}, "x must have at most 32768 columns, .* got 40000"),
 }
 

@@ -60,6 +60,30 @@ def test_strided_activations_give_the_bits_of_their_copies():
         assert_bit_equal(got, expected)
 
 
+def every_second(x: torch.Tensor) -> torch.Tensor:
+    """x, its numbers two apart, with NaN between them."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
+@pytest.mark.parametrize("strided", [every_second, lambda s: s.mT.contiguous().mT], ids=["every second", "columns first"])
+def test_strided_scales_give_the_bits_of_their_copies(strided):
+    a, b = (torch.randint(-127, 128, (rows, 200), dtype=torch.int8) for rows in (3, 130))
+    a_s, b_s, bias = torch.rand(3, 2), torch.rand(2, 2), torch.randn(130)
+    assert not strided(a_s).is_contiguous() and not strided(b_s).is_contiguous()
+    both = (a, a_s, b, b_s), (a, strided(a_s), b, strided(b_s))
+    functions = {
+        "int8_gemm": lambda a, a_s, b, b_s: (int8_gemm(a, a_s, b, b_s),),
+        "int8_addmm": lambda a, a_s, b, b_s: (int8_addmm(a, a_s, b, b_s, bias),),
+        "int8_gemm_quant": int8_gemm_quant,
+        "int8_gelu": lambda a, a_s, *_: int8_gelu(a, a_s),
+        "act_dequant": lambda a, a_s, *_: (act_dequant(a, a_s),),
+        "weight_dequant": lambda _a, _s, b, b_s: (weight_dequant(b, b_s),),
+    }
+    for name, function in functions.items():
+        for expected, got in zip(*(function(*arguments) for arguments in both), strict=True):
+            assert_bit_equal(got, expected, name)
+
+
 def test_values_are_rounded_to_nearest_even():
     x = torch.arange(-4, 4).float() + 0.5
     values, scales = act_quant(torch.cat([x, torch.tensor([127.0])]))
@@ -95,6 +119,7 @@ def test_products_are_within_1e_6_whatever_the_leading_dimensions(leading, colum
     assert out.shape == (*leading, columns)
     assert relative_error(out.view(expected.shape), expected) < 1e-6
     assert_bit_equal(int8_gemm(a, a_s, b, b_s), out.half())
+    assert_bit_equal(int8_addmm(a, a_s, b, b_s), out.half())
     assert_bit_equal(int8_addmm(a, a_s, b, b_s, out_dtype=torch.bfloat16), out.bfloat16())
 
 
@@ -169,6 +194,8 @@ WRONG = {
     "another depth of b": (lambda: int8_gemm(A, A_S, B[:, :200], B_S), r"b must have shape \(200, 300\), got \(200, 200\)"),
     "b scales of another shape": (lambda: int8_gemm(A, A_S, B, B_S.t()), r"b_s must have shape \(2, 3\), .* got \(3, 2\)"),
     "half scales": (lambda: int8_gemm(A, A_S.half(), B, B_S), "a_s must be torch.float32"),
+    "strided b": (lambda: int8_gemm(A, A_S, torch.zeros(300, 200, dtype=torch.int8).t(), B_S), "b must be contiguous"),
+    "a strided bias": (lambda: int8_addmm(A, A_S, B, B_S, torch.ones(400)[::2]), "bias must be contiguous"),
     "b on another device": (lambda: int8_gemm(A, A_S, B.to("meta"), B_S), "b must be on cpu, got meta"),
     "b of three dimensions": (lambda: int8_gemm(A, A_S, B[None], B_S), "b must have 2 dimensions"),
     "int8 output": (lambda: int8_gemm(A, A_S, B, B_S, torch.int8), "out_dtype must be one of torch.bfloat16"),
@@ -198,9 +225,23 @@ def test_scales_of_another_shape_are_a_layout_error():
         int8_gemm(A, A_S[..., :2], B, B_S)
 
 
-def test_tensors_that_require_grad_raise_under_grad_mode_only():
-    x = torch.randn(3, 5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="x requires grad"):
-        act_quant(x)
-    with torch.no_grad():
-        act_quant(x)
+GRAD = {
+    "x": lambda grad: act_quant(grad(torch.ones(3, 5))),
+    "a_s": lambda grad: int8_gemm(A, grad(A_S), B, B_S),
+    "b_s": lambda grad: int8_gemm_quant(A, A_S, B, grad(B_S)),
+    "s_x": lambda grad: int8_gelu(A, grad(A_S)),
+    "bias": lambda grad: int8_addmm(A, A_S, B, B_S, grad(torch.ones(200))),
+    "scales": lambda grad: act_dequant(A, grad(A_S)),
+}
+
+
+@pytest.mark.parametrize("name", GRAD)
+def test_tensors_that_require_grad_raise_under_grad_mode_only(name):
+    def grad(x: torch.Tensor) -> torch.Tensor:
+        return x.clone().requires_grad_()
+
+    with torch.device("cpu"):
+        with pytest.raises(RuntimeError, match=f"{name} requires grad"):
+            GRAD[name](grad)
+        with torch.no_grad():
+            GRAD[name](grad)

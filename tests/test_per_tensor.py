@@ -171,6 +171,14 @@ def test_the_product_quantizes_on_its_own():
     assert relative_error(out, x.double() @ w.double().T) < 0.06
 
 
+@pytest.mark.parametrize("scale", [torch.tensor([10.0]), torch.tensor([[10.0]]), torch.tensor([10.0]).double()], ids=repr)
+def test_the_scale_of_a_single_row_is_a_scalar(scale):
+    x, w = torch.randn(1, 256), torch.randn(64, 256)
+    expected = fp8_gemm(x, w, 10.0)
+    assert_bit_equal(fp8_gemm(x, w, scale), expected)
+    assert_bit_equal(fp8_gemm(quantize_fp8(x, 10.0)[0], w, scale), expected)
+
+
 def test_a_product_of_bad_numbers_is_nan():
     assert fp8_gemm(torch.tensor([[math.inf, 1.0]]), torch.ones(3, 2)).isnan().all()
 
@@ -226,9 +234,22 @@ def test_kernels_ask_the_device_for_float8_and_for_nothing_else(monkeypatch):
     assert asked == (["fp8_e4m3fn"] if ops.uses_kernels(x) else [])
 
 
-def test_tensors_that_require_grad_raise_under_grad_mode_only():
-    x = torch.randn(3, 5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="x requires grad"):
-        quantize_fp8(x)
+GRAD = {
+    "x": lambda grad: quantize_fp8(grad(X)),
+    "a": lambda grad: fp8_gemm(grad(X), V),
+    "bias": lambda grad: fp8_gemm(V, V, bias=grad(torch.ones(2, device=V.device))),
+    "a_scale": lambda grad: fp8_gemm(V, V, grad(torch.ones(2, device=V.device))),
+    "b_scale": lambda grad: fp8_gemm(V, V, None, grad(torch.ones(2, 1, device=V.device))),
+}
+
+
+@pytest.mark.parametrize("name", GRAD)
+def test_tensors_that_require_grad_raise_under_grad_mode_only(name):
+    def grad(x: torch.Tensor) -> torch.Tensor:
+        return x.clone().requires_grad_()
+
+    # what a floating-point operand is quantized by calls it x
+    with pytest.raises(RuntimeError, match=f"({name}|x) requires grad"):
+        GRAD[name](grad)
     with torch.no_grad():
-        quantize_fp8(x)
+        GRAD[name](grad)

@@ -127,12 +127,21 @@ def test_inputs_of_any_strides_give_the_bits_of_their_copies(order, function):
     assert_bit_equal(strided.scales, copied.scales)
 
 
-def test_silu_mul_quantize_equals_its_two_steps():
+@pytest.mark.parametrize("options", [{}, {"recipe": "ue8m0"}, {"recipe": "deepgemm"}, {"eps": 5.0}], ids=str)
+def test_silu_mul_quantize_equals_its_two_steps(options):
     x = torch.randn(2, 3, 2 * 200).bfloat16()
-    fused = silu_mul_quantize(x, dtype=torch.int8)
-    apart = quantize_expert_batch(silu_mul(x, out=torch.empty(2, 3, 200)), dtype=torch.int8)
+    fused = silu_mul_quantize(x, dtype=torch.int8, **options)
+    apart = quantize_expert_batch(silu_mul(x, out=torch.empty(2, 3, 200)), dtype=torch.int8, **options)
     assert_bit_equal(fused.values, apart.values)
     assert_bit_equal(fused.scales, apart.scales)
+
+
+@quantizers
+def test_the_floor_that_is_given_is_that_of_the_scales(quantize):
+    x = torch.randn(2, 5, 300).clamp(-0.9, 0.9)
+    x[1, 2, 150] = 1000.0
+    scales = quantize(x, eps=1.0).scales
+    assert (scales == torch.tensor(1.0) / 448).flatten().tolist().count(False) == 1 and scales[1, 2, 1] > 1
 
 
 @pytest.mark.parametrize("name", ["quantize_expert_batch", "silu_mul_quantize", "silu_mul", "quantize_weight"])
@@ -251,6 +260,7 @@ BAD_ARGUMENTS = {
     "counts on another device": ((X, COUNTS.to("meta")), {}, "num_tokens must be on cpu, got meta; move it with"),
     "an unknown recipe": ((X,), {"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, fnuz_224, got 'mx'"),
     "a type without recipes": ((X,), {"dtype": torch.bfloat16}, "dtype must be one of torch.float8_e4m3fn, .* got torch.bfloat16"),
+    "a floor whose reciprocal overflows": ((X,), {"eps": 9e-21}, "eps must be at least 1e-20 and below 1e30 .* got 9e-21"),
     "a floor of zero": ((X,), {"eps": 0.0}, "eps must be at least 1e-20 and below 1e30 .* got 0.0"),
     "a floor of NaN": ((X,), {"eps": math.nan}, "eps must be .* got nan"),
     "an infinite floor": ((X,), {"eps": math.inf}, "eps must be .* got inf"),
@@ -338,6 +348,21 @@ def test_silu_mul_raises_a_value_error(arguments, out, message):
 def test_bad_weights_raise_a_value_error(w, options, message):
     with pytest.raises(ValueError, match=message):
         quantize_weight(w, **options)
+
+
+@quantizers
+@pytest.mark.parametrize("name", ["values", "scales"])
+def test_given_outputs_that_require_grad_raise_under_grad_mode_only(name, quantize):
+    given = {"values": torch.empty(2, 4, 128).to(torch.float8_e4m3fn), "scales": torch.empty(2, 4, 1)}[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{name} requires grad, and moequant has no backward yet"):
+        quantize(X[..., :128], **{name: given})
+    with torch.no_grad():
+        assert getattr(quantize(X[..., :128], **{name: given}), name) is given
+
+
+def test_an_output_of_silu_mul_that_requires_grad_raises():
+    with pytest.raises(RuntimeError, match="out requires grad"):
+        silu_mul(X, out=torch.empty(2, 4, 128).requires_grad_())
 
 
 @pytest.mark.parametrize(
