@@ -15,10 +15,8 @@ H hidden size, G groups.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,53 +26,14 @@ from moequant import ops
 from moequant.batch import ExpertBatch
 from moequant.calls import Call, unlike
 from moequant.config import DispatcherConfig, round_up
-from moequant.errors import OutOfStepError, PeerTimeoutError
+from moequant.errors import OutOfStepError
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
+from moequant.transport.wire import Wire
 
 # Up to so many bytes of padded values and scales, the padded exchange's extra rows cost less than the packed one's host sync and its
 # launches: on H200s these cost about 1 ms a layer (benchmarks/results).
 PADDED_WIRE_BYTES = 128 << 20
 NO_LIMIT = 2**31 - 1
-
-
-class Wire:
-    """The group's collectives on contiguous tensors of any type, sent as bytes: gloo knows neither float8 nor bfloat16.
-
-    waits: on a CPU every call waits, within the dispatcher's time limit, and a lost or late rank raises PeerTimeoutError. On GPUs the
-    waits are the stream's, under the limit of the process group's own watchdog.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, timeout: float, waits: bool) -> None:
-        self.group = group
-        self.timeout = timeout
-        self.waits = waits
-
-    def all_gather(self, out: Tensor, x: Tensor) -> None:
-        """out (W, ...) from each rank's x (...)."""
-        if self.waits:
-            self._wait("all_gather", lambda: dist.all_gather(list(out), x, group=self.group, async_op=True))
-        else:
-            dist.all_gather_into_tensor(out, x, group=self.group)
-
-    def all_to_all(self, out: Tensor, x: Tensor, out_splits: list[int] | None = None, in_splits: list[int] | None = None) -> None:
-        """Splits along the first dimension, equal ones by default."""
-        out, x = out.view(torch.uint8), x.view(torch.uint8)
-        if self.waits:
-            self._wait(
-                "all_to_all",
-                lambda: dist.all_to_all_single(out, x, out_splits, in_splits, group=self.group, async_op=True),
-            )
-        else:
-            dist.all_to_all_single(out, x, out_splits, in_splits, group=self.group)
-
-    def _wait(self, name: str, start: Callable[[], Any]) -> None:
-        try:
-            start().wait(timedelta(seconds=self.timeout))
-        except RuntimeError as error:
-            raise PeerTimeoutError(
-                f"{name} did not complete within {self.timeout:g} s: a rank of the group is lost or late ({error}); "
-                "close this dispatcher and build one on a new group of the ranks that are left"
-            ) from error
 
 
 class CollectiveTransport(Transport):
