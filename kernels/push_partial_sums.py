@@ -80,7 +80,9 @@ def push_partial_sums_kernel(
         # behind a barrier: every warp has read the old one
         tl.store(epoch_ptr, epoch)
         if WAIT:
-            wait_for_peers(peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, limit, rank, ranks, OUTPUTS, LANES)
+            wait_for_peers(
+                peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, 0, limit, rank, ranks, OUTPUTS, LANES
+            )
 
 
 def push_partial_sums(

@@ -169,7 +169,7 @@ def push_tokens_kernel(
     if last_program(ticket_ptr):
         signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
         if WAIT:
-            wait_for_peers(peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, limit, rank, ranks, ROWS, LANES)
+            wait_for_peers(peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, 0, limit, rank, ranks, ROWS, LANES)
 
 
 # Triton's name of each type that rows travel in; e4m3fnuz travels as the bytes that quantize_group makes of it.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.early import begins_early, let_next_begin
-from moequant.kernels.symmetric import NO_FAULT, OUTPUTS, WAYS, first_flag, signal_peers, wait_for_peers
+from moequant.kernels.symmetric import NO_FAULT, first_flag, signal_peers, wait_for_peers
 
 
 @triton.jit(do_not_specialize=["limit", "way"])
@@ -43,15 +43,11 @@ def signal_and_wait_kernel(
         # behind a barrier: every warp has read the old one
         tl.store(epoch_ptr, epoch)
     if WAIT:
-        fault, ahead = wait_for_peers(
-            peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, limit, rank, ranks, PHASE, LANES
+        fault, strangers = wait_for_peers(
+            peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, way, limit, rank, ranks, PHASE, LANES
         )
-        if PHASE == OUTPUTS:
-            # of a rank that is an epoch ahead the way can't be seen any more
-            unlike = (tl.arange(0, 2 * LANES) < ranks) & (ahead != way) & (ahead < WAYS)
-            strangers = tl.sum(unlike.to(tl.int64), axis=0)
-            if (fault == NO_FAULT) & (strangers > 0):
-                tl.atomic_add(status_ptr + 2, strangers, sem="relaxed")
+        if (fault == NO_FAULT) & (strangers > 0):
+            tl.atomic_add(status_ptr + 2, strangers.to(tl.int64), sem="relaxed")
 
 
 def signal_and_wait(

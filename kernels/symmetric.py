@@ -93,14 +93,15 @@ def wait_for_peers(
     fault_ptr,
     record_ptr,
     epoch,
+    way,
     limit,
     rank,
     ranks,
     PHASE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT, and by how much each rank's flag exceeds the
-    epoch's least one, (2 * LANES,), of which the first `ranks` count.
+    """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT, and how many ranks' outputs come in another way than
+    this rank's; of one that is an epoch ahead that can't be seen any more.
 
     Ends as well when a fault is known, or after `limit` units of 2**20 ns: then the first rank that is missing is the culprit, and every
     rank is told. A fault stays, so that later waits end at once.
@@ -114,16 +115,18 @@ def wait_for_peers(
     waited = started - started
     missing = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
-    ahead = tl.zeros((2 * LANES,), tl.int32)
+    strangers = tl.zeros((), tl.int32)
     while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
         # what an atomic operation returns is the same in all warps
         seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
         ahead = seen - first_flag(epoch, PHASE)
         missing = tl.min(tl.where((lane < ranks) & (ahead < 0), lane, ranks), axis=0)
+        if PHASE == OUTPUTS:
+            strangers = tl.sum(((lane < ranks) & (ahead < WAYS) & (ahead != way)).to(tl.int32), axis=0)
         fault = tl.sum(tl.where(lane == ranks, seen, 0), axis=0)
         waited = agreed((globaltimer() - started) >> 20)
     fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, PHASE, LANES)
-    return fault, ahead
+    return fault, strangers
 
 
 @triton.jit
