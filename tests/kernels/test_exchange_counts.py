@@ -176,9 +176,8 @@ def test_words_may_lie_two_gigabytes_away(device):
     # as if each block began so much earlier
     shift = 2**31 - 256 - blocks.offsets["words"]
     blocks.peers -= shift
-    offsets = dict(blocks.offsets)
-    for name in ("words", "abort"):
-        blocks.offsets[name] += shift
+    offsets = blocks.offsets
+    blocks.offsets = {name: offset + shift for name, offset in offsets.items()}
     run(blocks, 3, 99)
     blocks.offsets = offsets
     assert_same_blocks(blocks, expected)
