@@ -49,5 +49,9 @@ class PeerTimeoutError(RuntimeError):
         self.rank = rank
 
 
+class GuardError(RuntimeError):
+    """Something was stored where nothing may be: a kernel wrote outside its rows."""
+
+
 class UnreachableError(ValueError):
     """`transport="symmetric"` was asked for where ranks can't address each other's memory."""

@@ -14,6 +14,7 @@ from moequant.checks import check_counted
 from moequant.config import DispatcherConfig
 from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError
 from moequant.peer_memory import host_words
+from moequant.transport import guards
 from moequant.transport.base import Slot, Transport
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Lifecycle:
 
         Returns the number of rows without room, of all ranks and experts. Raises InvalidExpertIdError if topk_ids of this rank had ids
         outside -1..E-1, CapacityOverflowError if rows had no room and on_overflow is "error", OutOfStepError if ranks made different
-        calls, PeerTimeoutError after a fault.
+        calls, PeerTimeoutError after a fault; with MOEQUANT_CHECK_GUARDS=1 in the environment also GuardError.
         """
         self._check_open()
         return self._report(wait)
@@ -71,6 +72,8 @@ class Lifecycle:
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._raise_fault()
+        if wait and guards.wanted():
+            self._transport.check_guards()
         invalid, dropped, _ = self._news()
         self._reported = [self._reported[0] + invalid, self._reported[1] + dropped, 0]
         check_counted(self.config, invalid, dropped)
@@ -90,7 +93,11 @@ class Lifecycle:
             torch.cuda.synchronize(self.device)
         self._closed = True
         self._slots = []
-        self._transport.close()
+        try:
+            if guards.wanted():
+                self._transport.check_guards()
+        finally:
+            self._transport.close()
 
     def __copy__(self) -> NoReturn:
         raise RuntimeError(

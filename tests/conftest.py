@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# of this process and of the ranks that it starts: every dispatcher that is checked or closed looks for stores outside its buffers
+os.environ.setdefault("MOEQUANT_CHECK_GUARDS", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter

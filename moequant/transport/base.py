@@ -167,6 +167,9 @@ class Transport(ABC):
     def again(self, slot: Slot) -> None:  # noqa: B027 (most transports have nothing to do)
         """Before a second combine of one dispatch, which must not write what a slower rank still reads for the first."""
 
+    def check_guards(self) -> None:  # noqa: B027 (most transports have nothing to do)
+        """Waits for the device. Raises GuardError if something was stored between the buffers that other ranks store to."""
+
     def close(self) -> None:  # noqa: B027 (most transports have nothing to do)
         """Lets go of memory that other ranks map. Not collective."""
 

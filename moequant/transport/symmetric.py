@@ -29,6 +29,7 @@ from moequant.errors import PeerTimeoutError
 from moequant.ops import quantize_settings
 from moequant.peer_memory import PeerMemory, host_words
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
+from moequant.transport.guards import Guards, offsets_of
 
 # of a phase that is not done in time: what the culprit did not do
 PHASES = ("say how many rows it sends", "send its rows", "finish its experts' output")
@@ -56,25 +57,18 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     }
 
 
-def offsets_of(specs: Mapping[str, BufferSpec]) -> tuple[dict[str, int], int]:
-    """Where each buffer begins in one block of memory, and the block's bytes. Each begins at a multiple of 256."""
-    offsets, end = {}, 0
-    for name, spec in specs.items():
-        offsets[name] = end
-        end += round_up(spec.nbytes, 256)
-    return offsets, end
-
-
 class SymmetricTransport(Transport):
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup) -> None:
         from moequant.kernels.symmetric import NO_FAULT
 
         super().__init__(config, rank, device, status)
         self.group = group
-        self.offsets, self.slot_bytes = offsets_of(shared_specs(config))
+        specs = shared_specs(config)
+        self.offsets, self.slot_bytes = offsets_of(specs)
         # behind the slots: the abort word
         self.abort_offset = config.slots * self.slot_bytes
         self.memory = PeerMemory(group, self.abort_offset + 256, device)
+        self.guards = Guards(self.memory.local, specs, config.slots)
         self.no_fault: int = NO_FAULT.value
         self.memory.local[self.abort_offset :][:4].view(torch.int32).fill_(self.no_fault)
         self.record = host_words(1, torch.int32, device).fill_(self.no_fault)
@@ -84,11 +78,13 @@ class SymmetricTransport(Transport):
 
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
-        experts = config.num_experts
+        experts, shared = config.num_experts, shared_specs(config)
         specs = {
             **batch_specs(config),
             **routing_specs(config),
-            **shared_specs(config),
+            **shared,
+            # not a tensor: what lies between those that are shared
+            "guards": BufferSpec((offsets_of(shared)[1] - sum(spec.nbytes for spec in shared.values()),), torch.uint8),
             "counts": BufferSpec((experts,), torch.int32),
             "row_offsets": BufferSpec((experts,), torch.int32),
             # how many dispatches and combines the slot has seen; and how many dispatches were called, with those that raised; how many
@@ -110,7 +106,7 @@ class SymmetricTransport(Transport):
             if name in self.offsets:
                 block = self.memory.local[begin + self.offsets[name] :][: spec.nbytes]
                 buffers[name] = block.view(spec.dtype).view(spec.shape)
-            else:
+            elif name != "guards":
                 buffers[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
         for name in ("epochs", "calls", "ticket"):
             buffers[name].zero_()
@@ -119,6 +115,9 @@ class SymmetricTransport(Transport):
             # addresses that may be stored to, whatever happens in the first dispatch
             buffers["destinations"].fill_(buffers["returns"].data_ptr())
         return Slot(number, buffers, buffers["calls"])
+
+    def check_guards(self) -> None:
+        self.guards.check(self.memory.local, self.rank)
 
     def close(self) -> None:
         self.memory.close()

@@ -1,0 +1,148 @@
+"""Guards around the buffers that other ranks store to: whoever stores outside them is heard of, with the place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from trials import install_interpreter, stand_in
+
+from moequant import GuardError, MoEQuantDispatcher
+from moequant.testing import run_ranks
+from moequant.transport.base import BufferSpec
+from moequant.transport.guards import GUARD_BYTES, Guards, offsets_of
+
+SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 40, "max_tokens_per_rank": 3, "transport": "symmetric"}
+SPECS = {
+    "flags": BufferSpec((3,), torch.int32),
+    "rows": BufferSpec((2, 128), torch.bfloat16),
+    "none": BufferSpec((0,), torch.int32),
+}
+
+
+def guarded(slots: int) -> tuple[torch.Tensor, Guards, int]:
+    """Zeros with their guards, as the transport lays its block out, and a slot's bytes."""
+    _, block = offsets_of(SPECS)
+    memory = torch.zeros(slots * block + 256, dtype=torch.uint8)
+    return memory, Guards(memory, SPECS, slots), block
+
+
+def test_buffers_are_aligned_and_all_that_lies_between_them_is_guarded():
+    offsets, block = offsets_of(SPECS)
+    assert offsets == {"flags": 256, "rows": 768, "none": 1536} and block == 1792
+    memory, _, _ = guarded(2)
+    free = memory == 0
+    for slot in range(2):
+        for name, begin in offsets.items():
+            begin += slot * block
+            end = begin + SPECS[name].nbytes
+            assert free[begin:end].all()
+            assert not free[begin - GUARD_BYTES : begin].any() and not free[end : end + GUARD_BYTES].any()
+            free[begin:end] = False
+    assert free.nonzero().flatten().tolist() == [2 * block + byte for byte in range(4)], "the abort word"
+
+
+def test_each_byte_of_the_gaps_is_watched_and_no_other():
+    memory, guards, _ = guarded(2)
+    watched = [byte for byte in range(0, len(memory), 1) if memory[byte] != 0]
+    memory[memory == 0] = 7
+    guards.check(memory, 0)
+    for byte in watched[::13] + watched[-1:]:
+        kept = int(memory[byte])
+        memory[byte] = 0
+        with pytest.raises(GuardError, match="rank 3: 1 bytes between"):
+            guards.check(memory, 3)
+        memory[byte] = kept
+    guards.check(memory, 0)
+
+
+def test_the_error_names_the_buffers_on_both_sides_and_how_far_off_it_was():
+    memory, guards, block = guarded(2)
+    begin = block + 768 + 512
+    memory[begin + 10 : begin + 14] = 0
+    said = (
+        '4 bytes between "rows" of slot 1 and "none" of slot 1 were overwritten, from 10 bytes behind "rows" of slot 1 to 243 bytes'
+    )
+    with pytest.raises(GuardError, match=said):
+        guards.check(memory, 0)
+
+
+def run_stray_stores(rank: int, ranks: int, device: str) -> list[str]:
+    """What rank 1 hears of stores around its buffers, one after the other, and rank 0 does not."""
+    device = device.format(rank=rank)
+    dispatcher = MoEQuantDispatcher(**SETTINGS, slots=2, device=device)
+    inputs = torch.ones(2, 40).bfloat16(), torch.tensor([[0, 3], [1, 2]]), torch.ones(2, 2)
+    batch, handle = dispatcher.dispatch(*(x.to(device) for x in inputs), slot=1)
+    dispatcher.combine(stand_in(batch), handle)
+    assert dispatcher.check() == 0
+    transport: Any = dispatcher._transport
+    specs, heard = transport.buffer_specs(dispatcher.config), []
+    # of each buffer the byte before it, and the one behind it
+    begins = {name: transport.slot_bytes + offset for name, offset in transport.offsets.items()}
+    places = [place for name, begin in begins.items() for place in (begin - 1, begin + specs[name].nbytes)]
+    for place in places:
+        byte = transport.memory.local[place : place + 1]
+        kept = byte.clone()
+        if rank == 1:
+            byte.zero_()
+        heard += refused(dispatcher.check)
+        byte.copy_(kept)
+    assert dispatcher.check() == 0
+    if rank == 1:
+        byte.zero_()
+    heard += refused(dispatcher.close)
+    assert dispatcher._closed and transport.memory.local.numel() == 0
+    return heard
+
+
+def refused(step: Callable[[], object]) -> list[str]:
+    try:
+        step()
+    except GuardError as error:
+        return [str(error)]
+    return []
+
+
+def check_stray_stores(heard: list[list[str]]) -> None:
+    names = ["flags", "count_words", "values", "notes", "output", "returns"]
+    assert heard[0] == [] and len(heard[1]) == 2 * len(names) + 1
+    for index, name in enumerate(names):
+        before, behind = heard[1][2 * index : 2 * index + 2]
+        assert before.startswith("rank 1: 1 bytes between") and f'and "{name}" of slot 1 were' in before
+        assert behind.startswith(f'rank 1: 1 bytes between "{name}" of slot 1 and')
+    assert heard[1][-1] == heard[1][-2], "close says the same"
+
+
+def test_check_and_close_say_what_was_stored_outside_a_buffer(interpreted, monkeypatch):
+    monkeypatch.setenv("MOEQUANT_CHECK_GUARDS", "1")
+    check_stray_stores(run_ranks(run_stray_stores, 2, "cpu", setup=install_interpreter, timeout=240))
+
+
+@pytest.mark.multigpu
+def test_check_and_close_on_gpus_say_what_was_stored_outside_a_buffer():
+    check_stray_stores(run_ranks(run_stray_stores, 2, "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=200))
+
+
+def run_without_the_switch(rank: int, ranks: int) -> int:
+    dispatcher = MoEQuantDispatcher(**SETTINGS, device="cpu")
+    transport: Any = dispatcher._transport
+    transport.memory.local[0] = 0
+    assert dispatcher.check() == 0
+    with pytest.raises(GuardError, match=f'rank {rank}: 1 bytes between the beginning and "flags" of slot 0'):
+        transport.check_guards()
+    specs = transport.buffer_specs(dispatcher.config)
+    shared = sum(specs[name].nbytes for name in [*transport.offsets, "guards"])
+    # the abort word has 256 bytes of its own
+    assert transport.memory.local.numel() == shared + 256
+    made = dispatcher._slots[0].buffers.values()
+    assert sum(x.numel() * x.itemsize for x in made) == sum(spec.nbytes for spec in specs.values()) - specs["guards"].nbytes
+    dispatcher.close()
+    return shared
+
+
+def test_nobody_looks_without_the_switch_and_buffer_bytes_counts_the_guards(interpreted, monkeypatch):
+    monkeypatch.setenv("MOEQUANT_CHECK_GUARDS", "0")
+    shared = run_ranks(run_without_the_switch, 2, setup=install_interpreter, timeout=240)
+    assert min(shared) > 7 * GUARD_BYTES
