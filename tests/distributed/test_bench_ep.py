@@ -77,6 +77,16 @@ def test_skewed_routing_has_rows_of_its_own_and_traces_name_the_steps(tmp_path):
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("columns", ["2880", "2944", "1000"])
+def test_rows_that_are_no_whole_tiles_wide_come_back_whole(columns):
+    """gpt-oss's sizes: an expert's last tile of columns is half full, and its rows are stored at their tokens' ranks."""
+    sizes = ["--hidden", columns, "--intermediate", columns, "--num-experts", "32", "--num-topk", "4", "--num-tokens", "48"]
+    done = start(*sizes, "--transport", "symmetric", "--iters", "4", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("right: relative error") >= 1
+
+
+@pytest.mark.multigpu
 @pytest.mark.parametrize(
     "options", [["--exchange", "padded"], ["--exchange", "padded", "--reduce", "per_rank"], ["--exchange", "packed"]]
 )

@@ -178,7 +178,7 @@ def test_repeat_runs_are_equal_and_near_the_plain_kernel(config: Config) -> None
 
 @hopper_test
 @CONFIGS
-@pytest.mark.parametrize("columns", [512, 264])
+@pytest.mark.parametrize("columns", [512, 264, 320, 384])
 @pytest.mark.parametrize("num_sms", [None, 3])
 def test_rows_go_to_addresses_of_their_own_with_the_same_bits(columns: int, num_sms: int | None, config: Config) -> None:
     counts = [300, 0, 1, 129, 64]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from guarded import Guarded
 from moequant import ops, reference
 from moequant.kernels import grouped_gemm
+from moequant.testing import assert_bit_equal
 
 COUNTS, ROWS = [70, 0, 1], 72
 # of a bfloat16, a NaN that no computation makes
@@ -63,3 +65,27 @@ def test_no_rows_and_no_columns_are_no_launch(kernels):
     for rows, columns in ((0, 8), (4, 0)):
         a, b = (torch.zeros(2, n, 16, dtype=torch.bfloat16, device=kernels) for n in (rows, columns))
         ops.grouped_gemm_push(a, None, b, None, counts, torch.zeros(2, rows, dtype=torch.int64, device=kernels), 1, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [2880, 2944, 3008, 200])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_rows_that_are_no_whole_tiles_wide_are_stored_between_guards(columns, dtype):
+    """gpt-oss's 2880 columns are half a tile more than 22 of 128; 2944 half of a wide one."""
+    counts, rows = [200, 130, 1], 200
+    a = reference.quantize_expert_batch(torch.randn(3, rows, 256, device="cuda").bfloat16(), dtype=dtype)
+    b = reference.quantize_weight(torch.randn(3, columns, 256, device="cuda").bfloat16(), dtype=dtype)
+    operands, num_tokens = (a.values, a.scales, b.values, b.scales), torch.tensor(counts, dtype=torch.int32, device="cuda")
+    valid = torch.arange(rows, device="cuda") < num_tokens[:, None]
+    stored = Guarded(3, rows, columns, dtype=torch.bfloat16, device="cuda")
+    ops.grouped_gemm_blockscale(*operands, num_tokens, stored.tensor, 1, 110)
+    stored.assert_only(valid.unsqueeze(2))
+    pushed = Guarded(3 * rows, columns, dtype=torch.bfloat16, device="cuda")
+    places = torch.randperm(3 * rows, device="cuda").view(3, rows)
+    destinations = pushed.tensor.data_ptr() + places * (2 * columns)
+    destinations[~valid] = 8
+    ops.grouped_gemm_push(*operands, num_tokens, destinations, 110, None)
+    written = torch.zeros(3 * rows, 1, dtype=torch.bool, device="cuda")
+    written[places[valid]] = True
+    pushed.assert_only(written)
+    assert_bit_equal(pushed.tensor[places[valid]], stored.tensor[valid], "pushed rows")
