@@ -315,7 +315,9 @@ class PeersOnOneGPU:
                 check()
         invalid, counted, strangers = torch.stack(self.status).sum(0).tolist()
         assert (invalid, strangers) == (0, 0), f"{invalid} invalid ids, {strangers} ranks out of step"
-        assert counted == dropped * (2 if way == "experts" else 1), f"dropped rows: {counted}, {dropped} expected"
+        # every rank counts those of all
+        wanted = dropped * self.ranks * (2 if way == "experts" else 1)
+        assert counted == wanted, f"dropped rows: {counted}, {wanted} expected"
 
     def close(self) -> None:
         self.blocks = None
