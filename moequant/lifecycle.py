@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -27,8 +28,9 @@ def step(method: Method) -> Method:
     """A method that launches kernels: one thread's at a time, on the dispatcher's device, whichever is current; a fault that it raises
     stays. A graph break for torch.compile."""
 
-    @functools.wraps(method)
-    def run(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
+    untraced: Callable[..., Any] | None = None
+
+    def guarded(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
         with self._turn, torch.cuda.device(self.device if self.device.type == "cuda" else -1):
             try:
                 return method(self, *args, **kwargs)
@@ -36,7 +38,17 @@ def step(method: Method) -> Method:
                 self._fault = self._fault or error
                 raise
 
-    return cast(Method, torch.compiler.disable(run))
+    @functools.wraps(method)
+    def run(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
+        nonlocal untraced
+        # what makes graph breaks takes seconds to import: only a process that compiles something has it
+        if "torch._dynamo" not in sys.modules:
+            return guarded(self, *args, **kwargs)
+        if untraced is None:
+            untraced = torch.compiler.disable(guarded)
+        return untraced(self, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class Lifecycle:

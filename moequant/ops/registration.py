@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -20,10 +21,17 @@ def uses_kernels(x: Tensor) -> bool:
     return x.is_cuda or os.environ.get("MOEQUANT_CPU_KERNELS") == "1"
 
 
-def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
-    """Registers a function that only writes into its arguments as `torch.ops.moequant.<its name>`, and returns its plain form.
+def is_traced(x: Tensor) -> bool:
+    """Whether somebody has to see an operation on x as one of torch's: a compiler, a mode, or a tensor that is more than its numbers."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, torch.nn.Parameter)
 
-    The registered form has no defaults. Kernels are launched on the device of the first argument, whichever is current.
+
+def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
+    """Registers a function that only writes into its arguments as `torch.ops.moequant.<its name>`.
+
+    Returns what calls the registered form, which has no defaults, while something compiles or traces, and otherwise the function itself:
+    torch.library takes longer for a call than the host for a launch. Kernels are launched on the device of the first argument, whichever
+    is current.
     """
 
     def register(function: Function) -> Function:
@@ -36,6 +44,17 @@ def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
         schema = re.sub(r"=[^,)]+", "", torch.library.infer_schema(function, mutates_args=mutates))
         operation = torch.library.custom_op(f"moequant::{function.__name__}", on_device, mutates_args=mutates, schema=schema)
         operation.register_fake(lambda *args, **kwargs: None)
-        return cast(Function, on_device)
+        parameters = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> None:
+            if is_traced(x):
+                bound = parameters.bind(x, *args, **kwargs)
+                bound.apply_defaults()
+                operation(*bound.args)
+            else:
+                on_device(x, *args, **kwargs)
+
+        return cast(Function, call)
 
     return register
