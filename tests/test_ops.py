@@ -198,7 +198,7 @@ CASES: dict[str, dict[str, Callable[[], tuple]]] = {
     },
     "count_strangers": {
         "one": lambda: (integers([4, 9], [5, 9], [4, 9]), 0, torch.zeros(3, dtype=torch.int64)),
-        "none": lambda: (integers([4, 9], [4, 0]), 1, torch.zeros(3, dtype=torch.int64)),
+        "another layer": lambda: (integers([4, 9], [4, 8]), 1, torch.zeros(3, dtype=torch.int64)),
     },
     "plan_sends": {
         "one rank's list is empty": lambda: (
