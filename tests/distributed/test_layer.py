@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from trials import count_wrong, install_interpreter
+from trials import count_wrong, install_interpreter, patience
 
 from moequant import GroupedExperts, MoEQuantDispatcher, OutOfStepError, PeerTimeoutError
 from moequant.config import DispatcherConfig
@@ -19,7 +19,6 @@ from moequant.layer import Plan, choose_plan
 from moequant.testing import assert_bit_equal, run_ranks
 
 BACKEND = "cpu:gloo,cuda:nccl"
-TIMEOUT = 2.0
 
 
 def settings_for(ranks: int, tokens: int, hidden: int, quant: str, local_experts: int = 2) -> dict[str, Any]:
@@ -79,7 +78,7 @@ def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], dev
 
 @pytest.mark.parametrize(("ranks", "quant"), [(2, "fp8_e4m3fn"), (4, "int8"), (8, "fp8_e4m3fn"), (1, "fp8_e4m3fn")])
 def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_other(ranks, quant, interpreted):
-    run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter, timeout=240)
+    run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter)
 
 
 @pytest.mark.multigpu
@@ -88,7 +87,7 @@ def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_othe
 def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(ranks, quant):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_ways, ranks, quant, (700, 1032, 384), "cuda:{rank}", backend=BACKEND, timeout=300)
+    run_ranks(run_ways, ranks, quant, (700, 1032, 384), "cuda:{rank}", backend=BACKEND)
 
 
 IN_HALVES, IN_WAVES = {"chunks": 2}, {"first_experts": 1}
@@ -135,12 +134,20 @@ def two_layers(
 
 
 def run_until_lost(rank: int, ranks: int, device: str, way: dict[str, int]) -> tuple[int | None, float] | None:
-    """The last rank dies; the others return whom they blame, and how long it took."""
+    """The last rank dies; the others return whom they blame, and how long it took, in time limits."""
     device = device.format(rank=rank)
     settings = settings_for(ranks, 8, 128, "fp8_e4m3fn")
     experts = experts_of(rank, settings, ranks, 128, device)
     tokens = tokens_of(rank, settings, 8, device)
-    dispatcher = MoEQuantDispatcher(**settings, device=device, timeout=TIMEOUT)
+    with MoEQuantDispatcher(**settings, device=device) as dispatcher:
+        # the first one compiles
+        dispatcher(*tokens, experts, **way)
+        dispatcher.check()
+        start = time.monotonic()
+        dispatcher(*tokens, experts, **way)
+        dispatcher.check()
+        timeout = patience(time.monotonic() - start)
+    dispatcher = MoEQuantDispatcher(**settings, device=device, timeout=timeout)
     dispatcher(*tokens, experts, **way)
     dispatcher.check()
     if rank == ranks - 1:
@@ -150,18 +157,19 @@ def run_until_lost(rank: int, ranks: int, device: str, way: dict[str, int]) -> t
         two_layers(dispatcher, tokens, experts, way)
     took = time.monotonic() - start
     dispatcher.close()
-    return raised.value.rank, took
+    return raised.value.rank, took / timeout
 
 
 def check_survivors(results: list[Any]) -> None:
     for blamed, took in results[:-1]:
         assert blamed == len(results) - 1
-        assert took < TIMEOUT + 2.0
+        # one limit: after a fault no later wait lasts
+        assert took < 2.0
 
 
 @WAYS
 def test_survivors_of_a_layer_on_two_streams_blame_the_lost_rank(way, interpreted):
-    check_survivors(run_ranks(run_until_lost, 3, "cpu", way, may_die=(2,), setup=install_interpreter, timeout=60))
+    check_survivors(run_ranks(run_until_lost, 3, "cpu", way, may_die=(2,), setup=install_interpreter))
 
 
 @pytest.mark.multigpu
@@ -170,7 +178,7 @@ def test_survivors_of_a_layer_on_two_streams_blame_the_lost_rank(way, interprete
 def test_survivors_on_gpus_of_a_layer_on_two_streams_blame_the_lost_rank(way, ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", way, may_die=(ranks - 1,), backend=BACKEND, timeout=90))
+    check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", way, may_die=(ranks - 1,), backend=BACKEND))
 
 
 def run_other_waves(rank: int, ranks: int) -> None:
@@ -188,7 +196,7 @@ def run_other_waves(rank: int, ranks: int) -> None:
 
 
 def test_ranks_that_send_other_experts_first_hear_of_it(interpreted):
-    run_ranks(run_other_waves, 2, setup=install_interpreter, timeout=60)
+    run_ranks(run_other_waves, 2, setup=install_interpreter)
 
 
 def run_second_without_first(rank: int, ranks: int) -> None:
@@ -201,7 +209,7 @@ def run_second_without_first(rank: int, ranks: int) -> None:
 
 
 def test_a_second_wave_without_a_first_is_refused(interpreted):
-    run_ranks(run_second_without_first, 1, setup=install_interpreter, timeout=60)
+    run_ranks(run_second_without_first, 1, setup=install_interpreter)
 
 
 def plan_for(tokens: int, inner: int, **settings: Any) -> Plan:

@@ -119,7 +119,7 @@ def run_hostile_ids(rank: int, ranks: int, trials: int) -> None:
 def test_hostile_ids_are_counted_and_never_addresses(ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_hostile_ids, ranks, 20, backend=BACKEND, timeout=120)
+    run_ranks(run_hostile_ids, ranks, 20, backend=BACKEND)
 
 
 def run_slots(rank: int, ranks: int) -> None:
@@ -144,7 +144,7 @@ def run_slots(rank: int, ranks: int) -> None:
 
 
 def test_two_slots_in_flight_do_not_disturb_each_other():
-    run_ranks(run_slots, 2, backend=BACKEND, timeout=120)
+    run_ranks(run_slots, 2, backend=BACKEND)
 
 
 def run_auto(rank: int, ranks: int) -> str:
@@ -153,4 +153,4 @@ def run_auto(rank: int, ranks: int) -> str:
 
 
 def test_auto_is_symmetric_between_gpus_of_one_host():
-    assert run_ranks(run_auto, 2, backend=BACKEND, timeout=120) == ["symmetric"] * 2
+    assert run_ranks(run_auto, 2, backend=BACKEND) == ["symmetric"] * 2
