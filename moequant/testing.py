@@ -32,8 +32,12 @@ from moequant.config import DispatcherConfig
 from moequant.recording import record_routing as record_routing
 from moequant.transport.local import LocalTransport
 
+# What has to end is waited for as long as a busy machine may need: that costs nothing where all is well.
+LIMIT_SECONDS = 300.0
 # After one rank has failed, how long the others have to end by themselves and say what they saw.
-GRACE_SECONDS = 3.0
+GRACE_SECONDS = 10.0
+# With all results there, how long workers have to end by themselves: some can't, as their group waits for a rank that is lost.
+END_SECONDS = 3.0
 
 
 def routing(
@@ -202,7 +206,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 60.0,
+    timeout: float = LIMIT_SECONDS,
     backend: str = "gloo",
     setup: Callable[[], None] | None = None,
     may_die: Sequence[int] = (),
@@ -223,7 +227,9 @@ def run_ranks(
     # torch's import, most of a worker's start, is done once, in the server that workers are forked from
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
-        multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
+        # so is that of torch.compile, which the dispatcher needs and which brings Triton, if Triton can be the interpreter only
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
+        multiprocessing.set_forkserver_preload(["torch", "torch.distributed", *(["torch._dynamo"] if interpreted else [])])
     # plain pickle: torch's own reductions would leave results in the memory of processes that have ended
     work = pickle.dumps((function, args))
     prepare = pickle.dumps(setup)
@@ -347,7 +353,7 @@ def _collect(
         lost = f"ranks {sorted(waiting.values())} of {len(workers)} did not end in time"
     else:
         for worker in workers:
-            worker.join(GRACE_SECONDS)
+            worker.join(END_SECONDS)
         return results
     for rank in sorted(waiting.values()):
         failures[rank] = f"had not ended\n{_stack(workers[rank], _stack_path(folder, rank))}"

@@ -53,3 +53,13 @@ def test_symmetric_says_why_it_cannot_be_used(monkeypatch):
         resolved(monkeypatch, "ranks are on two hosts", GPU, transport="symmetric")
     with pytest.raises(ValueError, match="needs torch.distributed"):
         select.resolve(config("symmetric"), None, GPU)
+
+
+@pytest.mark.parametrize(("experts", "kind"), [(136, "PaddedTransport"), (144, "PackedTransport")])
+def test_the_padded_exchange_is_taken_up_to_128_mib_of_padded_rows(experts, kind):
+    # 128 rows of 7168 values and 56 scales for each expert: 7392 bytes each
+    assert (experts * 128 * 7392 <= 2**27) == (kind == "PaddedTransport")
+    settings = DispatcherConfig(
+        num_experts=experts, top_k=8, hidden_size=7168, max_tokens_per_rank=128, world_size=8, transport="collective"
+    )
+    assert select.transport_class(settings).__name__ == kind

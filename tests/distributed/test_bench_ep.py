@@ -28,7 +28,6 @@ def start(*arguments: str, ranks: int | None = None) -> subprocess.CompletedProc
         [sys.executable, *launcher, SCRIPT, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
         env=kept | {"OMP_NUM_THREADS": "1"},
     )
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from trials import count_wrong, install_interpreter
+from trials import count_wrong, install_interpreter, patience
 
 from moequant import CallOrderError, GroupedExperts, MoEQuantDispatcher, PeerTimeoutError
 from moequant.testing import assert_bit_equal, run_ranks
 
 BACKEND = "cpu:gloo,cuda:nccl"
-TIMEOUT = 2.0
 
 
 def settings_for(ranks: int, tokens: int, hidden: int, quant: str, local_experts: int = 2) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], dev
 
 @pytest.mark.parametrize(("ranks", "quant"), [(2, "fp8_e4m3fn"), (4, "int8"), (8, "fp8_e4m3fn"), (1, "fp8_e4m3fn")])
 def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_other(ranks, quant, interpreted):
-    run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter, timeout=240)
+    run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter)
 
 
 @pytest.mark.multigpu
@@ -82,7 +81,7 @@ def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_othe
 def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(ranks, quant):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_ways, ranks, quant, (700, 1032, 384), "cuda:{rank}", backend=BACKEND, timeout=300)
+    run_ranks(run_ways, ranks, quant, (700, 1032, 384), "cuda:{rank}", backend=BACKEND)
 
 
 IN_HALVES, IN_WAVES = {"chunks": 2}, {"first_experts": 1}
@@ -114,7 +113,7 @@ def test_replays_of_a_layer_on_two_streams_change_no_bit(way, ranks, late):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     replays = 1000 if late else int(os.environ.get("MOEQUANT_REPLAYS", "2000"))
-    assert run_ranks(run_replays, ranks, replays, late, way, backend=BACKEND, timeout=400) == [0] * ranks
+    assert run_ranks(run_replays, ranks, replays, late, way, backend=BACKEND) == [0] * ranks
 
 
 def two_layers(
@@ -129,12 +128,20 @@ def two_layers(
 
 
 def run_until_lost(rank: int, ranks: int, device: str, way: dict[str, int]) -> tuple[int | None, float] | None:
-    """The last rank dies; the others return whom they blame, and how long it took."""
+    """The last rank dies; the others return whom they blame, and how long it took, in time limits."""
     device = device.format(rank=rank)
     settings = settings_for(ranks, 8, 128, "fp8_e4m3fn")
     experts = experts_of(rank, settings, ranks, 128, device)
     tokens = tokens_of(rank, settings, 8, device)
-    dispatcher = MoEQuantDispatcher(**settings, device=device, timeout=TIMEOUT)
+    with MoEQuantDispatcher(**settings, device=device) as dispatcher:
+        # the first one compiles
+        dispatcher(*tokens, experts, **way)
+        dispatcher.check()
+        start = time.monotonic()
+        dispatcher(*tokens, experts, **way)
+        dispatcher.check()
+        timeout = patience(time.monotonic() - start)
+    dispatcher = MoEQuantDispatcher(**settings, device=device, timeout=timeout)
     dispatcher(*tokens, experts, **way)
     dispatcher.check()
     if rank == ranks - 1:
@@ -144,18 +151,19 @@ def run_until_lost(rank: int, ranks: int, device: str, way: dict[str, int]) -> t
         two_layers(dispatcher, tokens, experts, way)
     took = time.monotonic() - start
     dispatcher.close()
-    return raised.value.rank, took
+    return raised.value.rank, took / timeout
 
 
 def check_survivors(results: list[Any]) -> None:
     for blamed, took in results[:-1]:
         assert blamed == len(results) - 1
-        assert took < TIMEOUT + 2.0
+        # one limit: after a fault no later wait lasts
+        assert took < 2.0
 
 
 @WAYS
 def test_survivors_of_a_layer_on_two_streams_blame_the_lost_rank(way, interpreted):
-    check_survivors(run_ranks(run_until_lost, 3, "cpu", way, may_die=(2,), setup=install_interpreter, timeout=60))
+    check_survivors(run_ranks(run_until_lost, 3, "cpu", way, may_die=(2,), setup=install_interpreter))
 
 
 @pytest.mark.multigpu
@@ -164,7 +172,7 @@ def test_survivors_of_a_layer_on_two_streams_blame_the_lost_rank(way, interprete
 def test_survivors_on_gpus_of_a_layer_on_two_streams_blame_the_lost_rank(way, ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", way, may_die=(ranks - 1,), backend=BACKEND, timeout=90))
+    check_survivors(run_ranks(run_until_lost, ranks, "cuda:{rank}", way, may_die=(ranks - 1,), backend=BACKEND))
 
 
 def run_second_without_first(rank: int, ranks: int) -> None:
@@ -177,4 +185,4 @@ def run_second_without_first(rank: int, ranks: int) -> None:
 
 
 def test_a_second_wave_without_a_first_is_refused(interpreted):
-    run_ranks(run_second_without_first, 1, setup=install_interpreter, timeout=60)
+    run_ranks(run_second_without_first, 1, setup=install_interpreter)

@@ -51,7 +51,7 @@ def run_trials(rank: int, ranks: int, trials: int, device: str) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_interpreted_kernels_have_the_bits_of_one_process(ranks, interpreted):
-    run_ranks(run_trials, ranks, 12, "cpu", setup=install_interpreter, timeout=240)
+    run_ranks(run_trials, ranks, 12, "cpu", setup=install_interpreter)
 
 
 @pytest.mark.multigpu
@@ -59,7 +59,7 @@ def test_interpreted_kernels_have_the_bits_of_one_process(ranks, interpreted):
 def test_random_settings_have_the_bits_of_one_process(ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_trials, ranks, 200, "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=500)
+    run_ranks(run_trials, ranks, 200, "cuda:{rank}", backend="cpu:gloo,cuda:nccl")
 
 
 def run_subgroups(rank: int, ranks: int, trials: int, device: str) -> None:
@@ -85,7 +85,7 @@ def test_two_interpreted_groups_of_two_in_a_world_of_four_work_apart(interpreted
 def test_two_groups_of_two_gpus_work_apart():
     if torch.cuda.device_count() < 4:
         pytest.skip("needs 4 GPUs")
-    run_ranks(run_subgroups, 4, 100, "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=250)
+    run_ranks(run_subgroups, 4, 100, "cuda:{rank}", backend="cpu:gloo,cuda:nccl")
 
 
 def run_int8_layers(rank: int, ranks: int, sizes: tuple[int, int, int], device: str) -> None:
@@ -123,7 +123,7 @@ def test_interpreted_int8_layers_have_the_bits_of_the_collective_transport(ranks
 def test_int8_layers_on_gpus_have_the_bits_of_the_collective_transport(ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_int8_layers, ranks, (256, 1032, 384), "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=200)
+    run_ranks(run_int8_layers, ranks, (256, 1032, 384), "cuda:{rank}", backend="cpu:gloo,cuda:nccl")
 
 
 @pytest.mark.parametrize("seconds", [1e-3, 60.0, 2200.0, 1e6])

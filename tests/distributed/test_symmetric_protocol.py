@@ -63,7 +63,7 @@ def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, bool, int, Any, An
     """The drawn rounds, each compared with one process: two slots, one wave or two, combines left out and done twice, ranks without
     tokens."""
     del ranks
-    with MoEQuantDispatcher(**SETTINGS, transport="symmetric", slots=2, timeout=30.0) as dispatcher:
+    with MoEQuantDispatcher(**SETTINGS, transport="symmetric", slots=2) as dispatcher:
         for number, (slot, waves, combines, inputs, (counts, values), outputs) in enumerate(rounds):
             hidden, ids, weights = inputs[rank]
             if waves:
@@ -85,12 +85,12 @@ def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, bool, int, Any, An
 
 def test_random_delays_change_no_bit(interpreted):
     rounds = draw_rounds(ROUNDS, 4)
-    run_ranks(run_rounds, 4, rounds, setup=install_slow_interpreter, timeout=200)
+    run_ranks(run_rounds, 4, rounds, setup=install_slow_interpreter)
 
 
 def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
     """Counts and flags alone: what every rank learns of the others' counts, and that no rank passes a round before all have come."""
-    with MoEQuantDispatcher(**FOUR_EXPERTS, transport="symmetric", timeout=30.0) as dispatcher:
+    with MoEQuantDispatcher(**FOUR_EXPERTS, transport="symmetric") as dispatcher:
         transport, slot = dispatcher._transport, dispatcher._slots[0]
         assert isinstance(transport, SymmetricTransport)
         hidden, weights = torch.zeros(0, 8).bfloat16(), torch.zeros(0, 2)
@@ -110,4 +110,4 @@ def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
 
 def test_flags_keep_ranks_together_through_random_delays(interpreted):
     """A thousand calls of three rounds each: counts, outputs, rows."""
-    run_ranks(run_flag_rounds, 4, 1000, setup=install_slow_interpreter, timeout=280)
+    run_ranks(run_flag_rounds, 4, 1000, setup=install_slow_interpreter)

@@ -19,6 +19,14 @@ SHAPES = 12
 KEPT = ("flags", "count_words", "epochs", "ticket", "fault")
 
 
+def patience(seconds: float) -> float:
+    """A time limit for waits of which one will come to nothing, the same on all ranks: on a machine as busy as this one is now, no rank
+    that lives comes so late. seconds: what something took on this rank that all ranks took part in."""
+    slowest = torch.tensor(seconds)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return max(2.0, 10 * float(slowest))
+
+
 def install_interpreter() -> None:
     """`setup` of ranks whose kernels are interpreted: the test has the fixture `interpreted`."""
     import interpreter
