@@ -50,3 +50,13 @@ def test_ranks_at_other_calls_are_counted(device):
     for result, expected in zip(*results, strict=True):
         assert_bit_equal(result, expected)
     assert results[0][2].tolist() == [0, 0, 1]
+
+
+def test_a_rank_at_another_call_is_counted_once_however_many_experts_there_are(device):
+    """More than one program adds up."""
+    counts = torch.randint(0, 50, (4, 301), dtype=torch.int32, device=device)
+    counts[:, -1] = torch.tensor([7, 8, 7, 6])
+    results = [run_offsets(function, counts, 100, 150, 60, 40, calls=True) for function in (kernel, reference.expert_offsets)]
+    for result, expected in zip(*results, strict=True):
+        assert_bit_equal(result, expected)
+    assert results[0][2][2] == 2
