@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.traces import load_trace
+from moequant.recording import RecordedLayer, Recording, read_safetensors, write_safetensors
 from moequant.testing import assert_bit_equal, record_routing
 
 EXPERTS, TOP_K, HIDDEN = 6, 2, 16
@@ -56,6 +57,8 @@ class TopKRouter(nn.Module):
             return logits, weights, ids
         if self.kind == "scores, ids":
             return torch.zeros_like(logits).scatter(-1, ids, weights), ids
+        if self.kind == "logits, scores, ids":
+            return logits, logits.sigmoid(), ids
         return {"ids": ids, "weights": weights}
 
 
@@ -101,7 +104,7 @@ def test_logits_become_the_choices_that_the_block_makes(normalised):
     assert len(layer.ids) == 10
 
 
-@pytest.mark.parametrize("kind", ["ids, weights", "logits, weights, ids", "scores, ids"])
+@pytest.mark.parametrize("kind", ["ids, weights", "logits, weights, ids", "scores, ids", "logits, scores, ids"])
 def test_routers_that_return_ids_are_read(kind):
     block = RouterBlock(kind)
     model, x, router = Model(block), torch.randn(1, 4, HIDDEN), block.get_submodule("router")
@@ -140,6 +143,83 @@ def test_calls_are_joined_up_to_a_limit_and_saved_as_a_trace(tmp_path):
     assert len(trace.ids) == 9 and torch.equal(trace.ids.long(), layer.ids)
     assert torch.equal(trace.activations, layer.activations[:5].bfloat16())
     torch.testing.assert_close(trace.weights.float(), layer.weights, atol=1e-3, rtol=0)
+
+
+def test_a_block_that_does_not_say_otherwise_makes_weights_sum_to_1():
+    block = MixtralBlock()
+    del block.norm_topk_prob
+    model = Model(block)
+    with record_routing(model) as recording, torch.no_grad():
+        block.gate(torch.randn(7, HIDDEN))
+    torch.testing.assert_close(recording.layers["layers.1.gate"].weights.sum(1), torch.ones(7))
+
+
+def test_what_is_recorded_keeps_no_graph():
+    model, x = Model(MixtralBlock()), torch.randn(2, 5, HIDDEN, requires_grad=True)
+    with record_routing(model) as recording:
+        out = model(x)
+    assert out.requires_grad
+    for parts in recording.layers["layers.1.gate"].parts:
+        for part in parts:
+            assert not part.requires_grad and part.grad_fn is None
+
+
+def test_hooks_are_gone_after_an_error_in_the_block():
+    model = Model(MixtralBlock())
+    with pytest.raises(KeyError), record_routing(model) as recording:
+        raise KeyError
+    model(torch.randn(1, 4, HIDDEN))
+    assert not recording.layers
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def recording_of(**shapes: tuple[int, int, int, int]) -> Recording:
+    """Of layers of shape (E, T, K, H)."""
+    recording = Recording()
+    for name, (experts, tokens, top_k, hidden) in shapes.items():
+        ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
+        layer = RecordedLayer(experts, [(ids, torch.rand(tokens, top_k), torch.randn(tokens, hidden))])
+        recording.layers[name] = layer
+    return recording
+
+
+@pytest.mark.parametrize("experts, dtype", [(256, torch.uint8), (257, torch.int16), (1000, torch.int16)])
+def test_ids_of_any_number_of_experts_come_back(experts, dtype, tmp_path):
+    recording = recording_of(only=(experts, 40, 8, 16))
+    recording.layers["only"].ids[0, 0] = experts - 1
+    recording.save(tmp_path / "mine.safetensors", intermediate_size=1)
+    trace = load_trace(str(tmp_path / "mine.safetensors"))
+    assert trace.num_experts == experts and trace.ids.dtype == dtype
+    assert torch.equal(trace.ids.long(), recording.layers["only"].ids)
+
+
+@pytest.mark.parametrize("other", [(7, 9, 2, 16), (6, 8, 2, 16), (6, 9, 3, 16), (6, 9, 2, 32)], ids=["E", "T", "K", "H"])
+def test_layers_of_another_shape_are_not_saved_together(other, tmp_path):
+    recording = recording_of(one=(6, 9, 2, 16), two=other)
+    path = tmp_path / "mine.safetensors"
+    with pytest.raises(
+        ValueError, match=r"layers of one shape, got 2 layers with \(E, T, K, T, H\) of .* choose some with layers="
+    ):
+        recording.save(path, intermediate_size=1)
+    assert not path.exists()
+    recording.save(path, intermediate_size=1, layers=["two"])
+    assert load_trace(str(path)).num_experts == other[0]
+
+
+@pytest.mark.parametrize("length", range(9))
+def test_what_follows_the_header_begins_at_a_multiple_of_8(length, tmp_path):
+    """As the safetensors format asks for; a tensor behind an odd number of bytes is read all the same."""
+    tensors = {"a": torch.arange(3).to(torch.uint8), "b": torch.arange(-5, 5).to(torch.int16), "c": torch.randn(3)}
+    path = tmp_path / "mine.safetensors"
+    write_safetensors(path, tensors, {"k": "x" * length})
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    assert header % 8 == 0 and len(data) == 8 + header + 3 + 20 + 12 and data[8:9] == b"{"
+    read, metadata = read_safetensors(path)
+    assert metadata == {"k": "x" * length}
+    for name, tensor in tensors.items():
+        assert_bit_equal(read[name], tensor)
+        assert read[name].data_ptr() % tensor.itemsize == 0
 
 
 def test_nothing_recorded_can_not_be_saved(tmp_path):

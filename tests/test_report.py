@@ -41,6 +41,12 @@ def test_the_newest_record_of_a_case_counts(project):
     assert [(r["machine"], r["us"]) for r in found] == [("nvidia-h100", 5.0), ("nvidia-h200", 1.0), ("nvidia-h200", 4.0)]
 
 
+def test_the_order_of_a_cases_fields_does_not_make_another_case(project):
+    case = {"E": 32, "rows": 8, "quant": "int8"}
+    root = project(record(us=1.0, case=case), record(us=2.0, case=dict(reversed(case.items()))))
+    assert [found["us"] for found in report.read_records(root / "benchmarks" / "results")] == [2.0]
+
+
 def test_tables_are_written_between_the_marks_and_checked(project, capsys):
     pytest.importorskip("matplotlib")
     root = project(record(us=20.0, gbps=3000.0, peer="other 1.0", peer_us=30.0))

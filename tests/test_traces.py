@@ -109,6 +109,11 @@ def test_a_trace_of_as_many_experts_is_the_default_routing(folder):
             ("--num-experts", "8", "--num-topk", "2", "--routing", "trace:a-16x4"),
             "never mapped: give --num-experts 16 --num-topk 4",
         ),
+        (
+            ("--num-experts", "16", "--num-topk", "2", "--routing", "trace:a-16x4"),
+            "has 16 experts and top-4, the layer 16 and top-2",
+        ),
+        (("--num-experts", "8", "--num-topk", "4", "--routing", "trace:a-16x4"), "has 16 experts and top-4, the layer 8 and top-4"),
         (("--model", "trace", "--num-experts", "8"), "never mapped"),
         (("--model", "trace", "--routing", "uniform"), "replays its own routing"),
         (("--model", "trace", "--hidden", "256"), "hidden size 128, got --hidden 256"),

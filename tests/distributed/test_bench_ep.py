@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.common import TOLERANCES, Timing, check_output
+from benchmarks.ep_layer import make_tokens
 from benchmarks.timing import Modes, Way, time_turn_about
 from launch import bench_ep
 
@@ -180,6 +182,31 @@ def test_the_check_sees_one_wrong_token_noise_and_nan(quant):
     expected_with_hole = expected.clone()
     expected_with_hole[3, 3] = torch.nan
     assert not check_output(expected_with_hole, expected, quant).passed
+
+
+@pytest.mark.parametrize("quant", TOLERANCES)
+def test_a_result_that_is_too_large_is_wrong_although_its_direction_is_right(quant):
+    """1 - 2xy/(xx+yy) alone forgives the larger of the two more."""
+    expected = torch.randn(64, 64)
+    check = check_output(expected * (1 + 1.001 * TOLERANCES[quant]), expected, quant)
+    assert check.cosine <= check.tolerance**2 / 2 and not check.passed
+    assert check_output(expected * (1 + 0.99 * TOLERANCES[quant]), expected, quant).passed
+
+
+@pytest.mark.parametrize("name, largest", [("relative", 0.1), ("cosine", 0.005), ("worst_token", 0.2)])
+def test_each_error_has_a_limit_of_its_own(name, largest):
+    within = bench_ep.Check(0.0, 0.0, 0.0, 0.1)
+    assert within.passed and replace(within, **{name: 0.999 * largest}).passed
+    for error in (1.001 * largest, float("nan")):
+        assert not replace(within, **{name: error}).passed
+
+
+@pytest.mark.parametrize("kind, tokens", [("empty-ranks", [8, 0, 8, 0]), ("uniform", [8] * 4), ("half", [8] * 4)])
+def test_every_second_rank_of_empty_ranks_has_no_tokens(kind, tokens):
+    options = bench_ep.parse_options([*TINY, "--num-experts", "8"], 4)
+    made = [make_tokens(options, kind, rank, torch.device("cpu")) for rank in range(4)]
+    for tensor in range(3):
+        assert [len(each[tensor]) for each in made] == tokens
 
 
 def test_the_worst_of_all_ranks_keeps_a_nan(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from far_memory import far_along
 from moequant import reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.kernels.dequantize_blocks import dequantize_blocks
@@ -16,8 +17,8 @@ def codes(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tens
 
 
 def assert_same(values: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype, group_rows: int, group_size: int) -> None:
-    # a row more, which nobody may write
-    padded = poison(torch.empty(values.numel() + 64, dtype=output_dtype, device=values.device))
+    # more numbers, which nobody may write
+    padded = poison(torch.empty(values.numel() + 512, dtype=output_dtype, device=values.device))
     before, out = padded.clone(), padded[: values.numel()].view(values.shape)
     dequantize_blocks(values, scales, out, group_rows=group_rows, group_size=group_size)
     expected = reference.dequantize_blocks(values, scales, group_rows, group_size, output_dtype)
@@ -37,12 +38,18 @@ def test_groups_and_blocks_with_tails_match_the_reference_bit_for_bit(group_rows
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, 256])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 512), (1, 3, 700), (5, 1, 257)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 512), (1, 3, 700), (5, 1, 257), (2, 5, 256), (1, 3, 1280)], ids=str)
 def test_other_sizes_and_transposed_scales_match_the_reference(shape, group_size, device):
     scales = empty_transposed_scales(shape[0], shape[1], ceil_div(shape[2], group_size), device).uniform_()
     assert_same(codes(shape, torch.int8, device), scales, torch.bfloat16, 1, group_size)
     scales = torch.rand(shape[0], ceil_div(shape[1], group_size), ceil_div(shape[2], group_size), device=device)
     assert_same(codes(shape, torch.int8, device), scales, torch.bfloat16, group_size, group_size)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_scales_of_any_strides_past_2_to_the_31_match_the_reference(dim, device):
+    scales = far_along(dim, torch.rand(3, 3, 3, device=device))
+    assert_same(codes((3, 3, 96), torch.int8, device), scales, torch.float32, 1, 32)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 128), (2, 0, 128), (2, 3, 0)], ids=str)

@@ -17,6 +17,7 @@ from moequant.batch import QuantizedTensor, empty_transposed_scales
 from moequant.kernels.grouped_gemm import grouped_gemm_blockscale
 from moequant.kernels.grouped_gemm_hopper import (
     CANDIDATES,
+    FLOAT32,
     NARROW,
     WIDE,
     Config,
@@ -326,6 +327,8 @@ def test_a_cpu_is_no_hopper() -> None:
 )
 def test_configurations_are_the_measured_ones(experts: int, columns: int, rows: int, config: Config) -> None:
     assert choose_config(experts, columns, rows, 2, 132) == config
+    # wide tiles of float32 need more registers than there are, and more shared memory
+    assert choose_config(experts, columns, rows, 4, 132) == FLOAT32 and FLOAT32.halves == 1
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,23 @@ def test_both_directions_match_the_reference(ranks, experts, limit, capacity, co
     both((back, moved[0], offsets, counts, first, False, None, None, None, None), written=(0,))
 
 
+@pytest.mark.parametrize("limit", [1, 20, 32])
+def test_a_source_that_has_more_rows_than_its_part_moves_what_the_part_holds(limit, device):
+    """The parts lie side by side: a row more would be the next source's first, or nobody's."""
+    ranks, experts, columns = 2, 2, 8
+    counts = torch.full((ranks, experts), limit + 7, dtype=torch.int32, device=device)
+    offsets = torch.arange(0, ranks * limit, limit, dtype=torch.int32, device=device)[:, None].repeat(1, experts)
+    padded = torch.randn(ranks, experts, limit, columns, device=device)
+    merged = poison(torch.empty(experts, ranks * limit + 40, columns, device=device))
+    moved = both((padded, merged, offsets, counts, 0, True, None, None, None, None), written=(1,))[0]
+    assert_bit_equal(moved[:, : ranks * limit], padded.transpose(0, 1).flatten(1, 2))
+    assert moved[:, ranks * limit :].isnan().all()
+    more = poison(torch.empty(ranks * experts + 1, limit, columns, device=device))
+    kernel(more[:-1].view_as(padded), moved, offsets, counts, 0, False, None, None, None, None)
+    assert_bit_equal(more[:-1].view_as(padded), padded)
+    assert more[-1].isnan().all()
+
+
 def test_the_stride_of_a_single_local_expert_does_not_matter(device):
     """Torch versions differ in the stride that they give a dimension of one element."""
     counts = torch.tensor([[2], [2]], dtype=torch.int32, device=device)

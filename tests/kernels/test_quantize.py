@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from far_memory import far_along
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_scales, empty_transposed_scales
 from moequant.formats import FORMATS, RECIPES
@@ -240,6 +241,23 @@ def test_packed_exponents_are_those_of_the_scales(columns, group_size, device):
     assert_bit_equal(packed[0], reference.pack_exponents(scales.contiguous())[0])
     assert_bit_equal(packed[1, :7], reference.pack_exponents(scales.contiguous())[1, :7])
     assert (packed[1, 7:] == 7).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("name", ["x", "values", "scales"])
+def test_tensors_of_any_strides_past_2_to_the_31_match_the_reference(name, dim, device):
+    # the last column is the first of a tile
+    tensors = {
+        "x": torch.randn(3, 3, 513, device=device),
+        "values": torch.zeros(3, 3, 513, dtype=torch.int8, device=device),
+        "scales": torch.zeros(3, 3, 5, device=device),
+    }
+    expected = reference.quantize_expert_batch(tensors["x"], dtype=torch.int8)
+    tensors[name] = far_along(dim, tensors[name])
+    x, values, scales = tensors.values()
+    quantize_expert_batch(x, None, values, scales, group_size=128, **ops.quantize_settings(values, "default", None))
+    assert_bit_equal(values.contiguous(), expected.values)
+    assert_bit_equal(scales.contiguous(), expected.scales.contiguous())
 
 
 @pytest.mark.gpu

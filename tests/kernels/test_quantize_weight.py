@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from far_memory import far_along
 from moequant import ops, reference
 from moequant.batch import ceil_div
 from moequant.formats import FORMATS, RECIPES
@@ -51,6 +52,11 @@ def test_a_segment_ends_its_blocks(segments, device):
 @pytest.mark.parametrize("order", [(0, 2, 1), (1, 0, 2), (2, 1, 0)], ids=str)
 def test_strided_weights_match_the_reference(order, device):
     assert_same(torch.randn(4, 140, 30, device=device).permute(order)[:, :, 1::2], torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_weights_of_any_strides_past_2_to_the_31_match_the_reference(dim, device):
+    assert_same(far_along(dim, torch.randn(3, 3, 3, device=device)), torch.float8_e4m3fn, block_size=32)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

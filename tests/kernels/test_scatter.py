@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from far_memory import far, far_along
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.formats import FORMATS
@@ -113,6 +114,27 @@ def test_strided_tokens_and_int64_ids_match(device):
     x = torch.randn(18, 400, dtype=torch.bfloat16).to(device)[:, 10:266]
     ids, slots = routed(18, 2, 3, device)
     assert_same(x, ids.long(), slots, 3, 18, torch.float8_e4m3fn, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_tokens_rows_and_scales_past_2_to_the_31_elements(dtype, device):
+    from moequant.kernels.scatter import scatter
+
+    experts, limit, columns = 3, 2**23, 128
+    x = torch.randn(3, columns, device=device).bfloat16()
+    values = far((experts, limit, columns), (limit * columns, columns, 1), dtype, device)
+    scales = far((experts, limit, 1), (2**30, 1, 2**30), torch.float32, device) if dtype == torch.int8 else None
+    ids = torch.tensor([[2], [-1], [2]], dtype=torch.int32, device=device)
+    slots = torch.tensor([[0], [-1], [limit - 1]], dtype=torch.int32, device=device)
+    settings = {} if scales is None else ops.quantize_settings(values, "default", None)
+    scatter(far_along(0, x), ids, slots, values, scales, None, None, None, None, 0, None, None, **settings)
+    written = values[2, [0, limit - 1]]
+    if scales is None:
+        assert_bit_equal(written, x[::2])
+        return
+    expected_values, expected_scales = reference.quantize_groups(x[::2], 128, dtype, "default", None)
+    assert_bit_equal(written, expected_values)
+    assert_bit_equal(scales[2, [0, limit - 1]], expected_scales)
 
 
 @pytest.mark.gpu

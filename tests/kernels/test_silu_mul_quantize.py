@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from far_memory import far
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.formats import FORMATS
@@ -59,12 +60,23 @@ def test_bad_numbers_come_out_as_nan_scales(device):
     assert not values.view(torch.int8)[0, :3].any()
 
 
-def test_strided_input_gives_the_same_bits_as_its_copy(device):
-    base = torch.randn(2, 9, 600, dtype=torch.bfloat16).to(device)
-    x = base[:, 1:, 40:552]
+@pytest.mark.parametrize(
+    "strided",
+    [lambda x: x[:, 1:, 40:552], lambda x: x[:, :, :512:2], lambda x: x[:, :, :20].transpose(1, 2)],
+    ids=["slice", "every second column", "columns first"],
+)
+def test_strided_input_gives_the_same_bits_as_its_copy(strided, device):
+    x = strided(torch.randn(2, 10, 600, dtype=torch.bfloat16).to(device))
     strided, copied = run(x, None, torch.float8_e4m3fn, True), run(x.contiguous(), None, torch.float8_e4m3fn, True)
     assert_bit_equal(strided[0], copied[0])
     assert_bit_equal(strided[1], copied[1])
+
+
+def test_a_gated_half_past_2_to_the_31_elements_is_found(device):
+    x = torch.randn(2, 3, 4, device=device).bfloat16()
+    apart = far((2, 3, 4), (3, 1, 2**30), x.dtype, device).copy_(x)
+    for got, expected in zip(*(run(y, None, torch.float8_e4m3fn, True) for y in (apart, x)), strict=True):
+        assert_bit_equal(got, expected)
 
 
 def test_without_quantization_the_product_is_rounded_once(device):
