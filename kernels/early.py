@@ -1,31 +1,31 @@
 """Launches that begin early (programmatic dependent launch, from Hopper on): while the launch before them on their stream runs, they are
 put on multiprocessors, do what does not depend on it, and wait for its end, in hardware.
 
-A launch can begin once each program of the one before has let it (`let_next_begin`) or has ended. Behind a kernel that ends by itself that
-is never wrong. Behind one that waits for other ranks, what has begun keeps its place until they come, and whatever they wait for in turn
-has to fit beside it. So behind one wait stands one launch, and it is small. What may begin early, and lets the next begin:
+A launch can begin once every program of the one before has let it (`let_next_begin`) or has ended. Behind a kernel that ends by itself
+any launch may. Behind one that waits for other ranks, what has begun keeps its place until they come, and whatever they wait for in turn
+has to fit beside it. So behind one wait stands one launch, and it is small:
 
-    launch             waits for                                           lets the next begin
-    route              nothing; does not begin early                       at once
-    exchange_counts    `route`; then all ranks' counts                     at once
-    push_tokens        `exchange_counts`; its last program then for rows   after the first, so that nothing stands behind both
-    signal_and_wait    all ranks' flags; does not begin early              at once
-    land_rows          either of these two                                 no
-    combine            `signal_and_wait`                                   no
+    launch             begins early behind     waits for                              lets the next begin
+    route              nothing                 nothing                                at once
+    exchange_counts    route                   route; all ranks' counts               at once
+    push_tokens        exchange_counts         exchange_counts; all ranks' rows       after the first, not behind both
+    signal_and_wait    nothing                 all ranks' flags                       at once
+    land_rows          either of these two     the launch before                      never
+    combine            signal_and_wait         the launch before                      never
 
-Behind the counts stands at most `push_tokens`, behind the rows `land_rows`, behind the outputs `combine`: one launch, within the bounds
-of `may_begin_early`, and the one program that spins.
+One program waits for ranks, in push_tokens the last one, when all others have nothing left to do but to end. Behind the counts stands
+push_tokens, behind the rows land_rows, behind the outputs combine, each within the bounds of `may_begin_early`.
 
-Why two dispatches on two streams of a device, of one dispatcher or of two, can't deadlock, whatever the ranks' order. What a wait waits
-for, every rank stores before its own wait of the same step. So it is enough that on every rank each stream comes to its next wait while the
-other stands at one. The one that stands has at most multiprocessors - SPARE programs and the one that spins. That leaves SPARE - 1
-multiprocessors empty wherever the hardware put them, since a program lies on one; what lies on those ends by itself. Any launch whose
-programs fit on an empty multiprocessor one by one ends there sooner or later, products that take a whole one included. (Not a launch that
-needs several empty ones at the same time: a cluster, or programs that wait for each other. Such ones need an event between the streams.)
+Why two dispatches on two streams of a device, of one dispatcher or of two, can't deadlock, whatever order their launches begin in on
+which rank. What a wait waits for, every rank stores before its own wait of the same step. So all waits end if on every rank each stream
+comes to its next wait while the other stands at one. The one that stands holds programs on at most multiprocessors - SPARE + 1 of them,
+wherever the hardware put them. On the others nothing waits, so they empty again and again, and any launch whose programs each fit on an
+empty one ends some time, products that take a whole one included. (Not a launch of which several need an empty one at the same time, a
+cluster or programs that meet: it needs an event between the streams.)
 
-With three dispatches in flight, two wait while the third has to go on. Each holds at most 5/16 of all registers, which leaves 6/16 free
-on average, so at least as many on some multiprocessor: ROOM, which a program of any kernel of a dispatch fits in. The compiler is told the
-registers that the launch counts on (`launch_option`). A product in front of the third may still find no multiprocessor of its own.
+With three dispatches in flight, two stand while the third has to go on. Each holds at most 5/16 of all registers, which leaves 6/16 on
+average and so on some multiprocessor: ROOM, in which a program of any kernel of a dispatch fits. The compiler is told the registers that
+a launch counts on (`launch_option`). A product before the third may find no multiprocessor for itself: three need events, too, there.
 """
 
 from __future__ import annotations

@@ -123,15 +123,14 @@ def land_rows(
     first_expert, end = part or (0, local_experts)
     experts = end - first_expert
     groups = triton.cdiv(columns, 128)
-    block = 8
-    # few programs of large tiles, if the launch may begin early and has few rows
-    block_g, warps = min(32 // values.element_size(), triton.next_power_of_2(groups)), 8
+    # few programs with whole rows, if the launch may begin early and has few rows
+    block, block_g, warps = 4, min(64 // values.element_size(), triton.next_power_of_2(groups)), 8
     columns_of_tiles = experts * triton.cdiv(groups, block_g)
     programs = min(columns_of_tiles * triton.cdiv(capacity, block), most_programs(values.device))
     few = columns_of_tiles * triton.cdiv(expected_rows, block) <= TURNS * programs
     early = few and may_begin_early(values.device, programs, warps, REGISTERS)
     if not early:
-        block_g, warps = min(8, triton.next_power_of_2(groups)), 4
+        block, block_g, warps = 8, min(8, triton.next_power_of_2(groups)), 4
         worst = experts * triton.cdiv(groups, block_g) * triton.cdiv(capacity, block)
         programs = min(worst, 8 * num_sms(values.device))
     land_rows_kernel[(programs,)](

@@ -8,6 +8,13 @@ from moequant.config import DispatcherConfig
 from moequant.transport.base import Slot, Transport
 
 
+def token_counts(most: int) -> list[int]:
+    """Numbers of tokens, at least one of them for each way in which kernels are launched for 1 to most tokens: each is half as many
+    again as the one before, or less."""
+    counts = {factor * 2**power for power in range(most.bit_length()) for factor in (1, 3)}
+    return [*sorted(count for count in counts if count < most), most]
+
+
 def warm_up(transport: Transport, config: DispatcherConfig, slot: Slot, device: torch.device) -> None:
     """For any number of tokens and both types of ids, with bfloat16 tokens that go nowhere. Collective; waits for the device."""
     most = config.max_tokens_per_rank
@@ -17,7 +24,7 @@ def warm_up(transport: Transport, config: DispatcherConfig, slot: Slot, device: 
     nothing = torch.zeros(1, dtype=torch.bfloat16, device=device)
     output = nothing.expand(config.num_local_experts, config.max_rows, config.hidden_size)
     # how a kernel is launched depends on whether tokens are few or many
-    sizes = [2**power for power in range(most.bit_length()) if 2**power < most] + [most]
+    sizes = token_counts(most)
     for dtype in (torch.int32, torch.int64):
         ids = torch.full(weights.shape, -1, dtype=dtype, device=device)
         for tokens in sizes:

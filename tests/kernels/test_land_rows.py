@@ -116,6 +116,19 @@ def test_rows_land(shape, dtype, pushed, device):
     Landing(shape, dtype, device, pushed).check()
 
 
+@pytest.mark.parametrize("dtype", [FP8, torch.bfloat16], ids=str)
+def test_rows_land_in_the_tiles_of_a_launch_that_begins_early(dtype, device, monkeypatch):
+    """Which no CPU has: it takes the tiles alone, without waiting for a launch before. H of more than a tile's 64 groups, too."""
+    from moequant.kernels import land_rows as module
+
+    if device == "cpu":
+        monkeypatch.setattr(module, "may_begin_early", lambda *launch: True)
+        monkeypatch.setattr(module, "launch_option", lambda *option: {})
+        monkeypatch.setattr(module, "await_previous", lambda early: None)
+    for shape in [*SHAPES[:3], (2, 9, 8300, [9, 2])]:
+        Landing(shape, dtype, device).check()
+
+
 def test_rows_of_some_experts_land_alone(device):
     landing = Landing((5, 20, 300, [3, 0, 17, 20, 1]), FP8, device)
     for part in ((1, 3), (0, 1), (3, 5)):
