@@ -83,10 +83,14 @@ def exchange_counts_kernel(
     theirs = theirs.to(tl.pointer_type(tl.int64))
     # all stores, and later all loads, are in flight at once
     store_word(theirs[:, None] + expert[None, :], tl.broadcast_to(mine[None, :], (LANES, EXPERTS)), everyone)
-    store_word(theirs + experts, tl.zeros((LANES,), tl.int64) + (upper | (number.to(tl.int64) & 0xFFFFFFFF)), present)
-    store_word(theirs + experts + 1, tl.zeros((LANES,), tl.int64) + (upper | call), present)
+    place = tl.arange(0, 2)
+    said = upper | tl.where(place == 0, number.to(tl.int64) & 0xFFFFFFFF, call)
+    store_word(
+        theirs[:, None] + experts + place[None, :], tl.broadcast_to(said[None, :], (LANES, 2)), (present[:, None] & (place >= 0))
+    )
 
     words = peer_block(peers_ptr, rank, words_offset, tl.int64) + peer * width
+    calls = words[:, None] + experts + place[None, :]
     abort_ptr = peer_block(peers_ptr, rank, abort_offset, tl.int32)
     started = globaltimer()
     # of the first rank that is late: its distance from the last; from EXPIRED on, the time is over
@@ -99,10 +103,10 @@ def exchange_counts_kernel(
             fault = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="sys")
         turn += 1
         late = behind(tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True), epoch)
-        numbers_late = behind(tl.load((words + experts)[:, None], mask=present[:, None], other=0, volatile=True), epoch)
-        calls_late = behind(tl.load((words + experts + 1)[:, None], mask=present[:, None], other=0, volatile=True), epoch)
-        late = tl.where(everyone, late, 0) | tl.where(present[:, None], numbers_late | calls_late, 0)
-        missing = tl.max(tl.max(tl.where(late > 0, ranks - peer[:, None], 0), axis=1), axis=0)
+        missing = tl.max(tl.max(tl.where(everyone & (late > 0), ranks - peer[:, None], 0), axis=1), axis=0)
+        late = behind(tl.load(calls, mask=present[:, None], other=0, volatile=True), epoch)
+        late = tl.max(tl.max(tl.where(present[:, None] & (late > 0), ranks - peer[:, None], 0), axis=1), axis=0)
+        missing = tl.maximum(missing, late)
         over = (globaltimer() - started) >> 20 >= limit
         state = agreed(missing + tl.where(over & (missing > 0), EXPIRED, 0))
     missing = ranks - state % EXPIRED
@@ -113,9 +117,9 @@ def exchange_counts_kernel(
 
     # read anew, behind the barrier: several threads may hold one word, and what a wait looks at is one thread's view of it
     counts = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True).to(tl.int32)
-    numbers = tl.load(words + experts, mask=present, other=0, volatile=True).to(tl.int32)
-    calls = tl.load(words + experts + 1, mask=present, other=0, volatile=True).to(tl.int32)
-    strangers = tl.sum((present & ((numbers != number) | unlike(call, calls))).to(tl.int32), axis=0)
+    theirs = tl.load(calls, mask=present[:, None], other=0, volatile=True).to(tl.int32)
+    other = tl.where(place[None, :] == 0, theirs != number, unlike(call, theirs))
+    strangers = tl.sum(tl.max((present[:, None] & other).to(tl.int32), axis=1), axis=0)
     # whatever came, the sums stay in int32 and in order
     counts = tl.where(everyone, tl.minimum(tl.maximum(counts, 0), 1 << 24), 0)
     before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)

@@ -100,8 +100,8 @@ def wait_for_peers(
     PHASE: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT, and how many ranks' outputs come in another way than
-    this rank's; of one that is an epoch ahead that can't be seen any more.
+    """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT, and how many ranks' outputs come in another way
+    than this rank's; of one that is an epoch ahead that can't be seen any more.
 
     Ends as well when a fault is known, or after `limit` units of 2**20 ns: then the first rank that is missing is the culprit, and every
     rank is told. A fault stays, so that later waits end at once.
