@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable
 
@@ -11,14 +10,10 @@ import torch.distributed as dist
 
 from moequant.config import DispatcherConfig
 from moequant.errors import ConfigMismatchError
+from moequant.rendezvous import exchange
 
 # how many dispatchers were built on a group
-_BUILT: weakref.WeakKeyDictionary[dist.ProcessGroup, itertools.count[int]] = weakref.WeakKeyDictionary()
-
-
-def ordinal(group: dist.ProcessGroup | None) -> int:
-    """A number for one more dispatcher of a group, the same on all ranks, since they all build it; 0 without a group."""
-    return 0 if group is None else next(_BUILT.setdefault(group, itertools.count()))
+_BUILT: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 def membership(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | None, int, int]:
@@ -28,6 +23,8 @@ def membership(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | Non
             raise ValueError("a group was given, but torch.distributed is not initialised; call init_process_group first")
         return None, 0, 1
     group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup) and group != dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"group must be a process group of torch.distributed, or None for the default one, got {group!r}")
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise ValueError("this process is not a member of the group; only members may build a dispatcher on it")
     return group, dist.get_rank(group), dist.get_world_size(group)
@@ -35,15 +32,20 @@ def membership(group: dist.ProcessGroup | None) -> tuple[dist.ProcessGroup | Non
 
 def choose_device(group: dist.ProcessGroup | None, device: torch.device | str | None) -> torch.device:
     """The device asked for; by default the current GPU, or the CPU without one or with a group that has no NCCL."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
-        on_gpu = torch.cuda.is_available() and (group is None or "nccl" in str(dist.get_backend_config(group)))
-        device = "cuda" if on_gpu else "cpu"
-    device = torch.device(device)
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f'device must be a "cuda" device or "cpu", got {str(device)!r}')
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
+        device = "cuda" if gpus and (group is None or "nccl" in str(dist.get_backend_config(group))) else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        chosen = None
+    if chosen is None or chosen.type not in ("cuda", "cpu"):
+        raise ValueError(f'device must be a "cuda" device or "cpu", got {device!r}')
+    if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
+        raise ValueError(f"device is {str(chosen)!r}, and torch sees {gpus} GPUs")
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    return chosen
 
 
 def attempt(settings: Callable[[], DispatcherConfig], alone: bool) -> DispatcherConfig | str:
@@ -56,20 +58,32 @@ def attempt(settings: Callable[[], DispatcherConfig], alone: bool) -> Dispatcher
         return str(error)
 
 
-def agree(mine: DispatcherConfig | str, group: dist.ProcessGroup | None, rank: int, world_size: int) -> DispatcherConfig:
-    """This rank's settings, after all ranks have shown each other theirs. A rank whose settings are wrong tells the others, which would
-    otherwise wait for it."""
-    if world_size > 1:
-        everyone: list[DispatcherConfig | str] = [""] * world_size
-        dist.all_gather_object(everyone, mine, group=group)
-        for other, theirs in enumerate(everyone):
-            if isinstance(mine, str):
-                raise ValueError(mine)
-            if isinstance(theirs, str):
-                raise ConfigMismatchError(f"rank {other} of the group has wrong settings: {theirs}")
-            if mine != theirs:
-                raise ConfigMismatchError(
-                    f"ranks {rank} and {other} of the group disagree on {mine.difference(theirs)}; give all ranks the same settings"
-                )
-    assert isinstance(mine, DispatcherConfig)
-    return mine
+def agree(
+    mine: DispatcherConfig | str, device: torch.device, group: dist.ProcessGroup | None, rank: int, world_size: int
+) -> tuple[DispatcherConfig, int]:
+    """This rank's settings, and a number for one more dispatcher of the group, after all ranks have shown each other theirs. A rank whose
+    settings are wrong tells the others, which would otherwise wait for it, and does not wait itself.
+
+    Raises PeerTimeoutError if a rank does not come within the time limit that the settings have, and names it.
+    """
+    if group is None or world_size == 1:
+        assert isinstance(mine, DispatcherConfig)
+        return mine, 0
+    wrong = isinstance(mine, str)
+    built = _BUILT.get(group, 0)
+    place = "the dispatcher's constructor"
+    everyone = exchange(group, (mine, device.type, built), 0.0 if wrong else mine.timeout, place, wait=not wrong)
+    if wrong:
+        raise ValueError(mine)
+    for other, (theirs, kind, _) in enumerate(everyone):
+        if isinstance(theirs, str):
+            raise ConfigMismatchError(f"rank {other} of the group has wrong settings: {theirs}")
+        difference = mine.difference(theirs) or (f"device: {device.type!r} and {kind!r}" if kind != device.type else "")
+        if difference:
+            raise ConfigMismatchError(
+                f"ranks {rank} and {other} of the group disagree on {difference}; give all ranks the same settings"
+            )
+    # equal on all ranks, also behind constructors that not all of them came to
+    number = max(count for _, _, count in everyone)
+    _BUILT[group] = number + 1
+    return mine, number

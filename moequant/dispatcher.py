@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moequant.agreement import agree, attempt, choose_device, membership, ordinal
+from moequant.agreement import agree, attempt, choose_device, membership
 from moequant.batch import DispatchHandle, ExpertBatch
 from moequant.calls import LAYERS, Call
 from moequant.checks import check_expert_output, check_format, check_out, check_tokens, with_rows
@@ -56,7 +56,8 @@ class MoEQuantDispatcher(Lifecycle):
     slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
     overlap: calls of the dispatcher itself hide communication under the experts' products where they can; see `__call__`.
     num_sms: multiprocessors that are left to communication meanwhile.
-    timeout: seconds that a wait for other ranks may last. On GPUs "collective" has the process group's own limit instead.
+    timeout: seconds that a wait for other ranks may last, the constructor's too. On GPUs dispatch and combine of "collective" have the
+        process group's own limit instead.
     device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
     The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes, and
@@ -68,7 +69,7 @@ class MoEQuantDispatcher(Lifecycle):
     raises if it is known by then. Threads take turns, a call each. A dispatcher can't be copied. It is a context manager; leaving it
     calls `check()` and `close()`.
 
-    Raises ValueError for wrong settings, ConfigMismatchError where ranks disagree.
+    Raises ValueError for wrong settings, ConfigMismatchError where ranks disagree, PeerTimeoutError where one does not come.
     """
 
     def __init__(
@@ -122,10 +123,10 @@ class MoEQuantDispatcher(Lifecycle):
             )
 
         mine = attempt(settings, alone=world_size == 1)
-        self._ordinal = ordinal(group)
+        agreed, self._ordinal = agree(mine, self.device, group, rank, world_size)
         # tensors that are kept are no inference tensors: they are written in any mode
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1), torch.inference_mode(False), torch.no_grad():
-            self.config = resolve(agree(mine, group, rank, world_size), group, self.device)
+            self.config = resolve(agreed, group, self.device)
             super().__init__(self.device)
             self._transport = make_transport(self.config, rank, self.device, self._status, group)
             self._slots = [self._transport.allocate(number) for number in range(slots)]

@@ -41,7 +41,7 @@ class OutOfStepError(RuntimeError):
 class PeerTimeoutError(RuntimeError):
     """A rank did not answer within the dispatcher's time limit, or was lost.
 
-    rank: which one, as its rank in the group; None where it is not known.
+    rank: which one, as its rank in the group, the first if there are several; None where it is not known, or where none is missing.
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:

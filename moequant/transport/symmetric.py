@@ -28,6 +28,7 @@ from moequant.config import DispatcherConfig, round_up
 from moequant.errors import PeerTimeoutError
 from moequant.ops import quantize_settings
 from moequant.peer_memory import PeerMemory, host_words
+from moequant.rendezvous import exchange
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
 from moequant.transport.guards import Guards, offsets_of
 
@@ -67,14 +68,14 @@ class SymmetricTransport(Transport):
         self.offsets, self.slot_bytes = offsets_of(specs)
         # behind the slots: the abort word
         self.abort_offset = config.slots * self.slot_bytes
-        self.memory = PeerMemory(group, self.abort_offset + 256, device)
+        self.memory = PeerMemory(group, self.abort_offset + 256, device, config.timeout)
         self.guards = Guards(self.memory.local, specs, config.slots)
         self.no_fault: int = NO_FAULT.value
         self.memory.local[self.abort_offset :][:4].view(torch.int32).fill_(self.no_fault)
         self.record = host_words(1, torch.int32, device).fill_(self.no_fault)
         self.limit = self._units(WARM_UP_SECONDS)
         # no rank may signal before every abort word and flag is set
-        self._barrier()
+        self._barrier(config.timeout)
 
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
@@ -127,7 +128,7 @@ class SymmetricTransport(Transport):
         fault = self.fault()
         if fault is not None:
             raise fault
-        self._barrier()
+        self._barrier(WARM_UP_SECONDS)
 
     def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
         self._exchange(topk_ids, slot)
@@ -380,10 +381,10 @@ class SymmetricTransport(Transport):
     def _flags(self, slot: Slot, phase: int) -> int:
         return self._offset(slot, "flags") + 4 * self.config.world_size * (phase - 1)
 
-    def _barrier(self) -> None:
+    def _barrier(self, seconds: float) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        dist.barrier(self.group)
+        exchange(self.group, None, seconds, "the end of the dispatcher's constructor")
 
     @staticmethod
     def _units(seconds: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.errors import PeerTimeoutError
+from moequant.rendezvous import ADVICE, StoreError, named, roll_call
+
+# what errors of gloo say: those of the connection, and of a wait that took too long
+SIGNS = ("gloo/transport", "timed out")
 
 
 class Wire:
@@ -21,14 +25,22 @@ class Wire:
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: float, waits: bool) -> None:
+        from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
+
         self.group = group
         self.timeout = timeout
         self.waits = waits
+        # the operations themselves have the limit, not the wait for them alone: what is under way can't be called off, and neither the
+        # group nor the process would end before it
+        self.gather, self.exchange = AllgatherOptions(), AllToAllOptions()
+        for options in (self.gather, self.exchange):
+            options.asyncOp = True
+            options.timeout = timedelta(seconds=timeout)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         """out (W, ...) from each rank's x (...)."""
         if self.waits:
-            self._wait("all_gather", lambda: dist.all_gather(list(out), x, group=self.group, async_op=True))
+            self._wait("all_gather", self.group.allgather([list(out)], [x], self.gather))
         else:
             dist.all_gather_into_tensor(out, x, group=self.group)
 
@@ -36,18 +48,46 @@ class Wire:
         """Splits along the first dimension, equal ones by default."""
         out, x = out.view(torch.uint8), x.view(torch.uint8)
         if self.waits:
-            self._wait(
-                "all_to_all",
-                lambda: dist.all_to_all_single(out, x, out_splits, in_splits, group=self.group, async_op=True),
-            )
+            self._wait("all_to_all", self.group.alltoall_base(out, x, out_splits or [], in_splits or [], self.exchange))
         else:
             dist.all_to_all_single(out, x, out_splits, in_splits, group=self.group)
 
-    def _wait(self, name: str, start: Callable[[], Any]) -> None:
+    def _wait(self, name: str, work: Any) -> None:
+        start = time.monotonic()
         try:
-            start().wait(timedelta(seconds=self.timeout))
+            work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
-            raise PeerTimeoutError(
-                f"{name} did not complete within {self.timeout:g} s: a rank of the group is lost or late ({error}); "
-                "close this dispatcher and build one on a new group of the ranks that are left"
-            ) from error
+            text = str(error)
+            if not any(sign in text or sign in text.lower() for sign in SIGNS):
+                raise
+            took = time.monotonic() - start
+            if "timed out" in text.lower():
+                happened = f"{name} had no answer for {took:.3g} s"
+            else:
+                happened = f"{name}: the connection broke after {took:.3g} s"
+            raise self._fault(happened) from error
+
+    def _fault(self, happened: str) -> PeerTimeoutError:
+        """What happened, and who is lost by it, as far as the ranks that are left can say together."""
+        rank, ranks = self.group.rank(), self.group.size()
+        try:
+            # a rank that is well comes to its next call within the limit, and notices there within the limit
+            lost = roll_call(self.group, 2 * self.timeout)
+        except StoreError as error:
+            # of two ranks it is the other one all the same
+            if ranks > 2:
+                return PeerTimeoutError(f"{happened}: a rank of the group is lost, and which can't be said: {error}; {ADVICE}")
+            lost = [1 - rank]
+        if not lost:
+            return PeerTimeoutError(
+                f"{happened}, and all ranks of the group are still there: one was late, or at another call; raise timeout if it was only "
+                "slow, and build a dispatcher on a new group"
+            )
+        if rank in lost:
+            return PeerTimeoutError(
+                f"{happened}: this rank, {rank} of the group, was late, and the others went on without it; raise timeout if it was only "
+                "slow, and build a dispatcher on a new group",
+                rank,
+            )
+        verb = "is" if len(lost) == 1 else "are"
+        return PeerTimeoutError(f"{happened}: {named(lost)} of the group {verb} lost or late; {ADVICE}", lost[0])
