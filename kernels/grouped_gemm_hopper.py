@@ -52,8 +52,8 @@ def prefetch_addresses(destinations, row, rows_left):
 
 @gluon.jit
 def store_rows(chunk_s, pointer, destinations, row, rows_left, column, N: gl.constexpr, TILE: gl.constexpr):
-    """Writes the first rows_left rows of a chunk in shared memory, to their places below pointer or each to its own address. TILE: columns
-    of the chunk's tile."""
+    """Writes the first rows_left rows of a chunk in shared memory, to their places below pointer or each to its own address. TILE:
+    columns of the chunk's tile."""
     ROWS: gl.constexpr = chunk_s.shape[0]
     COLUMNS: gl.constexpr = chunk_s.shape[1]
     WIDTH: gl.constexpr = 128 // chunk_s.dtype.primitive_bitwidth

@@ -1,8 +1,8 @@
 """Names for the Hopper kernels' source on a CPU: `gluon_on_cpu.py` runs it with them.
 
 Tensors are torch's, partitions are threads, mbarriers count as the hardware's do, TMA copies blocks and cuts them off at a matrix's
-edges. Layouts mean nothing. Every address is looked up among the tensors that the kernel was given: one outside is an error, and `Memory.stored`
-keeps what was written, element by element.
+edges. Layouts mean nothing. Every address is looked up among the tensors that the kernel was given: one outside is an error, and
+`Memory.stored` keeps what was written, element by element.
 """
 
 from __future__ import annotations
