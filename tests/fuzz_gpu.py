@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -92,17 +93,17 @@ class Log:
 
 def draw_family(block: int, place: Any) -> Any:
     import torch
-    from fuzz_layers import Layers, PeersOnOneGPU
 
     from fuzz_operations import operations
 
+    layers = importlib.import_module("fuzz_layers")
     rng = random.Random(f"block {block}")
     torch.manual_seed(block)
-    families = [Layers]
+    families = [layers.Layers]
     if place.ranks == 1:
         families += operations(place)
         if place.device != "cpu":
-            families += [PeersOnOneGPU] * 2
+            families += [layers.PeersOnOneGPU] * 2
     return rng.choice(families)(rng, place)
 
 
