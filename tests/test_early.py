@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-import compile_cases as calls
+import compile_peers as calls
 from compile_case import BF16, E4M3
 from moequant.batch import ceil_div
 from moequant.kernels import combine, early, land_rows, push_tokens
