@@ -16,8 +16,8 @@ In halves of the tokens, one in each slot:
 The products on the side leave `num_sms` multiprocessors alone, for the exchange: their programs take one whole each, and stay until the
 last tile. Their stream has the higher priority, so that they begin at once; the other stream's products start where these end.
 
-Why two streams can't deadlock. All ranks queue the same steps; what waits for other ranks are single programs, with a time limit, and
-kernels that begin early behind a wait leave products few multiprocessors (`kernels/early.py`). So the steps have an order in which each
+Why two streams can't deadlock. All ranks queue the same steps; what waits for other ranks are single programs, with a time limit, but
+kernels that begin early behind a wait can hold multiprocessors that products need whole. So the steps have an order in which each
 depends on earlier ones alone, and can be held up until other ranks come by earlier ones alone (later ones only delay it, as products
 end): dispatch of the first, of the others, products of the first, of the others, combine; or dispatch 0, dispatch 1, products 0,
 combine 0, products 1, combine 1, where events hold combine 0 back until dispatch 1 is done, and combine 1 until products 0 are. Of the
