@@ -73,7 +73,7 @@ def may_begin_early(device: torch.device, programs: int, warps: int, registers: 
 def launch_option(early: bool, registers: int | None = None) -> dict[str, Any]:
     """What a launch that may begin early needs besides. Not every kind of GPU knows the options.
 
-    registers: of a thread, as `may_begin_early` was told. None: behind a kernel that ends by itself, whatever the compiler takes.
+    registers: of a thread at most, as `may_begin_early` was told. None: whatever the compiler takes.
     """
     if not early:
         return {}

@@ -187,5 +187,6 @@ def exchange_counts(
         LANES=triton.next_power_of_2(ranks),
         EARLY=early,
         num_warps=8,
-        **launch_option(early),
+        # 8 warps of so many fit in `early.ROOM`
+        **launch_option(early, 96),
     )

@@ -8,16 +8,13 @@ H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a G
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from compile_case import BF16, E4M3, E5M2, FNUZ, INT8, cases, counted, each_format, empty, quantized
+from compile_peers import combine_shared, land_rows, peer_arguments, push_tokens
 from moequant import ops
 from moequant.batch import ceil_div, empty_scales
 from moequant.kernels import exchange_counts as exchange_counts_module
-from moequant.kernels import land_rows as land_rows_module
-from moequant.kernels import push_tokens as push_tokens_module
 from moequant.kernels import signal_and_wait as signal_and_wait_module
 
 
@@ -186,21 +183,6 @@ def presum() -> None:
     ops.presum(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
 
 
-def peer_arguments(ranks: int = 8) -> dict[str, Any]:
-    """What every kernel of the symmetric transport is told of the others."""
-    integer = empty(1, dtype=torch.int32)
-    return {
-        "peers": empty(ranks, dtype=torch.int64),
-        "epoch": integer,
-        "fault": integer,
-        "record": integer,
-        "flags_offset": 4096,
-        "abort_offset": 8192,
-        "rank": ranks // 2,
-        "limit": 1000,
-    }
-
-
 def exchange_counts(experts: int = 256, ranks: int = 8) -> None:
     counts, num_tokens = empty(experts, dtype=torch.int32), empty(experts // ranks, dtype=torch.int32)
     arguments = peer_arguments(ranks)
@@ -215,51 +197,6 @@ def exchange_counts(experts: int = 256, ranks: int = 8) -> None:
         capacity=1024,
         call=7,
         **arguments,
-    )
-
-
-def push_tokens(
-    dtype: torch.dtype,
-    tokens: int = 128,
-    per_rank: bool = False,
-    wave: int = 0,
-    columns: int = 7168,
-    top_k: int = 8,
-    experts: int = 256,
-    ranks: int = 8,
-) -> None:
-    entries = empty(tokens, top_k, dtype=torch.int32)
-    push_tokens_module.push_tokens(
-        empty(tokens, columns),
-        entries,
-        entries,
-        empty(tokens, top_k, dtype=torch.float32) if per_rank else None,
-        empty(experts, dtype=torch.int32),
-        entries,
-        entries if per_rank else None,
-        ticket=empty(1, dtype=torch.int32),
-        values_offset=256,
-        notes_offset=1024,
-        max_tokens=128,
-        local_experts=experts // ranks,
-        capacity=1024,
-        dtype=dtype,
-        wait=True,
-        wave=wave,
-        first_experts=8,
-        **peer_arguments(ranks),
-        **({} if dtype == BF16 else ops.quantize_settings(empty(1, dtype=dtype), "default", None)),
-    )
-
-
-def land_rows(dtype: torch.dtype, expected_rows: int = 128, columns: int = 7168, experts: int = 32, ranks: int = 8) -> None:
-    values, scales = quantized(experts, 1024, columns, dtype)
-    groups = 0 if scales is None else ceil_div(columns, 128)
-    notes = empty(experts, 1024, 4 * ceil_div(groups, 4) + 4, dtype=torch.int32)
-    sources, fault = empty(experts, 1024, dtype=torch.int64), empty(1, dtype=torch.int32)
-    peers = empty(ranks, dtype=torch.int64)
-    land_rows_module.land_rows(
-        values, notes, counted(values), scales, sources, sources, peers, fault, 1024, 1024, 2 * columns, expected_rows
     )
 
 
@@ -280,20 +217,6 @@ def push_partial_sums() -> None:
 
 def signal_and_wait() -> None:
     signal_and_wait_module.signal_and_wait(phase=2, status=empty(3, dtype=torch.int64), way=2, **peer_arguments())
-
-
-def combine_shared(
-    tokens: int = 128, columns: int = 7168, top_k: int = 8, ranks: int = 8, way: str = "pulled", dtype: torch.dtype = BF16
-) -> None:
-    """way: of the rows: "pulled", "pushed", or "summed", one of each rank."""
-    from moequant.kernels.combine import combine_shared as kernel
-
-    entries = ranks if way == "summed" else top_k
-    rows = empty(tokens, entries, dtype=torch.int32)
-    weights = None if way == "summed" else empty(tokens, entries, dtype=torch.float32)
-    peers = {"peers": empty(ranks, dtype=torch.int64), "peer_offset": 256, "rows_of_rank": 32768} if way == "pulled" else {}
-    out, fault = empty(tokens, columns, dtype=dtype), empty(1, dtype=torch.int32)
-    kernel(empty(1, columns), rows, weights, out, fault, in_order=way == "pushed", **peers)
 
 
 # What is compiled, by operation. A new kernel needs a function above that calls its operation, and an entry here.
