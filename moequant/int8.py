@@ -18,7 +18,7 @@ from moequant import (
     ops,  # noqa: F401  (registers torch.ops.moequant)
 )
 from moequant.batch import QuantizedTensor, ceil_div
-from moequant.checks import check_choice, check_contiguous, check_no_grad, check_tensor
+from moequant.checks import check_choice, check_contiguous, check_int, check_no_grad, check_tensor
 from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
 from moequant.group_quant import dequantize, quantize_blocks
@@ -149,8 +149,7 @@ def _check_float(name: str, x: Tensor, dims: int) -> None:
 
 
 def _check_block_size(block_size: int) -> None:
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    check_int("block_size", block_size, 1)
 
 
 def _check_scales(name: str, s: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -185,6 +184,10 @@ def _dequantize(x: Tensor, s: Tensor, layout: str, block_size: int, output_dtype
     check_tensor("x", x, dtypes=(torch.int8,))
     _check_block_size(block_size)
     check_choice("output_dtype", output_dtype, FLOAT_DTYPES)
+    if x.dim() < (1 if layout == "row" else 2):
+        raise ValueError(f"x must be {'(..., K_dim)' if layout == 'row' else '(..., N, K_dim)'}, got shape {tuple(x.shape)}")
+    blocks = tuple(ceil_div(extent, block_size) for extent in x.shape[-1 if layout == "row" else -2 :])
+    _check_scales("s", s, (*x.shape[: -len(blocks)], *blocks), x.device)
     rows = x.unsqueeze(0) if x.dim() == 1 else x
     scales = s.unsqueeze(0) if x.dim() == 1 else s
     q = QuantizedTensor(rows, scales.contiguous(), "row" if layout == "row" else "block", group_size=block_size)
