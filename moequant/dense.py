@@ -56,7 +56,9 @@ def _operand(
 ) -> QuantizedTensor:
     """An operand as a QuantizedTensor, checked. layouts: those that it may have."""
     if not isinstance(x, QuantizedTensor):
-        check_tensor(name, x, dims=2)
+        check_tensor(name, x, dims=2, dtypes=FLOAT8_DTYPES)
+        if layout is not None and (not isinstance(layout, str) or layout not in layouts):
+            raise LayoutError(f"scale_layout must be one of {', '.join(layouts)}, got {layout!r}")
         if scales is None:
             raise ValueError(f"{name} is a bare tensor: {name}_scales must be given")
         check_tensor(f"{name}_scales", scales, dims=2, device=x.device)
