@@ -28,9 +28,16 @@ def choose_device(group: dist.ProcessGroup | None, device: torch.device | str | 
     if device is None:
         on_gpu = torch.cuda.is_available() and (group is None or "nccl" in str(dist.get_backend_config(group)))
         device = "cuda" if on_gpu else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device must be a "cuda" device or "cpu", got {device!r}') from None
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f'device must be a "cuda" device or "cpu", got {str(device)!r}')
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
+        raise ValueError(
+            f"device must be one of this machine's, got {str(device)!r}, and torch finds {torch.cuda.device_count()} GPUs"
+        )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device

@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 
 from moequant.batch import DispatchHandle, ExpertBatch
+from moequant.checks import check_int
 from moequant.config import DispatcherConfig
-from moequant.experts import GroupedExperts
+from moequant.experts import GroupedExperts, can_push
 
 if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
@@ -115,8 +116,14 @@ def run_layer(
     side: torch.cuda.Stream | None,
 ) -> Tensor:
     """What a call of the dispatcher does. tokens: hidden states, ids, weights. side: the stream of the first products."""
+    # before anything is sent: the others would wait for what this rank can't do
+    if not callable(experts):
+        raise ValueError(f"experts must be callable with an ExpertBatch, as GroupedExperts are, got {type(experts).__name__}")
+    for name, value in (("chunks", chunks), ("first_experts", first_experts)):
+        if value is not None:
+            check_int(name, value)
     config = dispatcher.config
-    pushing = experts if isinstance(experts, GroupedExperts) and config.pushes else None
+    pushing = experts if isinstance(experts, GroupedExperts) and can_push(experts) and config.pushes else None
     plan = Plan(1 if chunks is None else chunks, first_experts or 0)
     check_plan(plan, config, pushing is not None, type(experts).__name__)
     if pushing is not None:
@@ -133,7 +140,7 @@ def run_layer(
     if pushing is not None:
         push(pushing, batch, handle)
         return dispatcher.combine_pushed(handle)
-    if isinstance(experts, GroupedExperts) and config.transport == "symmetric":
+    if isinstance(experts, GroupedExperts) and can_push(experts) and config.transport == "symmetric":
         return dispatcher.combine(experts(batch, out=dispatcher.output_buffer(slot)), handle)
     return dispatcher.combine(experts(batch), handle)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moequant.batch import ExpertBatch, ceil_div
+from moequant.batch import ExpertBatch, Owner, ceil_div
 from moequant.config import DispatcherConfig
 from moequant.errors import PeerTimeoutError
 
@@ -55,6 +55,8 @@ class Transport(ABC):
         self.rank = rank
         self.device = device
         self.status = status
+        # of this dispatcher's batches: experts keep workspaces for it
+        self.owner = Owner()
 
     @staticmethod
     @abstractmethod
@@ -106,7 +108,16 @@ class Transport(ABC):
     def allocate(self, number: int = 0) -> Slot:
         """A slot's buffers on the device, uninitialised."""
         specs = self.buffer_specs(self.config)
-        return Slot(number, {name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()})
+        try:
+            return Slot(
+                number, {name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()}
+            )
+        except RuntimeError as error:
+            size = sum(spec.nbytes for spec in specs.values()) / 2**30
+            raise RuntimeError(
+                f"{self.device} has no room for {size:.1f} GiB of buffers: {str(error).splitlines()[0]}; lower capacity or "
+                "max_tokens_per_rank (MoEQuantDispatcher.buffer_bytes says what settings need)"
+            ) from error
 
     def expert_batch(self, slot: Slot, tokens: int) -> ExpertBatch:
         """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
@@ -114,7 +125,9 @@ class Transport(ABC):
         mean = ceil_div(tokens * config.top_k * config.world_size, config.num_experts)
         scales = slot["scales"].transpose(1, 2) if config.quantized else None
         rows = min(max(mean, 1), config.max_rows)
-        return ExpertBatch(slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number)
+        return ExpertBatch(
+            slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number, self.owner
+        )
 
 
 def batch_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
