@@ -133,7 +133,7 @@ def run_product(bench: Bench, rows: int, columns: int, depth: int, all_configs: 
     # fp8 tensor cores add with about 14 bits
     if not fp8_error < 1e-3:
         raise AssertionError(f"fp8_gemm: relative error {fp8_error:.2e}, more than 1e-3")
-    calls = {"fp8_gemm": lambda: fp8_gemm(a8, b8, a_scale, b_scale)}
+    calls = {"fp8_gemm": lambda: fp8_gemm(a8, b8, a_scale, b_scale, torch.bfloat16)}
     if bench.device == "cuda":
         left, right = 1 / a_scale, 1 / b_scale
         calls["torch._scaled_mm"] = lambda: torch.ops.aten._scaled_mm(

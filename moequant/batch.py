@@ -12,9 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from moequant.checks import check_int, check_is, check_tensor
 from moequant.errors import LayoutError
+from moequant.formats import FORMAT_OF_DTYPE, recipe_of
 
 ScaleLayout = Literal["row", "transposed", "tma_aligned", "transposed_flat", "ue8m0_packed", "block"]
+NARROW_DTYPES = tuple(FORMAT_OF_DTYPE)
+LAYOUTS: tuple[str, ...] = get_args(ScaleLayout)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -51,7 +55,8 @@ class QuantizedTensor:
     """A tensor in a narrow type, with one float32 scale for each group: `dequantized = values * scales`.
 
     values: (..., rows, columns), float8 or int8.
-    scales: float32, but for "ue8m0_packed". A trailing partial group is a group of its own. How they lie is said by `layout`:
+    scales: on values' device, float32, but for "ue8m0_packed". A trailing partial group is a group of its own. `layout` says how they
+        lie:
         "row": (..., rows, ceil(columns / group_size)), contiguous.
         "transposed": (L, M, G) with element strides (M*G, 1, M), or strides (any, 1, any) for a slice of a larger buffer:
             the rows of one group side by side.
@@ -65,7 +70,8 @@ class QuantizedTensor:
     recipe: the arithmetic that made it (`moequant.quantization.RECIPES`).
     segments: "block" only: the rows are this many equal parts, blocked apart. w13 has 2: gate and up.
 
-    Raises LayoutError if the scales' shape or strides are not what `layout` says.
+    Raises LayoutError if the scales' shape or strides are not what `layout` says, ValueError for another wrong argument. Strides are
+    not asked of scales without elements.
     """
 
     values: Tensor
@@ -76,12 +82,23 @@ class QuantizedTensor:
     segments: int = 1
 
     def __post_init__(self) -> None:
+        check_tensor("values", self.values, dtypes=NARROW_DTYPES)
+        check_tensor("scales", self.scales, device=self.values.device)
+        if self.values.dim() < 2:
+            raise ValueError(f"values must be (..., rows, columns), got shape {tuple(self.values.shape)}; call .unsqueeze(0)")
+        recipe_of(self.recipe)
+        check_int("group_size", self.group_size, 1)
+        check_int("segments", self.segments)
+        if not isinstance(self.layout, str) or self.layout not in LAYOUTS:
+            raise LayoutError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         rows, columns = self.values.shape[-2:]
         groups = ceil_div(columns, self.group_size)
         if self.layout == "block":
-            if self.segments < 1 or rows % self.segments:
+            if not self.segments or rows % self.segments:
                 raise LayoutError(f"segments must divide the {rows} rows of values, got segments={self.segments}")
             rows = self.segments * ceil_div(rows // self.segments, self.group_size)
+        elif self.segments != 1:
+            raise LayoutError(f'segments are of layout "block" alone: leave them 1 for "{self.layout}", got {self.segments}')
         packed = self.layout == "ue8m0_packed"
         if packed:
             groups = ceil_div(groups, 4)
@@ -96,6 +113,8 @@ class QuantizedTensor:
         dtype = torch.int32 if packed else torch.float32
         if self.scales.dtype != dtype:
             raise LayoutError(f'layout "{self.layout}" needs scales of {dtype}, got {self.scales.dtype}')
+        if self.scales.numel() == 0:
+            return
         if self.layout in ("transposed", "tma_aligned", "ue8m0_packed"):
             if rows > 1 and self.scales.stride(-2) != 1:
                 raise LayoutError(
@@ -104,11 +123,8 @@ class QuantizedTensor:
                 )
             if self.layout != "transposed" and groups > 1 and self.scales.stride(-1) % 4:
                 raise LayoutError(f'layout "{self.layout}" needs groups a multiple of 4 apart, got strides {self.scales.stride()}')
-        elif self.layout in ("row", "transposed_flat", "block"):
-            if not self.scales.is_contiguous():
-                raise LayoutError(f'layout "{self.layout}" needs contiguous scales, got strides {self.scales.stride()}')
-        else:
-            raise LayoutError(f"layout must be one of {', '.join(get_args(ScaleLayout))}, got {self.layout!r}")
+        elif not self.scales.is_contiguous():
+            raise LayoutError(f'layout "{self.layout}" needs contiguous scales, got strides {self.scales.stride()}')
 
     @property
     def shape(self) -> torch.Size:
@@ -130,6 +146,10 @@ class QuantizedTensor:
         return self.values.device
 
 
+class Owner:
+    """Says whose batches are meant: workspaces are kept for each owner, as long as it lives."""
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertBatch:
     """The rows routed to this rank's experts, as `MoEQuantDispatcher.dispatch` leaves them.
@@ -141,9 +161,10 @@ class ExpertBatch:
     recipe: the quantization recipe of values and scales.
     expected_rows: a host-side guess of the mean of num_tokens, by which kernels choose their tiles; never more than a hint.
     slot: the dispatcher's slot that it lies in; batches of different slots may be in flight at once.
+    owner: the dispatcher's; so may batches of different owners. None: nobody's in particular.
 
     Rows of an expert are ordered by (source rank, token, k). The tensors are views of the dispatcher's buffers, valid until the same
-    slot's next dispatch.
+    slot's next dispatch. Raises ValueError for tensors and numbers that are no batch.
     """
 
     values: Tensor
@@ -153,6 +174,23 @@ class ExpertBatch:
     recipe: str
     expected_rows: int
     slot: int = 0
+    owner: Owner | None = None
+
+    def __post_init__(self) -> None:
+        check_tensor("values", self.values, dims=3)
+        (experts, rows, columns), device = self.values.shape, self.values.device
+        check_tensor("values", self.values, dtypes=(torch.bfloat16,) if self.scales is None else NARROW_DTYPES)
+        if self.scales is not None:
+            check_tensor(
+                "scales", self.scales, shape=(experts, rows, ceil_div(columns, 128)), dtypes=(torch.float32,), device=device
+            )
+        check_tensor("num_tokens", self.num_tokens, shape=(experts,), dtypes=(torch.int32,), device=device)
+        check_tensor("sources", self.sources, shape=(experts, rows), dtypes=(torch.int64,), device=device)
+        recipe_of(self.recipe)
+        check_int("expected_rows", self.expected_rows)
+        check_int("slot", self.slot)
+        if self.owner is not None:
+            check_is("owner", self.owner, Owner)
 
     @property
     def activations(self) -> QuantizedTensor | Tensor:
@@ -162,7 +200,8 @@ class ExpertBatch:
         return QuantizedTensor(self.values, self.scales, "transposed", self.recipe)
 
     def part(self, begin: int, end: int) -> ExpertBatch:
-        """The batch of experts begin..end - 1, views of this one."""
+        """The batch of experts begin..end - 1, views of this one. Raises ValueError unless 0 <= begin < end <= L."""
+        check_part(begin, end, self.values.shape[0])
         values, num_tokens, sources = (x[begin:end] for x in (self.values, self.num_tokens, self.sources))
         return replace(
             self,
@@ -171,6 +210,14 @@ class ExpertBatch:
             num_tokens=num_tokens,
             sources=sources,
         )
+
+
+def check_part(begin: int, end: int, experts: int) -> None:
+    """Raises ValueError unless begin..end - 1 are some of so many experts."""
+    check_int("begin", begin, 0, experts - 1)
+    check_int("end", end, 1, experts)
+    if begin >= end:
+        raise ValueError(f"begin must be below end, as the part is of experts begin..end - 1, got {begin} and {end}")
 
 
 @dataclass(frozen=True, eq=False)

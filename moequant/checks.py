@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from moequant.batch import DispatchHandle
-from moequant.config import DispatcherConfig
 from moequant.errors import CapacityOverflowError, InvalidExpertIdError
 from moequant.formats import MIN_EPS
+
+if TYPE_CHECKING:
+    from moequant.batch import DispatchHandle
+    from moequant.config import DispatcherConfig
+
+# Sizes and numbers of things are int32 in kernels.
+MAX_INT = 2**31 - 1
 
 
 def check_tensor(
@@ -22,9 +30,13 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Raises ValueError unless tensor is a tensor of that many dimensions, that shape, one of those dtypes, on that device."""
+    """Raises ValueError unless tensor is a dense tensor of that many dimensions, that shape, one of those dtypes, on that device."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    # torch.compile can't ask whether a view is negated; what it makes of one is right
+    strange = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
+    if strange or (not torch.compiler.is_compiling() and tensor.is_neg()):
+        raise ValueError(f"{name} must be a dense tensor of plain numbers, got {_kind(tensor)}")
     if dims is not None and tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
     if shape is not None and tuple(tensor.shape) != shape:
@@ -33,6 +45,64 @@ def check_tensor(
         raise ValueError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}; convert it with .to()")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}; move it with .to({str(device)!r})")
+
+
+def _kind(tensor: Tensor) -> str:
+    """What a tensor is that is no dense one, and what makes it one."""
+    if tensor.is_nested:
+        return "a nested tensor; call .to_padded_tensor()"
+    if tensor.layout is not torch.strided:
+        return f"layout {tensor.layout}; call .to_dense()"
+    return f"{tensor.dtype}; call .dequantize()" if tensor.is_quantized else "a view that torch negates; call .resolve_neg()"
+
+
+def check_has_numbers(name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor without memory, of which the host wants a number."""
+    if tensor.is_meta:
+        raise ValueError(f'{name} must have memory, got a tensor on "meta"')
+
+
+def check_output(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless each element of a tensor that is written has a place of its own."""
+    if tensor.is_contiguous():
+        return
+    dims = [(step, extent) for step, extent in zip(tensor.stride(), tensor.shape, strict=True) if extent > 1]
+    for i, (step, _) in enumerate(dims):
+        # how far the dimensions inside this one reach
+        if step <= sum(s * (extent - 1) for j, (s, extent) in enumerate(dims) if j != i and s <= step):
+            raise ValueError(
+                f"elements of {name} must not overlap, as they are written: shape {tuple(tensor.shape)} with strides {tensor.stride()} "
+                "has several in one place; give one that owns its memory"
+            )
+
+
+def check_is(name: str, value: object, kind: type | tuple[type, ...], hint: str = "") -> None:
+    """Raises ValueError unless value is of a type. hint: what to do."""
+    if not isinstance(value, kind):
+        names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{name} must be {names}, got {type(value).__name__}{hint and '; ' + hint}")
+
+
+def check_int(name: str, value: Any, low: int = 0, high: int = MAX_INT) -> None:
+    """Raises ValueError unless value is an integer in low..high."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise ValueError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < low or value > high:
+        raise ValueError(f"{name} must be {f'in {low}..{high}' if value > high else f'at least {low}'}, got {value}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises ValueError unless value is a number that float32 can hold, or infinite or NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    if not (-3.4e38 <= value <= 3.4e38) and value not in (math.inf, -math.inf) and value == value:
+        raise ValueError(f"{name} must be a number that float32 can hold, got {value}")
+
+
+def check_num_sms(num_sms: int | None) -> None:
+    """Raises ValueError unless num_sms is a number of multiprocessors, or None."""
+    if num_sms is not None and (isinstance(num_sms, bool) or not isinstance(num_sms, int) or not 0 < num_sms <= MAX_INT):
+        raise ValueError(f"num_sms must be at least 1, or None for all, got {num_sms!r}")
 
 
 def check_counts(num_tokens: Tensor | None, x: Tensor) -> None:
@@ -46,7 +116,7 @@ def check_counts(num_tokens: Tensor | None, x: Tensor) -> None:
 def check_format(quant: str, device: torch.device) -> None:
     """Raises ValueError if a device can't compute in a format: Triton converts and multiplies float8 from NVIDIA's sm_89 on, and
     float8_e4m3fnuz on AMD alone."""
-    if device.type != "cuda" or torch.version.hip is not None or not quant.startswith("fp8"):
+    if device.type != "cuda" or torch.version.hip is not None or not str(quant).startswith("fp8"):
         return
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9) or quant == "fp8_e4m3fnuz":
@@ -56,14 +126,18 @@ def check_format(quant: str, device: torch.device) -> None:
 
 
 def check_no_grad(**tensors: Tensor | None) -> None:
-    """Raises RuntimeError if one of the tensors requires grad under grad mode: there is no backward, and detaching it silently would
-    be a wrong result."""
+    """Raises RuntimeError if one of the tensors requires grad under grad mode, or has a tangent of forward-mode differentiation: there
+    is no derivative, and detaching it silently would be a wrong result."""
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.requires_grad:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise RuntimeError(
                     f"{name} requires grad, and moequant has no backward yet; call under torch.no_grad(), or pass {name}.detach()"
                 )
+    if forward_ad._current_level >= 0:
+        for name, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(f"{name} has a tangent, and moequant has no forward-mode derivative; pass its primal alone")
 
 
 def check_tokens(
@@ -108,18 +182,21 @@ def check_out(config: DispatcherConfig, device: torch.device, handle: DispatchHa
     check_no_grad(out=out)
     if out.stride(-1) != 1:
         raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
+    check_output("out", out)
     return out
 
 
 def check_eps(eps: float | None) -> None:
     """Raises ValueError unless eps can be the floor of a group's absolute maximum."""
-    if eps is not None and not MIN_EPS <= eps < 1e30:
-        raise ValueError(f"eps must be at least {MIN_EPS} and below 1e30 (below, 1 / scale overflows), got {eps}")
+    if eps is not None:
+        check_number("eps", eps)
+        if not MIN_EPS <= eps < 1e30:
+            raise ValueError(f"eps must be at least {MIN_EPS} and below 1e30 (below, 1 / scale overflows), got {eps}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raises ValueError unless value is one of the choices."""
-    if value not in choices:
+    """Raises ValueError unless value is one of the choices, which are of one type. 128.0 and True are not 128 and 1."""
+    if type(value) is not type(choices[0]) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from moequant.batch import ceil_div
+from moequant.checks import MAX_INT
 from moequant.formats import FORMATS, recipe_of
 
 QUANT_DTYPES = {"none": torch.bfloat16, **{name: fmt.dtype for name, fmt in FORMATS.items()}}
@@ -51,10 +52,10 @@ class DispatcherConfig:
     def __post_init__(self) -> None:
         for name in POSITIVE:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_INT:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}; sizes are int32: below 2**31")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            if not isinstance(getattr(self, name), str) or getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}")
         recipe_of(self.recipe)
         if self.num_experts % self.world_size:
@@ -72,6 +73,11 @@ class DispatcherConfig:
             raise ValueError(f"capacity must be a positive number of rows for each expert, or None, got {self.capacity!r}")
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not 1e-3 <= self.timeout <= 1e6:
             raise ValueError(f"timeout must be a number of seconds from 0.001 to 1e6, got {self.timeout!r}")
+        if self.max_tokens_per_rank * self.top_k > MAX_INT:
+            raise ValueError(
+                f"max_tokens_per_rank times top_k must be below 2**31, as entries are numbered in int32, got {self.max_tokens_per_rank} "
+                f"and {self.top_k}"
+            )
         if self.num_experts * max(self.max_rows, self.rows_per_source) >= 2**31:
             raise ValueError(
                 f"{self.num_experts} experts of {self.max_rows} rows are too many: rows are numbered in int32; lower capacity or "

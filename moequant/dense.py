@@ -45,9 +45,8 @@ def mm_fp8_blockscale(
     check_tensor("b", right.values, shape=(columns, depth), dtypes=(left.values.dtype,), device=left.device)
     out = torch.empty(rows, columns, dtype=out_dtype, device=left.device)
     operands = left.values, ops.rows_side_by_side(left.scales_by_row()), right.values, right.scales
-    torch.ops.moequant.grouped_gemm_blockscale(
-        *(x.unsqueeze(0) for x in operands), None, out.unsqueeze(0), right.segments, None, None
-    )
+    a_values, a_rows, b_values, b_blocks = (x.unsqueeze(0) for x in operands)
+    ops.grouped_gemm_blockscale(a_values, a_rows, b_values, b_blocks, None, out.unsqueeze(0), right.segments, None, None)
     return out
 
 
@@ -56,7 +55,9 @@ def _operand(
 ) -> QuantizedTensor:
     """An operand as a QuantizedTensor, checked. layouts: those that it may have."""
     if not isinstance(x, QuantizedTensor):
-        check_tensor(name, x, dims=2)
+        check_tensor(name, x, dims=2, dtypes=FLOAT8_DTYPES)
+        if layout is not None and (not isinstance(layout, str) or layout not in layouts):
+            raise LayoutError(f"scale_layout must be one of {', '.join(layouts)}, got {layout!r}")
         if scales is None:
             raise ValueError(f"{name} is a bare tensor: {name}_scales must be given")
         check_tensor(f"{name}_scales", scales, dims=2, device=x.device)

@@ -22,7 +22,7 @@ from moequant.checks import check_expert_output, check_format, check_out, check_
 from moequant.config import DispatcherConfig
 from moequant.errors import StaleHandleError
 from moequant.experts import GroupedExperts
-from moequant.layer import run_layer
+from moequant.layer import pushing_experts, run_layer
 from moequant.lifecycle import Lifecycle, step
 from moequant.overlap import side_stream
 from moequant.transport.base import Slot, Stage
@@ -320,17 +320,12 @@ class MoEQuantDispatcher(Lifecycle):
 
         The last two are the same on all ranks, and at most one is used.
         """
+        with self._counting_refusals():
+            pushing_experts(experts, chunks, first_experts, self.config)
         if layer is None:
             layer = self._layer_of(experts)
         tokens = hidden_states, topk_ids, topk_weights
         return run_layer(self, tokens, experts, slot, layer, chunks, first_experts, self._side)
-
-    def _slot(self, slot: int) -> Slot:
-        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self._slots):
-            raise ValueError(
-                f"slot must be in 0..{len(self._slots) - 1}, got {slot}; the constructor's slots says how many there are"
-            )
-        return self._slots[slot]
 
     def _layer_of(self, experts: object) -> int | None:
         """A number for experts that last from call to call."""
@@ -351,7 +346,7 @@ class MoEQuantDispatcher(Lifecycle):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
         """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
         self._check_open()
-        try:
+        with self._counting_refusals():
             invalid, dropped, _ = self._news()
             if invalid or (dropped and self.config.on_overflow == "error"):
                 self._report(wait=False)
@@ -359,12 +354,6 @@ class MoEQuantDispatcher(Lifecycle):
             if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
                 raise ValueError(f"layer must be the number of a layer, from 0 on, or None, got {layer!r}")
             check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
-        except Exception:
-            # a call that is refused counts too: ranks that go on without this one must notice
-            for each in self._slots:
-                if each.calls is not None:
-                    each.calls.add_(1)
-            raise
         buffers.call = Call(self._ordinal, slot, first_experts, 0 if layer is None else 1 + layer % LAYERS)
         buffers.generation += 1
         buffers.stage = Stage.NONE

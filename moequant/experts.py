@@ -6,33 +6,45 @@ L local experts, M rows of an expert's buffer, H hidden size, I intermediate siz
 from __future__ import annotations
 
 import functools
+import weakref
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import ExpertBatch, QuantizedTensor, ceil_div, empty_transposed_scales
-from moequant.checks import check_format, check_tensor
+from moequant.batch import ExpertBatch, Owner, QuantizedTensor, ceil_div, check_part, empty_transposed_scales
+from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_num_sms, check_tensor
 from moequant.config import QUANT_DTYPES
 from moequant.errors import LayoutError
+from moequant.formats import FLOAT_DTYPES
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
 
 Weight = QuantizedTensor | Tensor
+# What a subclass may override to compute something else.
+STEPS = ("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "gemm2", "gemm2_push", "_product")
 
 
 class GroupedExperts:
     """w2[l] @ (silu(gate) * up) with gate, up = the halves of w13[l] @ x, for each valid row x of expert l.
 
     Made by `from_weights` or `from_quantized`. Calling it with an ExpertBatch returns (L, M, H) bfloat16, of which the valid rows are
-    written. Workspaces are allocated for the first batch of each slot and M, and kept; the result is one of them, valid until the next
-    batch of that slot, unless `out` is given.
+    written. Workspaces are allocated for the first batch of each dispatcher, slot and M, and kept until the dispatcher is gone; the
+    result is one of them, valid until the next batch of that slot, unless `out` is given.
+
+    A subclass can override the steps of a call. Then a dispatcher calls it with the whole batch and combines what it returns, on every
+    transport (`can_push`).
     """
 
     def __init__(self, w13: Weight, w2: Weight, *, activation: str = "silu") -> None:
-        if activation != "silu":
+        if not isinstance(activation, str) or activation != "silu":
             raise ValueError(f'activation must be "silu" (SwiGLU), got {activation!r}')
+        for name, w in (("w13", w13), ("w2", w2)):
+            check_is(name, w, (QuantizedTensor, Tensor))
+            if isinstance(w, Tensor):
+                check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
+                check_contiguous(name, w)
         if len(w13.shape) != 3:
             raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
         experts, doubled, hidden = w13.shape
@@ -48,17 +60,15 @@ class GroupedExperts:
                 f"segments={w13.segments}; quantize_weight(w13, segments=2) makes it"
             )
         for name, w in (("w13", w13), ("w2", w2)):
-            if not isinstance(w, QuantizedTensor):
-                check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
-            elif w.layout != "block" or w.group_size != 128:
+            if isinstance(w, QuantizedTensor) and (w.layout != "block" or w.group_size != 128):
                 raise LayoutError(f'{name} must have layout "block" of 128x128, got "{w.layout}" with group size {w.group_size}')
         if _dtype(w13) != _dtype(w2):
             raise ValueError(f"w13 and w2 must have one dtype, got {_dtype(w13)} and {_dtype(w2)}")
         self.w13, self.w2 = w13, w2
         self.hidden_size, self.intermediate_size = hidden, doubled // 2
-        # of these experts among all of a layer, by slot and M
+        # of these experts among all of a layer
         self._span = 0, experts
-        self._workspaces: dict[tuple[int, int, tuple[int, int]], Workspace] = {}
+        self._workspaces = Workspaces()
         self._parts: dict[tuple[int, int], GroupedExperts] = {}
 
     @classmethod
@@ -70,11 +80,11 @@ class GroupedExperts:
         w13: (L, 2I, H), gate first, then up. w2: (L, H, I). quant: the dispatcher's; "none" keeps the weights as they are.
         activation: only "silu" is there.
         """
-        if quant not in QUANT_DTYPES:
+        if not isinstance(quant, str) or quant not in QUANT_DTYPES:
             raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
-        check_format(quant, w13.device)
         for name, w in (("w13", w13), ("w2", w2)):
             check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
+        check_format(quant, w13.device)
         if quant == "none":
             return cls(w13.contiguous(), w2.contiguous(), activation=activation)
         if w13.shape[1] % 2:
@@ -89,6 +99,8 @@ class GroupedExperts:
     @classmethod
     def from_quantized(cls, w13: QuantizedTensor, w2: QuantizedTensor, *, activation: str = "silu") -> GroupedExperts:
         """Takes weights that are quantized already: layout "block", w13 with segments=2."""
+        for name, w in (("w13", w13), ("w2", w2)):
+            check_is(name, w, QuantizedTensor, "quantize_weight makes one, and from_weights takes bfloat16 weights")
         return cls(w13, w2, activation=activation)
 
     def __call__(self, batch: ExpertBatch, *, out: Tensor | None = None, num_sms: int | None = None) -> Tensor:
@@ -96,6 +108,9 @@ class GroupedExperts:
 
         num_sms: multiprocessors of the GPU that the products use, so that kernels of other streams have the rest; None for all.
         """
+        check_num_sms(num_sms)
+        self._check_batch(batch)
+        out = self._output(batch, out)
         return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=out, num_sms=num_sms)
 
     def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
@@ -111,8 +126,8 @@ class GroupedExperts:
         if not self.fuses(batch):
             return self.activation(self.gemm1(batch, num_sms=num_sms), batch)
         inner = self._workspace(batch).inner
-        assert isinstance(self.w13, QuantizedTensor) and isinstance(inner, QuantizedTensor)
-        torch.ops.moequant.gemm1_swiglu(
+        assert isinstance(self.w13, QuantizedTensor) and isinstance(inner, QuantizedTensor) and batch.scales is not None
+        ops.gemm1_swiglu(
             batch.values,
             batch.scales,
             self.w13.values,
@@ -127,8 +142,16 @@ class GroupedExperts:
         return inner
 
     def part(self, begin: int, end: int) -> GroupedExperts:
-        """Experts begin..end - 1, with views of the weights and a workspace of their own, for `ExpertBatch.part`. It is kept."""
+        """Experts begin..end - 1, with views of the weights and a workspace of their own, for `ExpertBatch.part`. It is kept.
+
+        Raises ValueError unless 0 <= begin < end <= L, RuntimeError for a subclass that overrides steps: the part would not have them.
+        """
+        check_part(begin, end, self.w13.shape[0])
         if (begin, end) not in self._parts:
+            if not can_push(self):
+                raise RuntimeError(
+                    f"{type(self).__name__} overrides steps of GroupedExperts, which a part would not have; override part"
+                )
             w13, w2 = (
                 replace(w, values=w.values[begin:end], scales=w.scales[begin:end])
                 if isinstance(w, QuantizedTensor)
@@ -145,6 +168,7 @@ class GroupedExperts:
         Raises ValueError if the other's weights have other sizes, another type or device, and RuntimeError if there have been batches
         already: a captured graph may hold the workspaces that were made for them.
         """
+        check_is("other", other, GroupedExperts)
         for name, mine, theirs in (("w13", self.w13, other.w13), ("w2", self.w2, other.w2)):
             if (mine.shape, _dtype(mine), mine.device) != (theirs.shape, _dtype(theirs), theirs.device):
                 raise ValueError(
@@ -159,16 +183,23 @@ class GroupedExperts:
     def fuses(self, batch: ExpertBatch) -> bool:
         """Whether `gemm1_swiglu` is one kernel for a batch."""
         inner, w13 = self._workspace(batch).inner, self.w13
+        if any(_overrides(self, step) for step in ("gemm1", "activation", "_product")):
+            return False
         if not (isinstance(w13, QuantizedTensor) and isinstance(inner, QuantizedTensor)) or batch.scales is None:
             return False
         return ops.fuses_gemm1(batch.values, batch.scales, w13.values, w13.scales, inner.values, inner.scales, batch.expected_rows)
 
     def gemm1(self, batch: ExpertBatch, *, num_sms: int | None = None) -> Tensor:
         """batch's values times w13: (L, M, 2I) bfloat16."""
+        self._check_batch(batch)
         return self._product(batch.activations, self.w13, batch, self._workspace(batch).gate_up, num_sms)
 
     def activation(self, gate_up: Tensor, batch: ExpertBatch) -> QuantizedTensor | Tensor:
         """SwiGLU of (L, M, 2I), quantized by the batch's recipe: values (L, M, I)."""
+        self._check_batch(batch)
+        rows = (*batch.values.shape[:2], 2 * self.intermediate_size)
+        check_tensor("gate_up", gate_up, shape=rows, dtypes=FLOAT_DTYPES, device=batch.values.device)
+        check_no_grad(gate_up=gate_up)
         inner = self._workspace(batch).inner
         if isinstance(inner, Tensor):
             return silu_mul(gate_up, batch.num_tokens, out=inner)
@@ -185,13 +216,20 @@ class GroupedExperts:
         num_sms: int | None = None,
     ) -> Tensor:
         """inner times w2: (L, M, H) bfloat16."""
-        return self._product(inner, self.w2, batch, self._workspace(batch).output if out is None else out, num_sms)
+        self._check_inner(inner, batch)
+        return self._product(inner, self.w2, batch, self._output(batch, out), num_sms)
 
     def gemm2_push(
         self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None
     ) -> None:
         """`gemm2`, with the same bits, whose row (l, m) goes to the address destinations[l, m]."""
-        check_tensor("destinations", destinations, shape=batch.values.shape[:2], dtypes=(torch.int64,), device=batch.values.device)
+        self._check_inner(inner, batch)
+        check_num_sms(num_sms)
+        rows = tuple(batch.values.shape[:2])
+        check_tensor("destinations", destinations, shape=rows, dtypes=(torch.int64,), device=batch.values.device)
+        check_no_grad(w2=_parts(self.w2)[0])
+        if not ops.uses_kernels(batch.values):
+            raise RuntimeError("rows are pushed by kernels alone, and this batch is on a CPU; call the experts, and use combine")
         ops.grouped_gemm_push(
             *_parts(inner), *_parts(self.w2), batch.num_tokens, destinations.contiguous(), batch.expected_rows, num_sms
         )
@@ -199,18 +237,74 @@ class GroupedExperts:
     def _product(self, a: QuantizedTensor | Tensor, w: Weight, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
         return grouped_gemm_blockscale(a, w, batch.num_tokens, out=out, expected_rows=batch.expected_rows, num_sms=num_sms)
 
-    def _workspace(self, batch: ExpertBatch) -> Workspace:
-        """The workspace of the batch's slot and M. It is kept: a captured graph may hold it."""
-        experts, rows, hidden = batch.values.shape
+    def _check_inner(self, inner: QuantizedTensor | Tensor, batch: ExpertBatch) -> None:
+        """Raises unless inner is what `activation` makes of the batch."""
+        self._check_batch(batch)
+        check_is("inner", inner, (QuantizedTensor, Tensor))
+        values, shape = _parts(inner)[0], (*batch.values.shape[:2], self.intermediate_size)
+        check_tensor("inner", values, shape=shape, dtypes=(_dtype(self.w2),), device=batch.values.device)
+        check_no_grad(inner=values)
+
+    def _output(self, batch: ExpertBatch, out: Tensor | None) -> Tensor:
+        """The output that was given, checked, or the workspace's."""
+        if out is None:
+            return self._workspace(batch).output
+        check_tensor("out", out, shape=tuple(batch.values.shape), dtypes=(torch.bfloat16,), device=batch.values.device)
+        check_contiguous("out", out)
+        check_no_grad(out=out)
+        return out
+
+    def _check_batch(self, batch: ExpertBatch) -> None:
+        """Raises ValueError unless batch is one for these experts."""
+        hint = "dispatch returns the batch and a handle: give the batch alone" if isinstance(batch, tuple) else ""
+        check_is("batch", batch, ExpertBatch, hint)
+        experts, _, hidden = batch.values.shape
         if (experts, hidden) != (self.w13.shape[0], self.hidden_size) or batch.values.dtype != _dtype(self.w13):
             raise ValueError(
                 f"the experts are {self.w13.shape[0]} of hidden size {self.hidden_size} in {_dtype(self.w13)}, the batch has values of "
                 f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
             )
-        key = batch.slot, rows, self._span
-        if key not in self._workspaces:
-            self._workspaces[key] = Workspace(self, rows)
-        return self._workspaces[key]
+        check_no_grad(batch=batch.values)
+        if batch.values.device != self.w13.device:
+            raise ValueError(
+                f"the experts are on {self.w13.device}, the batch on {batch.values.device}; they must be on one device"
+            )
+
+    def _workspace(self, batch: ExpertBatch) -> Workspace:
+        """The workspace of the batch's owner, slot and M. It is kept: a captured graph may hold it."""
+        self._check_batch(batch)
+        mine = self._workspaces.of(batch.owner)
+        key = batch.slot, batch.values.shape[1], self._span
+        if key not in mine:
+            # whatever mode the first batch comes in: torch refuses to write into what inference_mode has made outside it
+            with torch.inference_mode(False):
+                mine[key] = Workspace(self, batch.values.shape[1])
+        return mine[key]
+
+
+def can_push(experts: object) -> bool:
+    """Whether `GroupedExperts.push` computes what a call of these experts does: no step is overridden, by a subclass or an attribute."""
+    return isinstance(experts, GroupedExperts) and not any(_overrides(experts, step) for step in STEPS)
+
+
+def _overrides(experts: GroupedExperts, step: str) -> bool:
+    return getattr(type(experts), step) is not getattr(GroupedExperts, step) or step in vars(experts)
+
+
+class Workspaces:
+    """Workspaces by slot, M and span of experts, for each owner of batches, as long as it lives."""
+
+    def __init__(self) -> None:
+        self._default = Owner()
+        self._by_owner: weakref.WeakKeyDictionary[Owner, dict[tuple[int, int, tuple[int, int]], Workspace]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_owner.values()))
+
+    def of(self, owner: Owner | None) -> dict[tuple[int, int, tuple[int, int]], Workspace]:
+        return self._by_owner.setdefault(self._default if owner is None else owner, {})
 
 
 class Workspace:
@@ -231,11 +325,13 @@ class Workspace:
 
     @functools.cached_property
     def output(self) -> Tensor:
-        return torch.empty(*self.shape, self.hidden_size, dtype=torch.bfloat16, device=self.device)
+        with torch.inference_mode(False):
+            return torch.empty(*self.shape, self.hidden_size, dtype=torch.bfloat16, device=self.device)
 
     @functools.cached_property
     def gate_up(self) -> Tensor:
-        return torch.empty(*self.shape, self.gate_up_columns, dtype=torch.bfloat16, device=self.device)
+        with torch.inference_mode(False):
+            return torch.empty(*self.shape, self.gate_up_columns, dtype=torch.bfloat16, device=self.device)
 
 
 def _parts(x: QuantizedTensor | Tensor) -> tuple[Tensor, Tensor | None]:

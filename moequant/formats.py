@@ -63,15 +63,15 @@ MIN_EPS = 1e-20
 
 def format_of(dtype: torch.dtype) -> Format:
     """The format of a torch dtype. Raises ValueError for one that is not quantized to."""
-    if dtype not in FORMAT_OF_DTYPE:
+    if not isinstance(dtype, torch.dtype) or dtype not in FORMAT_OF_DTYPE:
         names = ", ".join(str(known) for known in FORMAT_OF_DTYPE)
-        raise ValueError(f"dtype must be one of {names}, got {dtype}")
+        raise ValueError(f"dtype must be one of {names}, got {dtype!r}")
     return FORMAT_OF_DTYPE[dtype]
 
 
 def recipe_of(name: str) -> Recipe:
     """The recipe of a name. Raises ValueError for an unknown one."""
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moequant import ops  # noqa: F401  (registers torch.ops.moequant)
+from moequant import ops
 from moequant.batch import QuantizedTensor
-from moequant.checks import check_counts, check_no_grad, check_tensor
+from moequant.checks import check_choice, check_counts, check_int, check_no_grad, check_num_sms, check_tensor
 from moequant.dense import mm_fp8_blockscale as mm_fp8_blockscale
 from moequant.errors import LayoutError
 from moequant.int8 import int8_addmm as int8_addmm
@@ -61,25 +61,19 @@ def grouped_gemm_blockscale(
         if not values.is_contiguous():
             raise ValueError(f"the values of {name} must be contiguous, got strides {values.stride()}; call .contiguous()")
     check_counts(num_tokens, a_values)
+    check_num_sms(num_sms)
+    if expected_rows is not None:
+        check_int("expected_rows", expected_rows)
     shape = (a_values.shape[0], a_values.shape[1], b_values.shape[1])
+    check_choice("out_dtype", out_dtype, OUT_DTYPES)
     if out is None:
-        check_out_dtype(out_dtype)
         out = torch.empty(shape, dtype=out_dtype, device=a_values.device)
     check_tensor("out", out, shape=shape, dtypes=OUT_DTYPES, device=a_values.device)
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     segments = b.segments if isinstance(b, QuantizedTensor) else 1
-    if num_sms is not None and num_sms < 1:
-        raise ValueError(f"num_sms must be at least 1, or None for all, got {num_sms}")
-    torch.ops.moequant.grouped_gemm_blockscale(
-        a_values, a_scales, b_values, b_scales, num_tokens, out, segments, expected_rows, num_sms
-    )
+    ops.grouped_gemm_blockscale(a_values, a_scales, b_values, b_scales, num_tokens, out, segments, expected_rows, num_sms)
     return out
-
-
-def check_out_dtype(dtype: torch.dtype) -> None:
-    if dtype not in OUT_DTYPES:
-        raise ValueError(f"out_dtype must be one of {', '.join(map(str, OUT_DTYPES))}, got {dtype}")
 
 
 def _operand(name: str, x: QuantizedTensor | Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
@@ -90,6 +84,7 @@ def _operand(name: str, x: QuantizedTensor | Tensor, layout: str) -> tuple[Tenso
                 f'{name} must have layout "{layout}" and group size 128, got layout "{x.layout}" and group size {x.group_size}'
             )
         check_tensor(f"the values of {name}", x.values, dims=3)
+        check_no_grad(**{f"the scales of {name}": x.scales})
         return x.values, x.scales
     check_tensor(name, x, dims=3, dtypes=(torch.bfloat16,))
     return x, None

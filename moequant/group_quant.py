@@ -12,15 +12,26 @@ import torch
 from torch import Tensor
 
 from moequant import (
-    ops,  # noqa: F401  (registers torch.ops.moequant)
+    ops,
     reference,
 )
 from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div, empty_scales
-from moequant.checks import check_choice, check_eps, check_format, check_no_grad, check_tensor, with_rows
+from moequant.checks import (
+    check_choice,
+    check_eps,
+    check_format,
+    check_int,
+    check_is,
+    check_no_grad,
+    check_number,
+    check_tensor,
+    with_rows,
+)
 from moequant.formats import FLOAT_DTYPES, format_of, recipe_of
 
 GROUP_SIZES = (32, 64, 128, 256)
 MAX_NORM_COLUMNS = 32768
+WIDE_DTYPES = (*FLOAT_DTYPES, torch.float64)
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
@@ -35,7 +46,8 @@ def per_token_group_quant_fp8(
 ) -> QuantizedTensor:
     """Quantizes every row in groups of group_size columns, one scale a group.
 
-    x: (..., M, H) bfloat16, float16 or float32, any strides. If the leading dimensions can't be viewed as one, x is copied first.
+    x: (..., M, H) bfloat16, float16 or float32, any strides; M and H may be 0. If the leading dimensions can't be viewed as one, x is
+        copied first.
     group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
     dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240; 224 with recipe "fnuz_224") or float8_e5m2 (57344).
     recipe, eps: as for `quantize_expert_batch`; a group with an Inf or NaN gets a NaN scale and values 0.
@@ -49,6 +61,7 @@ def per_token_group_quant_fp8(
     """
     check_choice("scale_layout", scale_layout, ("row", "transposed", "tma_aligned"))
     check_choice("scale_dtype", scale_dtype, ("fp32", "ue8m0_packed"))
+    recipe_of(recipe)
     layout: ScaleLayout = scale_layout
     if scale_dtype == "ue8m0_packed":
         if recipe != "ue8m0":
@@ -65,8 +78,10 @@ def per_token_group_quant_fp8(
     size = (matrices, rows, columns)
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = empty_scales(matrices, rows, ceil_div(columns, group_size), layout, x.device)
-    torch.ops.moequant.quantize_expert_batch(x.reshape(size), None, values.view(size), scales, group_size, recipe, eps)
-    return QuantizedTensor(values, scales.view(*x.shape[:-1], scales.shape[-1]), layout, recipe, group_size)
+    ops.quantize_expert_batch(x.reshape(size), None, values.view(size), scales, group_size, recipe, eps)
+    # one matrix keeps its strides, which a view of no rows forgets
+    shaped = scales[0] if x.dim() == 2 else scales.view(*x.shape[:-1], scales.shape[-1])
+    return QuantizedTensor(values, shaped, layout, recipe, group_size)
 
 
 def per_block_quant_fp8(
@@ -86,6 +101,9 @@ def per_block_quant_fp8(
     check_tensor("w", w, dtypes=FLOAT_DTYPES)
     if w.dim() < 2:
         raise ValueError(f"w must be (..., N, K_dim), got shape {tuple(w.shape)}")
+    check_is("block", block, (tuple, list))
+    for size in block:
+        check_int("block", size, 1)
     check_choice("block", tuple(block), [(size, size) for size in (32, 64, 128)])
     _check_target(dtype, recipe, w.device)
     check_no_grad(w=w)
@@ -122,6 +140,8 @@ def fused_rms_fp8_group_quant(
     rows, columns = x.shape
     if columns > MAX_NORM_COLUMNS:
         raise ValueError(f"x must have at most {MAX_NORM_COLUMNS} columns, for a program to hold a row, got {columns}")
+    check_choice("transpose_scale", transpose_scale, (False, True))
+    check_number("eps", eps)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be at least 0 and finite, got {eps}")
     check_tensor("weight", weight, shape=(columns,), dtypes=FLOAT_DTYPES, device=x.device)
@@ -132,10 +152,8 @@ def fused_rms_fp8_group_quant(
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     summed = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scales, written = _scales(rows, ceil_div(columns, group_size), transpose_scale, x.device)
-    optional = (None if tensor is None else with_rows(tensor) for tensor in (residual, gate))
-    torch.ops.moequant.fused_rms_quantize(
-        with_rows(x), weight.contiguous(), *optional, summed, values, written, eps, group_size, recipe
-    )
+    residual, gate = (None if tensor is None else with_rows(tensor) for tensor in (residual, gate))
+    ops.fused_rms_quantize(with_rows(x), weight.contiguous(), residual, gate, summed, values, written, eps, group_size, recipe)
     return QuantizedTensor(values, scales, _flat_layout(transpose_scale), recipe, group_size), summed
 
 
@@ -156,6 +174,7 @@ def fused_flatten_fp8_group_quant(
     """
     check_tensor("x", x, dims=3)
     _check_input(x, group_size, dtype, recipe)
+    check_choice("transpose_scale", transpose_scale, (False, True))
     rows, outer, inner = x.shape
     values = torch.empty(rows, outer * inner, dtype=dtype, device=x.device)
     scales, written = _scales(rows, ceil_div(outer * inner, group_size), transpose_scale, x.device)
@@ -164,7 +183,7 @@ def fused_flatten_fp8_group_quant(
         batch = x.transpose(0, 1), values.view(x.shape).transpose(0, 1), written.unflatten(1, (outer, -1)).transpose(0, 1)
     else:
         batch = x.reshape(1, *values.shape), values.unsqueeze(0), written.unsqueeze(0)
-    torch.ops.moequant.quantize_expert_batch(batch[0], None, *batch[1:], group_size, recipe, None)
+    ops.quantize_expert_batch(batch[0], None, *batch[1:], group_size, recipe, None)
     return QuantizedTensor(values, scales, _flat_layout(transpose_scale), recipe, group_size)
 
 
@@ -184,7 +203,7 @@ def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, b
     experts, row_blocks = math.prod(leading), segments * ceil_div(rows // segments, block_size)
     values = torch.empty(experts, rows, columns, dtype=dtype, device=w.device)
     scales = torch.empty(experts, row_blocks, ceil_div(columns, block_size), dtype=torch.float32, device=w.device)
-    torch.ops.moequant.quantize_weight(w.reshape(values.shape), values, scales, recipe, segments, block_size)
+    ops.quantize_weight(w.reshape(values.shape), values, scales, recipe, segments, block_size)
     shaped = values.view(w.shape), scales.view(*leading, *scales.shape[1:])
     return QuantizedTensor(*shaped, "block", recipe, block_size, segments)
 
@@ -192,12 +211,15 @@ def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, b
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """values * scales in float32, rounded once to dtype. Contiguous, of the shape of q.values.
 
-    dtype: bfloat16, float16, float32 or float64. Raises RuntimeError if q's tensors require grad under grad mode.
+    dtype: bfloat16, float16, float32 or float64. Raises ValueError for another, or if q is no QuantizedTensor, and RuntimeError if its
+    tensors require grad under grad mode.
     """
+    check_is("q", q, QuantizedTensor, "quantizers return one, and QuantizedTensor(values, scales, layout) makes one")
+    check_choice("dtype", dtype, WIDE_DTYPES)
     check_no_grad(values=q.values, scales=q.scales)
     values, scales, group_rows = reference.blocks_of(q)
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    torch.ops.moequant.dequantize_blocks(values.contiguous(), scales, out, group_rows, q.group_size)
+    ops.dequantize_blocks(values.contiguous(), scales, out, group_rows, q.group_size)
     return out.view(q.shape)
 
 

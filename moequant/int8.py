@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from moequant import (
-    ops,  # noqa: F401  (registers torch.ops.moequant)
+    ops,
 )
 from moequant.batch import QuantizedTensor, ceil_div
-from moequant.checks import check_choice, check_contiguous, check_no_grad, check_tensor
+from moequant.checks import check_choice, check_contiguous, check_int, check_no_grad, check_tensor
 from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
 from moequant.group_quant import dequantize, quantize_blocks
@@ -41,7 +41,7 @@ def act_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
     values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(*x.shape[:-1], ceil_div(shape[2], block_size), dtype=torch.float32, device=x.device)
     out = values.view(shape), scales.view(*shape[:2], scales.shape[-1])
-    torch.ops.moequant.quantize_expert_batch(x.reshape(shape), None, *out, block_size, "default", None)
+    ops.quantize_expert_batch(x.reshape(shape), None, *out, block_size, "default", None)
     return values, scales
 
 
@@ -88,7 +88,7 @@ def int8_gelu(x: Tensor, s_x: Tensor, block_size: int = 128) -> tuple[Tensor, Te
     _check_activations("x", x, "s_x", s_x, block_size)
     values, scales = torch.empty_like(x), torch.empty(s_x.shape, dtype=torch.float32, device=x.device)
     pair = _rows(x), _rows(s_x).contiguous()
-    torch.ops.moequant.int8_gelu(*pair, _rows(values), _rows(scales), block_size)
+    ops.int8_gelu(*pair, _rows(values), _rows(scales), block_size)
     return values, scales
 
 
@@ -110,7 +110,7 @@ def int8_addmm(
     check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     _check_product(a, a_s, b, b_s, bias)
     out = torch.empty(*a.shape[:-1], b.shape[0], dtype=out_dtype, device=a.device)
-    torch.ops.moequant.int8_addmm(_rows(a), _rows(a_s), b, b_s.contiguous(), bias, _rows(out), None, 128)
+    ops.int8_addmm(_rows(a), _rows(a_s), b, b_s.contiguous(), bias, _rows(out), None, 128)
     return out
 
 
@@ -132,7 +132,7 @@ def int8_addmm_quant(
     _check_product(a, a_s, b, b_s, bias)
     values = torch.empty(*a.shape[:-1], b.shape[0], dtype=torch.int8, device=a.device)
     scales = torch.empty(*a.shape[:-1], ceil_div(b.shape[0], out_block_size), dtype=torch.float32, device=a.device)
-    torch.ops.moequant.int8_addmm(_rows(a), _rows(a_s), b, b_s.contiguous(), bias, _rows(values), _rows(scales), out_block_size)
+    ops.int8_addmm(_rows(a), _rows(a_s), b, b_s.contiguous(), bias, _rows(values), _rows(scales), out_block_size)
     return values, scales
 
 
@@ -149,8 +149,7 @@ def _check_float(name: str, x: Tensor, dims: int) -> None:
 
 
 def _check_block_size(block_size: int) -> None:
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    check_int("block_size", block_size, 1)
 
 
 def _check_scales(name: str, s: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -185,6 +184,10 @@ def _dequantize(x: Tensor, s: Tensor, layout: str, block_size: int, output_dtype
     check_tensor("x", x, dtypes=(torch.int8,))
     _check_block_size(block_size)
     check_choice("output_dtype", output_dtype, FLOAT_DTYPES)
+    if x.dim() < (1 if layout == "row" else 2):
+        raise ValueError(f"x must be {'(..., K_dim)' if layout == 'row' else '(..., N, K_dim)'}, got shape {tuple(x.shape)}")
+    blocks = tuple(ceil_div(extent, block_size) for extent in x.shape[-1 if layout == "row" else -2 :])
+    _check_scales("s", s, (*x.shape[: -len(blocks)], *blocks), x.device)
     rows = x.unsqueeze(0) if x.dim() == 1 else x
     scales = s.unsqueeze(0) if x.dim() == 1 else s
     q = QuantizedTensor(rows, scales.contiguous(), "row" if layout == "row" else "block", group_size=block_size)

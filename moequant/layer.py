@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from moequant.batch import ExpertBatch
+from moequant.checks import check_int
 from moequant.config import DispatcherConfig
-from moequant.experts import GroupedExperts
+from moequant.experts import GroupedExperts, can_push
 from moequant.overlap import run_in_halves, run_in_waves
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ def run_layer(
 ) -> Tensor:
     """What a call of the dispatcher does. tokens: hidden states, ids, weights. side: the stream of the first products."""
     config = dispatcher.config
-    pushing = experts if config.pushes and isinstance(experts, GroupedExperts) else None
-    check_overlap(chunks, first_experts, config, pushing is not None, type(experts).__name__)
+    pushing = pushing_experts(experts, chunks, first_experts, config)
     if pushing is not None and chunks == 2:
         return run_in_halves(dispatcher, tokens, pushing, layer, side)
     if pushing is not None and first_experts:
@@ -45,9 +45,20 @@ def run_layer(
     if pushing is not None:
         pushing.push(batch, dispatcher.begin_push(handle))
         return dispatcher.combine_pushed(handle)
-    if isinstance(experts, GroupedExperts) and config.transport == "symmetric":
+    if isinstance(experts, GroupedExperts) and can_push(experts) and config.transport == "symmetric":
         return dispatcher.combine(experts(batch, out=dispatcher.output_buffer(slot)), handle)
     return dispatcher.combine(experts(batch), handle)
+
+
+def pushing_experts(experts: object, chunks: int, first_experts: int, config: DispatcherConfig) -> GroupedExperts | None:
+    """The experts, if they store their rows at the tokens' ranks themselves. Raises ValueError for a layer that can't be."""
+    if not callable(experts):
+        raise ValueError(f"experts must be callable with an ExpertBatch, as GroupedExperts are, got {type(experts).__name__}")
+    check_int("chunks", chunks)
+    check_int("first_experts", first_experts)
+    pushing = experts if isinstance(experts, GroupedExperts) and can_push(experts) and config.pushes else None
+    check_overlap(chunks, first_experts, config, pushing is not None, type(experts).__name__)
+    return pushing
 
 
 def check_overlap(chunks: int, first_experts: int, config: DispatcherConfig, pushes: bool, experts: str) -> None:

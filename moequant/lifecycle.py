@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -45,7 +46,7 @@ def step(method: Method) -> Method:
         if "torch._dynamo" not in sys.modules:
             return guarded(self, *args, **kwargs)
         if untraced is None:
-            untraced = torch.compiler.disable(guarded)
+            untraced = cast(Callable[..., Any], torch.compiler.disable(guarded))
         return untraced(self, *args, **kwargs)
 
     return cast(Method, run)
@@ -152,3 +153,21 @@ class Lifecycle:
             )
         if self._fault is not None:
             raise self._fault
+
+    def _slot(self, slot: int) -> Slot:
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self._slots):
+            raise ValueError(
+                f"slot must be in 0..{len(self._slots) - 1}, got {slot}; the constructor's slots says how many there are"
+            )
+        return self._slots[slot]
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        """A call that is refused counts too: ranks that go on without this one must notice."""
+        try:
+            yield
+        except Exception:
+            for slot in self._slots:
+                if slot.calls is not None:
+                    slot.calls.add_(1)
+            raise

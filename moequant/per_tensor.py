@@ -10,14 +10,24 @@ import torch
 from torch import Tensor
 
 from moequant import (
-    ops,  # noqa: F401  (registers torch.ops.moequant)
+    ops,
     reference,
 )
-from moequant.checks import check_choice, check_contiguous, check_no_grad, check_tensor
+from moequant.checks import (
+    check_choice,
+    check_contiguous,
+    check_has_numbers,
+    check_int,
+    check_no_grad,
+    check_number,
+    check_tensor,
+)
 from moequant.errors import NumericalOverflowError
 from moequant.formats import FLOAT_DTYPES
 
 E4M3 = torch.float8_e4m3fn
+SCALED_DTYPES = (*FLOAT_DTYPES, torch.float64)
+MIN_FLOAT32, MAX_FLOAT32 = 2.0**-149, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -30,22 +40,38 @@ class FP8Format:
     max_value: float = 448.0
     min_normal: float = 2.0**-6
 
+    def __post_init__(self) -> None:
+        for name, value in (("max_value", self.max_value), ("min_normal", self.min_normal)):
+            check_number(name, value)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+
     def compute_scale(self, tensor: Tensor) -> Tensor:
         """max_value / max(abs(tensor)), () float32: the factor that fills the range. 1 for zeros and for no numbers at all, NaN for a
-        tensor with an Inf or NaN."""
+        tensor with an Inf or NaN. tensor: bfloat16, float16, float32 or float64, any shape."""
+        check_tensor("tensor", tensor, dtypes=SCALED_DTYPES)
         return self._scale(tensor.detach().abs().flatten())
 
     def compute_scale_per_channel(self, tensor: Tensor, dim: int = 0) -> Tensor:
         """`compute_scale` of each slice along dim: (tensor.shape[dim],) float32."""
+        check_tensor("tensor", tensor, dtypes=SCALED_DTYPES)
+        if not tensor.dim():
+            raise ValueError("tensor must have at least 1 dimension, got a scalar; compute_scale is for it")
+        check_int("dim", dim, -tensor.dim(), tensor.dim() - 1)
         return self._scale(tensor.detach().abs().movedim(dim, 0).unsqueeze(-1).flatten(1))
 
-    def is_in_range(self, tensor: Tensor) -> bool:
-        """Whether every magnitude is at most max_value; a NaN is not. Waits for the device."""
-        return bool((tensor.abs() <= self.max_value).all())
+    def is_in_range(self, tensor: Tensor, scale: float | Tensor | None = None) -> bool:
+        """Whether every magnitude, times the scale if one is given, is at most max_value; a NaN is not. Waits for the device."""
+        check_tensor("tensor", tensor, dtypes=SCALED_DTYPES)
+        check_has_numbers("tensor", tensor)
+        magnitudes = tensor.detach().abs()
+        if scale is not None:
+            magnitudes = magnitudes.float() * _scalar_scale("scale", scale, tensor.device, may_be_nan=True)
+        return bool((magnitudes <= self.max_value).all())
 
     def _scale(self, magnitudes: Tensor) -> Tensor:
         if magnitudes.shape[-1] == 0:
-            return torch.ones(magnitudes.shape[:-1], device=magnitudes.device)
+            return torch.ones(magnitudes.shape[:-1], dtype=torch.float32, device=magnitudes.device)
         return reference.fp8_scale(magnitudes.amax(-1).float(), self.max_value)
 
 
@@ -77,32 +103,34 @@ def quantize_fp8(
     values = torch.empty(x.numel(), dtype=torch.uint8 if encoding == "offset" else E4M3, device=x.device)
     computed = scale is None
     factor = torch.empty((), dtype=torch.float32, device=x.device) if scale is None else _scalar_scale("scale", scale, x.device)
-    torch.ops.moequant.quantize_fp8(x.reshape(-1), values, factor, computed)
+    ops.quantize_fp8(_flat(x), values, factor, computed)
     return values.view(x.shape).view(torch.uint8 if storage == "uint8" else E4M3), factor
 
 
 def dequantize_fp8(
     values: Tensor,
     scale: float | Tensor,
+    output_dtype: torch.dtype = torch.float16,
     encoding: Literal["e4m3", "offset"] = "e4m3",
-    output_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """values * (1 / scale) in float32, rounded once: the way back from `quantize_fp8`, with the scale and the encoding of the way there.
 
     values: float8_e4m3fn, or uint8 with its bits or with offset codes, which stand for (code - 128) * (448 / 127).
     scale: as for `quantize_fp8`; NaN is accepted.
+    output_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
 
-    Returns a contiguous tensor of values' shape in output_dtype: bfloat16, float16 or float32. Raises ValueError.
+    Returns a contiguous tensor of values' shape in output_dtype. Raises ValueError.
     """
     check_tensor("values", values, dtypes=(E4M3, torch.uint8))
+    check_choice("output_dtype", output_dtype, FLOAT_DTYPES)
     check_choice("encoding", encoding, ("e4m3", "offset"))
     if encoding == "offset" and values.dtype != torch.uint8:
         raise ValueError(f'values must be torch.uint8 with encoding "offset", got {values.dtype}')
-    check_choice("output_dtype", output_dtype, FLOAT_DTYPES)
+    check_no_grad(scale=scale if isinstance(scale, Tensor) else None)
     factor = _scalar_scale("scale", scale, values.device, may_be_nan=True)
     out = torch.empty(values.shape, dtype=output_dtype, device=values.device)
-    flat = values.reshape(-1)
-    torch.ops.moequant.dequantize_fp8(flat.view(E4M3) if encoding == "e4m3" else flat, factor, out.view(-1))
+    flat = _flat(values)
+    ops.dequantize_fp8(flat.view(E4M3) if encoding == "e4m3" else flat, factor, out.view(-1))
     return out
 
 
@@ -117,12 +145,16 @@ def quantize_fp8_with_overflow_handling(
     Returns values float8_e4m3fn and the scale that was used. Raises NumericalOverflowError if the last attempt leaves the range too, as
     it does for an Inf or NaN in x.
     """
-    if max_attempts < 1:
-        raise ValueError(f"max_attempts must be at least 1, got {max_attempts}")
+    check_int("max_attempts", max_attempts, 1)
     check_tensor("x", x, dtypes=FLOAT_DTYPES)
+    check_has_numbers("x", x)
+    check_no_grad(x=x)
     amax = float(x.detach().abs().amax()) if x.numel() else 0.0
     if scale is None and math.isfinite(amax):
         return quantize_fp8(x)
+    if isinstance(scale, Tensor):
+        check_tensor("scale", scale)
+        check_has_numbers("scale", scale)
     given = scale.cpu() if isinstance(scale, Tensor) else scale
     factor = 1.0 if given is None else float(_scalar_scale("scale", given, torch.device("cpu")))
     for attempt in range(max_attempts):
@@ -139,8 +171,8 @@ def fp8_gemm(
     b: Tensor,
     a_scale: float | Tensor | None = None,
     b_scale: float | Tensor | None = None,
+    out_dtype: torch.dtype = torch.float16,
     bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """(a / a_scale) @ (b / b_scale).T + bias of float8 operands with scales as multipliers, as `quantize_fp8` gives them.
 
@@ -148,9 +180,10 @@ def fp8_gemm(
     b: (N, K_dim), likewise.
     a_scale, b_scale: a positive scalar; or one for each row, (M,) or (M, 1) for a, (N,) or (N, 1) for b, float32, for float8 operands
         (`FP8Format.compute_scale_per_channel`); None: 1 for a float8 operand.
+    out_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
     bias: (N,) bfloat16, float16 or float32, added in float32.
 
-    Returns (M, N) of out_dtype: bfloat16, float16 or float32, scaled and rounded once. Raises ValueError for a wrong shape, dtype, device
+    Returns (M, N) of out_dtype, scaled and rounded once. Raises ValueError for a wrong shape, dtype, device
     or scale, RuntimeError if an operand requires grad under grad mode.
     """
     check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
@@ -163,33 +196,42 @@ def fp8_gemm(
         check_no_grad(bias=bias)
     left, right = _float8("a", a, a_scale), _float8("b", b, b_scale)
     out = torch.empty(a.shape[0], b.shape[0], dtype=out_dtype, device=a.device)
-    torch.ops.moequant.fp8_gemm(*left, *right, bias, out)
+    ops.fp8_gemm(*left, *right, bias, out)
     return out
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x as (count,) contiguous: `reshape` alone keeps a stride."""
+    return x.reshape(-1).contiguous()
 
 
 def _scalar_scale(name: str, scale: float | Tensor, device: torch.device, may_be_nan: bool = False) -> Tensor:
     """A scale as () float32 on a device. Raises ValueError unless it is one positive number, as far as the host can see."""
     if isinstance(scale, Tensor):
+        check_tensor(name, scale)
         if scale.numel() != 1 or not scale.is_floating_point():
             raise ValueError(f"{name} must be a positive scalar, got {scale.dtype} of shape {tuple(scale.shape)}")
         if scale.device.type != "cpu" or torch.compiler.is_compiling():
             check_tensor(name, scale, device=device)
             return scale.detach().reshape(()).float()
+    else:
+        check_number(name, scale)
     number = float(scale)
-    if not (0 < number < math.inf or (may_be_nan and math.isnan(number))):
-        raise ValueError(f"{name} must be a positive scalar, got {number}")
+    if not (MIN_FLOAT32 <= number <= MAX_FLOAT32 or (may_be_nan and math.isnan(number))):
+        raise ValueError(f"{name} must be a positive scalar, got {number}{' which float32 can not hold' * (0 < number < math.inf)}")
     return torch.full((), number, dtype=torch.float32, device=device)
 
 
 def _float8(name: str, x: Tensor, scale: float | Tensor | None) -> tuple[Tensor, Tensor]:
     """An operand as float8 (rows, K_dim), and by what each of its rows has to be multiplied, (rows,)."""
     check_tensor(name, x, dtypes=(E4M3, *FLOAT_DTYPES))
+    check_no_grad(**{name: x})
     rows = x.shape[0]
     each_row = isinstance(scale, Tensor) and tuple(scale.shape) in ((rows,), (rows, 1)) and scale.numel() != 1
     if x.dtype != E4M3:
         if each_row:
             raise ValueError(f"{name} is {x.dtype} and quantized with one scale: {name}_scale must be a positive scalar or None")
-        x, scale = quantize_fp8(x, scale)
+        x, scale = quantize_fp8(x, None if scale is None else _scalar_scale(f"{name}_scale", scale, x.device))
     check_contiguous(name, x)
     if isinstance(scale, Tensor) and each_row:
         check_tensor(f"{name}_scale", scale, dtypes=(torch.float32,), device=x.device)

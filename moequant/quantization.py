@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from moequant import (
-    ops,  # noqa: F401  (registers torch.ops.moequant)
+    ops,
 )
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
-from moequant.checks import check_counts, check_eps, check_no_grad, check_tensor
+from moequant.checks import check_choice, check_counts, check_eps, check_int, check_no_grad, check_output, check_tensor
 from moequant.formats import format_of, recipe_of
 from moequant.group_quant import GROUP_SIZES, quantize_blocks
 from moequant.group_quant import dequantize as dequantize
@@ -54,18 +54,17 @@ def quantize_expert_batch(
     recipe: "default", "deepgemm", "ue8m0" or "fnuz_224": see `moequant.formats.RECIPES`. The scale is amax / max, values are x / scale
         rounded to nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
     eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
-    values: (L, M, H) of dtype, any strides, or None to allocate.
+    values: (L, M, H) of dtype, any strides by which no two elements share memory, or None to allocate.
     scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
 
     Returns a QuantizedTensor, of layout "transposed" unless contiguous scales were given ("row"). Raises ValueError for a wrong shape,
     dtype, device, recipe or eps, RuntimeError if x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
+    check_choice("group_size", group_size, GROUP_SIZES)
     check_no_grad(values=values, scales=scales)
     out = _outputs(x.shape, x.device, dtype, group_size, recipe, values, scales)
-    torch.ops.moequant.quantize_expert_batch(x, num_tokens, out.values, out.scales, group_size, recipe, eps)
+    ops.quantize_expert_batch(x, num_tokens, out.values, out.scales, group_size, recipe, eps)
     return out
 
 
@@ -89,7 +88,7 @@ def silu_mul_quantize(
     check_quantize_arguments(x, num_tokens, recipe, eps)
     check_no_grad(values=values, scales=scales)
     out = _outputs(_halved(x), x.device, dtype, 128, recipe, values, scales)
-    torch.ops.moequant.silu_mul_quantize(x, num_tokens, out.values, out.scales, recipe, eps)
+    ops.silu_mul_quantize(x, num_tokens, out.values, out.scales, recipe, eps)
     return out
 
 
@@ -97,7 +96,8 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
     """SwiGLU of the valid rows without quantization: silu(gate) * up in float32, rounded once.
 
     x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first. num_tokens: (L,) int32, or None for all M.
-    out: (L, M, I) of any strides, or None to allocate it in bfloat16; rows from num_tokens[l] on are not written.
+    out: (L, M, I) of any strides by which no two elements share memory, or None to allocate it in bfloat16; rows from num_tokens[l] on
+        are not written.
 
     Returns out. Raises as `silu_mul_quantize`.
     """
@@ -106,8 +106,10 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
     shape = _halved(x)
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
-    check_tensor("out", out, shape=tuple(shape), dtypes=INPUT_DTYPES, device=x.device)
-    torch.ops.moequant.silu_mul(x, num_tokens, out)
+    else:
+        check_tensor("out", out, shape=tuple(shape), dtypes=INPUT_DTYPES, device=x.device)
+        check_output("out", out)
+    ops.silu_mul(x, num_tokens, out)
     return out
 
 
@@ -125,6 +127,7 @@ def quantize_weight(
     check_tensor("w", w, dtypes=INPUT_DTYPES)
     if w.dim() < 2:
         raise ValueError(f"w must be (..., N, K_dim), got shape {tuple(w.shape)}")
+    check_int("segments", segments)
     if segments < 1 or w.shape[-2] % segments:
         raise ValueError(f"segments must divide N = {w.shape[-2]}, got {segments}")
     format_of(dtype)
@@ -164,10 +167,12 @@ def _outputs(
     format_of(dtype)
     experts, rows, columns = shape
     groups = ceil_div(columns, group_size)
-    if values is None:
-        values = torch.empty(shape, dtype=dtype, device=device)
-    check_tensor("values", values, shape=tuple(shape), dtypes=(dtype,), device=device)
-    if scales is None:
-        scales = empty_transposed_scales(experts, rows, groups, device)
-    check_tensor("scales", scales, shape=(experts, rows, groups), dtypes=(torch.float32,), device=device)
+    if values is not None:
+        check_tensor("values", values, shape=tuple(shape), dtypes=(dtype,), device=device)
+        check_output("values", values)
+    if scales is not None:
+        check_tensor("scales", scales, shape=(experts, rows, groups), dtypes=(torch.float32,), device=device)
+        check_output("scales", scales)
+    values = torch.empty(shape, dtype=dtype, device=device) if values is None else values
+    scales = empty_transposed_scales(experts, rows, groups, device) if scales is None else scales
     return QuantizedTensor(values, scales, scale_layout(scales), recipe, group_size)

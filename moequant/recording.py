@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moequant.checks import check_int, check_is
+
 # Names that Hugging Face's models give: the router among a block's children, E and K among a block's or a router's attributes.
 ROUTERS = ("gate", "router")
 EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")
@@ -100,10 +102,17 @@ def record_routing(
     with the ids (T, K), integers, and their weights (T, K) or the scores (T, E).
 
     router: a pattern for the routers' names, as "model.layers.*.mlp.my_gate", instead of that search. read: from what a router returns to
-    ids and weights, each (T, K), where that is something else. max_tokens: of a layer; calls after that many are not recorded.
+    ids and weights, each (T, K), where that is something else. max_tokens: of a layer, at least 1; later ones are not recorded.
 
     Raises ValueError if the model has no router that is known, or if one returns what can't be read.
     """
+    check_is("model", model, nn.Module)
+    if router is not None:
+        check_is("router", router, str)
+    if read is not None and not callable(read):
+        raise ValueError(f"read must be callable with what a router returns, got {type(read).__name__}")
+    if max_tokens is not None:
+        check_int("max_tokens", max_tokens, 1)
     modules = dict(model.named_modules())
     if router is not None:
         names = [name for name in modules if fnmatch.fnmatchcase(name, router)]

@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -28,7 +29,9 @@ from torch import Tensor
 
 from moequant import reference
 from moequant.batch import ExpertBatch
+from moequant.checks import check_has_numbers, check_int, check_is, check_no_grad, check_output, check_tensor, check_tokens
 from moequant.config import DispatcherConfig
+from moequant.formats import FLOAT_DTYPES, FORMAT_OF_DTYPE
 from moequant.recording import record_routing as record_routing
 from moequant.transport.local import LocalTransport
 
@@ -38,6 +41,10 @@ LIMIT_SECONDS = 300.0
 GRACE_SECONDS = 10.0
 # With all results there, how long workers have to end by themselves: some can't, as their group waits for a rank that is lost.
 END_SECONDS = 3.0
+# Random numbers that `routing` draws, at most: 1 GiB.
+MAX_SCORES = 2**28
+# What `relative_error` and `cosine_difference` compare, in float64.
+COMPARABLE = (*FLOAT_DTYPES, torch.float64, *FORMAT_OF_DTYPE, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 def routing(
@@ -57,22 +64,30 @@ def routing(
 
     Example: T=2, K=2, E=4, "one-hot" may give ids [[0, 3], [0, 1]].
     """
+    for name, value in (("tokens", tokens), ("top_k", top_k), ("num_experts", num_experts)):
+        check_int(name, value)
+    if max(tokens, 1) * num_experts > MAX_SCORES:
+        raise ValueError(
+            f"tokens times num_experts must be at most {MAX_SCORES}, as many are drawn, got {tokens} and {num_experts}"
+        )
+    check_is("generator", generator, (torch.Generator, type(None)))
     if not 0 < top_k <= num_experts:
         raise ValueError(f"top_k must be in 1..num_experts for distinct experts, got top_k={top_k}, num_experts={num_experts}")
     device = generator.device if generator is not None else torch.device("cpu")
     # the K largest of log-weight + Gumbel noise are a draw without replacement in proportion to the weights
-    noise = torch.rand(tokens, num_experts, generator=generator, device=device).clamp_min(1e-30)
+    noise = torch.rand(tokens, num_experts, dtype=torch.float32, generator=generator, device=device).clamp_min(1e-30)
     scores = log_popularity(kind, num_experts).to(device) - (-noise.log()).log()
     if kind == "half":
         scores[::2, 0], scores[1::2, 0] = math.inf, -math.inf
     ids = scores.topk(top_k, dim=1).indices.to(torch.int32)
-    weights = torch.rand(tokens, top_k, generator=generator, device=device) + 0.1
+    weights = torch.rand(tokens, top_k, dtype=torch.float32, generator=generator, device=device) + 0.1
     return ids, weights / weights.sum(1, keepdim=True)
 
 
 def log_popularity(kind: str, num_experts: int) -> Tensor:
     """(E,) float32: the log of how likely each expert is, up to a constant; infinite for an expert that every token chooses."""
-    popularity = torch.zeros(num_experts, device="cpu")
+    check_is("kind", kind, str)
+    popularity = torch.zeros(num_experts, dtype=torch.float32, device="cpu")
     name, _, parameter = kind.partition(":")
     if kind == "one-hot":
         popularity[0] = math.inf
@@ -100,18 +115,32 @@ def in_one_process(
     and weights (T, K). experts: from the batch of all E experts to their output (E, M, H).
 
     Returns the batch, whose sources are entry numbers, token * K + k, of all ranks' tokens joined; each rank's output (T, H); and the
-    number of rows that had no room.
+    number of rows that had no room. Raises InvalidExpertIdError for ids outside -1..E-1, ValueError for other wrong settings and inputs.
     """
+    check_is("settings", settings, Mapping)
+    if not callable(experts):
+        raise ValueError(f"experts must be callable with an ExpertBatch, got {type(experts).__name__}")
+    if not isinstance(inputs, (list, tuple)) or not inputs:
+        raise ValueError(f"inputs must be a list of each rank's hidden states, ids and weights, got {inputs!r}")
+    cpu, ignored = torch.device("cpu"), {"transport": "local", "exchange": "auto", "slots": 1, "reduce": "exact"}
+    each = DispatcherConfig(**{**settings, **ignored})
+    for rank, tensors in enumerate(inputs):
+        if not isinstance(tensors, (list, tuple)) or len(tensors) != 3:
+            raise ValueError(f"inputs[{rank}] must be the rank's hidden states, ids and weights, got {type(tensors).__name__}")
+        for tensor in tensors:
+            check_tensor(f"inputs[{rank}]", tensor)
+            check_has_numbers(f"inputs[{rank}]", tensor)
+        check_tokens(each, cpu, *(tensor.cpu() for tensor in tensors))
     ranks = len(inputs)
-    ignored = {"transport": "local", "exchange": "auto", "slots": 1, "reduce": "exact"}
-    most = ranks * settings["max_tokens_per_rank"]
-    sizes = {"max_tokens_per_rank": most, "capacity": settings.get("capacity") or most}
-    config = DispatcherConfig(**{**settings, **ignored, **sizes})
+    most = ranks * each.max_tokens_per_rank
+    config = replace(each, max_tokens_per_rank=most, capacity=each.capacity or most)
     status = torch.zeros(3, dtype=torch.int64, device="cpu")
-    transport = LocalTransport(config, 0, torch.device("cpu"), status)
+    transport = LocalTransport(config, 0, cpu, status)
     hidden, ids, weights = (torch.cat([tensor.cpu() for tensor in tensors]) for tensors in zip(*inputs, strict=True))
     batch, rows = transport.dispatch(hidden, ids, weights, transport.allocate())
-    output, out = experts(batch).flatten(0, 1), torch.empty_like(hidden)
+    output, out = experts(batch), torch.empty_like(hidden)
+    check_tensor("what experts return", output, shape=tuple(batch.values.shape))
+    output = output.flatten(0, 1)
     if settings.get("reduce", "exact") == "per_rank":
         reference.combine_per_rank(output, rows, weights, output.shape[0] // ranks, out)
     else:
@@ -119,15 +148,27 @@ def in_one_process(
     return batch, list(out.split([len(tensors[0]) for tensors in inputs])), int(status[1])
 
 
+def check_comparable(x: Tensor, reference: Tensor) -> None:
+    """Raises ValueError unless both are tensors of one shape: others would be broadcast, and a wrong shape pass for right."""
+    check_tensor("reference", reference, dtypes=COMPARABLE)
+    check_tensor("x", x, shape=tuple(reference.shape), dtypes=COMPARABLE, device=reference.device)
+    for name, tensor in (("x", x), ("reference", reference)):
+        check_has_numbers(name, tensor)
+
+
 def relative_error(x: Tensor, reference: Tensor) -> float:
-    """The Frobenius norm of x - reference over that of reference, in float64. 0 where both are empty or zero; NaN if x has a NaN."""
+    """The Frobenius norm of x - reference over that of reference, in float64. 0 where both are empty or zero; NaN if x has a NaN. Raises
+    ValueError unless both have one shape."""
+    check_comparable(x, reference)
     error = torch.linalg.vector_norm((x.double() - reference.double()).flatten()).item()
     norm = torch.linalg.vector_norm(reference.double().flatten()).item()
     return error / norm if norm else (0.0 if error == 0 else math.inf)
 
 
 def cosine_difference(x: Tensor, reference: Tensor) -> float:
-    """1 - 2 * sum(x * reference) / sum(x**2 + reference**2), in float64: 0 for equal tensors, sensitive to angle and length both."""
+    """1 - 2 * sum(x * reference) / sum(x**2 + reference**2), in float64: 0 for equal tensors, sensitive to angle and length both.
+    Raises ValueError unless both have one shape."""
+    check_comparable(x, reference)
     x, reference = x.double().flatten(), reference.double().flatten()
     denominator = (x.square() + reference.square()).sum().item()
     return 1.0 - 2.0 * torch.dot(x, reference).item() / denominator if denominator else 0.0
@@ -186,6 +227,9 @@ def assert_nearly_quantized(result: tuple[Tensor, Tensor], expected: tuple[Tenso
 
 def poison(tensor: Tensor) -> Tensor:
     """Fills a tensor with what must not be read: NaN, or bytes of 0x7f for integers (True for bool). Returns it."""
+    check_tensor("tensor", tensor, dtypes=(*COMPARABLE, torch.bool))
+    check_no_grad(tensor=tensor)
+    check_output("tensor", tensor)
     if tensor.is_floating_point():
         return tensor.fill_(math.nan)
     return tensor.fill_(True if tensor.dtype == torch.bool else int.from_bytes(b"\x7f" * tensor.element_size(), "little"))

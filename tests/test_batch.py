@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from moequant import ExpertBatch, LayoutError, QuantizedTensor
-from moequant.batch import ceil_div, empty_scales, empty_transposed_scales, scale_layout
+from moequant import ExpertBatch, LayoutError, QuantizedTensor, dequantize
+from moequant.batch import Owner, ScaleLayout, ceil_div, empty_scales, empty_transposed_scales, scale_layout
 
 VALUES = torch.zeros(2, 6, 300, dtype=torch.int8)
+WIDE = VALUES.bfloat16()
 
 
 def transposed(experts: int = 2, rows: int = 6, groups: int = 3) -> torch.Tensor:
@@ -175,7 +177,7 @@ def test_packed_exponents_are_powers_of_two_and_0xff_is_nan():
 
 def expert_batch(scales: torch.Tensor | None) -> ExpertBatch:
     counts, sources = torch.tensor([3, 5], dtype=torch.int32), torch.arange(12).view(2, 6)
-    return ExpertBatch(VALUES, scales, counts, sources, "ue8m0", 4, slot=1)
+    return ExpertBatch(WIDE if scales is None else VALUES, scales, counts, sources, "ue8m0", 4, slot=1)
 
 
 def test_a_batchs_activations_are_its_values_with_their_scales_and_recipe():
@@ -187,7 +189,7 @@ def test_a_batchs_activations_are_its_values_with_their_scales_and_recipe():
 
 
 def test_a_batch_without_scales_has_plain_activations():
-    assert expert_batch(None).activations is VALUES
+    assert expert_batch(None).activations is WIDE
 
 
 @pytest.mark.parametrize("scales", [None, transposed()], ids=["plain", "quantized"])
@@ -211,3 +213,63 @@ def test_a_part_of_a_batch_is_a_view_of_its_experts_and_stays_what_it_was(scales
 def test_what_travels_between_the_steps_cannot_be_changed(instance):
     with pytest.raises(FrozenInstanceError):
         instance.values = VALUES
+
+
+WRONG: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any], str]] = {
+    "scales that were never loaded": (VALUES, torch.ones(2, 6, 3, device="meta"), {}, "scales must be on cpu, got meta"),
+    "values that were never loaded": (VALUES.to("meta"), torch.ones(2, 6, 3), {}, "scales must be on meta, got cpu"),
+    "another recipe": (VALUES, torch.ones(2, 6, 3), {"recipe": "DEFAULT"}, "recipe must be one of default, deepgemm"),
+    "no recipe": (VALUES, torch.ones(2, 6, 3), {"recipe": None}, "recipe must be one of .*, got None"),
+    "a list of recipes": (VALUES, torch.ones(2, 6, 3), {"recipe": []}, r"recipe must be one of .*, got \[\]"),
+    "bfloat16 values": (VALUES.bfloat16(), torch.ones(2, 6, 3), {}, "values must be torch.float8_e4m3fn or .*, got torch.bfloat16"),
+    "no group size": (VALUES, torch.ones(2, 6, 3), {"group_size": 0}, "group_size must be at least 1, got 0"),
+    "a group size that is no integer": (
+        VALUES,
+        torch.ones(2, 6, 3),
+        {"group_size": 128.0},
+        "group_size must be an integer, got 128.0",
+    ),
+    "a vector": (VALUES[0, 0], torch.ones(3), {}, r"values must be \(..., rows, columns\), got shape \(300,\)"),
+    "a list": ([1, 2], torch.ones(3), {}, "values must be a tensor, got list"),  # pyright: ignore[reportAssignmentType]
+    "segments of rows": (VALUES, torch.ones(2, 6, 3), {"segments": 2}, 'segments are of layout "block" alone'),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_other_tensors_recipes_and_numbers_are_refused_in_words(case):
+    values, scales, options, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        QuantizedTensor(values, scales, "row", **options)
+
+
+@pytest.mark.parametrize("layout", get_args(ScaleLayout))
+@pytest.mark.parametrize("shape", [(2, 0, 300), (2, 6, 0), (0, 6, 300)], ids=str)
+def test_scales_without_elements_lie_in_any_layout(shape, layout):
+    experts, rows, columns = shape
+    groups = ceil_div(columns, 128 if layout != "ue8m0_packed" else 512)
+    scales = torch.empty(experts, ceil_div(rows, 128) if layout == "block" else rows, groups)
+    packed: dict[str, Any] = {"recipe": "ue8m0"} if layout == "ue8m0_packed" else {}
+    q = QuantizedTensor(VALUES.new_empty(shape), scales.int() if packed else scales, layout, **packed)
+    assert dequantize(q).shape == shape
+
+
+def test_a_batch_of_other_tensors_is_refused_in_words():
+    batch = expert_batch(transposed())
+    for field, value, message in (
+        ("values", WIDE, "values must be torch.float8_e4m3fn or"),
+        ("scales", None, "values must be torch.bfloat16, got torch.int8"),
+        ("scales", transposed(2, 5), r"scales must have shape \(2, 6, 3\)"),
+        ("num_tokens", batch.num_tokens.long(), "num_tokens must be torch.int32"),
+        ("sources", batch.sources.to("meta"), "sources must be on cpu, got meta"),
+        ("recipe", "none", "recipe must be one of"),
+        ("expected_rows", -1, "expected_rows must be at least 0, got -1"),
+        ("slot", True, "slot must be an integer, got True"),
+        ("owner", object(), "owner must be Owner, got object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(batch, **{field: value})
+
+
+def test_a_part_of_a_batch_has_its_owner():
+    batch = replace(expert_batch(transposed()), owner=Owner())
+    assert batch.part(0, 1).owner is batch.owner

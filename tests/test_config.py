@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moequant import MoEQuantDispatcher
-from moequant.config import CHOICES, QUANT_DTYPES, DispatcherConfig, round_up
+from moequant.config import CHOICES, POSITIVE, QUANT_DTYPES, DispatcherConfig, round_up
 
 SIZES: dict[str, Any] = {"num_experts": 8, "top_k": 2, "hidden_size": 300, "max_tokens_per_rank": 20}
 
@@ -147,3 +147,21 @@ def test_buffer_bytes_validates_as_the_constructor_does():
         MoEQuantDispatcher.buffer_bytes(**SIZES, experts=3)
     with pytest.raises(ValueError, match="quant must be one of"):
         MoEQuantDispatcher(**SIZES, quant="fp4", device="cpu")
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_sizes_that_int32_can_not_hold_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be a positive integer, got {2**31}; sizes are int32"):
+        config(**{name: 2**31})
+
+
+def test_entries_that_int32_can_not_number_are_refused():
+    with pytest.raises(ValueError, match=r"max_tokens_per_rank times top_k must be below 2\*\*31"):
+        config(max_tokens_per_rank=2**29, top_k=4)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("value", [[], {}, 3, None, ["auto"]], ids=repr)
+def test_choices_of_other_types_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be one of"):
+        config(**{name: value})

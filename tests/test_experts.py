@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -221,7 +223,6 @@ BAD_QUANTIZED = {
         'layout "block" with segments=2 .*, got "row" with segments=1',
     ),
     "two formats": (quantize_weight(W13, segments=2), quantize_weight(W2, dtype=torch.int8), "one dtype, got .* and torch.int8"),
-    "quantized and plain": (quantize_weight(W13, segments=2), W2, "one dtype, got .* and torch.bfloat16"),
     "other sizes": (quantize_weight(W13, segments=2), quantize_weight(W2[:, :3]), r"got \(3, 8, 4\) and \(3, 3, 4\)"),
     "two devices": (quantize_weight(W13, segments=2), quantize_weight(W2.to("meta")), "on one device, got cpu and meta"),
 }
@@ -234,6 +235,14 @@ def test_quantized_weights_that_do_not_fit_raise_a_value_error(case):
         GroupedExperts.from_quantized(w13, w2)
     with pytest.raises(ValueError, match="""activation must be .* got 'relu'"""):
         GroupedExperts.from_quantized(w13, w2, activation="relu")
+
+
+def test_quantized_and_plain_weights_together_are_refused():
+    with pytest.raises(ValueError, match="one dtype, got .* and torch.bfloat16"):
+        GroupedExperts(quantize_weight(W13, segments=2), W2)
+    plain: Any = W2
+    with pytest.raises(ValueError, match="w2 must be QuantizedTensor, got Tensor; quantize_weight makes one"):
+        GroupedExperts.from_quantized(quantize_weight(W13, segments=2), plain)
 
 
 def test_w2_that_the_gemm_cannot_read_is_a_layout_error():

@@ -362,3 +362,28 @@ def test_bad_arguments_raise_a_value_error(case):
 def test_inputs_that_require_grad_raise():
     with pytest.raises(RuntimeError, match="x requires grad"):
         per_token_group_quant_fp8(X.clone().requires_grad_())
+
+
+@pytest.mark.usefixtures("both_paths")
+@pytest.mark.parametrize("shape", [(0, 7168), (0, 600), (0, 3, 256), (3, 0, 600), (4, 0), (2, 3, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_rows_and_no_columns_give_a_tensor_without_elements(layout, shape):
+    q = per_token_group_quant_fp8(torch.zeros(shape), **LAYOUTS[layout])
+    assert q.shape == shape and q.scales.shape[:-1] == shape[:-1] and q.scales.numel() == 0
+    assert dequantize(q).shape == shape
+    # of one matrix the strides are there for those who ask for them
+    if layout in ("tma_aligned", "ue8m0_packed") and len(shape) == 2 and shape[0] == 0:
+        assert q.scales.stride(0) == 1 and q.scales.stride(1) % 4 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, torch.int32, "float32", None, [], 4], ids=str)
+def test_dequantize_takes_four_types_alone(dtype):
+    q = per_token_group_quant_fp8(X)
+    with pytest.raises(ValueError, match="dtype must be one of torch.bfloat16, torch.float16, torch.float32, torch.float64, got"):
+        dequantize(q, dtype)
+
+
+def test_dequantize_of_bare_values_is_refused_in_words():
+    bare: Any = per_token_group_quant_fp8(X).values
+    with pytest.raises(ValueError, match="q must be QuantizedTensor, got Tensor; quantizers return one"):
+        dequantize(bare)

@@ -206,8 +206,8 @@ WRONG = {
     "another block": (lambda: act_quant(A.float(), 100), "block_size must be one of 32, 64, 128, 256, got 100"),
     "a vector for a weight": (lambda: weight_quant(torch.ones(5)), "x must have at least 2 dimensions"),
     "no block": (lambda: weight_quant(torch.ones(5, 5), 0), "block_size must be at least 1, got 0"),
-    "scales of other activations": (lambda: act_dequant(A, A_S[:1]), "need scales of shape"),
-    "scales of another weight": (lambda: weight_dequant(B, A_S[0]), "need scales of shape"),
+    "scales of other activations": (lambda: act_dequant(A, A_S[:1]), "s must have shape"),
+    "scales of another weight": (lambda: weight_dequant(B, A_S[0]), "s must have shape"),
     "back to integers": (lambda: act_dequant(A, A_S, output_dtype=torch.int8), "output_dtype must be one of"),
     "gelu of other scales": (lambda: int8_gelu(A, A_S[..., 0]), "s_x must have shape"),
 }
@@ -245,3 +245,14 @@ def test_tensors_that_require_grad_raise_under_grad_mode_only(name):
             GRAD[name](grad)
         with torch.no_grad():
             GRAD[name](grad)
+
+
+@pytest.mark.usefixtures("both_paths")
+def test_a_block_larger_than_a_weight_is_one_block():
+    x = torch.randn(2, 40, 70)
+    values, scales = weight_quant(x, 2**31 - 1)
+    assert scales.shape == (2, 1, 1)
+    expected_values, expected_scales = weight_quant(x, 128)
+    assert_bit_equal(values, expected_values)
+    assert_bit_equal(scales, expected_scales)
+    assert_bit_equal(weight_dequant(values, scales, 2**31 - 1), weight_dequant(values, scales, 128))

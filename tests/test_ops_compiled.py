@@ -43,7 +43,7 @@ def int8_network(x: torch.Tensor, w: torch.Tensor, counts: None) -> tuple[torch.
 def fp8_network(x: torch.Tensor, w: torch.Tensor, counts: None) -> tuple[torch.Tensor, ...]:
     a, b = reference.quantize_groups(x[0], 128, FP8, "default", None), quantize_weight(w[0])
     codes, scale = quantize_fp8(x, storage="uint8", encoding="offset")
-    return mm_fp8_blockscale(*a, b) + 1, fp8_gemm(x[0], w[0]), dequantize_fp8(codes, scale, "offset")
+    return mm_fp8_blockscale(*a, b) + 1, fp8_gemm(x[0], w[0]), dequantize_fp8(codes, scale, encoding="offset")
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -49,7 +49,7 @@ def test_offset_codes_are_linear_around_128():
     codes, scale = quantize_fp8(x, storage="uint8", encoding="offset")
     assert codes.dtype == torch.uint8 and scale == 224
     assert codes.tolist() == [1, 64, 128, 128, 160, 192, 255]
-    assert torch.allclose(dequantize_fp8(codes, scale, "offset"), x, atol=1 / 127)
+    assert torch.allclose(dequantize_fp8(codes, scale, torch.float32, "offset"), x, atol=1 / 127)
 
 
 @QUICK
@@ -59,10 +59,10 @@ def test_any_numbers_come_back_within_half_a_step(numbers):
     values, scale = quantize_fp8(x)
     assert scale > 0 and scale.isfinite()
     step = torch.maximum(x.abs() / 16, 2.0**-10 / scale)
-    assert ((dequantize_fp8(values, scale) - x).abs() <= step * 1.001).all()
+    assert ((dequantize_fp8(values, scale, torch.float32) - x).abs() <= step * 1.001).all()
     codes, scale = quantize_fp8(x, storage="uint8", encoding="offset")
     assert codes.min() >= 1
-    assert ((dequantize_fp8(codes, scale, "offset") - x).abs() <= 448 / 127 / scale * 0.501).all()
+    assert ((dequantize_fp8(codes, scale, torch.float32, "offset") - x).abs() <= 448 / 127 / scale * 0.501).all()
 
 
 def test_zeros_and_nothing_have_scale_one_and_bad_numbers_a_nan_scale():
@@ -153,8 +153,9 @@ def test_the_product_takes_scalar_and_per_channel_scales(shape, a_dim, b_dim):
     bias = torch.randn(columns)
     out = fp8_gemm(a, b, a_scale, b_scale, out_dtype=torch.float32)
     assert relative_error(out, left @ right.T) < PRODUCT_ERROR
-    assert_bit_equal(fp8_gemm(a, b, a_scale, b_scale), out.bfloat16())
-    assert relative_error(fp8_gemm(a, b, a_scale, b_scale, bias, torch.float32), left @ right.T + bias.double()) < PRODUCT_ERROR
+    assert_bit_equal(fp8_gemm(a, b, a_scale, b_scale), out.half())
+    assert_bit_equal(fp8_gemm(a, b, a_scale, b_scale, torch.bfloat16), out.bfloat16())
+    assert relative_error(fp8_gemm(a, b, a_scale, b_scale, torch.float32, bias), left @ right.T + bias.double()) < PRODUCT_ERROR
     if b_dim == 0:
         assert_bit_equal(fp8_gemm(a, b, a_scale, b_scale[:, None], out_dtype=torch.float32), out)
 
@@ -189,6 +190,28 @@ def test_empty_products_are_empty(shape):
     assert fp8_gemm(torch.zeros(rows, depth), torch.zeros(columns, depth)).shape == (rows, columns)
 
 
+def test_arguments_come_in_the_order_and_with_the_defaults_of_the_public_originals():
+    x = torch.randn(4, 40)
+    values, scale = quantize_fp8(x)
+    assert dequantize_fp8(values, scale).dtype == fp8_gemm(values, values, scale, scale).dtype == torch.float16
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert_bit_equal(dequantize_fp8(values, scale, dtype), (values.float() * (1 / scale)).to(dtype))
+        assert_bit_equal(fp8_gemm(values, values, scale, scale, dtype), fp8_gemm(values, values, scale, scale, out_dtype=dtype))
+    assert FP8Format().is_in_range(x, scale) and not FP8Format().is_in_range(x, 2 * scale)
+    assert FP8Format().is_in_range(x, float(scale)) and not FP8Format().is_in_range(torch.tensor([math.nan]), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_scales_are_float32_whatever_the_tensors_and_the_default_type(dtype):
+    torch.set_default_dtype(torch.float64)
+    try:
+        for x in (torch.empty(0, 3, dtype=dtype), torch.empty(3, 0, dtype=dtype), torch.ones(2, 3, dtype=dtype)):
+            assert FP8Format().compute_scale(x).dtype == torch.float32
+            assert FP8Format().compute_scale_per_channel(x).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 X, V = torch.ones(2, 3), torch.ones(2, 3).to(E4M3)
 WRONG = {
     "integers": (lambda: quantize_fp8(X.int()), "x must be torch.bfloat16 or"),
@@ -201,10 +224,24 @@ WRONG = {
         r"scale must be a positive scalar, got torch.float32 of shape \(2,\)",
     ),
     "an integer tensor as a scale": (lambda: quantize_fp8(X, torch.tensor(1)), "scale must be a positive scalar, got torch.int64"),
+    "a scale that float32 has no room for": (
+        lambda: quantize_fp8(X, 1e300),
+        "scale must be a number that float32 can hold, got 1e",
+    ),
+    "a scale that float32 rounds to zero": (
+        lambda: quantize_fp8(X, 1e-50),
+        "scale must be a positive scalar, got 1e-50 which float32",
+    ),
+    "a word as a scale": (lambda: quantize_fp8(X, "2"), "scale must be a number, got '2'"),  # pyright: ignore
+    "a scale of a product": (lambda: fp8_gemm(X, X, -1.0), "a_scale must be a positive scalar, got -1.0"),
+    "a scale on another device": (lambda: quantize_fp8(X, torch.ones((), device="meta")), "scale must be on .*, got meta"),
+    "scales of integers": (lambda: FP8Format().compute_scale(X.char()), "tensor must be torch.bfloat16 or"),
+    "channels that are not there": (lambda: FP8Format().compute_scale_per_channel(X, 5), "dim must be in -2..1, got 5"),
+    "channels of a number": (lambda: FP8Format().compute_scale_per_channel(X[0, 0]), "tensor must have at least 1 dimension"),
     "another storage": (lambda: quantize_fp8(X, storage="int8"), "storage must be one of float8, uint8, got 'int8'"),  # pyright: ignore
     "another encoding": (lambda: quantize_fp8(X, encoding="e5m2"), "encoding must be one of e4m3, offset, got 'e5m2'"),  # pyright: ignore
     "offset in float8": (lambda: quantize_fp8(X, encoding="offset"), 'pass storage="uint8"'),
-    "offset from float8": (lambda: dequantize_fp8(V, 1.0, "offset"), 'must be torch.uint8 with encoding "offset"'),
+    "offset from float8": (lambda: dequantize_fp8(V, 1.0, encoding="offset"), 'must be torch.uint8 with encoding "offset"'),
     "floats to dequantize": (lambda: dequantize_fp8(X, 1.0), "values must be torch.float8_e4m3fn or torch.uint8"),
     "back to integers": (lambda: dequantize_fp8(V, 1.0, output_dtype=torch.int32), "output_dtype must be one of"),
     "no attempts": (lambda: quantize_fp8_with_overflow_handling(X, max_attempts=0), "max_attempts must be at least 1, got 0"),
@@ -228,7 +265,7 @@ def test_wrong_calls_raise_a_value_error_that_says_what_came(case):
 def test_kernels_ask_the_device_for_float8_and_for_nothing_else(monkeypatch):
     asked, x = [], torch.ones(2)
     monkeypatch.setattr(per_tensor, "check_format", lambda quant, device: asked.append(quant))
-    dequantize_fp8(*quantize_fp8(x, storage="uint8", encoding="offset"), "offset")
+    dequantize_fp8(*quantize_fp8(x, storage="uint8", encoding="offset"), encoding="offset")
     assert not asked
     quantize_fp8(x)
     assert asked == (["fp8_e4m3fn"] if ops.uses_kernels(x) else [])

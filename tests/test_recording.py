@@ -227,3 +227,9 @@ def test_nothing_recorded_can_not_be_saved(tmp_path):
         pass
     with pytest.raises(ValueError, match="run the model inside"):
         recording.save(tmp_path / "none.safetensors", intermediate_size=1)
+
+
+@pytest.mark.parametrize("most", [-1, 0, 2.0, "all", True], ids=repr)
+def test_other_numbers_of_tokens_are_refused(most):
+    with pytest.raises(ValueError, match="max_tokens must be"), record_routing(nn.Linear(2, 2), max_tokens=most):
+        pass

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moequant.errors import InvalidExpertIdError
 from moequant.models import MODELS, model_shape
 from moequant.testing import (
     RankFailedError,
     assert_bit_equal,
     cosine_difference,
+    in_one_process,
     poison,
     relative_error,
     routing,
@@ -209,3 +211,24 @@ def test_a_death_is_an_error_unless_expected():
 def test_nccl_needs_a_gpu_for_each_rank():
     with pytest.raises(ValueError, match="needs a GPU for each of 64 ranks"):
         run_ranks(summed, 64, 0, backend="nccl")
+
+
+def test_comparisons_refuse_other_shapes_which_would_be_broadcast():
+    for compare in (relative_error, cosine_difference):
+        for shape in ((4,), (1, 4), (3, 1), ()):
+            with pytest.raises(ValueError, match=r"x must have shape \(3, 4\), got"):
+                compare(torch.ones(shape), torch.ones(3, 4))
+
+
+def test_in_one_process_refuses_ids_that_no_expert_has():
+    settings = {"num_experts": 4, "top_k": 2, "hidden_size": 8, "max_tokens_per_rank": 4}
+    for wrong in (4, -2):
+        ids = torch.tensor([[0, 1], [wrong, -1]])
+        with pytest.raises(InvalidExpertIdError, match=r"topk_ids must be in -1..3"):
+            in_one_process(settings, [(torch.ones(2, 8), ids, torch.ones(2, 2))], lambda batch: batch.values.bfloat16())
+
+
+@pytest.mark.parametrize("sizes", [(-1, 2, 8), (1.0, 2, 8), (1, True, 8), (1, 2, 2**31)], ids=str)
+def test_routing_of_other_numbers_is_refused(sizes):
+    with pytest.raises(ValueError, match="must be"):
+        routing(*sizes)

@@ -107,6 +107,9 @@ def fuses_gemm1(
     a: Tensor, a_scales: Tensor, w13: Tensor, w13_scales: Tensor, values: Tensor, scales: Tensor, expected_rows: int
 ) -> bool:
     """Whether `gemm1_swiglu` is one kernel for these arguments, and faster than its two parts."""
+    # asked first: a CPU needs no Triton
+    if not a.is_cuda:
+        return False
     from moequant.kernels import common
 
     if not common.runs_gluon(a.device):

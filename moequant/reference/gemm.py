@@ -26,8 +26,14 @@ def grouped_gemm_blockscale(
     for expert in range(experts):
         count = rows if num_tokens is None else min(max(0, int(num_tokens[expert])), rows)
         left, right = operand_rows(a, expert, count), operand_rows(b, expert, b.shape[1])
-        out[expert, :count] = (left @ right.T).to(out.dtype)
+        out[expert, :count] = product(left, right).to(out.dtype)
     return out
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (M, K_dim) times the transpose of b (N, K_dim), in their float32 under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
 
 
 def operand_rows(x: QuantizedTensor | Tensor, expert: int, count: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moequant.batch import QuantizedTensor, ceil_div
+from moequant.reference.gemm import product
 from moequant.reference.quantization import dequantize, quantize_groups
 
 
@@ -14,11 +15,11 @@ def int8_addmm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: T
 
     Sums inside a block of 128 are whole numbers below 2**24: float32 has them exactly.
     """
-    acc = torch.zeros(a.shape[0], b.shape[0], device=a.device)
+    acc = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float32, device=a.device)
     for group in range(ceil_div(a.shape[1], 128)):
         part = slice(group * 128, (group + 1) * 128)
         b_scale = b_scales[:, group].repeat_interleave(128)[: b.shape[0]]
-        acc += a[:, part].float() @ b[:, part].float().T * (a_scales[:, group].unsqueeze(1) * b_scale)
+        acc += product(a[:, part].float(), b[:, part].float()) * (a_scales[:, group].unsqueeze(1) * b_scale)
     return acc if bias is None else acc + bias.float()
 
 

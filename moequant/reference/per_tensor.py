@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moequant.reference.gemm import product
 from moequant.reference.quantization import INF_BITS
 
 E4M3_MAX = 448.0
@@ -48,5 +49,5 @@ def dequantize_fp8(values: Tensor, scale: Tensor, output_dtype: torch.dtype = to
 
 def fp8_gemm(a: Tensor, a_factors: Tensor, b: Tensor, b_factors: Tensor, bias: Tensor | None = None) -> Tensor:
     """(M, N) float32: (a @ b.T) * a_factors[:, None] * b_factors + bias, of float8 a (M, K_dim), b (N, K_dim), factors (M,) and (N,)."""
-    out = a.float() @ b.float().T * a_factors.unsqueeze(1) * b_factors
+    out = product(a.float(), b.float()) * a_factors.unsqueeze(1) * b_factors
     return out if bias is None else out + bias.float()

@@ -50,6 +50,8 @@ def quantize_groups(x: Tensor, group_size: int, dtype: torch.dtype, recipe: str,
 
 def pack_exponents(scales: Tensor) -> Tensor:
     """Powers of two (..., G) float32 to their exponents (..., ceil(G / 4)) int32, as in layout "ue8m0_packed": NaN's is 0xFF."""
+    if not scales.shape[-1]:
+        return torch.empty(scales.shape, dtype=torch.int32, device=scales.device)
     exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
     return F.pad(exponents, (0, -scales.shape[-1] % 4)).view(torch.int32)
 
@@ -106,10 +108,12 @@ def quantize_weight(
     """As `moequant.quantize_weight`."""
     rows, columns = w.shape[-2] // segments, w.shape[-1]
     blocks = ceil_div(rows, group_size), ceil_div(columns, group_size)
-    # each segment is padded to whole blocks; a block is then the (group_size, group_size) tile of (..., segment, i, row, j, column)
-    pad = (0, blocks[1] * group_size - columns, 0, blocks[0] * group_size - rows)
+    # of a block that is larger than the weight, what there is
+    height, width = min(group_size, max(rows, 1)), min(group_size, max(columns, 1))
+    # each segment is padded to whole blocks; a block is then the (height, width) tile of (..., segment, i, row, j, column)
+    pad = (0, blocks[1] * width - columns, 0, blocks[0] * height - rows)
     tiles = F.pad(w.float().unflatten(-2, (segments, rows)), pad)
-    tiles = tiles.unflatten(-2, (blocks[0], group_size)).unflatten(-1, (blocks[1], group_size)).transpose(-3, -2)
+    tiles = tiles.unflatten(-2, (blocks[0], height)).unflatten(-1, (blocks[1], width)).transpose(-3, -2)
     scales = group_scales(tiles.flatten(-2), dtype, recipe)
     divisor = scales[..., None, None]
     quotient = tiles * (1.0 / divisor) if recipe_of(recipe).reciprocal else tiles / divisor
@@ -122,9 +126,10 @@ def quantize_weight(
 def dequantize_blocks(values: Tensor, scales: Tensor, group_rows: int, group_size: int, dtype: torch.dtype) -> Tensor:
     """values (..., M, H) times scales (..., ceil(M / group_rows), ceil(H / group_size)), in float32, rounded once to dtype."""
     rows, columns = values.shape[-2:]
-    wide = scales.repeat_interleave(group_size, -1)[..., :columns]
+    # no more than there is, of a group that is larger
+    wide = scales.repeat_interleave(min(group_size, columns), -1)[..., :columns]
     if group_rows > 1:
-        wide = wide.repeat_interleave(group_rows, -2)[..., :rows, :]
+        wide = wide.repeat_interleave(min(group_rows, rows), -2)[..., :rows, :]
     return (values.float() * wide).to(dtype)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moequant.batch import ExpertBatch, ceil_div
+from moequant.batch import ExpertBatch, Owner, ceil_div
 from moequant.calls import Call
 from moequant.config import DispatcherConfig
 from moequant.errors import CallOrderError, PeerTimeoutError
@@ -123,6 +123,8 @@ class Transport(ABC):
         self.rank = rank
         self.device = device
         self.status = status
+        # of this dispatcher's batches: experts keep workspaces for it
+        self.owner = Owner()
 
     @staticmethod
     @abstractmethod
@@ -161,7 +163,9 @@ class Transport(ABC):
         if "output" not in slot.buffers:
             config = self.config
             shape = config.num_local_experts, config.max_rows, config.hidden_size
-            slot.buffers["output"] = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+            # kept, so that it has to be no inference tensor
+            with torch.inference_mode(False):
+                slot.buffers["output"] = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         return slot["output"]
 
     def again(self, slot: Slot) -> None:  # noqa: B027 (most transports have nothing to do)
@@ -183,7 +187,16 @@ class Transport(ABC):
     def allocate(self, number: int = 0) -> Slot:
         """A slot's buffers on the device, uninitialised."""
         specs = self.buffer_specs(self.config)
-        return Slot(number, {name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()})
+        try:
+            return Slot(
+                number, {name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()}
+            )
+        except RuntimeError as error:
+            size = sum(spec.nbytes for spec in specs.values()) / 2**30
+            raise RuntimeError(
+                f"{self.device} has no room for {size:.1f} GiB of buffers: {str(error).splitlines()[0]}; lower capacity or "
+                "max_tokens_per_rank (MoEQuantDispatcher.buffer_bytes says what settings need)"
+            ) from error
 
     def expert_batch(self, slot: Slot, tokens: int) -> ExpertBatch:
         """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
@@ -191,7 +204,9 @@ class Transport(ABC):
         mean = ceil_div(tokens * config.top_k * config.world_size, config.num_experts)
         scales = slot["scales"].transpose(1, 2) if config.quantized else None
         rows = min(max(mean, 1), config.max_rows)
-        return ExpertBatch(slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number)
+        return ExpertBatch(
+            slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number, self.owner
+        )
 
 
 def batch_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:

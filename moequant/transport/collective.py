@@ -231,7 +231,9 @@ class PaddedTransport(CollectiveTransport):
         if "routed_float32" not in slot.buffers:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"buffers for {dtype} tokens don't exist yet; dispatch once before capturing the graph")
-            slot.buffers["routed_float32"] = torch.empty(buffer.shape, dtype=dtype, device=self.device)
+            # kept, so that it has to be no inference tensor
+            with torch.inference_mode(False):
+                slot.buffers["routed_float32"] = torch.empty(buffer.shape, dtype=dtype, device=self.device)
         return slot["routed_float32"]
 
 

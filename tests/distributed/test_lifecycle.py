@@ -17,13 +17,15 @@ from moequant import CallOrderError, MoEQuantDispatcher
 from moequant.testing import assert_bit_equal, run_ranks
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}
+SMALL: dict[str, Any] = SETTINGS | {"hidden_size": 16}
+MANY: dict[str, Any] = SETTINGS | {"max_tokens_per_rank": 4096}
 
 
-def tokens_of(seed: int, device: str = "cpu", hidden: int = 64) -> list[torch.Tensor]:
+def tokens_of(seed: int, device: str = "cpu", hidden: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator("cpu").manual_seed(seed)
     ids = torch.rand(8, 4, generator=generator, device="cpu").argsort(1)[:, :2].contiguous()
     x = torch.randn(8, hidden, generator=generator, device="cpu").bfloat16()
-    return [x.to(device), ids.to(device), torch.rand(8, 2, generator=generator, device="cpu").to(device)]
+    return x.to(device), ids.to(device), torch.rand(8, 2, generator=generator, device="cpu").to(device)
 
 
 def layer_of(dispatcher: MoEQuantDispatcher, seed: int = 0) -> torch.Tensor:
@@ -72,7 +74,7 @@ def test_steps_out_of_order_are_refused_and_the_dispatch_can_still_be_combined(o
 def run_pushes(rank: int, ranks: int) -> None:
     """One rank of `symmetric`: what must come before what."""
     tokens = tokens_of(0, hidden=16)
-    with MoEQuantDispatcher(**SETTINGS | {"hidden_size": 16}, transport="symmetric", device="cpu") as dispatcher:
+    with MoEQuantDispatcher(**SMALL, transport="symmetric", device="cpu") as dispatcher:
         expected = layer_of(dispatcher)
         batch, handle = dispatcher.dispatch(*tokens)
         output = stand_in(batch)
@@ -116,7 +118,7 @@ def run_second_push(rank: int, ranks: int) -> None:
         shipped(*args, **kwargs)
 
     combine.combine_shared = slow
-    with MoEQuantDispatcher(**SETTINGS | {"hidden_size": 16}, transport="symmetric", device="cpu") as dispatcher:
+    with MoEQuantDispatcher(**SMALL, transport="symmetric", device="cpu") as dispatcher:
         batch, handle = dispatcher.dispatch(*tokens_of(rank, hidden=16))
         output = stand_in(batch, 2 * rank)
         outs = []
@@ -146,7 +148,7 @@ def test_a_dispatcher_of_inference_mode_serves_outside_and_the_other_way_round(r
 
 
 def run_foreign_modes(rank: int, ranks: int, transport: str) -> None:
-    settings = SETTINGS | {"hidden_size": 16, "transport": transport}
+    settings: dict[str, Any] = SETTINGS | {"hidden_size": 16, "transport": transport}
     with torch.device("meta"), torch.inference_mode():
         dispatcher = MoEQuantDispatcher(**settings, device="cpu")
     tokens = tokens_of(rank, hidden=16)
@@ -224,9 +226,9 @@ def test_close_frees_the_buffers_while_the_object_lives():
 @pytest.mark.gpu
 def test_close_gives_the_memory_of_a_gpu_back():
     before = torch.cuda.memory_allocated()
-    dispatcher = MoEQuantDispatcher(**SETTINGS | {"max_tokens_per_rank": 4096}, device="cuda")
+    dispatcher = MoEQuantDispatcher(**MANY, device="cuda")
     layer_of(dispatcher)
-    assert torch.cuda.memory_allocated() - before >= MoEQuantDispatcher.buffer_bytes(**SETTINGS | {"max_tokens_per_rank": 4096})
+    assert torch.cuda.memory_allocated() - before >= MoEQuantDispatcher.buffer_bytes(**MANY)
     dispatcher.close()
     assert torch.cuda.memory_allocated() == before
 

@@ -42,10 +42,10 @@ def builders(transport: str) -> list[Build]:
     return [lambda exchange=exchange, **settings: build(exchange, **settings) for exchange in exchanges]
 
 
-def tokens_of(rank: int) -> list[torch.Tensor]:
+def tokens_of(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(rank)
     ids = torch.rand(3, 4, generator=generator).argsort(1)[:, :2].int()
-    return [torch.randn(3, 16, generator=generator).bfloat16(), ids, torch.rand(3, 2, generator=generator)]
+    return torch.randn(3, 16, generator=generator).bfloat16(), ids, torch.rand(3, 2, generator=generator)
 
 
 def expect_error(dispatcher: MoEQuantDispatcher, *calls: Callable[[], Any]) -> None:

@@ -41,6 +41,7 @@ def run_recovery(rank: int, ranks: int, exchange: str) -> None:
         check_layer(dispatcher, everyone, rank)
     dispatcher.close()
     group = dist.new_group(left, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
     with MoEQuantDispatcher(group, **SETTINGS, exchange=exchange) as dispatcher:
         check_layer(dispatcher, left, rank)
 
