@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 
-from moequant.checks import check_counted
+from moequant.checks import check_counted, check_is
 from moequant.config import DispatcherConfig
 from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError
 from moequant.peer_memory import host_words
@@ -78,6 +78,7 @@ class Lifecycle:
         outside -1..E-1, CapacityOverflowError if rows had no room and on_overflow is "error", OutOfStepError if ranks made different
         calls, PeerTimeoutError after a fault; with MOEQUANT_CHECK_GUARDS=1 in the environment also GuardError.
         """
+        check_is("wait", wait, bool)
         self._check_open()
         return self._report(wait)
 

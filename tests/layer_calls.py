@@ -143,7 +143,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
     "MoEQuantDispatcher.buffer_bytes": lambda: Call(
         MoEQuantDispatcher.buffer_bytes, {**SETTINGS, "num_experts": 4, "world_size": 2, "transport": "collective", "slots": 2}
     ),
-    "MoEQuantDispatcher.dispatch": lambda: on(dispatcher(), "dispatch", **named(tokens()), slot=0),
+    "MoEQuantDispatcher.dispatch": lambda: on(dispatcher(), "dispatch", **named(tokens()), slot=0, layer=3),
     "MoEQuantDispatcher.dispatch_send": lambda: on(dispatcher(slots=2), "dispatch_send", **named(tokens()), slot=1),
     "MoEQuantDispatcher.dispatch_recv": lambda: dispatched("dispatch_recv", "dispatch_send"),
     "MoEQuantDispatcher.dispatch_first": lambda: on(dispatcher(), "dispatch_first", **named(tokens()), slot=0, experts=2),
@@ -152,12 +152,13 @@ LAYERS: dict[str, Callable[[], Call]] = {
     "MoEQuantDispatcher.combine_send": lambda: dispatched("combine_send"),
     "MoEQuantDispatcher.combine_recv": lambda: dispatched("combine_recv", out=None),
     "MoEQuantDispatcher.push": lambda: dispatched("push"),
-    "MoEQuantDispatcher.combine_pushed": lambda: dispatched("combine_pushed", out=None, dtype=torch.bfloat16),
+    "MoEQuantDispatcher.combine_pushed": lambda: dispatched("combine_pushed", out=None),
+    "MoEQuantDispatcher.begin_push": lambda: dispatched("begin_push", dtype=torch.bfloat16),
     "MoEQuantDispatcher.output_buffer": lambda: on(dispatcher(), "output_buffer", slot=0),
     "MoEQuantDispatcher.__call__": lambda: on(
-        dispatcher(), "__call__", **named(tokens()), experts=stand_in, slot=0, chunks=None, first_experts=None
+        dispatcher(), "__call__", **named(tokens()), experts=stand_in, slot=0, layer=0, chunks=1, first_experts=0
     ),
-    "MoEQuantDispatcher.check": lambda: on(dispatcher(), "check"),
+    "MoEQuantDispatcher.check": lambda: on(dispatcher(), "check", wait=True),
     "MoEQuantDispatcher.close": lambda: on(dispatcher(), "close"),
     "format_of": lambda: Call(formats.format_of, {"dtype": E4M3}, **quantizer(NARROW)),
     "recipe_of": lambda: Call(formats.recipe_of, {"name": "default"}),

@@ -231,7 +231,7 @@ GRAD = {
     "b_s": lambda grad: int8_gemm_quant(A, A_S, B, grad(B_S)),
     "s_x": lambda grad: int8_gelu(A, grad(A_S)),
     "bias": lambda grad: int8_addmm(A, A_S, B, B_S, grad(torch.ones(200))),
-    "scales": lambda grad: act_dequant(A, grad(A_S)),
+    "s": lambda grad: act_dequant(A, grad(A_S)),
 }
 
 

@@ -29,8 +29,10 @@ def uses_kernels(x: Tensor) -> bool:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether somebody has to see an operation on x as one of torch's: a compiler, a mode, or a tensor that is more than its numbers."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, torch.nn.Parameter)
+    """Whether somebody has to see an operation on x as one of torch's: a compiler, a mode, or a tensor that is more than its numbers, or
+    less."""
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return not plain or x.is_meta or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
