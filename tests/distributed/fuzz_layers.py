@@ -275,7 +275,7 @@ class PeersOnOneGPU:
         self.experts = [draw_experts(random.Random(seed), self.place._replace(rank=r), self.settings) for r in range(self.ranks)]
         self.streams = streams(self.ranks)
 
-    def _memory(self, group: int, nbytes: int, device: torch.device) -> Any:
+    def _memory(self, group: int, nbytes: int, device: torch.device, *limits: float) -> Any:
         """Rank `group`'s block, in the place of `PeerMemory`."""
         if self.blocks is None:
             self.blocks = torch.zeros(self.ranks, ceil_div(nbytes, 256) * 256, dtype=torch.uint8, device=device)
