@@ -63,3 +63,15 @@ def test_the_padded_exchange_is_taken_up_to_128_mib_of_padded_rows(experts, kind
         num_experts=experts, top_k=8, hidden_size=7168, max_tokens_per_rank=128, world_size=8, transport="collective"
     )
     assert select.transport_class(settings).__name__ == kind
+
+
+def test_buffer_bytes_of_auto_with_an_exchange_are_those_of_collective(monkeypatch):
+    sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8, "world_size": 2}
+    for gpus in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus)
+        named = {transport: select.buffer_bytes(**sizes, transport=transport) for transport in ("auto", "symmetric", "collective")}
+        assert named["symmetric"] != named["collective"]
+        assert named["auto"] == named["symmetric" if gpus else "collective"]
+        for exchange in ("padded", "packed"):
+            exact = select.buffer_bytes(**sizes, transport="collective", exchange=exchange)
+            assert select.buffer_bytes(**sizes, exchange=exchange) == exact
