@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 # of this process and of the ranks that it starts: every dispatcher that is checked or closed looks for stores outside its buffers
 os.environ.setdefault("MOEQUANT_CHECK_GUARDS", "1")
@@ -47,6 +49,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks that a test starts interpret kernels on CPU tensors, on a machine with GPUs too."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+
+
+@pytest.fixture
+def one_rank() -> Iterator[dist.ProcessGroup]:
+    """A gloo group of this process alone, the default one."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+import inspect
+from dataclasses import MISSING, FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,8 @@ BAD = {
     "an unknown recipe": ({"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, fnuz_224, got 'mx'"),
     "no time": ({"timeout": 0}, "timeout must be a number of seconds from 0.001 to 1e6, got 0"),
     "a time that is no number": ({"timeout": float("nan")}, "timeout must be a number of seconds from 0.001 to 1e6, got nan"),
+    "too long a time": ({"timeout": 1e6 + 1}, "timeout must be a number of seconds from 0.001 to 1e6, got 1000001.0"),
+    "more rows than int32 numbers": ({"num_experts": 2**27, "capacity": 16}, "134217728 experts of 16 rows are too many"),
     "local on several ranks": (
         {"transport": "local", "world_size": 2},
         'serves one rank, got a group of 2; use "collective" or "auto"',
@@ -63,6 +66,20 @@ def test_settings_that_do_not_fit_raise_a_value_error(case):
     changes, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_rows_up_to_the_last_that_int32_numbers_are_accepted():
+    assert config(num_experts=2**27 - 1, capacity=16).max_rows == 16
+    assert config(timeout=1e6).timeout == 1e6
+
+
+def test_the_constructors_defaults_are_those_of_the_settings():
+    parameters = inspect.signature(MoEQuantDispatcher).parameters
+    settings = {field.name: field.default for field in fields(DispatcherConfig) if field.default is not MISSING}
+    assert settings.pop("world_size") == 1
+    assert {name: parameters[name].default for name in settings} == settings
+    # README and docs say so
+    assert settings["timeout"] == 60.0
 
 
 def test_settings_are_given_by_name_and_stay():

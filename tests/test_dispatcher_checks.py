@@ -96,3 +96,34 @@ def test_invalid_ids_are_told_before_rows_without_room_and_with_them():
     check_counted(drops, 0, 5)
     with pytest.raises(CapacityOverflowError, match="^5 rows had no room in their expert's buffer of 16 rows"):
         check_counted(errors, 0, 5)
+
+
+@pytest.mark.parametrize("slot", [True, False, -1, 2, 1.0, "1", None], ids=repr)
+def test_a_slot_is_a_number_below_slots(slot):
+    with dispatcher(slots=2) as layer:
+        for call in (lambda: layer.dispatch(*inputs(), slot=slot), lambda: layer.output_buffer(slot)):
+            with pytest.raises(ValueError, match=rf"slot must be in 0\.\.1, got {slot}"):
+                call()
+
+
+@pytest.mark.parametrize("step", ["dispatch", "dispatch_send"])
+def test_transports_get_rows_side_by_side_and_contiguous_routing(step, monkeypatch):
+    """Whatever the strides that a caller has."""
+    with dispatcher() as layer:
+        shipped, given = getattr(layer._transport, step), []
+
+        def spy(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, slot: Any) -> Any:
+            given[:] = [hidden, ids, weights]
+            return shipped(hidden, ids, weights, slot)
+
+        monkeypatch.setattr(layer._transport, step, spy)
+        hidden, ids, weights = (x.t().contiguous().t() for x in inputs())
+        assert not any(x.is_contiguous() for x in (hidden, ids, weights))
+        getattr(layer, step)(hidden, ids, weights)
+        for got, wanted in zip(given, (hidden, ids, weights), strict=True):
+            assert got.is_contiguous()
+            assert_bit_equal(got, wanted)
+        # rows that are apart need no copy
+        wide = torch.randn(9, 100).bfloat16()[:, :72]
+        getattr(layer, step)(wide, ids, weights)
+        assert given[0].data_ptr() == wide.data_ptr()

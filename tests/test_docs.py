@@ -52,7 +52,7 @@ def test_the_memory_of_the_page_is_what_a_dispatcher_takes():
             ({"transport": "collective", "exchange": "padded"}, batch + 2 * 256 * 128 * (2 * hidden + scales)),
             ({"transport": "symmetric"}, batch + experts * rows * (2 * hidden + scales) + 128 * 8 * 2 * hidden),
         ):
-            settings = sizes | more | {"quant": quant}
+            settings: dict[str, Any] = sizes | more | {"quant": quant}
             taken = MoEQuantDispatcher.buffer_bytes(**settings)
             assert expected < taken < 1.005 * expected, (quant, more)
             assert MoEQuantDispatcher.buffer_bytes(**settings, slots=2) == 2 * taken

@@ -180,3 +180,15 @@ def test_gpus_of_one_nvlink_domain_have_atomics_over_their_link():
     for device in range(count):
         assert all(peer_memory._link_has_atomics(device, peer) for peer in range(count) if peer != device)
         assert peer_memory._peer_access_problem(torch.device("cuda", device), identities) is None
+
+
+def test_buffer_bytes_of_auto_with_an_exchange_are_those_of_collective(monkeypatch):
+    sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8, "world_size": 2}
+    for gpus in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus)
+        named = {transport: select.buffer_bytes(**sizes, transport=transport) for transport in ("auto", "symmetric", "collective")}
+        assert named["symmetric"] != named["collective"]
+        assert named["auto"] == named["symmetric" if gpus else "collective"]
+        for exchange in ("padded", "packed"):
+            exact = select.buffer_bytes(**sizes, transport="collective", exchange=exchange)
+            assert select.buffer_bytes(**sizes, exchange=exchange) == exact

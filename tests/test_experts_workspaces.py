@@ -1,0 +1,89 @@
+"""What `GroupedExperts` keeps for batches, whose it is, and what goes on to the products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from moequant import GroupedExperts, MoEQuantDispatcher, ops
+from moequant.batch import ExpertBatch
+from moequant.testing import assert_bit_equal, routing
+
+SETTINGS: dict[str, Any] = {"num_experts": 3, "top_k": 2, "hidden_size": 40, "max_tokens_per_rank": 9, "quant": "none", "slots": 2}
+
+
+def experts(quant: str = "none") -> GroupedExperts:
+    return GroupedExperts.from_weights(torch.randn(3, 32, 40).bfloat16(), torch.randn(3, 40, 16).bfloat16(), quant=quant)
+
+
+def batch_of(dispatcher: MoEQuantDispatcher, slot: int) -> ExpertBatch:
+    return dispatcher.dispatch(torch.randn(9, 40).bfloat16(), *routing(9, 2, 3), slot=slot)[0]
+
+
+def test_batches_of_two_slots_go_through_memory_of_their_own():
+    layer = experts()
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
+        first, second = (batch_of(dispatcher, slot) for slot in range(2))
+        steps = [(layer.gemm1(batch), layer(batch)) for batch in (first, second)]
+        for one, other in zip(*steps, strict=True):
+            assert one.data_ptr() != other.data_ptr()
+        assert layer(first).data_ptr() == steps[0][1].data_ptr()
+
+
+def test_parts_made_before_workspaces_were_shared_share_them_too():
+    first, second = experts(), experts()
+    early = second.part(1, 3)
+    second.share_workspaces(first)
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
+        batch = batch_of(dispatcher, 0).part(1, 3)
+        expected = early(batch).clone()
+        shared = first.part(1, 3)(batch).data_ptr()
+        assert second.part(1, 3)(batch).data_ptr() == shared
+        for expert, count in enumerate(batch.num_tokens.tolist()):
+            assert_bit_equal(second.part(1, 3)(batch)[expert, :count], expected[expert, :count])
+
+
+def pushing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of each product whose rows are pushed, which does nothing: there is one on GPUs alone."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(ops, "grouped_gemm_push", lambda *arguments, **options: calls.append((*arguments, *options.values())))
+    return calls
+
+
+@pytest.mark.parametrize("num_sms", [None, 7])
+def test_pushed_products_get_the_multiprocessors_that_they_are_given(monkeypatch, num_sms):
+    layer, calls, plain = experts(), pushing(monkeypatch), []
+    shipped = layer._product
+
+    def product(*arguments: Any) -> torch.Tensor:
+        plain.append(arguments[-1])
+        return shipped(*arguments)
+
+    monkeypatch.setattr(layer, "_product", product)
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
+        batch = batch_of(dispatcher, 0)
+        layer.push(batch, torch.zeros(3, 32, dtype=torch.int64)[:, :16], num_sms=num_sms)
+    assert plain == [num_sms] and [call[-1] for call in calls] == [num_sms]
+    destinations = next(x for x in calls[0] if isinstance(x, torch.Tensor) and x.dtype == torch.int64)
+    assert destinations.shape == (3, 16) and destinations.is_contiguous()
+
+
+BAD_DESTINATIONS = {
+    "fewer rows": (torch.zeros(3, 15, dtype=torch.int64), r"destinations must have shape .*\b3, 16\b.*, got \(3, 15\)"),
+    "fewer experts": (torch.zeros(2, 16, dtype=torch.int64), r"destinations must have shape .*\b3, 16\b.*, got \(2, 16\)"),
+    "no addresses": (torch.zeros(3, 16, dtype=torch.int32), "destinations must be torch.int64, got torch.int32"),
+    "another device": (torch.zeros(3, 16, dtype=torch.int64, device="meta"), "destinations must be on cpu, got meta"),
+    "no tensor": ([0], "destinations must be a tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DESTINATIONS)
+def test_rows_are_pushed_to_one_address_each(monkeypatch, case):
+    (destinations, message), calls = BAD_DESTINATIONS[case], pushing(monkeypatch)
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
+        batch = batch_of(dispatcher, 0)
+        with pytest.raises(ValueError, match=message):
+            experts().push(batch, destinations)
+    assert calls == []
