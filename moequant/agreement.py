@@ -42,7 +42,7 @@ def choose_device(group: dist.ProcessGroup | None, device: torch.device | str | 
     if chosen is None or chosen.type not in ("cuda", "cpu"):
         raise ValueError(f'device must be a "cuda" device or "cpu", got {device!r}')
     if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
-        raise ValueError(f"device is {str(chosen)!r}, and torch sees {gpus} GPUs")
+        raise ValueError(f"device must be one of this machine's, got {str(chosen)!r}, and torch finds {gpus} GPUs")
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", torch.cuda.current_device())
     return chosen

@@ -64,6 +64,7 @@ def test_pushed_products_get_the_multiprocessors_that_they_are_given(monkeypatch
     monkeypatch.setattr(layer, "_product", product)
     with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
         batch = batch_of(dispatcher, 0)
+        monkeypatch.setattr(ops, "uses_kernels", lambda x: True)
         layer.push(batch, torch.zeros(3, 32, dtype=torch.int64)[:, :16], num_sms=num_sms)
     assert plain == [num_sms] and [call[-1] for call in calls] == [num_sms]
     destinations = next(x for x in calls[0] if isinstance(x, torch.Tensor) and x.dtype == torch.int64)

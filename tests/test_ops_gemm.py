@@ -18,6 +18,7 @@ FP8 = torch.float8_e4m3fn
 @pytest.fixture
 def on_hopper(monkeypatch):
     """A CPU counts as an H200 with 132 multiprocessors."""
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
     for module in (common, hopper, gemm1_swiglu_hopper):
         monkeypatch.setattr(module, "runs_gluon", lambda device: True)
 

@@ -73,18 +73,12 @@ class Recorder:
         return output
 
 
-class InPlace(GroupedExperts):
-    """Writes where it is told to, or else into a buffer of its own."""
-
-    def __call__(self, batch: Any, *, out: torch.Tensor | None = None, num_sms: int | None = None) -> torch.Tensor:
-        return torch.zeros(4, 16, 16).bfloat16() if out is None else out
-
-
 @pytest.mark.parametrize("slot", [0, 1])
 @pytest.mark.parametrize("changes", [{"reduce": "per_rank"}, {"overlap": False}], ids=str)
-def test_experts_that_do_not_push_write_into_the_buffer_of_the_slot(slot, changes):
-    dispatcher, whole = Recorder(**changes), experts()
-    writing = InPlace(whole.w13, whole.w2)
+def test_experts_that_do_not_push_write_into_the_buffer_of_the_slot(slot, changes, monkeypatch):
+    dispatcher, writing = Recorder(**changes), experts()
+    # writes where it is told to, or else into a buffer of its own
+    monkeypatch.setattr(GroupedExperts, "__call__", lambda self, batch, *, out=None: torch.zeros(4, 16, 16) if out is None else out)
     run_layer(cast(Any, dispatcher), cast(Any, ()), writing, slot, None, 1, 0, None)
     assert dispatcher.slots == [slot]
     assert [output.data_ptr() for output in dispatcher.combined] == [dispatcher.buffers[slot].data_ptr()]

@@ -108,7 +108,7 @@ def fuses_gemm1(
 ) -> bool:
     """Whether `gemm1_swiglu` is one kernel for these arguments, and faster than its two parts."""
     # asked first: a CPU needs no Triton
-    if not a.is_cuda:
+    if not uses_kernels(a):
         return False
     from moequant.kernels import common
 

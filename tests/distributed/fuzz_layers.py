@@ -375,7 +375,7 @@ class BlockOfMany:
 
 
 class OnOneGPU(SymmetricTransport):
-    def _barrier(self, seconds: float) -> None:
+    def _barrier(self, *limits: float) -> None:
         """The ranks are one process."""
 
 
