@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moequant import MoEQuantDispatcher, reference
+from moequant import CallOrderError, MoEQuantDispatcher, reference
 from moequant.config import DispatcherConfig
 from moequant.formats import RECIPES
 from moequant.testing import assert_bit_equal, routing
+from moequant.transport.base import STEPS, Slot, Stage
 from moequant.transport.collective import PackedTransport, PaddedTransport
 from moequant.transport.symmetric import SymmetricTransport
 
@@ -170,3 +171,39 @@ def test_a_combine_that_comes_again_is_a_round_of_output_flags(one_rank, monkeyp
     transport.again(transport.allocate(1))
     # signals and waits
     assert rounds == [(1, 2, {})]
+
+
+ANEW = {"begin_push", "combine", "combine_send"}
+# of steps after a dispatch: those that may follow
+FOLLOWING: list[tuple[Stage, list[str], set[str]]] = [
+    (Stage.NONE, [], set()),
+    (Stage.SENT, [], {"dispatch_recv"}),
+    (Stage.SENT, ["dispatch_recv"], ANEW),
+    (Stage.FIRST, [], {"dispatch_second", "begin_push"}),
+    (Stage.FIRST, ["dispatch_second"], ANEW),
+    (Stage.FIRST, ["begin_push"], {"dispatch_second"}),
+    (Stage.FIRST, ["begin_push", "dispatch_second"], {"combine_pushed"}),
+    (Stage.LANDED, [], ANEW),
+    (Stage.LANDED, ["combine"], ANEW),
+    (Stage.LANDED, ["begin_push"], {"combine_pushed"}),
+    (Stage.LANDED, ["begin_push", "combine_pushed"], ANEW),
+    (Stage.LANDED, ["combine_send"], {"combine_recv"}),
+    (Stage.LANDED, ["combine_send", "combine_recv"], ANEW),
+]
+
+
+@pytest.mark.parametrize(("stage", "before", "allowed"), FOLLOWING, ids=str)
+def test_each_step_follows_those_that_it_needs_and_comes_once(stage, before, allowed):
+    slot = Slot(1, {})
+    slot.stage = stage
+    for step in before:
+        slot.check_step(step)
+        if step == "begin_push":
+            slot.pushing = torch.bfloat16
+        slot.done(step)
+    for step in STEPS:
+        if step in allowed:
+            slot.check_step(step)
+        else:
+            with pytest.raises(CallOrderError, match=rf"{step} came without .* Of slot 1's last dispatch: {slot.stage.value}"):
+                slot.check_step(step)
