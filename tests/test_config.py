@@ -78,8 +78,6 @@ def test_the_constructors_defaults_are_those_of_the_settings():
     settings = {field.name: field.default for field in fields(DispatcherConfig) if field.default is not MISSING}
     assert settings.pop("world_size") == 1
     assert {name: parameters[name].default for name in settings} == settings
-    # README and docs say so
-    assert settings["timeout"] == 60.0
 
 
 def test_settings_are_given_by_name_and_stay():

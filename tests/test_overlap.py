@@ -88,3 +88,83 @@ def test_experts_that_do_not_push_write_into_the_buffer_of_the_slot(slot, change
 def test_the_side_leaves_num_sms_alone_and_keeps_one(monkeypatch, all_sms, kept, left):
     monkeypatch.setattr(common, "multiprocessors", lambda device: all_sms)
     assert side_sms(cast(Any, Recorder(num_sms=kept))) == left
+
+
+class Streamed(Recorder):
+    """Writes down the steps of a layer whose rows are pushed, in order, with the tokens of each dispatch and the slot."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**changes)
+        self.steps: list[tuple[Any, ...]] = []
+
+    def handle(self, step: str, tokens: tuple[torch.Tensor, ...], slot: int, *more: Any) -> tuple[Any, Any]:
+        self.steps.append((step, *(len(x) for x in tokens), slot, *more))
+        return SimpleNamespace(slot=slot), SimpleNamespace(slot=slot)
+
+    def dispatch(self, *tokens: torch.Tensor, slot: int, layer: int | None) -> tuple[Any, Any]:
+        return self.handle("dispatch", tokens, slot, layer)
+
+    def dispatch_first(self, *arguments: Any) -> tuple[Any, Any]:
+        return self.handle("dispatch_first", arguments[:3], *arguments[3:])
+
+    def dispatch_second(self, handle: Any) -> Any:
+        self.steps.append(("dispatch_second", handle.slot))
+        return SimpleNamespace(slot=handle.slot)
+
+    def begin_push(self, handle: Any) -> torch.Tensor:
+        """Rows of addresses that say whose they are: the slot and the expert."""
+        return 10 * handle.slot + torch.arange(4)[:, None].expand(4, 16)
+
+    def combine_pushed(self, handle: Any, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        self.steps.append(("combine_pushed", handle.slot, None if out is None else len(out)))
+        return torch.empty(0) if out is None else out
+
+
+@pytest.fixture
+def streamed(monkeypatch) -> Streamed:
+    dispatcher = Streamed(num_sms=3)
+    monkeypatch.setattr(common, "multiprocessors", lambda device: 10)
+
+    def push(part: GroupedExperts, batch: Any, destinations: torch.Tensor, *, num_sms: int | None = None) -> None:
+        dispatcher.steps.append(("push", batch.slot, part.w13.shape[0], destinations[:, 0].tolist(), num_sms))
+
+    monkeypatch.setattr(GroupedExperts, "push", push)
+    return dispatcher
+
+
+TOKENS = torch.zeros(5, 16), torch.zeros(5, 2), torch.zeros(5, 2)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_waves_push_the_first_experts_beside_the_second_dispatch(streamed, slot):
+    run_layer(cast(Any, streamed), TOKENS, experts(), slot, 6, 1, 1, None)
+    assert streamed.steps == [
+        ("dispatch_first", 5, 5, 5, slot, 1, 6),
+        # of 10 multiprocessors 3 are left alone
+        ("push", slot, 1, [10 * slot], 7),
+        ("dispatch_second", slot),
+        ("push", slot, 3, [10 * slot + expert for expert in (1, 2, 3)], None),
+        ("combine_pushed", slot, None),
+    ]
+
+
+def test_halves_take_a_slot_each_and_write_one_output(streamed):
+    out = run_layer(cast(Any, streamed), TOKENS, experts(), 1, 6, 2, 0, None)
+    assert streamed.steps == [
+        ("dispatch", 3, 3, 3, 0, 6),
+        ("push", 0, 4, [0, 1, 2, 3], 7),
+        ("dispatch", 2, 2, 2, 1, 6),
+        ("combine_pushed", 0, 3),
+        ("push", 1, 4, [10, 11, 12, 13], None),
+        ("combine_pushed", 1, 2),
+    ]
+    assert out.shape == (5, 16)
+
+
+def test_a_layer_in_one_piece_pushes_all_of_it(streamed):
+    run_layer(cast(Any, streamed), TOKENS, experts(), 1, None, 1, 0, None)
+    assert streamed.steps == [
+        ("dispatch", 5, 5, 5, 1, None),
+        ("push", 1, 4, [10, 11, 12, 13], None),
+        ("combine_pushed", 1, None),
+    ]

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moequant import MoEQuantDispatcher, reference
+from moequant import CallOrderError, MoEQuantDispatcher, reference
 from moequant.config import DispatcherConfig
 from moequant.formats import RECIPES
 from moequant.testing import assert_bit_equal, routing
+from moequant.transport.base import STEPS, Slot, Stage
 from moequant.transport.collective import PackedTransport, PaddedTransport
 from moequant.transport.symmetric import SymmetricTransport
 
@@ -25,6 +26,10 @@ def inputs(tokens: int = 9, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.
 
 def dispatcher(**changes: Any) -> MoEQuantDispatcher:
     return MoEQuantDispatcher(**SETTINGS | changes, device="cpu")
+
+
+def config(**changes: Any) -> DispatcherConfig:
+    return DispatcherConfig(**SETTINGS | changes)
 
 
 def status() -> torch.Tensor:
@@ -85,13 +90,12 @@ def test_a_padded_dispatch_of_fewer_tokens_forgets_the_entries_of_earlier_ones(o
 @pytest.mark.parametrize("bad", [2**32 + 1, -(2**32) + 2, 2**31], ids=hex)
 def test_an_id_out_of_range_is_counted_and_goes_nowhere(one_rank, kind, bad):
     """As on a GPU, where ids are not looked at before they are used. The lower half of these is an expert's id, or none."""
-    config = DispatcherConfig(**SETTINGS)
     hidden, ids, weights = inputs()
     ids = ids.long()
     ids[2, 1], batches = -1, []
     for replaced in (-1, bad):
         ids[2, 1], counted = replaced, status()
-        transport = kind(config, 0, CPU, counted, one_rank)
+        transport = kind(config(), 0, CPU, counted, one_rank)
         batch, _ = transport.dispatch(hidden, ids, weights, transport.allocate())
         assert counted.tolist() == [int(replaced == bad), 0, 0]
         batches.append(batch)
@@ -102,8 +106,7 @@ def test_an_id_out_of_range_is_counted_and_goes_nowhere(one_rank, kind, bad):
 
 
 def test_a_packed_rank_sends_back_only_rows_that_found_a_place(one_rank):
-    config = DispatcherConfig(**SETTINGS | {"max_tokens_per_rank": 20, "capacity": 16})
-    transport = PackedTransport(config, 0, CPU, status(), one_rank)
+    transport = PackedTransport(config(max_tokens_per_rank=20, capacity=16), 0, CPU, status(), one_rank)
     hidden, ids, weights = inputs(20)
     ids[:] = torch.tensor([0, 3])
     slot = transport.allocate()
@@ -113,7 +116,7 @@ def test_a_packed_rank_sends_back_only_rows_that_found_a_place(one_rank):
 
 
 def symmetric(group: dist.ProcessGroup, kind: type[SymmetricTransport] = SymmetricTransport, **changes: Any) -> SymmetricTransport:
-    return kind(DispatcherConfig(**SETTINGS | {"slots": 2} | changes), 0, CPU, status(), group)
+    return kind(config(slots=2, **changes), 0, CPU, status(), group)
 
 
 def test_addresses_of_a_new_slot_may_be_stored_to(one_rank):
@@ -170,3 +173,38 @@ def test_a_combine_that_comes_again_is_a_round_of_output_flags(one_rank, monkeyp
     transport.again(transport.allocate(1))
     # signals and waits
     assert rounds == [(1, 2, {})]
+
+
+ANEW = {"begin_push", "combine", "combine_send"}
+# of steps after a dispatch: those that may follow
+FOLLOWING: list[tuple[Stage, list[str], set[str]]] = [
+    (Stage.SENT, [], {"dispatch_recv"}),
+    (Stage.SENT, ["dispatch_recv"], ANEW),
+    (Stage.FIRST, [], {"dispatch_second", "begin_push"}),
+    (Stage.FIRST, ["dispatch_second"], ANEW),
+    (Stage.FIRST, ["begin_push"], {"dispatch_second"}),
+    (Stage.FIRST, ["begin_push", "dispatch_second"], {"combine_pushed"}),
+    (Stage.LANDED, [], ANEW),
+    (Stage.LANDED, ["combine"], ANEW),
+    (Stage.LANDED, ["begin_push"], {"combine_pushed"}),
+    (Stage.LANDED, ["begin_push", "combine_pushed"], ANEW),
+    (Stage.LANDED, ["combine_send"], {"combine_recv"}),
+    (Stage.LANDED, ["combine_send", "combine_recv"], ANEW),
+]
+
+
+@pytest.mark.parametrize(("stage", "before", "allowed"), FOLLOWING, ids=str)
+def test_each_step_follows_those_that_it_needs_and_comes_once(stage, before, allowed):
+    slot = Slot(1, {})
+    slot.stage = stage
+    for step in before:
+        slot.check_step(step)
+        if step == "begin_push":
+            slot.pushing = torch.bfloat16
+        slot.done(step)
+    for step in STEPS:
+        if step in allowed:
+            slot.check_step(step)
+        else:
+            with pytest.raises(CallOrderError, match=rf"{step} came without .* Of slot 1's last dispatch: {slot.stage.value}"):
+                slot.check_step(step)
