@@ -50,13 +50,13 @@ def test_devices_that_are_none_are_named(monkeypatch):
             choose_device(None, cast(Any, device))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device(None, None) == CPU
-    with pytest.raises(ValueError, match="device is 'cuda', and torch sees 0 GPUs"):
+    with pytest.raises(ValueError, match="device must be one of this machine's, got 'cuda', and torch finds 0 GPUs"):
         choose_device(None, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert choose_device(None, None) == torch.device("cuda", 1)
-    with pytest.raises(ValueError, match="device is 'cuda:2', and torch sees 2 GPUs"):
+    with pytest.raises(ValueError, match="device must be one of this machine's, got 'cuda:2', and torch finds 2 GPUs"):
         choose_device(None, "cuda:2")
 
 

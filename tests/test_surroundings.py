@@ -28,7 +28,7 @@ OTHERS = {
     "GroupedExperts.gemm2_push",
     "MoEQuantDispatcher.output_buffer",
 }
-OTHERS |= {f"MoEQuantDispatcher.{name}" for name in ("dispatch_first", "dispatch_second", "push", "combine_pushed")}
+OTHERS |= {f"MoEQuantDispatcher.{name}" for name in ("dispatch_first", "dispatch_second", "push", "begin_push", "combine_pushed")}
 NAMES = [name for name in CALLS if name not in OTHERS]
 MODES: dict[str, Callable[[], Any]] = {"inference_mode": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
 
