@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moequant.batch import ExpertBatch
-from moequant.checks import check_is
+from moequant.checks import check_int
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts, can_push
 from moequant.overlap import run_in_halves, run_in_waves
@@ -54,8 +54,8 @@ def pushing_experts(experts: object, chunks: int, first_experts: int, config: Di
     """The experts, if they store their rows at the tokens' ranks themselves. Raises ValueError for a layer that can't be."""
     if not callable(experts):
         raise ValueError(f"experts must be callable with an ExpertBatch, as GroupedExperts are, got {type(experts).__name__}")
-    check_is("chunks", chunks, int)
-    check_is("first_experts", first_experts, int)
+    check_int("chunks", chunks, 1)
+    check_int("first_experts", first_experts)
     pushing = experts if isinstance(experts, GroupedExperts) and can_push(experts) and config.pushes else None
     check_overlap(chunks, first_experts, config, pushing is not None, type(experts).__name__)
     return pushing

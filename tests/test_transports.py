@@ -12,6 +12,7 @@ from moequant import CallOrderError, MoEQuantDispatcher, reference
 from moequant.config import DispatcherConfig
 from moequant.formats import RECIPES
 from moequant.testing import assert_bit_equal, routing
+from moequant.transport import symmetric as symmetric_module
 from moequant.transport.base import STEPS, Slot, Stage
 from moequant.transport.collective import PackedTransport, PaddedTransport
 from moequant.transport.symmetric import SymmetricTransport
@@ -133,18 +134,18 @@ def test_ranks_wait_for_each_other_when_abort_words_and_flags_are_set(one_rank, 
     alive: list[SymmetricTransport] = []
 
     class Watched(SymmetricTransport):
-        def _barrier(self) -> None:
+        def _barrier(self, seconds: float) -> None:
             alive[:] = [self]
-            super()._barrier()
+            super()._barrier(seconds)
             alive.clear()
 
-    def barrier(group: Any = None, *_: Any, **__: Any) -> None:
+    def barrier(group: Any, *_: Any) -> None:
         assert group is one_rank
         for transport in alive:
             word = transport.memory.local[transport.abort_offset :][:4].view(torch.int32).tolist()
             seen.append(([*word, int(transport.record)], transport.limit))
 
-    monkeypatch.setattr(dist, "barrier", barrier)
+    monkeypatch.setattr(symmetric_module, "exchange", barrier)
     transport = symmetric(one_rank, Watched, timeout=30.0)
     ready = [transport.no_fault, transport.no_fault]
     assert [words for words, _ in seen] == [ready]

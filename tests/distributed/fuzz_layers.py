@@ -375,7 +375,7 @@ class BlockOfMany:
 
 
 class OnOneGPU(SymmetricTransport):
-    def _barrier(self, *limits: float) -> None:
+    def _barrier(self, seconds: float = 0.0) -> None:
         """The ranks are one process."""
 
 
