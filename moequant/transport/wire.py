@@ -32,15 +32,15 @@ class Wire:
         self.waits = waits
         # the operations themselves have the limit, not the wait for them alone: what is under way can't be called off, and neither the
         # group nor the process would end before it
-        self.gather, self.exchange = AllgatherOptions(), AllToAllOptions()
-        for options in (self.gather, self.exchange):
+        self.gather_options, self.exchange_options = AllgatherOptions(), AllToAllOptions()
+        for options in (self.gather_options, self.exchange_options):
             options.asyncOp = True
             options.timeout = timedelta(seconds=timeout)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
         """out (W, ...) from each rank's x (...)."""
         if self.waits:
-            self._wait("all_gather", self.group.allgather([list(out)], [x], self.gather))
+            self._wait("all_gather", self.group.allgather([list(out)], [x], self.gather_options))
         else:
             dist.all_gather_into_tensor(out, x, group=self.group)
 
@@ -48,7 +48,7 @@ class Wire:
         """Splits along the first dimension, equal ones by default."""
         out, x = out.view(torch.uint8), x.view(torch.uint8)
         if self.waits:
-            self._wait("all_to_all", self.group.alltoall_base(out, x, out_splits or [], in_splits or [], self.exchange))
+            self._wait("all_to_all", self.group.alltoall_base(out, x, out_splits or [], in_splits or [], self.exchange_options))
         else:
             dist.all_to_all_single(out, x, out_splits, in_splits, group=self.group)
 
