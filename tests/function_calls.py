@@ -222,7 +222,7 @@ FUNCTIONS: dict[str, Callable[[], Call]] = {
 
 
 def int8_product(name: str) -> Call:
-    arguments = dict(zip(("a", "a_s"), act_quant(torch.randn(3, 140)), strict=True))
+    arguments: dict[str, Any] = dict(zip(("a", "a_s"), act_quant(torch.randn(3, 140)), strict=True))
     arguments |= dict(zip(("b", "b_s"), weight_quant(torch.randn(5, 140)), strict=True))
     if "addmm" in name:
         arguments["bias"] = torch.randn(5)

@@ -165,7 +165,7 @@ def test_what_travels_between_the_steps_cannot_be_changed(instance):
         instance.values = VALUES
 
 
-WRONG: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any], str]] = {
+WRONG: dict[str, tuple[Any, torch.Tensor, dict[str, Any], str]] = {
     "scales that were never loaded": (VALUES, torch.ones(2, 6, 3, device="meta"), {}, "scales must be on cpu, got meta"),
     "values that were never loaded": (VALUES.to("meta"), torch.ones(2, 6, 3), {}, "scales must be on meta, got cpu"),
     "another recipe": (VALUES, torch.ones(2, 6, 3), {"recipe": "DEFAULT"}, "recipe must be one of default, deepgemm"),
@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any], str]] = {
         "group_size must be an integer, got 128.0",
     ),
     "a vector": (VALUES[0, 0], torch.ones(3), {}, r"values must be \(..., rows, columns\), got shape \(300,\)"),
-    "a list": ([1, 2], torch.ones(3), {}, "values must be a tensor, got list"),  # pyright: ignore[reportAssignmentType]
+    "a list": ([1, 2], torch.ones(3), {}, "values must be a tensor, got list"),
     "segments of rows": (VALUES, torch.ones(2, 6, 3), {"segments": 2}, 'segments are of layout "block" alone'),
 }
 
@@ -198,7 +198,7 @@ def test_scales_without_elements_lie_in_any_layout(shape, layout):
     experts, rows, columns = shape
     groups = ceil_div(columns, 128 if layout != "ue8m0_packed" else 512)
     scales = torch.empty(experts, ceil_div(rows, 128) if layout == "block" else rows, groups)
-    packed = {"recipe": "ue8m0"} if layout == "ue8m0_packed" else {}
+    packed: dict[str, Any] = {"recipe": "ue8m0"} if layout == "ue8m0_packed" else {}
     q = QuantizedTensor(VALUES.new_empty(shape), scales.int() if packed else scales, layout, **packed)
     assert dequantize(q).shape == shape
 

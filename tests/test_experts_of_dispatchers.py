@@ -38,8 +38,8 @@ def test_two_dispatchers_that_share_experts_in_flight_get_their_own_sums():
     )
     experts = GroupedExperts.from_weights(*weights())
     calls = [(d, torch.randn(5, HIDDEN), torch.randint(0, EXPERTS, (5, 2)), torch.rand(5, 2)) for d in (first, second)]
-    expected = [d(*tokens, experts).clone() for d, *tokens in calls]
-    dispatched = [d.dispatch(*tokens) for d, *tokens in calls]
+    expected = [d(x, ids, chosen, experts).clone() for d, x, ids, chosen in calls]
+    dispatched = [d.dispatch(x, ids, chosen) for d, x, ids, chosen in calls]
     outputs = [experts(batch) for batch, _ in dispatched]
     for (d, *_), (_, handle), output, sums in zip(calls, dispatched, outputs, expected, strict=True):
         assert_bit_equal(d.combine(output, handle), sums)
@@ -138,9 +138,10 @@ def test_experts_that_can_not_be_called_are_refused_before_anything_is_sent(expe
     tokens = torch.randn(5, HIDDEN), torch.zeros(5, 2, dtype=torch.int64), torch.rand(5, 2)
     with pytest.raises(ValueError, match="experts must be callable with an ExpertBatch, as GroupedExperts are, got"):
         d(*tokens, experts)
-    for wrong in ({"chunks": "2"}, {"first_experts": []}, {"chunks": 1.0}):
+    several: list[dict[str, Any]] = [{"chunks": "2"}, {"first_experts": []}, {"chunks": 1.0}]
+    for wrong in several:
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be an integer"):
-            d(*tokens, lambda batch: batch, **wrong)
+            d(*tokens, lambda batch: batch.values, **wrong)
 
 
 def test_buffers_without_room_are_an_error_in_words(monkeypatch):
