@@ -172,7 +172,8 @@ class Case:
 def copied(batch: ExpertBatch) -> ExpertBatch:
     """The batch, without what its slot may change, rows that are not valid zeroed."""
     valid = torch.arange(batch.values.shape[1], device=batch.values.device) < batch.num_tokens[:, None]
-    values = torch.where(valid[..., None], batch.values.view(torch.uint8), 0)
+    rows = batch.values.view(torch.uint8).unflatten(2, (batch.values.shape[2], -1))
+    values = torch.where(valid[..., None, None], rows, 0).flatten(2).view(batch.values.dtype)
     scales = None if batch.scales is None else torch.where(valid[..., None], batch.scales, 0.0)
     sources = torch.where(valid, batch.sources, 0)
     return ExpertBatch(values, scales, batch.num_tokens.clone(), sources, batch.recipe, batch.expected_rows)
@@ -182,7 +183,7 @@ def compare(batch: ExpertBatch, expected: ExpertBatch) -> None:
     for name in ("num_tokens", "sources", "values", "scales"):
         mine, theirs = getattr(batch, name), getattr(expected, name)
         if mine is not None:
-            assert torch.equal(mine, theirs), name
+            assert_bit_equal(mine, theirs, name)
 
 
 def main(argv: list[str] | None = None) -> int:

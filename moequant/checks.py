@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Sizes and numbers of things are int32 in kernels.
 MAX_INT = 2**31 - 1
+MAX_FLOAT = torch.finfo(torch.float32).max
 
 
 def check_tensor(
@@ -95,7 +96,7 @@ def check_number(name: str, value: Any) -> None:
     """Raises ValueError unless value is a number that float32 can hold, or infinite or NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise ValueError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not (-3.4e38 <= value <= 3.4e38) and value not in (math.inf, -math.inf) and value == value:
+    if not -MAX_FLOAT <= value <= MAX_FLOAT and value not in (math.inf, -math.inf) and value == value:
         raise ValueError(f"{name} must be a number that float32 can hold, got {value}")
 
 

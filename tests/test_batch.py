@@ -215,7 +215,7 @@ def test_what_travels_between_the_steps_cannot_be_changed(instance):
         instance.values = VALUES
 
 
-WRONG: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any], str]] = {
+WRONG: dict[str, tuple[Any, torch.Tensor, dict[str, Any], str]] = {
     "scales that were never loaded": (VALUES, torch.ones(2, 6, 3, device="meta"), {}, "scales must be on cpu, got meta"),
     "values that were never loaded": (VALUES.to("meta"), torch.ones(2, 6, 3), {}, "scales must be on meta, got cpu"),
     "another recipe": (VALUES, torch.ones(2, 6, 3), {"recipe": "DEFAULT"}, "recipe must be one of default, deepgemm"),
@@ -230,7 +230,7 @@ WRONG: dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, Any], str]] = {
         "group_size must be an integer, got 128.0",
     ),
     "a vector": (VALUES[0, 0], torch.ones(3), {}, r"values must be \(..., rows, columns\), got shape \(300,\)"),
-    "a list": ([1, 2], torch.ones(3), {}, "values must be a tensor, got list"),  # pyright: ignore[reportAssignmentType]
+    "a list": ([1, 2], torch.ones(3), {}, "values must be a tensor, got list"),
     "segments of rows": (VALUES, torch.ones(2, 6, 3), {"segments": 2}, 'segments are of layout "block" alone'),
 }
 

@@ -80,9 +80,9 @@ OPTIONAL |= {"router", "read", "max_tokens"}
 
 
 class Verdict(Exception):
-    """What is wrong with the outcome of a call. trace: of the error that it is about."""
+    """What is wrong with the outcome of a call. cause: the traceback of a poor error."""
 
-    trace = ""
+    cause = ""
 
 
 def judge_error(call: Call, error: BaseException) -> None:
@@ -199,7 +199,7 @@ def trial(seed: int) -> tuple[str, str, Verdict | None]:
             judge_error(call, error)
             judge_dispatcher(call)
         except Verdict as verdict:
-            verdict.trace = "".join(traceback.format_exception(error))
+            verdict.cause = "".join(traceback.format_exception(error))
             return name, "poor error", _told(verdict, given)
         return name, "clear error", None
     try:
@@ -261,7 +261,7 @@ def main(count: int, first: int = 0) -> None:
         if verdict is not None:
             print(f"seed {seed}: {name}: {outcome}: {verdict}")
             if count == 1:
-                print(verdict.trace)
+                print(verdict.cause)
     print(f"{count} calls: " + ", ".join(f"{number} {outcome}" for outcome, number in outcomes.most_common()))
 
 

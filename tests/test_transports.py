@@ -194,7 +194,9 @@ FOLLOWING: list[tuple[Stage, list[str], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("stage", "before", "allowed"), FOLLOWING, ids=str)
+@pytest.mark.parametrize(
+    ("stage", "before", "allowed"), FOLLOWING, ids=lambda x: x.name if isinstance(x, Stage) else ",".join(sorted(x)) or "nothing"
+)
 def test_each_step_follows_those_that_it_needs_and_comes_once(stage, before, allowed):
     slot = Slot(1, {})
     slot.stage = stage
