@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,15 +43,16 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_the_package():
 
 
 def test_the_memory_of_the_page_is_what_a_dispatcher_takes():
-    sizes = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "max_tokens_per_rank": 128, "world_size": 8}
+    sizes: dict[str, Any] = {"num_experts": 256, "top_k": 8, "hidden_size": 7168, "max_tokens_per_rank": 128, "world_size": 8}
     experts, rows, hidden, groups = 32, 8 * 128, 7168, ceil_div(7168, 128)
     for quant, width, scales in (("fp8_e4m3fn", 1, 4 * groups), ("int8", 1, 4 * groups), ("none", 2, 0)):
         batch = experts * rows * (width * hidden + scales)
-        for more, expected in (
+        cases: tuple[tuple[dict[str, Any], int], ...] = (
             ({"transport": "collective", "exchange": "packed"}, batch),
             ({"transport": "collective", "exchange": "padded"}, batch + 2 * 256 * 128 * (2 * hidden + scales)),
             ({"transport": "symmetric"}, batch + experts * rows * (2 * hidden + scales) + 128 * 8 * 2 * hidden),
-        ):
+        )
+        for more, expected in cases:
             taken = MoEQuantDispatcher.buffer_bytes(**sizes, quant=quant, **more)
             assert expected < taken < 1.005 * expected, (quant, more)
             assert MoEQuantDispatcher.buffer_bytes(**sizes, quant=quant, slots=2, **more) == 2 * taken

@@ -40,7 +40,7 @@ def run_recovery(rank: int, ranks: int, exchange: str) -> None:
     with pytest.raises(PeerTimeoutError):
         check_layer(dispatcher, everyone, rank)
     dispatcher.close()
-    group = dist.new_group(left, use_local_synchronization=True)
+    group: Any = dist.new_group(left, use_local_synchronization=True)
     with MoEQuantDispatcher(group, **SETTINGS, exchange=exchange) as dispatcher:
         check_layer(dispatcher, left, rank)
 
