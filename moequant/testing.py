@@ -36,7 +36,7 @@ from moequant.recording import record_routing as record_routing
 from moequant.transport.local import LocalTransport
 
 # What has to end is waited for as long as a busy machine may need: that costs nothing where all is well.
-LIMIT_SECONDS = 300.0
+LIMIT_SECONDS = 600.0
 # After one rank has failed, how long the others have to end by themselves and say what they saw.
 GRACE_SECONDS = 10.0
 # With all results there, how long workers have to end by themselves: some can't, as their group waits for a rank that is lost.
@@ -137,7 +137,11 @@ def in_one_process(
     status = torch.zeros(3, dtype=torch.int64, device="cpu")
     transport = LocalTransport(config, 0, cpu, status)
     hidden, ids, weights = (torch.cat([tensor.cpu() for tensor in tensors]) for tensors in zip(*inputs, strict=True))
-    batch, rows = transport.dispatch(hidden, ids, weights, transport.allocate())
+    slot = transport.allocate()
+    batch, slots, rows = transport.expert_batch(slot, len(ids)), slot["slots"][: len(ids)], slot["rows"][: len(ids)]
+    # the specification's own steps, where the transport would take kernels, if interpreted
+    reference.route(ids, slots, slot["counts"], config.max_rows, slot["num_tokens"], status)
+    reference.scatter(hidden, ids, slots, batch.values, batch.scales, rows=rows, sources=batch.sources, recipe=config.recipe)
     output, out = experts(batch), torch.empty_like(hidden)
     check_tensor("what experts return", output, shape=tuple(batch.values.shape))
     output = output.flatten(0, 1)
@@ -271,9 +275,7 @@ def run_ranks(
     # torch's import, most of a worker's start, is done once, in the server that workers are forked from
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
-        # so is that of torch.compile, which the dispatcher needs and which brings Triton, if Triton can be the interpreter only
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
-        multiprocessing.set_forkserver_preload(["torch", "torch.distributed", *(["torch._dynamo"] if interpreted else [])])
+        multiprocessing.set_forkserver_preload(["torch", "torch.distributed"])
     # plain pickle: torch's own reductions would leave results in the memory of processes that have ended
     work = pickle.dumps((function, args))
     prepare = pickle.dumps(setup)

@@ -47,7 +47,7 @@ def test_the_memory_of_the_page_is_what_a_dispatcher_takes():
     experts, rows, hidden, groups = 32, 8 * 128, 7168, ceil_div(7168, 128)
     for quant, width, scales in (("fp8_e4m3fn", 1, 4 * groups), ("int8", 1, 4 * groups), ("none", 2, 0)):
         batch = experts * rows * (width * hidden + scales)
-        for more, expected in (
+        cases: tuple[tuple[dict[str, Any], int], ...] = (
             ({"transport": "collective", "exchange": "packed"}, batch),
             ({"transport": "collective", "exchange": "padded"}, batch + 2 * 256 * 128 * (2 * hidden + scales)),
             ({"transport": "symmetric"}, batch + experts * rows * (2 * hidden + scales) + 128 * 8 * 2 * hidden),

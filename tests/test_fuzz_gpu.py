@@ -22,7 +22,7 @@ SCRIPT = Path(__file__).parent / "fuzz_gpu.py"
 def test_a_few_settings_are_drawn_and_recorded(tmp_path):
     out = tmp_path / "fuzz.json"
     command = [sys.executable, str(SCRIPT), "--seconds", "5", "--workers", "1", "--seed", "2", "--out", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     record = json.loads(out.read_text())
     assert record["settings"] >= 1

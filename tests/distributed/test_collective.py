@@ -17,10 +17,10 @@ EXCHANGES = ("padded", "packed")
 REDUCES = ("exact", "per_rank")
 
 
-def run_trials(rank: int, ranks: int, trials: int, device: str = "cpu") -> None:
+def run_trials(rank: int, ranks: int, trials: int, device: str = "cpu", tokens: int = 40) -> None:
     for trial in range(trials):
         for exchange in EXCHANGES:
-            check_trial(rank, ranks, trial, {"transport": "collective", "exchange": exchange}, None, device)
+            check_trial(rank, ranks, trial, {"transport": "collective", "exchange": exchange}, None, device, tokens=tokens)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -30,7 +30,7 @@ def test_random_settings_have_the_bits_of_one_process(ranks):
 
 def run_interpreted(rank: int, ranks: int, trials: int) -> None:
     assert ops.uses_kernels(torch.empty(0))
-    run_trials(rank, ranks, trials)
+    run_trials(rank, ranks, trials, tokens=20)
 
 
 def test_interpreted_kernels_have_the_bits_of_one_process(interpreted):

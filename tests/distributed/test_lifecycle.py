@@ -103,7 +103,7 @@ def run_pushes(rank: int, ranks: int) -> None:
 
 
 def test_pushes_out_of_order_are_refused(interpreted):
-    run_ranks(run_pushes, 1, setup=install_interpreter, timeout=120)
+    run_ranks(run_pushes, 1, setup=install_interpreter)
 
 
 def run_second_push(rank: int, ranks: int) -> None:
@@ -130,7 +130,7 @@ def run_second_push(rank: int, ranks: int) -> None:
 
 
 def test_rows_are_pushed_again_when_all_ranks_have_summed_the_first(interpreted):
-    run_ranks(run_second_push, 2, setup=install_interpreter, timeout=120)
+    run_ranks(run_second_push, 2, setup=install_interpreter)
 
 
 @pytest.mark.parametrize("reduce", ["exact", "per_rank"])
@@ -171,7 +171,7 @@ def test_a_default_device_and_inference_mode_change_nothing_on_gloo():
 
 
 def test_a_default_device_and_inference_mode_change_nothing_on_symmetric(interpreted):
-    run_ranks(run_foreign_modes, 2, "symmetric", setup=install_interpreter, timeout=120)
+    run_ranks(run_foreign_modes, 2, "symmetric", setup=install_interpreter)
 
 
 def test_a_dispatcher_is_not_copied():
@@ -265,4 +265,4 @@ def run_other_device(rank: int, ranks: int) -> None:
 
 @pytest.mark.multigpu
 def test_another_current_device_changes_nothing_on_symmetric():
-    run_ranks(run_other_device, 2, backend="cpu:gloo,cuda:nccl", timeout=200)
+    run_ranks(run_other_device, 2, backend="cpu:gloo,cuda:nccl")

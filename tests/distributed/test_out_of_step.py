@@ -144,7 +144,7 @@ def test_unlike_calls_are_heard_of_on_gloo():
 
 
 def test_unlike_calls_are_heard_of_by_interpreted_kernels(interpreted):
-    run_ranks(run_cases, 2, "symmetric", ANYWHERE + ON_SYMMETRIC, setup=install_interpreter, timeout=250)
+    run_ranks(run_cases, 2, "symmetric", ANYWHERE + ON_SYMMETRIC, setup=install_interpreter)
 
 
 def run_two_dispatchers(rank: int, ranks: int) -> None:
@@ -212,7 +212,7 @@ def test_ranks_in_step_hear_of_nothing_on_gloo():
 
 
 def test_ranks_in_step_hear_of_nothing_from_interpreted_kernels(interpreted):
-    run_ranks(run_in_step, 2, "symmetric", setup=install_interpreter, timeout=250)
+    run_ranks(run_in_step, 2, "symmetric", setup=install_interpreter)
 
 
 def run_error_between(rank: int, ranks: int) -> None:

@@ -43,15 +43,16 @@ def pushed(dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], first_exp
 WAYS: tuple[Way, ...] = (there_and_back, in_halves, in_its_buffer, pushed)
 
 
-def run_trials(rank: int, ranks: int, trials: int, device: str) -> None:
+def run_trials(rank: int, ranks: int, trials: range, device: str, tokens: int) -> None:
     device = device.format(rank=rank)
-    for trial in range(trials):
-        check_trial(rank, ranks, trial, {"transport": "symmetric"}, None, device, WAYS[trial // 3 % len(WAYS)])
+    for trial in trials:
+        check_trial(rank, ranks, trial, {"transport": "symmetric"}, None, device, WAYS[trial // 3 % len(WAYS)], tokens)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_interpreted_kernels_have_the_bits_of_one_process(ranks, interpreted):
-    run_ranks(run_trials, ranks, 12, "cpu", setup=install_interpreter)
+# of eight ranks one trial for each way and format
+@pytest.mark.parametrize(("ranks", "trials"), [(1, range(12)), (2, range(12)), (4, range(12)), (8, range(0, 12, 3))])
+def test_interpreted_kernels_have_the_bits_of_one_process(ranks, trials, interpreted):
+    run_ranks(run_trials, ranks, trials, "cpu", 20, setup=install_interpreter)
 
 
 @pytest.mark.multigpu
@@ -59,10 +60,10 @@ def test_interpreted_kernels_have_the_bits_of_one_process(ranks, interpreted):
 def test_random_settings_have_the_bits_of_one_process(ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_trials, ranks, 200, "cuda:{rank}", backend="cpu:gloo,cuda:nccl")
+    run_ranks(run_trials, ranks, range(200), "cuda:{rank}", 40, backend="cpu:gloo,cuda:nccl")
 
 
-def run_subgroups(rank: int, ranks: int, trials: int, device: str) -> None:
+def run_subgroups(rank: int, ranks: int, trials: int, device: str, tokens: int) -> None:
     # odd and even ranks: group ranks differ from global ranks
     members = [[0, 2], [1, 3]]
     groups: list[Any] = [dist.new_group(group) for group in members]
@@ -70,7 +71,7 @@ def run_subgroups(rank: int, ranks: int, trials: int, device: str) -> None:
     # both groups at the same time, each with trials of its own
     for trial in range(mine, trials, 2):
         way = WAYS[trial // 2 % len(WAYS)]
-        check_trial(members[mine].index(rank), 2, trial, {"transport": "symmetric"}, groups[mine], device, way)
+        check_trial(members[mine].index(rank), 2, trial, {"transport": "symmetric"}, groups[mine], device, way, tokens)
     with pytest.raises(ValueError, match="not a member of the group"):
         MoEQuantDispatcher(
             groups[1 - mine], num_experts=4, top_k=1, hidden_size=8, max_tokens_per_rank=1, transport="symmetric", device=device
@@ -78,14 +79,14 @@ def run_subgroups(rank: int, ranks: int, trials: int, device: str) -> None:
 
 
 def test_two_interpreted_groups_of_two_in_a_world_of_four_work_apart(interpreted):
-    run_ranks(run_subgroups, 4, 16, "cpu", setup=install_interpreter)
+    run_ranks(run_subgroups, 4, 16, "cpu", 20, setup=install_interpreter)
 
 
 @pytest.mark.multigpu
 def test_two_groups_of_two_gpus_work_apart():
     if torch.cuda.device_count() < 4:
         pytest.skip("needs 4 GPUs")
-    run_ranks(run_subgroups, 4, 100, "cuda:{rank}", backend="cpu:gloo,cuda:nccl")
+    run_ranks(run_subgroups, 4, 100, "cuda:{rank}", 40, backend="cpu:gloo,cuda:nccl")
 
 
 def run_int8_layers(rank: int, ranks: int, sizes: tuple[int, int, int], device: str) -> None:

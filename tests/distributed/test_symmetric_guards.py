@@ -117,12 +117,12 @@ def check_stray_stores(heard: list[list[str]]) -> None:
 
 def test_check_and_close_say_what_was_stored_outside_a_buffer(interpreted, monkeypatch):
     monkeypatch.setenv("MOEQUANT_CHECK_GUARDS", "1")
-    check_stray_stores(run_ranks(run_stray_stores, 2, "cpu", setup=install_interpreter, timeout=240))
+    check_stray_stores(run_ranks(run_stray_stores, 2, "cpu", setup=install_interpreter))
 
 
 @pytest.mark.multigpu
 def test_check_and_close_on_gpus_say_what_was_stored_outside_a_buffer():
-    check_stray_stores(run_ranks(run_stray_stores, 2, "cuda:{rank}", backend="cpu:gloo,cuda:nccl", timeout=200))
+    check_stray_stores(run_ranks(run_stray_stores, 2, "cuda:{rank}", backend="cpu:gloo,cuda:nccl"))
 
 
 def run_without_the_switch(rank: int, ranks: int) -> int:
@@ -144,5 +144,5 @@ def run_without_the_switch(rank: int, ranks: int) -> int:
 
 def test_nobody_looks_without_the_switch_and_buffer_bytes_counts_the_guards(interpreted, monkeypatch):
     monkeypatch.setenv("MOEQUANT_CHECK_GUARDS", "0")
-    shared = run_ranks(run_without_the_switch, 2, setup=install_interpreter, timeout=240)
+    shared = run_ranks(run_without_the_switch, 2, setup=install_interpreter)
     assert min(shared) > 7 * GUARD_BYTES

@@ -43,8 +43,8 @@ def stand_in(batch: ExpertBatch, first_expert: int = 0) -> torch.Tensor:
     return (values * (1.0 + expert % 3)[:, None, None]).bfloat16()
 
 
-def draw(trial: int, ranks: int) -> tuple[dict[str, Any], list[list[torch.Tensor]]]:
-    """Random settings, and each rank's hidden states, ids and weights; the same on every rank.
+def draw(trial: int, ranks: int, tokens: int) -> tuple[dict[str, Any], list[list[torch.Tensor]]]:
+    """Random settings, and each rank's hidden states, ids and weights; the same on every rank. tokens: a rank has fewer.
 
     What kernels are compiled for is drawn from SHAPES sets; everything else is new in each trial.
     """
@@ -64,20 +64,20 @@ def draw(trial: int, ranks: int) -> tuple[dict[str, Any], list[list[torch.Tensor
         "on_overflow": "drop",
     }
     generator.manual_seed(1000 + trial)
-    experts, most = ranks * pick(-(-top_k // ranks), 8), pick(1, 40)
+    experts, most = ranks * pick(-(-top_k // ranks), 8), pick(1, tokens)
     settings |= {"num_experts": experts, "max_tokens_per_rank": most, "capacity": (None, pick(1, 40))[pick(0, 2)]}
     hot = pick(0, 4) == 0
     inputs = []
     for _ in range(ranks):
-        # some ranks have no tokens
-        tokens = pick(0, most + 1) * min(1, pick(0, 4))
-        scores = torch.rand(tokens, experts, generator=generator)
+        # some ranks have none
+        mine = pick(0, most + 1) * min(1, pick(0, 4))
+        scores = torch.rand(mine, experts, generator=generator)
         if hot:
             scores[:, 0] = -1.0
         ids = scores.argsort(1)[:, :top_k].contiguous()
         ids[torch.rand(ids.shape, generator=generator) < 0.1] = -1
-        weights = torch.rand(tokens, top_k, generator=generator)
-        inputs.append([torch.randn(tokens, hidden, generator=generator).to(dtype), ids, weights])
+        weights = torch.rand(mine, top_k, generator=generator)
+        inputs.append([torch.randn(mine, hidden, generator=generator).to(dtype), ids, weights])
     return settings, inputs
 
 
@@ -97,9 +97,11 @@ def check_trial(
     group: dist.ProcessGroup | None,
     device: str,
     way: Way = there_and_back,
+    tokens: int = 40,
 ) -> None:
-    """One random setting through the group, compared with one process. transport: further settings. way: how, as `there_and_back`."""
-    settings, inputs = draw(trial, ranks)
+    """One random setting through the group, compared with one process. transport: further settings. way: how, as `there_and_back`.
+    tokens: of each rank there are fewer; few where kernels are interpreted."""
+    settings, inputs = draw(trial, ranks, tokens)
     expected, outputs, dropped = in_one_process(settings, inputs, stand_in)
     with MoEQuantDispatcher(group, **settings, **transport, device=device) as dispatcher:
         for name, buffer in dispatcher._slots[0].buffers.items():
