@@ -51,11 +51,11 @@ def test_the_memory_of_the_page_is_what_a_dispatcher_takes():
             ({"transport": "collective", "exchange": "packed"}, batch),
             ({"transport": "collective", "exchange": "padded"}, batch + 2 * 256 * 128 * (2 * hidden + scales)),
             ({"transport": "symmetric"}, batch + experts * rows * (2 * hidden + scales) + 128 * 8 * 2 * hidden),
-        ):
-            settings: dict[str, Any] = sizes | more | {"quant": quant}
-            taken = MoEQuantDispatcher.buffer_bytes(**settings)
+        )
+        for more, expected in cases:
+            taken = MoEQuantDispatcher.buffer_bytes(**sizes, quant=quant, **more)
             assert expected < taken < 1.005 * expected, (quant, more)
-            assert MoEQuantDispatcher.buffer_bytes(**settings, slots=2) == 2 * taken
+            assert MoEQuantDispatcher.buffer_bytes(**sizes, quant=quant, slots=2, **more) == 2 * taken
 
 
 def test_the_example_of_two_micro_batches_has_the_lines_that_the_page_says():
