@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from moequant import (
-    CapacityOverflowError,
     ClosedError,
     GroupedExperts,
     InvalidExpertIdError,
@@ -174,33 +173,6 @@ def test_rows_past_capacity_are_dropped_in_row_order_and_reported(backend):
         assert dispatcher.check() == 0
 
 
-def test_rows_past_capacity_are_an_error_at_once_on_a_cpu():
-    """The next call is as good as any."""
-    hidden, ids, weights = inputs()
-    full = torch.tensor([0, 1, 2]).expand_as(ids)
-    with MoEQuantDispatcher(**SETTINGS, capacity=16, device="cpu") as dispatcher:
-        with pytest.raises(CapacityOverflowError, match=r"12 rows .* raise capacity"):
-            dispatcher.dispatch(hidden, full, weights)
-        assert dispatcher.check() == 0
-        ids[:] = torch.arange(TOKENS * 3).view(TOKENS, 3) % EXPERTS
-        assert_bit_equal(dispatcher(hidden, ids, weights, stand_in), expected_output(hidden, ids, weights))
-
-
-@pytest.mark.gpu
-def test_rows_past_capacity_are_raised_by_the_next_dispatch_that_can_know_and_by_check():
-    hidden, ids, weights = inputs(device="cuda")
-    ids[:] = torch.tensor([0, 1, 2], device="cuda")
-    with MoEQuantDispatcher(**SETTINGS, capacity=16, device="cuda") as dispatcher:
-        dispatcher(hidden, ids, weights, stand_in)
-        torch.cuda.synchronize()
-        with pytest.raises(CapacityOverflowError, match=r"12 rows .* raise capacity"):
-            dispatcher.dispatch(hidden, ids, weights)
-        assert dispatcher.check(wait=False) == 0
-        dispatcher.dispatch(hidden, ids, weights)
-        with pytest.raises(CapacityOverflowError, match=r"12 rows .* raise capacity"):
-            dispatcher.check()
-
-
 def test_the_output_may_be_given(backend):
     hidden, ids, weights = inputs(device=backend)
     with MoEQuantDispatcher(**SETTINGS, device=backend) as dispatcher:
@@ -282,16 +254,6 @@ def test_wrong_expert_output_raises():
             dispatcher.combine(stand_in(batch).float(), handle)
         with pytest.raises(ValueError, match="out must be torch.bfloat16"):
             dispatcher.combine(stand_in(batch), handle, out=torch.empty(TOKENS, HIDDEN))
-
-
-@pytest.mark.gpu
-def test_leaving_without_check_reports_what_was_dropped():
-    hidden, ids, weights = inputs(device="cuda")
-    ids[:] = torch.tensor([0, 1, 2], device="cuda")
-    with pytest.raises(CapacityOverflowError), MoEQuantDispatcher(**SETTINGS, capacity=16, device="cuda") as dispatcher:
-        dispatcher(hidden, ids, weights, stand_in)
-    with pytest.raises(ClosedError):
-        dispatcher.check()
 
 
 def test_batches_of_two_slots_have_workspaces_of_their_own():
