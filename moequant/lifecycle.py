@@ -140,8 +140,9 @@ class Lifecycle:
             raise ClosedError("this dispatcher is closed; build a new one")
         earlier = self._fault
         if earlier is not None:
-            message = f"this dispatcher lost a rank earlier: {earlier}"
-            raise PeerTimeoutError(message, earlier.rank) if isinstance(earlier, PeerTimeoutError) else OutOfStepError(message)
+            if isinstance(earlier, PeerTimeoutError):
+                raise PeerTimeoutError(f"this dispatcher lost a rank earlier: {earlier}", earlier.rank)
+            raise OutOfStepError(f"this dispatcher's ranks were out of step earlier: {earlier}")
         self._raise_fault()
 
     def _raise_fault(self) -> None:
