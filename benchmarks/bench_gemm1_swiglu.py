@@ -26,9 +26,9 @@ from benchmarks.bench_grouped_gemm import Problem, deep_gemm, interleaved, probl
 from benchmarks.common import Bench, OneLineParser
 from moequant.batch import QuantizedTensor, empty_transposed_scales
 from moequant.formats import FORMATS, RECIPES
-from moequant.kernels.gemm1_swiglu_hopper import gemm1_swiglu_hopper, supports_gemm1_swiglu
-from moequant.kernels.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
-from moequant.kernels.silu_mul_quantize import silu_mul_quantize
+from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper, supports_gemm1_swiglu
+from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
+from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize
 
 QUANT = "fp8_e4m3fn"
 # (E, I, H): DeepSeek-V3 on 8 GPUs, Qwen3-235B and Qwen3-30B on 8 and 4

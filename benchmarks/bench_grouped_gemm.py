@@ -161,7 +161,7 @@ def peer_call(p: Problem) -> Callable[[], Any] | None:
 
 def plain_call(p: Problem) -> Callable[[], Any] | None:
     """The plain Triton kernel on the same operands, where another one is chosen."""
-    from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as plain
+    from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale as plain
 
     left = (p.a.values, p.a.scales) if isinstance(p.a, QuantizedTensor) else (p.a, None)
     right = (p.b.values, p.b.scales) if isinstance(p.b, QuantizedTensor) else (p.b, None)
@@ -184,8 +184,7 @@ def interleaved(*calls: Callable[[], Any], rounds: int = 5, reps: int = 10) -> l
 
 def try_configs(p: Problem) -> None:
     """Checks and times every candidate configuration, prints them, fastest first."""
-    from moequant.kernels.grouped_gemm import CANDIDATES, Config
-    from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as kernel
+    from moequant.kernels.gemm.grouped_gemm import CANDIDATES, Config, grouped_gemm_blockscale as kernel
 
     left = (p.a.values, p.a.scales) if isinstance(p.a, QuantizedTensor) else (p.a, None)
     right = (p.b.values, p.b.scales) if isinstance(p.b, QuantizedTensor) else (p.b, None)

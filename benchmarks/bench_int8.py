@@ -157,7 +157,7 @@ def record_products(
 
 def try_configs(operands: tuple[Tensor, Tensor, Tensor, Tensor], expected: Tensor) -> None:
     """Checks and times the kernel in every candidate configuration, prints them, fastest first."""
-    from moequant.kernels.dense_gemm import CANDIDATES, dense_gemm
+    from moequant.kernels.dense.dense_gemm import CANDIDATES, dense_gemm
 
     out = torch.empty(expected.shape, dtype=torch.float16, device=expected.device)
     working = []

@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import Bench, OneLineParser, Timing, process_group, progress, slowest_rank, time_collectively
 from moequant import MoEQuantDispatcher
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.kernels.combine import combine_shared
-from moequant.kernels.push_rows import push_rows
-from moequant.kernels.symmetric import NO_FAULT
+from moequant.kernels.library.symmetric import NO_FAULT
+from moequant.kernels.routing.combine import combine_shared
+from moequant.kernels.symmetric.push_rows import push_rows
 from moequant.models import MODELS, model_shape
-from moequant.peer_memory import PeerMemory
 from moequant.testing import assert_bit_equal, routing
 from moequant.transport.base import Stage
+from moequant.transport.peer_memory import PeerMemory
 
 TOKENS = (1, 8, 32, 128, 512, 4096)
 

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import commit, progress
 from benchmarks.traces import FOLDER, skew
-from moequant.recording import read_safetensors
 from moequant.testing import record_routing
+from moequant.testing.recording import read_safetensors
 
 HELD_OUT = 16
 BALANCE = 0.01

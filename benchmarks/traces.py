@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moequant.recording import read_safetensors
+from moequant.testing.recording import read_safetensors
 
 FOLDER = Path(__file__).resolve().parent / "traces"
 

@@ -15,20 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moequant.agreement import agree, attempt, choose_device, membership
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.calls import LAYERS, Call
 from moequant.checks import check_expert_output, check_format, check_out, check_tokens, with_rows
 from moequant.config import DispatcherConfig
 from moequant.errors import StaleHandleError
 from moequant.experts import GroupedExperts
 from moequant.layer import pushing_experts, run_layer
-from moequant.lifecycle import Lifecycle, step
 from moequant.overlap import side_stream
+from moequant.transport.agreement import agree, attempt, choose_device, membership
 from moequant.transport.base import Slot, Stage
+from moequant.transport.calls import LAYERS, Call
+from moequant.transport.lifecycle import Lifecycle, step
 from moequant.transport.select import buffer_bytes, make_transport, resolve
 from moequant.transport.symmetric import SymmetricTransport
-from moequant.warm_up import warm_up
+from moequant.transport.warm_up import warm_up
 
 _NUMBERS = itertools.count()
 

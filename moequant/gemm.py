@@ -11,13 +11,15 @@ from torch import Tensor
 from moequant import ops
 from moequant.batch import QuantizedTensor
 from moequant.checks import check_choice, check_counts, check_int, check_no_grad, check_num_sms, check_tensor
-from moequant.dense import mm_fp8_blockscale as mm_fp8_blockscale
+from moequant.dense.gemm import mm_fp8_blockscale as mm_fp8_blockscale
+from moequant.dense.int8 import (
+    int8_addmm as int8_addmm,
+    int8_addmm_quant as int8_addmm_quant,
+    int8_gemm as int8_gemm,
+    int8_gemm_quant as int8_gemm_quant,
+)
+from moequant.dense.per_tensor import fp8_gemm as fp8_gemm
 from moequant.errors import LayoutError
-from moequant.int8 import int8_addmm as int8_addmm
-from moequant.int8 import int8_addmm_quant as int8_addmm_quant
-from moequant.int8 import int8_gemm as int8_gemm
-from moequant.int8 import int8_gemm_quant as int8_gemm_quant
-from moequant.per_tensor import fp8_gemm as fp8_gemm
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

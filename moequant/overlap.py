@@ -14,11 +14,11 @@ The products on the side leave `num_sms` multiprocessors alone, for the exchange
 last tile. Their stream has the higher priority, so that they begin at once; the other stream's products start where these end.
 
 Why two streams can't deadlock. All ranks queue the same steps; what waits for other ranks are single programs, with a time limit, and
-kernels that begin early behind a wait leave products few multiprocessors (`kernels/early.py`). So the steps have an order in which each
-depends on earlier ones alone, and can be held up until other ranks come by earlier ones alone (later ones only delay it, as products
-end): dispatch of the first, of the others, products of the first, of the others, combine; or dispatch 0, dispatch 1, products 0,
-combine 0, products 1, combine 1, where events hold combine 0 back until dispatch 1 is done, and combine 1 until products 0 are. Of the
-steps that are not done on some rank the first one can go on. That holds as well where both streams share one hardware queue, since
+kernels that begin early behind a wait leave products few multiprocessors (`kernels/library/early.py`). So the steps have an order in
+which each depends on earlier ones alone, and can be held up until other ranks come by earlier ones alone (later ones only delay it, as
+products end): dispatch of the first, of the others, products of the first, of the others, combine; or dispatch 0, dispatch 1, products
+0, combine 0, products 1, combine 1, where events hold combine 0 back until dispatch 1 is done, and combine 1 until products 0 are. Of
+the steps that are not done on some rank the first one can go on. That holds as well where both streams share one hardware queue, since
 events point back in that order alone.
 
 At every size measured on H200s one piece is as fast (benchmarks/notes_layer.md): large products are held by the cards' power, and what
@@ -48,7 +48,7 @@ def side_stream(config: DispatcherConfig, device: torch.device) -> torch.cuda.St
 
 def side_sms(dispatcher: MoEQuantDispatcher) -> int:
     """Multiprocessors for the products beside an exchange."""
-    from moequant.kernels.common import multiprocessors
+    from moequant.kernels.library.common import multiprocessors
 
     return max(multiprocessors(dispatcher.device) - dispatcher.config.num_sms, 1)
 

@@ -13,23 +13,30 @@ from moequant import (
 )
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_choice, check_counts, check_eps, check_int, check_no_grad, check_output, check_tensor
+from moequant.dense.int8 import (
+    act_dequant as act_dequant,
+    act_quant as act_quant,
+    int8_gelu as int8_gelu,
+    weight_dequant as weight_dequant,
+    weight_quant as weight_quant,
+)
+from moequant.dense.per_tensor import (
+    FP8Format as FP8Format,
+    NumericalOverflowError as NumericalOverflowError,
+    dequantize_fp8 as dequantize_fp8,
+    quantize_fp8 as quantize_fp8,
+    quantize_fp8_with_overflow_handling as quantize_fp8_with_overflow_handling,
+)
 from moequant.formats import format_of, recipe_of
-from moequant.group_quant import GROUP_SIZES, quantize_blocks
-from moequant.group_quant import dequantize as dequantize
-from moequant.group_quant import fused_flatten_fp8_group_quant as fused_flatten_fp8_group_quant
-from moequant.group_quant import fused_rms_fp8_group_quant as fused_rms_fp8_group_quant
-from moequant.group_quant import per_block_quant_fp8 as per_block_quant_fp8
-from moequant.group_quant import per_token_group_quant_fp8 as per_token_group_quant_fp8
-from moequant.int8 import act_dequant as act_dequant
-from moequant.int8 import act_quant as act_quant
-from moequant.int8 import int8_gelu as int8_gelu
-from moequant.int8 import weight_dequant as weight_dequant
-from moequant.int8 import weight_quant as weight_quant
-from moequant.per_tensor import FP8Format as FP8Format
-from moequant.per_tensor import NumericalOverflowError as NumericalOverflowError
-from moequant.per_tensor import dequantize_fp8 as dequantize_fp8
-from moequant.per_tensor import quantize_fp8 as quantize_fp8
-from moequant.per_tensor import quantize_fp8_with_overflow_handling as quantize_fp8_with_overflow_handling
+from moequant.group_quant import (
+    GROUP_SIZES,
+    dequantize as dequantize,
+    fused_flatten_fp8_group_quant as fused_flatten_fp8_group_quant,
+    fused_rms_fp8_group_quant as fused_rms_fp8_group_quant,
+    per_block_quant_fp8 as per_block_quant_fp8,
+    per_token_group_quant_fp8 as per_token_group_quant_fp8,
+    quantize_blocks,
+)
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

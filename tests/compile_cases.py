@@ -14,8 +14,7 @@ from compile_case import BF16, E4M3, E5M2, FNUZ, INT8, cases, counted, each_form
 from compile_peers import combine_shared, land_rows, peer_arguments, push_tokens
 from moequant import ops
 from moequant.batch import ceil_div, empty_scales
-from moequant.kernels import exchange_counts as exchange_counts_module
-from moequant.kernels import signal_and_wait as signal_and_wait_module
+from moequant.kernels.symmetric import exchange_counts as exchange_counts_module, signal_and_wait as signal_and_wait_module
 
 
 def quantize(dtype: torch.dtype, columns: int = 7168, recipe: str = "default", rows: int = 256) -> None:
@@ -201,14 +200,14 @@ def exchange_counts(experts: int = 256, ranks: int = 8) -> None:
 
 
 def push_rows(remote: bool) -> None:
-    from moequant.kernels.push_rows import push_rows as kernel
+    from moequant.kernels.symmetric.push_rows import push_rows as kernel
 
     y, destinations = empty(32, 1024, 7168), empty(32, 1024, dtype=torch.int64)
     kernel(y, counted(y), None if remote else y, destinations if remote else None)
 
 
 def push_partial_sums() -> None:
-    from moequant.kernels.push_partial_sums import push_partial_sums as kernel
+    from moequant.kernels.symmetric.push_partial_sums import push_partial_sums as kernel
 
     y, notes, ticket = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(1, dtype=torch.int32)
     settings = {"returns_offset": 1024, "max_tokens": 128, "top_k": 8, "scale_words": 56, "wait": True}

@@ -20,7 +20,7 @@ import compile_peers as calls
 from compile_case import BF16, E4M3, cases, empty
 from compile_cases import exchange_counts, signal_and_wait
 from compile_kernels import EARLY_MODULES, TARGETS, FakeDriver, measure
-from moequant.kernels import route as route_module
+from moequant.kernels.routing import route as route_module
 
 
 def route() -> None:

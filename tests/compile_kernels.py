@@ -30,13 +30,15 @@ from triton.runtime.jit import JITFunction
 
 from compile_case import E4M3, E5M2, FNUZ, Case
 from compile_cases import CASES
-from moequant.kernels import common, early
-from moequant.kernels import exchange_counts as exchange_counts_module
-from moequant.kernels import grouped_gemm as grouped_gemm_module
-from moequant.kernels import push_tokens as push_tokens_module
-from moequant.kernels import quantize_tensor as quantize_tensor_module
-from moequant.kernels import signal_and_wait as signal_and_wait_module
-from moequant.kernels.grouped_gemm import Limits
+from moequant.kernels.dense import quantize_tensor as quantize_tensor_module
+from moequant.kernels.gemm import grouped_gemm as grouped_gemm_module
+from moequant.kernels.gemm.grouped_gemm import Limits
+from moequant.kernels.library import common, early
+from moequant.kernels.symmetric import (
+    exchange_counts as exchange_counts_module,
+    push_tokens as push_tokens_module,
+    signal_and_wait as signal_and_wait_module,
+)
 
 EARLY_MODULES: Any = (
     early,

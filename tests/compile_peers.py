@@ -12,9 +12,8 @@ import torch
 from compile_case import BF16, counted, empty, quantized
 from moequant import ops
 from moequant.batch import ceil_div
-from moequant.kernels import combine as combine_module
-from moequant.kernels import land_rows as land_rows_module
-from moequant.kernels import push_tokens as push_tokens_module
+from moequant.kernels.routing import combine as combine_module
+from moequant.kernels.symmetric import land_rows as land_rows_module, push_tokens as push_tokens_module
 
 
 def peer_arguments(ranks: int = 8) -> dict[str, Any]:

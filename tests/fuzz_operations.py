@@ -15,8 +15,8 @@ from guarded import Guarded
 from moequant import ops, reference
 from moequant.batch import QuantizedTensor, ceil_div
 from moequant.formats import FORMATS
-from moequant.kernels import common, hopper
-from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as plain_gemm
+from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale as plain_gemm
+from moequant.kernels.library import common, hopper
 from moequant.testing import assert_bit_equal, assert_nearly_quantized, relative_error
 
 # rounding to bfloat16 is 1.66e-3, fp8 tensor cores add with about 14 bits; of few numbers the error scatters
@@ -130,7 +130,7 @@ class Products:
     def _kernel(self, a: Any, out: Tensor | None) -> Any:
         """A kernel that was asked for and takes the arguments, or the operation's own choice."""
         if self.kernel in ("wide", "narrow") and hopper.supports(*parts(a), *parts(self.b), out):
-            from moequant.kernels import grouped_gemm_hopper as module
+            from moequant.kernels.gemm import grouped_gemm_hopper as module
 
             config = module.WIDE if self.kernel == "wide" else module.NARROW
             return lambda *args, **settings: module.grouped_gemm_blockscale_hopper(*args, config=config, **settings)
@@ -182,8 +182,8 @@ class FusedGemm1:
         self.w13 = reference.quantize_weight(w13, segments=2, recipe=self.recipe)
 
     def check(self, rng: random.Random) -> None:
-        from moequant.kernels.gemm1_swiglu_hopper import gemm1_swiglu_hopper, supports_gemm1_swiglu
-        from moequant.kernels.grouped_gemm_hopper import NARROW, WIDE, grouped_gemm_blockscale_hopper
+        from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper, supports_gemm1_swiglu
+        from moequant.kernels.gemm.grouped_gemm_hopper import NARROW, WIDE, grouped_gemm_blockscale_hopper
         from moequant.ops.quantization import quantize_settings
 
         device, experts, inner = self.place.device, self.experts, self.inner

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from moequant import LayoutError, QuantizedTensor, grouped_gemm_blockscale, reference
 from moequant.batch import ceil_div

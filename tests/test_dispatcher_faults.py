@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moequant import ClosedError, MoEQuantDispatcher, OutOfStepError, PeerTimeoutError
-from moequant.agreement import attempt
 from moequant.testing import assert_bit_equal, routing
+from moequant.transport.agreement import attempt
 from moequant.transport.base import Slot
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 72, "max_tokens_per_rank": 9, "quant": "none"}

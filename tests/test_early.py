@@ -21,9 +21,11 @@ import torch
 import compile_peers as calls
 from compile_case import BF16, E4M3
 from moequant.batch import ceil_div
-from moequant.kernels import combine, early, land_rows, push_tokens
+from moequant.kernels.library import early
+from moequant.kernels.routing import combine
+from moequant.kernels.symmetric import land_rows, push_tokens
 from moequant.models import MODELS
-from moequant.warm_up import token_counts
+from moequant.transport.warm_up import token_counts
 
 ROOT = Path(__file__).resolve().parents[1]
 # an H100
@@ -41,7 +43,7 @@ class Launch(NamedTuple):
     registers: int
 
 
-# exchange_counts, the largest of those that spin, and a product of kernels/gemm1_swiglu_hopper.py
+# exchange_counts, the largest of those that spin, and a product of kernels/gemm/gemm1_swiglu_hopper.py
 SPINS, PRODUCT = Launch(1, 8, 8 * 32 * 96), Launch(1, 12, 12 * 32 * 168)
 
 
@@ -145,7 +147,7 @@ def test_beside_one_wait_a_product_fits_and_beside_two_a_dispatch(found):
 
 
 def test_the_bounds_hold_wherever_programs_lie(found):
-    """The argument of `kernels/early.py`, without a model of where programs are put."""
+    """The argument of `kernels/library/early.py`, without a model of where programs are put."""
     for launch in found:
         assert launch.programs + 1 <= SMS - 3, launch
         held, warps = launch.programs * launch.registers + SPINS.registers, launch.programs * launch.warps + SPINS.warps
@@ -216,11 +218,11 @@ BEHIND_OTHERS = ("exchange_counts", "sum_parts", "quantize_tensor")
 def test_these_launches_alone_begin_early():
     """A new one belongs into the module's argument, and into this file."""
     asking = {}
-    for path in (ROOT / "kernels").glob("*.py"):
+    for path in (ROOT / "kernels").rglob("*.py"):
         calls_of = re.findall(r"\*\*launch_option\((.*)\)", path.read_text())
         if calls_of:
             asking[path.stem] = calls_of
     assert set(asking) == {*BEHIND_WAITS, *BEHIND_OTHERS}
     # with a number of registers
     assert all("," in call for name in BEHIND_WAITS for call in asking[name])
-    assert not [path.stem for path in (ROOT / "kernels").glob("*.py") if "launch_pdl" in path.read_text() and path.stem != "early"]
+    assert not [path.stem for path in (ROOT / "kernels").rglob("*.py") if "launch_pdl" in path.read_text() and path.stem != "early"]

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from moequant import LayoutError, dequantize, grouped_gemm_blockscale, reference
 from moequant.gemm import mm_fp8_blockscale

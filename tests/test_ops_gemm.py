@@ -8,9 +8,10 @@ from torch import Tensor
 
 from moequant import ops
 from moequant.batch import ceil_div, empty_transposed_scales
-from moequant.kernels import common, gemm1_swiglu_hopper, hopper
-from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as plain
-from moequant.kernels.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
+from moequant.kernels.gemm import gemm1_swiglu_hopper
+from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale as plain
+from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
+from moequant.kernels.library import common, hopper
 
 FP8 = torch.float8_e4m3fn
 

@@ -10,7 +10,7 @@ import torch
 
 from moequant import GroupedExperts
 from moequant.config import DispatcherConfig
-from moequant.kernels import common
+from moequant.kernels.library import common
 from moequant.layer import check_overlap, run_layer
 from moequant.overlap import side_sms
 

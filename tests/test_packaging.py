@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+KERNELS = sorted(str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py"))
 USE = """
 import sys
 import torch
@@ -20,8 +20,8 @@ import moequant
 assert not [name for name in sys.modules if name.startswith("moequant.kernels")], "kernels are imported only when they are run"
 q = moequant.quantize_expert_batch(torch.ones(2, 3, 200, dtype=torch.bfloat16))
 assert torch.equal(moequant.dequantize(q), torch.ones(2, 3, 200)), moequant.dequantize(q)
-import moequant.kernels.quantize
-assert moequant.kernels.quantize.quantize_kernel
+import moequant.kernels.quantization.quantize
+assert moequant.kernels.quantization.quantize.quantize_kernel
 print(moequant.__file__)
 """
 

@@ -9,10 +9,9 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moequant import peer_memory
 from moequant.config import DispatcherConfig
 from moequant.errors import UnreachableError
-from moequant.transport import select
+from moequant.transport import peer_memory, select
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 GROUP = cast(Any, object())

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import ep_options, traces
 from benchmarks.traces import TraceError, load_trace, skew
-from moequant.recording import read_safetensors, write_safetensors
 from moequant.testing import assert_bit_equal
+from moequant.testing.recording import read_safetensors, write_safetensors
 
 
 def write(

@@ -12,6 +12,15 @@ from moequant.batch import QuantizedTensor, ceil_div
 from moequant.ops.quantization import quantize_settings, silu_mul_quantize
 from moequant.ops.registration import registered, uses_kernels
 
+__all__ = [
+    "fuses_gemm1",
+    "gemm1_swiglu",
+    "gemm_kernel",
+    "grouped_gemm_blockscale",
+    "grouped_gemm_push",
+    "rows_side_by_side",
+]
+
 
 def gemm_kernel(
     a: Tensor,
@@ -23,18 +32,18 @@ def gemm_kernel(
     expected_rows: int | None = None,
 ) -> Callable[..., None]:
     """The kernel for a grouped GEMM: Hopper's in Gluon where it takes the arguments and is faster, plain Triton's everywhere else."""
-    from moequant.kernels import common
+    from moequant.kernels.library import common
 
     if common.runs_gluon(a.device):
-        from moequant.kernels import hopper
+        from moequant.kernels.library import hopper
 
         rows = a.shape[1]
         small = hopper.too_small(b.shape[0], rows, b.shape[1], rows if expected_rows is None else expected_rows, a.device)
         if not small and hopper.supports(a, a_scales, b, b_scales, out, segments=segments):
-            from moequant.kernels.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
+            from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
 
             return grouped_gemm_blockscale_hopper
-    from moequant.kernels.grouped_gemm import grouped_gemm_blockscale as plain
+    from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale as plain
 
     return plain
 
@@ -110,12 +119,12 @@ def fuses_gemm1(
     # asked first: a CPU needs no Triton
     if not uses_kernels(a):
         return False
-    from moequant.kernels import common
+    from moequant.kernels.library import common
 
     if not common.runs_gluon(a.device):
         return False
-    from moequant.kernels import gemm1_swiglu_hopper as fused
-    from moequant.kernels.grouped_gemm import few_tiles
+    from moequant.kernels.gemm import gemm1_swiglu_hopper as fused
+    from moequant.kernels.gemm.grouped_gemm import few_tiles
 
     experts, columns, _ = w13.shape
     # where programs share tiles, and add in another order
@@ -146,7 +155,7 @@ def gemm1_swiglu(
     """
     rows = a.shape[1] if expected_rows is None else expected_rows
     if uses_kernels(a) and fuses_gemm1(a, a_scales, w13, w13_scales, values, scales, rows):
-        from moequant.kernels.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel
+        from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel
 
         settings = quantize_settings(values, recipe, None)
         kernel(a, a_scales, w13, w13_scales, num_tokens, values, scales, num_sms=num_sms, **settings)

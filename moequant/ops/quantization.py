@@ -11,6 +11,16 @@ from moequant import reference
 from moequant.formats import max_of, recipe_of
 from moequant.ops.registration import registered, uses_kernels
 
+__all__ = [
+    "dequantize_blocks",
+    "fused_rms_quantize",
+    "quantize_expert_batch",
+    "quantize_settings",
+    "quantize_weight",
+    "silu_mul",
+    "silu_mul_quantize",
+]
+
 
 def quantize_settings(values: Tensor, recipe: str, eps: float | None) -> dict[str, Any]:
     """A format and a recipe as the plain numbers that the kernels take."""
@@ -37,7 +47,7 @@ def quantize_expert_batch(
     if not uses_kernels(x):
         reference.quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
         return
-    from moequant.kernels.quantize import quantize_expert_batch as kernel
+    from moequant.kernels.quantization.quantize import quantize_expert_batch as kernel
 
     kernel(x, num_tokens, values, scales, group_size=group_size, **quantize_settings(values, recipe, eps))
 
@@ -55,7 +65,7 @@ def silu_mul_quantize(
     if not uses_kernels(x):
         reference.quantize_rows(reference.swiglu(x), num_tokens, values, scales, 128, recipe, eps)
         return
-    from moequant.kernels.silu_mul_quantize import silu_mul_quantize as kernel
+    from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize as kernel
 
     kernel(x, num_tokens, values, scales, **quantize_settings(values, recipe, eps))
 
@@ -67,7 +77,7 @@ def quantize_weight(
     """`reference.quantize_weight` of w (E, N, K_dim) into given contiguous outputs. Blocks that no kernel is made for take plain torch on
     any device."""
     if uses_kernels(w) and block_size in (32, 64, 128):
-        from moequant.kernels.quantize_weight import quantize_weight as kernel
+        from moequant.kernels.quantization.quantize_weight import quantize_weight as kernel
 
         kernel(w, values, scales, segments=segments, block_size=block_size, **quantize_settings(values, recipe, None))
         return
@@ -98,7 +108,7 @@ def fused_rms_quantize(
         if summed is not None:
             summed.copy_(total)
         return
-    from moequant.kernels.fused_rms_quantize import fused_rms_quantize as kernel
+    from moequant.kernels.dense.fused_rms_quantize import fused_rms_quantize as kernel
 
     settings = quantize_settings(values, recipe, None)
     kernel(x, weight, residual, gate, summed, values, scales, norm_eps=norm_eps, group_size=group_size, **settings)
@@ -110,7 +120,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
     if not uses_kernels(x):
         reference.silu_mul(x, num_tokens, out=out)
         return
-    from moequant.kernels.silu_mul_quantize import silu_mul as kernel
+    from moequant.kernels.quantization.silu_mul_quantize import silu_mul as kernel
 
     kernel(x, num_tokens, out)
 
@@ -129,7 +139,7 @@ def dequantize_blocks(values: Tensor, scales: Tensor, out: Tensor, group_rows: i
     """`reference.dequantize_blocks` into a given output. values, out: (L, M, H) contiguous. Groups that no kernel is made for, and
     formats that no kernel of the device reads, take plain torch."""
     if uses_kernels(values) and group_size in (32, 64, 128, 256) and reads(values.dtype, values.device):
-        from moequant.kernels.dequantize_blocks import dequantize_blocks as kernel
+        from moequant.kernels.quantization.dequantize_blocks import dequantize_blocks as kernel
 
         kernel(values, scales, out, group_rows=group_rows, group_size=group_size)
         return

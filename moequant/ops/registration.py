@@ -12,6 +12,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+__all__ = [
+    "registered",
+    "uses_kernels",
+]
+
 Function = TypeVar("Function", bound=Callable[..., None])
 
 

@@ -8,6 +8,20 @@ from moequant import reference
 from moequant.ops.quantization import quantize_settings
 from moequant.ops.registration import registered, uses_kernels
 
+__all__ = [
+    "combine",
+    "count_strangers",
+    "expert_offsets",
+    "locate_entries",
+    "move_source_rows",
+    "plan_partials",
+    "plan_returns",
+    "plan_sends",
+    "presum",
+    "route",
+    "scatter",
+]
+
 
 @registered(mutates=("slots", "counts", "num_tokens", "status"))
 def route(
@@ -22,7 +36,7 @@ def route(
     if not uses_kernels(topk_ids):
         reference.route(topk_ids, slots, counts, capacity, num_tokens, status)
         return
-    from moequant.kernels.route import route as kernel
+    from moequant.kernels.routing.route import route as kernel
 
     kernel(topk_ids, slots, counts, capacity, num_tokens, status)
 
@@ -41,7 +55,7 @@ def expert_offsets(
     if not uses_kernels(counts):
         reference.expert_offsets(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
         return
-    from moequant.kernels.expert_offsets import expert_offsets as kernel
+    from moequant.kernels.routing.expert_offsets import expert_offsets as kernel
 
     kernel(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
 
@@ -52,7 +66,7 @@ def count_strangers(words: Tensor, rank: int, status: Tensor) -> None:
     if not uses_kernels(words):
         reference.count_strangers(words, rank, status)
         return
-    from moequant.kernels.count_strangers import count_strangers as kernel
+    from moequant.kernels.routing.count_strangers import count_strangers as kernel
 
     kernel(words, rank, status)
 
@@ -63,7 +77,7 @@ def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_c
     if not uses_kernels(topk_ids):
         reference.plan_sends(topk_ids, local_experts, send_tokens, send_counts)
         return
-    from moequant.kernels.plan_sends import plan_sends as kernel
+    from moequant.kernels.routing.plan_sends import plan_sends as kernel
 
     kernel(topk_ids, local_experts, send_tokens, send_counts)
 
@@ -76,7 +90,7 @@ def plan_returns(
     if not uses_kernels(topk_ids):
         reference.plan_returns(topk_ids, slots, offsets, capacity, local_experts, starts, rows)
         return
-    from moequant.kernels.plan_sends import plan_returns as kernel
+    from moequant.kernels.routing.plan_sends import plan_returns as kernel
 
     kernel(topk_ids, slots, offsets, capacity, local_experts, starts, rows)
 
@@ -103,7 +117,7 @@ def scatter(
             x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, recipe
         )
         return
-    from moequant.kernels.scatter import scatter as kernel
+    from moequant.kernels.routing.scatter import scatter as kernel
 
     settings = quantize_settings(values, recipe, None) if scales is not None else {}
     kernel(x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, **settings)
@@ -126,7 +140,7 @@ def move_source_rows(
     if not uses_kernels(padded):
         move = reference.move_source_rows
     else:
-        from moequant.kernels.move_source_rows import move_source_rows as move
+        from moequant.kernels.routing.move_source_rows import move_source_rows as move
 
     move(
         padded,
@@ -150,7 +164,7 @@ def plan_partials(
     if not uses_kernels(topk_ids):
         reference.plan_partials(topk_ids, rows, local_experts, stride, partials, starts)
         return
-    from moequant.kernels.partials import plan_partials as kernel
+    from moequant.kernels.routing.partials import plan_partials as kernel
 
     kernel(topk_ids, rows, local_experts, stride, partials, starts)
 
@@ -163,7 +177,7 @@ def locate_entries(
     if not uses_kernels(entries):
         reference.locate_entries(entries, offsets, first_expert, limit, capacity, rows, weights)
         return
-    from moequant.kernels.partials import locate_entries as kernel
+    from moequant.kernels.routing.partials import locate_entries as kernel
 
     kernel(entries, offsets, first_expert, limit, capacity, rows, weights)
 
@@ -174,7 +188,7 @@ def presum(expert_output: Tensor, rows: Tensor, topk_weights: Tensor, out: Tenso
     if not uses_kernels(expert_output):
         reference.presum(expert_output, rows, topk_weights, out)
         return
-    from moequant.kernels.combine import presum as kernel
+    from moequant.kernels.routing.combine import presum as kernel
 
     kernel(expert_output, rows, topk_weights, out)
 
@@ -185,6 +199,6 @@ def combine(expert_output: Tensor, rows: Tensor, topk_weights: Tensor | None, ou
     if not uses_kernels(expert_output):
         reference.combine(expert_output, rows, topk_weights, out)
         return
-    from moequant.kernels.combine import combine as kernel
+    from moequant.kernels.routing.combine import combine as kernel
 
     kernel(expert_output, rows, topk_weights, out)

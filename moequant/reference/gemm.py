@@ -8,6 +8,11 @@ from torch import Tensor
 from moequant.batch import QuantizedTensor
 from moequant.reference.quantization import dequantize
 
+__all__ = [
+    "grouped_gemm_blockscale",
+    "operand_rows",
+]
+
 
 def grouped_gemm_blockscale(
     a: QuantizedTensor | Tensor,

@@ -11,6 +11,25 @@ from torch import Tensor
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.formats import format_of, max_of, recipe_of
 
+__all__ = [
+    "INF_BITS",
+    "blocks_of",
+    "counted_rows",
+    "dequantize",
+    "dequantize_blocks",
+    "group_scales",
+    "pack_exponents",
+    "quantize_expert_batch",
+    "quantize_groups",
+    "quantize_rows",
+    "quantize_weight",
+    "rms_norm",
+    "round_to",
+    "silu_mul",
+    "silu_mul_quantize",
+    "swiglu",
+]
+
 INF_BITS = 0x7F800000
 
 

@@ -6,8 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moequant.calls import unlike
 from moequant.reference.quantization import quantize_groups
+from moequant.transport.calls import unlike
+
+__all__ = [
+    "combine",
+    "combine_per_rank",
+    "count_strangers",
+    "expert_offsets",
+    "locate_entries",
+    "move_source_rows",
+    "plan_partials",
+    "plan_returns",
+    "plan_sends",
+    "presum",
+    "route",
+    "scatter",
+]
 
 
 def route(
@@ -75,8 +90,8 @@ def expert_offsets(
 def count_strangers(words: Tensor, rank: int, status: Tensor) -> None:
     """How many ranks' calls are not this rank's.
 
-    words: (W, 2) int32, the number of each rank's call and its word (`moequant.calls`). rank: this one. status: (3,) int64; status[2] is
-    raised by the number of the others.
+    words: (W, 2) int32, the number of each rank's call and its word (`moequant.transport.calls`). rank: this one. status: (3,) int64;
+    status[2] is raised by the number of the others.
     """
     mine, *_ = everyone = words.roll(-rank, 0).tolist()
     status[2] += sum(number != mine[0] or unlike(mine[1], word) for number, word in everyone)

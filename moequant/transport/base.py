@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from moequant.batch import ExpertBatch, Owner, ceil_div
-from moequant.calls import Call
 from moequant.config import DispatcherConfig
 from moequant.errors import CallOrderError, PeerTimeoutError
+from moequant.transport.calls import Call
 
 
 class BufferSpec(NamedTuple):

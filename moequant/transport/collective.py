@@ -24,10 +24,10 @@ from torch import Tensor
 
 from moequant import ops
 from moequant.batch import ExpertBatch
-from moequant.calls import Call, unlike
 from moequant.config import DispatcherConfig, round_up
 from moequant.errors import OutOfStepError
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
+from moequant.transport.calls import Call, unlike
 from moequant.transport.wire import Wire
 
 # Up to so many bytes of padded values and scales, the padded exchange's extra rows cost less than the packed one's host sync and its

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from moequant.config import DispatcherConfig
 from moequant.errors import UnreachableError
-from moequant.peer_memory import why_unreachable
 from moequant.transport.base import Transport
 from moequant.transport.collective import CollectiveTransport, PackedTransport, PaddedTransport, choose_exchange
 from moequant.transport.local import LocalTransport
+from moequant.transport.peer_memory import why_unreachable
 from moequant.transport.symmetric import SymmetricTransport
 
 LOG = logging.getLogger("moequant")

@@ -8,8 +8,8 @@
                "exact", pushed  whoever makes the rows stores them at the slot's destinations; a flag round, then a local `combine`
                "per_rank"       push_partial_sums sums what this rank holds of a token and stores it at its rank; a local `combine`
 
-Why no buffer is overwritten too early stands in `kernels/symmetric.py`, with flags, epochs and faults. Nothing here syncs with the host,
-so a CUDA graph can hold all of it.
+Why no buffer is overwritten too early stands in `kernels/library/symmetric.py`, with flags, epochs and faults. Nothing here syncs with
+the host, so a CUDA graph can hold all of it.
 
 T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, H hidden size, G groups.
 """
@@ -23,14 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import ExpertBatch
-from moequant.calls import Call
 from moequant.config import DispatcherConfig, round_up
 from moequant.errors import PeerTimeoutError
 from moequant.ops import quantize_settings
-from moequant.peer_memory import PeerMemory, host_words
-from moequant.rendezvous import exchange
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
+from moequant.transport.calls import Call
 from moequant.transport.guards import Guards, offsets_of
+from moequant.transport.peer_memory import PeerMemory, host_words
+from moequant.transport.rendezvous import exchange
 
 # of a phase that is not done in time: what the culprit did not do
 PHASES = ("say how many rows it sends", "send its rows", "finish its experts' output")
@@ -40,7 +40,7 @@ WARM_UP_SECONDS = 600.0
 
 def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     """What other ranks write to and read from, for one slot."""
-    from moequant.kernels.push_tokens import note_words
+    from moequant.kernels.symmetric.push_tokens import note_words
 
     ranks, experts, rows, columns = config.world_size, config.num_local_experts, config.max_rows, config.hidden_size
     words = note_words(config.num_groups if config.quantized else 0, config.top_k, config.per_rank)
@@ -60,7 +60,7 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
 
 class SymmetricTransport(Transport):
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup) -> None:
-        from moequant.kernels.symmetric import NO_FAULT
+        from moequant.kernels.library.symmetric import NO_FAULT
 
         super().__init__(config, rank, device, status)
         self.group = group
@@ -191,8 +191,8 @@ class SymmetricTransport(Transport):
 
     def _exchange(self, topk_ids: Tensor, slot: Slot) -> None:
         """From this rank's ids to the places of its rows, and the rows of this rank's experts."""
-        from moequant.kernels.exchange_counts import exchange_counts
-        from moequant.kernels.route import route
+        from moequant.kernels.routing.route import route
+        from moequant.kernels.symmetric.exchange_counts import exchange_counts
 
         route(topk_ids, slot["slots"][: len(topk_ids)], slot["counts"], status=self.status, early=True)
         exchange_counts(
@@ -225,7 +225,7 @@ class SymmetricTransport(Transport):
     ) -> Tensor:
         """Stores this rank's rows, or those of a wave, at their places. Returns rows (T, K) int32: the row of each entry among all ranks'
         E * M rows, -1 where there is none."""
-        from moequant.kernels.push_tokens import push_tokens
+        from moequant.kernels.symmetric.push_tokens import push_tokens
 
         config, tokens = self.config, len(topk_ids)
         rows = slot["rows"][:tokens]
@@ -261,7 +261,7 @@ class SymmetricTransport(Transport):
         return rows
 
     def _land(self, slot: Slot, tokens: int, part: tuple[int, int] | None = None) -> ExpertBatch:
-        from moequant.kernels.land_rows import land_rows
+        from moequant.kernels.symmetric.land_rows import land_rows
 
         config, batch = self.config, self.expert_batch(slot, tokens)
         land_rows(
@@ -283,8 +283,8 @@ class SymmetricTransport(Transport):
 
     def _return(self, expert_output: Tensor, slot: Slot, wait: bool) -> None:
         """Makes the experts' output available to the tokens' ranks."""
-        from moequant.kernels.push_partial_sums import push_partial_sums
-        from moequant.kernels.push_rows import push_rows
+        from moequant.kernels.symmetric.push_partial_sums import push_partial_sums
+        from moequant.kernels.symmetric.push_rows import push_rows
 
         config = self.config
         if config.per_rank:
@@ -319,18 +319,18 @@ class SymmetricTransport(Transport):
         return slot["destinations"]
 
     def push(self, expert_output: Tensor, slot: Slot) -> None:
-        from moequant.kernels.push_rows import push_rows
+        from moequant.kernels.symmetric.push_rows import push_rows
 
         push_rows(expert_output, slot["num_tokens"], None, slot["destinations"])
 
     def combine_pushed(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
-        from moequant.kernels.combine import combine_shared
+        from moequant.kernels.routing.combine import combine_shared
 
         self._flag_round(slot, 2, way=self._way(slot, dtype))
         combine_shared(slot["returns"].view(dtype), state, topk_weights, out, slot["fault"], in_order=True)
 
     def _sum(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, rows: Tensor) -> None:
-        from moequant.kernels.combine import combine_shared
+        from moequant.kernels.routing.combine import combine_shared
 
         config = self.config
         if config.per_rank:
@@ -354,7 +354,7 @@ class SymmetricTransport(Transport):
         return Call(0, 0, float16=dtype == torch.float16, pushed=slot.pushing is not None).way
 
     def _flag_round(self, slot: Slot, phase: int, signal: bool = True, wait: bool = True, way: int = 0) -> None:
-        from moequant.kernels.signal_and_wait import signal_and_wait
+        from moequant.kernels.symmetric.signal_and_wait import signal_and_wait
 
         signal_and_wait(
             self.memory.pointers,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.errors import PeerTimeoutError
-from moequant.rendezvous import ADVICE, StoreError, named, roll_call
+from moequant.transport.rendezvous import ADVICE, StoreError, named, roll_call
 
 # what errors of gloo say: those of the connection, and of a wait that took too long
 SIGNS = ("gloo/transport", "timed out")

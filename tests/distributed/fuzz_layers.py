@@ -23,7 +23,7 @@ from guarded import Guarded
 from moequant import GroupedExperts, MoEQuantDispatcher
 from moequant.batch import ceil_div
 from moequant.config import DispatcherConfig
-from moequant.kernels import hopper
+from moequant.kernels.library import hopper
 from moequant.testing import assert_bit_equal, in_one_process, relative_error
 from moequant.transport import symmetric
 from moequant.transport.symmetric import SymmetricTransport

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 from trials import stand_in
 
-from moequant import ConfigMismatchError, MoEQuantDispatcher, PeerTimeoutError, rendezvous
-from moequant.rendezvous import exchange
+from moequant import ConfigMismatchError, MoEQuantDispatcher, PeerTimeoutError
 from moequant.testing import run_ranks
+from moequant.transport import rendezvous
+from moequant.transport.rendezvous import exchange
 from moequant.transport.wire import Wire
 
 # of dispatchers: a healthy rank that gets no time on a busy machine must not be blamed

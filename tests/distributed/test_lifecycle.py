@@ -108,7 +108,7 @@ def test_pushes_out_of_order_are_refused(interpreted):
 
 def run_second_push(rank: int, ranks: int) -> None:
     """Rank 0 is slow to sum what was pushed first, while rank 1 is about to push other rows to the same places."""
-    import moequant.kernels.combine as combine
+    import moequant.kernels.routing.combine as combine
 
     shipped = combine.combine_shared
 

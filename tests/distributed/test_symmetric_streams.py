@@ -34,7 +34,7 @@ def tokens_of(rank: int, slot: int, tokens: int) -> list[torch.Tensor]:
 
 
 def product_on(device: str) -> Callable[[], None]:
-    """A product in the way of a layer. Where it is one of kernels/grouped_gemm_hopper.py, each of its programs takes a multiprocessor."""
+    """A product in the way of a layer. Where it is one of Hopper's kernels, each of its programs takes a multiprocessor."""
     rows, columns, depth = 1024, 4096, 1024
     a, b = (torch.zeros(4, size, depth, dtype=torch.float8_e4m3fn, device=device) for size in (rows, columns))
     a_scales = empty_transposed_scales(4, rows, depth // 128, device)

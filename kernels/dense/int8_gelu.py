@@ -1,0 +1,116 @@
+"""GELU from int8 to int8: dequantizes, computes, and quantizes again, all in one pass.
+
+M rows, N columns, G = ceil(N / GROUP) groups of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moequant.kernels.library.common import num_sms, quantize_group, quotient
+
+
+@triton.jit
+def gelu_of_twice(h):
+    """GELU of x = 2h, x * (1 + erf(x / sqrt(2))) / 2, in float32, within a few units in the last place also below -1, where 1 + erf would
+    cancel. Half of x is what the formula wants everywhere.
+
+    With u = |h|, 1 + erf(-2u / sqrt(2)) = exp(-2 * u**2) * p(t), t = (u - 2) / (u + 2). p is the polynomial of degree 7 whose largest
+    relative error down to x = -6.7 is the smallest, 6e-8, found by Lawson's iteration. Beyond, the result is below the floor of any
+    group, and its error a thousandth of that floor's step.
+    """
+    u = tl.minimum(tl.abs(h), 4.15)
+    t = quotient(u - 2.0, u + 2.0, False)
+    p = tl.full(h.shape, 0.001562363700941205, tl.float32)
+    p = tl.fma(p, t, tl.full(h.shape, 0.00099001987837255, tl.float32))
+    p = tl.fma(p, t, tl.full(h.shape, -0.01706968992948532, tl.float32))
+    p = tl.fma(p, t, tl.full(h.shape, 0.061718374490737915, tl.float32))
+    p = tl.fma(p, t, tl.full(h.shape, -0.14340807497501373, tl.float32))
+    p = tl.fma(p, t, tl.full(h.shape, 0.24875926971435547, tl.float32))
+    p = tl.fma(p, t, tl.full(h.shape, -0.3407956063747406, tl.float32))
+    p = tl.fma(p, t, tl.full(h.shape, 0.18882127106189728, tl.float32))
+    # exp(-2 * u**2) is 2**power; what the roundings of u**2 and of power lost is small: lost = u**2 + power * ln(2) / 2
+    square = u * u
+    power = square * -2.885390043258667
+    half_ln_2 = tl.full(h.shape, 0.3465735912322998, tl.float32)
+    lost = tl.fma(u, u, square * -1.0) + tl.fma(power, half_ln_2, square)
+    e = tl.exp2(power)
+    tail = p * tl.fma(e, lost * -2.0, e)
+    # max(x, 0) - u * tail on both sides of zero; h + |h| is NaN for -Inf, as the formula is
+    return tl.fma(u * -1.0, tail, h + tl.abs(h))
+
+
+@triton.jit
+def int8_gelu_kernel(
+    x_ptr,
+    x_scales_ptr,
+    values_ptr,
+    scales_ptr,
+    rows,
+    columns,
+    eps,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Each program has a tile of BLOCK_M rows by BLOCK_G groups. EVEN: BLOCK_G groups divide the columns.
+
+    Example: 20 rows of 5 groups, BLOCK_M=8, BLOCK_G=4: 3 row blocks by 2 group blocks; tile 3 is rows 8..15 and groups 4..7, of which 4
+    exists.
+    """
+    groups = tl.cdiv(columns, GROUP)
+    group_blocks = tl.cdiv(groups, BLOCK_G)
+    tile = tl.program_id(0)
+    row = tile // group_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = tile % group_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    column = group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    row64 = row.to(tl.int64)
+    at = row64[:, None, None] * columns + column
+    mask = (row < rows)[:, None, None]
+    if not EVEN:
+        mask = mask & (column < columns)
+    scale_at = row64[:, None] * groups + group[None, :]
+    scale_mask = (row < rows)[:, None] & (group < groups)[None, :]
+
+    half_scales = tl.load(x_scales_ptr + scale_at, mask=scale_mask, other=0.0) * 0.5
+    half = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32) * half_scales[:, :, None]
+    values, scales = quantize_group(gelu_of_twice(half), eps, 2, 127.0, False, False, tl.int8)
+    tl.store(values_ptr + at, values, mask=mask)
+    tl.store(scales_ptr + scale_at, scales, mask=scale_mask)
+
+
+def int8_gelu(
+    x: torch.Tensor, x_scales: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *, group_size: int, eps: float
+) -> None:
+    """Writes GELU of x * x_scales as values and scales.
+
+    x, values: (M, N) int8 contiguous. x_scales, scales: (M, ceil(N / group_size)) float32 contiguous. group_size: a power of two, at most
+    512. eps: floor of a group's absolute maximum.
+    """
+    rows, columns = x.shape
+    if x.numel() == 0:
+        return
+    block_g = 512 // group_size
+    column_blocks = triton.cdiv(columns, group_size * block_g)
+    # large tiles spread what is computed once for each; where they don't fill the device, small ones are done sooner
+    large = triton.cdiv(rows, 8) * column_blocks >= 4 * num_sms(x.device)
+    block_m = 8 if large else 1
+    int8_gelu_kernel[(triton.cdiv(rows, block_m) * column_blocks,)](
+        x,
+        x_scales,
+        values,
+        scales,
+        rows,
+        columns,
+        eps,
+        GROUP=group_size,
+        BLOCK_M=block_m,
+        BLOCK_G=block_g,
+        EVEN=columns % (group_size * block_g) == 0,
+        num_warps=4 if large else 1,
+        # the roundings of gelu and of the quantization are each their own
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,82 @@
+"""Adds what the programs of a grouped GEMM made of the parts of K_dim.
+
+Letters: L experts, M rows of an expert's buffer, N columns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moequant.kernels.library.early import await_previous, launch_option
+
+# Columns of a program.
+BLOCK = 512
+
+
+@triton.jit
+def sum_parts_kernel(
+    partials,
+    out,
+    destinations,
+    num_tokens,
+    M,
+    N,
+    part_stride,
+    PARTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (i, j) adds columns j * BLOCK.. of row i of all experts' rows, part after part. ALIGNED: rows of 16 bytes each.
+
+    Example: M=2, N=600, PARTS=3, counts [1, 2]: program (3, 1) adds columns 512..599 of the second expert's row 1, of three parts;
+    program (1, 0) has nothing to do, as the first expert has one row.
+    """
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < N
+    if num_tokens is not None:
+        # before the parts are there: the launch before doesn't write the counts, and began when they were there
+        mask = mask & (row % M < tl.load(num_tokens + row // M))
+    at = row.to(tl.int64) * N + columns
+    await_previous(EARLY)
+    total = tl.load(partials + at, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(partials + part * tl.cast(part_stride, tl.int64) + at, mask=mask, other=0.0)
+    if destinations is None:
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+    else:
+        start = tl.load(destinations + row).to(tl.pointer_type(tl.bfloat16))
+        if ALIGNED:
+            # the compiler knows nothing of addresses in a table
+            start = tl.multiple_of(start, 16)
+        tl.store(start + columns, total.to(tl.bfloat16), mask=mask)
+
+
+def sum_parts(partials: Tensor, out: Tensor | None, destinations: Tensor | None, num_tokens: Tensor | None, early: bool) -> None:
+    """The sums over the parts, part after part in float32, rounded once.
+
+    partials: (PARTS, L, M, N) float32 contiguous. num_tokens: (L,) int32, of each expert that many rows are read and written; None: all.
+    out: (L, M, N) contiguous float, or None with destinations: (L, M) int64, the address for each row of N bfloat16 numbers, a multiple
+    of 16 if N is one of 8.
+    early: this launch may begin while the one before it, the grouped GEMM, still runs.
+    """
+    parts, experts, rows, columns = partials.shape
+    sum_parts_kernel[(experts * rows, triton.cdiv(columns, BLOCK))](
+        partials,
+        out,
+        destinations,
+        num_tokens,
+        rows,
+        columns,
+        experts * rows * columns,
+        PARTS=parts,
+        ALIGNED=columns % 8 == 0,
+        EARLY=early,
+        BLOCK=BLOCK,
+        # 8 columns a thread
+        num_warps=2,
+        **launch_option(early),
+    )

@@ -1,0 +1,128 @@
+"""The host's side of the Hopper kernels: TMA descriptors, tile counters, and which device and tensors they take."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from moequant.kernels.gemm.grouped_gemm import few_tiles
+from moequant.kernels.library.common import multiprocessors, runs_gluon
+
+# Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
+REGISTERS = 168
+
+
+class Address(NamedTuple):
+    """What a TMA descriptor needs of a tensor. It doesn't keep the memory, so a descriptor can be kept when the tensor is gone."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
+
+
+@functools.lru_cache(maxsize=1024)
+def descriptor(address: Address, shape: tuple[int, int], stride: int, block: tuple[int, int]) -> TensorDescriptor:
+    """A TMA descriptor of a matrix in blocks. It follows from its arguments alone, so keeping it can't go wrong."""
+    bits = address.dtype.itemsize * 8
+    if block[0] == 1:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+    else:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    return TensorDescriptor(address, list(shape), [stride, 1], list(block), layout)
+
+
+def matrix(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The descriptor of a contiguous (L, rows, columns) as one matrix (L * rows, columns)."""
+    shape = (x.shape[0] * x.shape[1], x.shape[2])
+    return descriptor(Address(x.data_ptr(), x.dtype), shape, x.shape[2], (rows, columns))
+
+
+def scale_matrix(a_scales: Tensor) -> tuple[TensorDescriptor, int]:
+    """The descriptor of scales (L, M, G) of strides (any, 1, any) as one matrix of groups by rows, in blocks of (1, 64), and how many of
+    its rows lie from one expert to the next."""
+    experts, rows, groups = a_scales.shape
+    scale_rows = a_scales.stride(0) // a_scales.stride(2)
+    shape = ((experts - 1) * scale_rows + groups, rows)
+    return descriptor(Address(a_scales.data_ptr(), torch.float32), shape, a_scales.stride(2), (1, 64)), scale_rows
+
+
+class TileCounters:
+    """Pairs of zeros in device memory: one for each stream, and one for each launch that is captured.
+
+    A kernel leaves its pair at zero, so the launches of one stream share one. A captured launch may be replayed on any stream, beside
+    others: its pair is its own, and is not handed out again.
+    """
+
+    def __init__(self) -> None:
+        self.of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self.unused: dict[torch.device, list[Tensor]] = {}
+        # graphs hold bare pointers: no pair's memory is ever freed
+        self.chunks: list[Tensor] = []
+
+    def get(self, device: torch.device) -> Tensor:
+        """The pair for a launch on the current stream."""
+        if device.type != "cuda":
+            return torch.zeros(2, dtype=torch.int32, device=device)
+        unused = self.unused.setdefault(device, [])
+        if torch.cuda.is_current_stream_capturing():
+            # memory that is made during a capture belongs to its graph, which zeroes it at each replay
+            return unused.pop() if unused else torch.zeros(2, dtype=torch.int32, device=device)
+        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        if not unused:
+            # 16 bytes apart, as Triton compiles anew for pointers that are aligned otherwise
+            self.chunks.append(torch.zeros(4096, 4, dtype=torch.int32, device=device))
+            unused.extend(self.chunks[-1].unbind())
+            # the zeros are there before another stream draws from them
+            torch.cuda.current_stream(device).synchronize()
+        if key not in self.of_stream:
+            self.of_stream[key] = unused.pop()
+        return self.of_stream[key]
+
+
+counters = TileCounters()
+
+
+def supports(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor | None, *, segments: int = 1
+) -> bool:
+    """Whether `grouped_gemm_blockscale_hopper` takes these arguments, with out None for rows that go to addresses of their own. What it
+    refuses is for `kernels/gemm/grouped_gemm.py`."""
+    return runs_gluon(a.device) and takes(a, a_scales, b, b_scales, out, segments)
+
+
+def too_small(experts: int, rows: int, columns: int, expected_rows: int, device: torch.device) -> bool:
+    """Whether a problem has so few tiles that the plain kernel, several programs of which share a multiprocessor or a tile, loads the
+    weights faster: measured with 1 to 6 experts of 2112 to 7168 columns on an H200 (benchmarks/results)."""
+    column_tiles, sms = -(-columns // 128), multiprocessors(device)
+    return few_tiles(experts, rows, column_tiles, sms) or (expected_rows <= 64 and experts * column_tiles < 2.6 * sms)
+
+
+def takes(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor | None, segments: int) -> bool:
+    """`supports`, but for the device: formats, and what TMA can address."""
+    if a.dtype not in (torch.float8_e4m3fn, torch.int8) or a_scales is None or b_scales is None:
+        return False
+    experts, rows, depth = a.shape
+    columns = b.shape[1]
+    if experts * rows * columns == 0:
+        return False
+    # int32 coordinates, and counts of all experts in one pass
+    if experts > 256 or experts * max(rows, columns) >= 2**31 or (segments > 1 and columns // segments % 128):
+        return False
+    strides = a_scales.stride()
+    aligned = all(x.data_ptr() % 16 == 0 for x in (a, b, a_scales, out) if x is not None)
+    widths = (depth, columns * (2 if out is None else out.element_size()), strides[2] * 4)
+    return (
+        aligned
+        and depth > 0
+        and all(width % 16 == 0 for width in widths)
+        and strides[1] == 1
+        and strides[2] >= rows
+        and strides[0] % strides[2] == 0
+    )

@@ -1,0 +1,183 @@
+"""How the Hopper kernels' TMA warp feeds their warpgroups: a ring of stages in shared memory, and tiles drawn from a counter.
+
+Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, G = ceil(K_dim / 128) groups of it.
+`kernels/gemm/grouped_gemm_hopper.py` describes tiles and stages.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+
+# Row tiles of one expert that run side by side over the same columns.
+BAND = gl.constexpr(16)
+# Scalars that a tile's first stage carries: row in out, valid rows from there on, column tile, expert (-1: no more tiles).
+TILE_WORDS = gl.constexpr(4)
+SCALAR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def advance(stage, phase, STAGES: gl.constexpr):
+    """The ring's next stage, and the phase of its barriers."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), phase ^ last.to(gl.int32)
+
+
+@gluon.jit
+def add(x, y):
+    return x + y
+
+
+@gluon.jit
+def write_scalar(shared, value):
+    shared.store(gl.full([1], value, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def read_scalar(shared):
+    return gl.max(shared.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def count_tiles(num_tokens, experts, M, EXPERTS: gl.constexpr, COLUMN_TILES: gl.constexpr):
+    """Of each expert the valid rows, and the number of tiles of the experts up to it."""
+    index = gl.arange(0, EXPERTS, gl.BlockedLayout([1], [32], [1], [0]))
+    if num_tokens is None:
+        counts = gl.where(index < experts, M, 0)
+    else:
+        counts = gl.load(num_tokens + index, mask=index < experts, other=0)
+        counts = gl.minimum(gl.maximum(counts, 0), M)
+    return counts, gl.associative_scan((counts + 127) // 128 * COLUMN_TILES, 0, add)
+
+
+@gluon.jit
+def locate_tile(tile, counts, ends, num_tokens, experts, M, COLUMN_TILES: gl.constexpr):
+    """The expert of a tile number, its valid rows, the row tile and the column tile. Past the last tile the expert is too large."""
+    passed = ends <= tile
+    expert = gl.sum(passed.to(gl.int32), 0)
+    inside = tile - gl.max(gl.where(passed, ends, 0), 0)
+    if num_tokens is None:
+        count = M
+    elif counts.shape[0] <= 128:
+        index = gl.arange(0, counts.shape[0], counts.type.layout)
+        count = gl.sum(gl.where(index == expert, counts, 0), 0)
+    else:
+        # the TMA warp has few registers
+        count = gl.minimum(gl.maximum(gl.load(num_tokens + gl.minimum(expert, experts - 1)), 0), M)
+    band = inside // (BAND * COLUMN_TILES)
+    inside -= band * (BAND * COLUMN_TILES)
+    height = gl.maximum(gl.minimum((count + 127) // 128 - band * BAND, BAND), 1)
+    return expert, count, band * BAND + inside % height, inside // height
+
+
+@gluon.jit
+def load_tiles(
+    descriptors,
+    ring,
+    counter,
+    num_tokens,
+    experts,
+    M,
+    scale_rows,
+    N: gl.constexpr,
+    G: gl.constexpr,
+    EXPERTS: gl.constexpr,
+    GATED: gl.constexpr = False,
+):
+    """The TMA warp: draws tiles and fills the ring with their groups.
+
+    GATED: of a tile's two halves of 128 columns the second lies N / 2 columns after the first, not beside it.
+    """
+    a, b, a_scales = descriptors
+    a_s, b_s, a_scales_s, tile_s, full, empty = ring
+    STAGES: gl.constexpr = full.shape[0]
+    HALVES: gl.constexpr = b_s.shape[0] // STAGES
+    COLUMN_TILES: gl.constexpr = (N + 128 * HALVES - 1) // (128 * HALVES)
+    A_BYTES: gl.constexpr = 64 * 128 + 64 * 4
+    B_BYTES: gl.constexpr = HALVES * 128 * 128
+    TILE_COLUMNS: gl.constexpr = 128 if GATED else 128 * HALVES
+    SECOND: gl.constexpr = N // 2 if GATED else 128
+    programs = gl.num_programs(0)
+    tile = gl.program_id(0)
+    drawn = tile
+    stage = 0
+    phase = 1
+    counts, ends = count_tiles(num_tokens, experts, M, EXPERTS, COLUMN_TILES)
+    expert, count, row_tile, column_tile = locate_tile(tile, counts, ends, num_tokens, experts, M, COLUMN_TILES)
+    while expert < experts:
+        row = row_tile * 128
+        column = column_tile * TILE_COLUMNS
+        a_row = expert * M + row
+        b_row = expert * N + column
+        scale_row = expert * scale_rows
+        both = count - row > 64
+        for k in range(G):
+            mbarrier.wait(empty.index(stage), phase)
+            loaded = full.index(stage)
+            if k == 0:
+                write_scalar(tile_s.index(stage * TILE_WORDS), a_row)
+                write_scalar(tile_s.index(stage * TILE_WORDS + 1), count - row)
+                write_scalar(tile_s.index(stage * TILE_WORDS + 2), column_tile)
+                write_scalar(tile_s.index(stage * TILE_WORDS + 3), expert)
+                gl.thread_barrier()
+            # only constants can be expected
+            mbarrier.expect(loaded, 2 * A_BYTES + B_BYTES, pred=both)
+            mbarrier.expect(loaded, A_BYTES + B_BYTES, pred=both == 0)
+            tma.async_copy_global_to_shared(b, [b_row, k * 128], loaded, b_s.index(stage * HALVES))
+            tma.async_copy_global_to_shared(a, [a_row, k * 128], loaded, a_s.index(stage * 2))
+            tma.async_copy_global_to_shared(a_scales, [scale_row + k, row], loaded, a_scales_s.index(stage * 2))
+            if HALVES == 2:
+                tma.async_copy_global_to_shared(b, [b_row + SECOND, k * 128], loaded, b_s.index(stage * HALVES + 1))
+            tma.async_copy_global_to_shared(a, [a_row + 64, k * 128], loaded, a_s.index(stage * 2 + 1), pred=both)
+            tma.async_copy_global_to_shared(a_scales, [scale_row + k, row + 64], loaded, a_scales_s.index(stage * 2 + 1), pred=both)
+            stage, phase = advance(stage, phase, STAGES)
+            # the ring is full by now, so that the answer is there before it is wanted
+            if k == G // 2:
+                drawn = programs + gl.atomic_add(counter, 1, sem="relaxed")
+        expert, count, row_tile, column_tile = locate_tile(drawn, counts, ends, num_tokens, experts, M, COLUMN_TILES)
+    mbarrier.wait(empty.index(stage), phase)
+    write_scalar(tile_s.index(stage * TILE_WORDS + 2), 0)
+    write_scalar(tile_s.index(stage * TILE_WORDS + 3), -1)
+    gl.thread_barrier()
+    mbarrier.arrive(full.index(stage), count=1)
+    if gl.atomic_add(counter + 1, 1, sem="acq_rel") == programs - 1:
+        gl.store(counter, 0)
+        gl.store(counter + 1, 0)
+
+
+@gluon.jit
+def next_tile(tile_s, full, stage, phase):
+    """What the TMA warp says of the tile whose first group is in a stage."""
+    mbarrier.wait(full.index(stage), phase)
+    word = stage * TILE_WORDS
+    row = read_scalar(tile_s.index(word))
+    rows_left = read_scalar(tile_s.index(word + 1))
+    column_tile = read_scalar(tile_s.index(word + 2))
+    expert = read_scalar(tile_s.index(word + 3))
+    return row, rows_left, column_tile, expert
+
+
+@gluon.jit
+def scale_pointers(b_scales, zero, expert, column_tile, HALVES: gl.constexpr, N: gl.constexpr, G: gl.constexpr):
+    """Where a tile's scales of b begin, for the first and the second 128 columns, once for each row."""
+    block = gl.maximum(expert, 0) * ((N + 127) // 128) + column_tile * HALVES
+    first = b_scales + block * G + zero
+    if N % (128 * HALVES) == 0:
+        return first, first + G * (HALVES - 1)
+    else:
+        # the second half of the last tile may lie past the last column, and past the last scale
+        return first, first + gl.where((column_tile * HALVES + 1) * 128 < N, G, 0)
+
+
+@gluon.jit
+def release(barrier):
+    """Gives a stage back to the TMA warp. One thread arrives, so all must be done with it."""
+    gl.thread_barrier()
+    mbarrier.arrive(barrier, count=1)
+
+
+@gluon.jit
+def product(a_s, b_s, t):
+    """Starts a @ b.T of one group, into t."""
+    return warpgroup_mma(a_s, b_s.permute((1, 0)), t, use_acc=False, is_async=True)

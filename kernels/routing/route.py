@@ -1,0 +1,95 @@
+"""Numbers the rows of each expert in the order of (token, k), and counts them.
+
+T tokens, K top-k, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moequant.kernels.library.early import begins_early, let_next_begin
+
+
+# Not specialized on the number of entries, which changes from call to call.
+@triton.jit(do_not_specialize=["entries"])
+def route_kernel(
+    ids_ptr,
+    slots_ptr,
+    counts_ptr,
+    num_tokens_ptr,
+    status_ptr,
+    entries,
+    experts,
+    capacity,
+    LIMITED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Program e < E reads all entries and numbers those of expert e; program E marks those of no expert, and counts the invalid ones.
+
+    Each program walks the entries in order, so the numbers are deterministic without atomics, scratch memory or a second launch; E
+    reads of the ids come from the cache.
+
+    Example: E=3, ids 2 0 | 0 -1 | 2 2. Program 2 finds entries 0, 4, 5 and writes slots 0, 1, 2 there and counts[2] = 3; program 3
+    writes slot -1 to entry 3.
+    """
+    let_next_begin(EARLY)
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    seen = tl.zeros((), tl.int32)
+    invalid = tl.zeros((), tl.int32)
+    for start in range(0, entries, BLOCK):
+        entry = start + lane
+        inside = entry < entries
+        ids = tl.load(ids_ptr + entry, mask=inside, other=-1).to(tl.int64)
+        if expert < experts:
+            mine = (ids == expert).to(tl.int32)
+            tl.store(slots_ptr + entry, seen + tl.cumsum(mine, axis=0) - 1, mask=mine > 0)
+            seen += tl.sum(mine, axis=0)
+        else:
+            absent = (ids < 0) | (ids >= experts)
+            tl.store(slots_ptr + entry, tl.full((BLOCK,), -1, tl.int32), mask=inside & absent)
+            invalid += tl.sum((absent & (ids != -1)).to(tl.int32), axis=0)
+    if expert < experts:
+        tl.store(counts_ptr + expert, seen)
+        if num_tokens_ptr is not None:
+            if LIMITED:
+                tl.store(num_tokens_ptr + expert, tl.minimum(seen, capacity))
+            else:
+                tl.store(num_tokens_ptr + expert, seen)
+        if LIMITED and status_ptr is not None:
+            if seen > capacity:
+                tl.atomic_add(status_ptr + 1, (seen - capacity).to(tl.int64), sem="relaxed")
+    elif status_ptr is not None:
+        if invalid > 0:
+            tl.atomic_add(status_ptr, invalid.to(tl.int64), sem="relaxed")
+
+
+def route(
+    topk_ids: torch.Tensor,
+    slots: torch.Tensor,
+    counts: torch.Tensor,
+    capacity: int | None = None,
+    num_tokens: torch.Tensor | None = None,
+    status: torch.Tensor | None = None,
+    early: bool = False,
+) -> None:
+    """As `moequant.reference.route`. All tensors contiguous. early: the next launch may begin early (`early.py`)."""
+    entries, experts = topk_ids.numel(), counts.shape[0]
+    block = 1024 if entries <= 4096 else 4096
+    route_kernel[(experts + 1,)](
+        topk_ids,
+        slots,
+        counts,
+        num_tokens,
+        status,
+        entries,
+        experts,
+        0 if capacity is None else capacity,
+        LIMITED=capacity is not None,
+        BLOCK=block,
+        EARLY=early and begins_early(topk_ids.device),
+        num_warps=block // 512,
+    )

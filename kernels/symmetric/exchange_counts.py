@@ -1,0 +1,192 @@
+"""How many rows each rank sends to each expert: told to all ranks, and turned into the places of this rank's rows.
+
+W ranks, E experts, L local experts, M rows of an expert's buffer. Memory and flags: `symmetric.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from moequant.kernels.library.common import takes_ptx, unlike
+from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin
+from moequant.kernels.library.symmetric import COUNTS, NO_FAULT, agreed, end_wait, peer_block
+
+EXPIRED = tl.constexpr(1 << 16)
+
+
+@triton.jit
+def behind(words, epoch):
+    """Which words are of an earlier epoch, as 1."""
+    return ((words >> 32).to(tl.int32) - epoch < 0).to(tl.int32)
+
+
+@triton.jit
+def store_word(pointers, word, mask):
+    """Stores 8 bytes that another GPU polls: in one piece, and not held back."""
+    if takes_ptx():
+        store: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.relaxed.sys.global.b64 [$1], $2; mov.u32 $0, 0; }"
+        tl.inline_asm_elementwise(store, "=r,l,l,r", [pointers, word, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(pointers, word, mask=mask)
+
+
+@triton.jit(do_not_specialize=["call", "limit"])
+def exchange_counts_kernel(
+    counts_ptr,
+    offsets_ptr,
+    num_tokens_ptr,
+    status_ptr,
+    peers_ptr,
+    epoch_ptr,
+    calls_ptr,
+    fault_ptr,
+    record_ptr,
+    words_offset,
+    abort_offset,
+    rank,
+    ranks,
+    experts,
+    local_experts,
+    capacity,
+    call,
+    limit,
+    EXPERTS: tl.constexpr,
+    LANES: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program, the only one of a dispatch that waits for counts. Begins the slot's next epoch, and counts its calls.
+
+    Each count travels in one word of 8 bytes together with the epoch: it is complete when it is there, and needs no flag behind it.
+    Nothing else is read here that a peer has stored; the kernels that follow see, as after any kernel, what this one has seen. After a
+    fault nothing has a place: offsets are M, and the batch is empty.
+
+    Example: rank 1 of 2, M=5, L=1, counts [2, 4] of rank 0 and [1, 3] of rank 1: rank 1's rows begin at row 2 of expert 0 and row 4 of
+    expert 1; of expert 1, which is rank 1's, min(4 + 3, 5) = 5 rows are valid and 2 have no place.
+    """
+    let_next_begin(EARLY)
+    await_previous(EARLY)
+    epoch = tl.load(epoch_ptr) + 1
+    number = tl.load(calls_ptr) + 1
+    expert = tl.arange(0, EXPERTS)
+    inside = expert < experts
+    peer = tl.arange(0, LANES)
+    present = peer < ranks
+    everyone = present[:, None] & inside[None, :]
+    # what the call is travels behind the counts: its number and its word
+    width = experts + 2
+    upper = epoch.to(tl.int64) << 32
+    mine = upper | tl.load(counts_ptr + expert, mask=inside, other=0)
+    theirs = tl.load(peers_ptr + peer, mask=present, other=0) + words_offset + (8 * rank * width).to(tl.int64)
+    theirs = theirs.to(tl.pointer_type(tl.int64))
+    # all stores, and later all loads, are in flight at once
+    store_word(theirs[:, None] + expert[None, :], tl.broadcast_to(mine[None, :], (LANES, EXPERTS)), everyone)
+    place = tl.arange(0, 2)
+    said = upper | tl.where(place == 0, number.to(tl.int64) & 0xFFFFFFFF, call)
+    store_word(
+        theirs[:, None] + experts + place[None, :], tl.broadcast_to(said[None, :], (LANES, 2)), (present[:, None] & (place >= 0))
+    )
+
+    words = peer_block(peers_ptr, rank, words_offset, tl.int64) + peer * width
+    calls = words[:, None] + experts + place[None, :]
+    abort_ptr = peer_block(peers_ptr, rank, abort_offset, tl.int32)
+    started = globaltimer()
+    # of the first rank that is late: its distance from the last; from EXPIRED on, the time is over
+    state = tl.full((), 1, tl.int32)
+    turn = tl.zeros((), tl.int32)
+    fault = tl.full((), NO_FAULT, tl.int32)
+    while (state > 0) & (state < EXPIRED) & (fault == NO_FAULT):
+        # a way to memory and back of its own, which the first counts are under way for anyhow
+        if turn % 8 == 0:
+            fault = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="sys")
+        turn += 1
+        late = behind(tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True), epoch)
+        missing = tl.max(tl.max(tl.where(everyone & (late > 0), ranks - peer[:, None], 0), axis=1), axis=0)
+        late = behind(tl.load(calls, mask=present[:, None], other=0, volatile=True), epoch)
+        late = tl.max(tl.max(tl.where(present[:, None] & (late > 0), ranks - peer[:, None], 0), axis=1), axis=0)
+        missing = tl.maximum(missing, late)
+        over = (globaltimer() - started) >> 20 >= limit
+        state = agreed(missing + tl.where(over & (missing > 0), EXPIRED, 0))
+    missing = ranks - state % EXPIRED
+    fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
+    # behind a barrier: every warp has read the old ones
+    tl.store(epoch_ptr, epoch)
+    tl.store(calls_ptr, number)
+
+    # read anew, behind the barrier: several threads may hold one word, and what a wait looks at is one thread's view of it
+    counts = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True).to(tl.int32)
+    theirs = tl.load(calls, mask=present[:, None], other=0, volatile=True).to(tl.int32)
+    other = tl.where(place[None, :] == 0, theirs != number, unlike(call, theirs))
+    strangers = tl.sum(tl.max((present[:, None] & other).to(tl.int32), axis=1), axis=0)
+    # whatever came, the sums stay in int32 and in order
+    counts = tl.where(everyone, tl.minimum(tl.maximum(counts, 0), 1 << 24), 0)
+    before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)
+    wanted = tl.sum(counts, axis=0)
+    placed = tl.minimum(wanted, capacity)
+    local = expert - rank * local_experts
+    is_local = (local >= 0) & (local < local_experts)
+    well = fault == NO_FAULT
+    tl.store(offsets_ptr + expert, tl.where(well, before, capacity), mask=inside)
+    tl.store(num_tokens_ptr + local, tl.where(well, placed, 0), mask=is_local)
+    dropped = tl.sum(tl.where(inside, (wanted - placed).to(tl.int64), 0), axis=0)
+    if well & (strangers > 0):
+        tl.atomic_add(status_ptr + 2, strangers.to(tl.int64), sem="relaxed")
+    if well & (dropped > 0):
+        tl.atomic_add(status_ptr + 1, dropped, sem="relaxed")
+
+
+def exchange_counts(
+    counts: torch.Tensor,
+    offsets: torch.Tensor,
+    num_tokens: torch.Tensor,
+    status: torch.Tensor,
+    peers: torch.Tensor,
+    epoch: torch.Tensor,
+    calls: torch.Tensor,
+    fault: torch.Tensor,
+    record: torch.Tensor,
+    words_offset: int,
+    abort_offset: int,
+    rank: int,
+    capacity: int,
+    call: int,
+    limit: int,
+) -> None:
+    """counts: (E,) int32, rows of this rank for each expert. Written: offsets (E,) int32, num_tokens (L,) int32, status (3,) int64, epoch
+    and calls (1,) int32.
+
+    The launch before is `route`, which began when all before it had ended: `push_tokens` may begin early behind this one, and reads then
+    what was there before `route`.
+    calls: how many the slot has seen. call: the word of this one (`moequant.transport.calls`), the same on all ranks that are in step.
+    The ranks where either differs are added to status[2]. limit: of the wait, in units of 2**20 ns.
+    """
+    experts, ranks = counts.shape[0], peers.shape[0]
+    early = begins_early(counts.device)
+    exchange_counts_kernel[(1,)](
+        counts,
+        offsets,
+        num_tokens,
+        status,
+        peers,
+        epoch,
+        calls,
+        fault,
+        record,
+        words_offset,
+        abort_offset,
+        rank,
+        ranks,
+        experts,
+        num_tokens.shape[0],
+        capacity,
+        call,
+        limit,
+        EXPERTS=triton.next_power_of_2(experts),
+        LANES=triton.next_power_of_2(ranks),
+        EARLY=early,
+        num_warps=8,
+        # 8 warps of so many fit in `early.ROOM`
+        **launch_option(early, 96),
+    )

@@ -1,0 +1,175 @@
+"""The life of a dispatcher: what it hears of faults, who may call it when, and its end."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+
+import torch
+
+from moequant.checks import check_counted, check_is
+from moequant.config import DispatcherConfig
+from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError
+from moequant.transport import guards
+from moequant.transport.base import Slot, Transport
+from moequant.transport.peer_memory import host_words
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def step(method: Method) -> Method:
+    """A method that launches kernels: one thread's at a time, on the dispatcher's device, whichever is current; a fault that it raises
+    stays. A graph break for torch.compile."""
+
+    untraced: Callable[..., Any] | None = None
+
+    def guarded(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
+        with self._turn, torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            try:
+                return method(self, *args, **kwargs)
+            except (PeerTimeoutError, OutOfStepError) as error:
+                self._fault = self._fault or error
+                raise
+
+    @functools.wraps(method)
+    def run(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
+        nonlocal untraced
+        # what makes graph breaks takes seconds to import: only a process that compiles something has it
+        if "torch._dynamo" not in sys.modules:
+            return guarded(self, *args, **kwargs)
+        if untraced is None:
+            untraced = cast(Callable[..., Any], torch.compiler.disable(guarded))
+        return untraced(self, *args, **kwargs)
+
+    return cast(Method, run)
+
+
+class Lifecycle:
+    """What a dispatcher is besides its steps. `device` is set first, `config`, `_transport` and `_slots` by the constructor that
+    follows."""
+
+    config: DispatcherConfig
+    _transport: Transport
+    _slots: list[Slot]
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._closed = False
+        self._fault: PeerTimeoutError | OutOfStepError | None = None
+        self._turn = threading.RLock()
+        # ids out of range, rows without room and ranks out of step, and what of them was reported
+        self._status = host_words(3, torch.int64, device)
+        self._reported = [0, 0, 0]
+
+    def check(self, *, wait: bool = True) -> int:
+        """Reports what dispatches since the last check could not raise. Not collective.
+
+        wait: for the device. Otherwise what is known by now is reported, and the rest by a later check, or the next dispatch.
+
+        Returns the number of rows without room, of all ranks and experts. Raises InvalidExpertIdError if topk_ids of this rank had ids
+        outside -1..E-1, CapacityOverflowError if rows had no room and on_overflow is "error", OutOfStepError if ranks made different
+        calls, PeerTimeoutError after a fault; with MOEQUANT_CHECK_GUARDS=1 in the environment also GuardError.
+        """
+        check_is("wait", wait, bool)
+        self._check_open()
+        return self._report(wait)
+
+    def _report(self, wait: bool) -> int:
+        if wait and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._raise_fault()
+        if wait and guards.wanted():
+            self._transport.check_guards()
+        invalid, dropped, _ = self._news()
+        self._reported = [self._reported[0] + invalid, self._reported[1] + dropped, 0]
+        check_counted(self.config, invalid, dropped)
+        return dropped
+
+    def _news(self) -> list[int]:
+        """What the device counted since the last report, as far as it has come: ids out of range, rows without room, strangers."""
+        return [now - before for now, before in zip(self._status.tolist(), self._reported, strict=True)]
+
+    def close(self) -> None:
+        """Waits for the device and lets go of the buffers, whose memory is free when the last batch is gone that lies in them. Graphs
+        that were captured with them must not be replayed any more. Not collective, may be called twice; every other call raises
+        ClosedError from then on."""
+        if self._closed:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._closed = True
+        self._slots = []
+        try:
+            if guards.wanted():
+                self._transport.check_guards()
+        finally:
+            self._transport.close()
+
+    def __copy__(self) -> NoReturn:
+        raise RuntimeError(
+            "a dispatcher can't be copied: its buffers are shared with other ranks; let the copies of a model share one, or build another"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self.__copy__()
+
+    def __reduce__(self) -> NoReturn:
+        self.__copy__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes, and, unless an error is under way, reports as `check` does: what was dropped must not go unsaid."""
+        try:
+            if kind is None and not self._closed and self._fault is None:
+                self._report(wait=True)
+        finally:
+            self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this dispatcher is closed; build a new one")
+        earlier = self._fault
+        if earlier is not None:
+            if isinstance(earlier, PeerTimeoutError):
+                raise PeerTimeoutError(f"this dispatcher lost a rank earlier: {earlier}", earlier.rank)
+            raise OutOfStepError(f"this dispatcher's ranks were out of step earlier: {earlier}")
+        self._raise_fault()
+
+    def _raise_fault(self) -> None:
+        """Raises what the transport's kernels have noticed, as far as they have come."""
+        self._fault = self._transport.fault()
+        if self._fault is None and self._status[2]:
+            self._fault = OutOfStepError(
+                "ranks of the group made different calls, and results since the last check are wrong: one rank raised an error, skipped "
+                "a call that the others made, made another, or returned its experts' rows in another type or way. Build a new dispatcher"
+            )
+        if self._fault is not None:
+            raise self._fault
+
+    def _slot(self, slot: int) -> Slot:
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self._slots):
+            raise ValueError(
+                f"slot must be in 0..{len(self._slots) - 1}, got {slot}; the constructor's slots says how many there are"
+            )
+        return self._slots[slot]
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        """A call that is refused counts too: ranks that go on without this one must notice."""
+        try:
+            yield
+        except Exception:
+            for slot in self._slots:
+                if slot.calls is not None:
+                    slot.calls.add_(1)
+            raise

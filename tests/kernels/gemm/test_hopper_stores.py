@@ -1,0 +1,168 @@
+"""Which rows and columns the Hopper kernels store, from their own source, without a GPU (`tests/gluon_on_cpu.py`).
+
+Each valid element is stored once, to its own place and with the right number, nothing else is stored, and nothing outside the operands
+is read.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gluon_names import Memory
+from gluon_on_cpu import StandIn
+from guarded import Guarded
+from moequant import reference
+from moequant.batch import empty_transposed_scales
+from moequant.config import round_up
+from moequant.kernels.gemm import gemm1_swiglu_hopper as fused, grouped_gemm_hopper as grouped
+from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper, takes_gemm1_swiglu
+from moequant.kernels.gemm.grouped_gemm_hopper import FLOAT32, NARROW, WIDE, Config, grouped_gemm_blockscale_hopper
+from moequant.kernels.library.hopper import takes
+from moequant.testing import assert_nearly_quantized, relative_error
+
+
+def addresses(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Where the elements of a mask lie."""
+    offsets = torch.zeros(tensor.shape, dtype=torch.int64)
+    for axis, stride in enumerate(tensor.stride()):
+        shape = [-1 if axis == other else 1 for other in range(tensor.ndim)]
+        offsets = offsets + (torch.arange(tensor.shape[axis]) * stride).view(shape)
+    return tensor.data_ptr() + offsets[mask] * tensor.itemsize
+
+
+def assert_stored_once(memory: Memory, counter: Tensor, *outputs: tuple[Tensor, Tensor]) -> None:
+    stored = torch.cat(memory.stored)
+    inside = (stored >= counter.data_ptr()) & (stored < counter.data_ptr() + 8)
+    stored = stored[~inside].sort().values
+    expected = torch.cat([addresses(*output) for output in outputs]).sort().values
+    assert torch.equal(stored.unique(), expected), "an element was stored that is none of the valid ones, or one was left out"
+    assert torch.equal(stored, expected), "an element was stored twice"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> tuple[Memory, Tensor]:
+    """The kernels run on the CPU. Returns their memory, and the tile counter that they leave at zero."""
+    memory, counter = Memory(), torch.zeros(2, dtype=torch.int32)
+    for module, name in ((grouped, "grouped_gemm_hopper_kernel"), (fused, "gemm1_swiglu_hopper_kernel")):
+        monkeypatch.setattr(module, name, StandIn(getattr(module, name), memory))
+        monkeypatch.setattr(module.counters, "get", lambda device: counter)
+    return memory, counter
+
+
+def operands(experts: int, rows: int, columns: int, depth: int, dtype: torch.dtype, segments: int = 1) -> tuple[Any, Any]:
+    a = reference.quantize_expert_batch(torch.randn(experts, rows, depth).bfloat16(), dtype=dtype)
+    b = reference.quantize_weight(torch.randn(experts, columns, depth).bfloat16(), dtype=dtype, segments=segments)
+    return a, b
+
+
+def check_product(
+    stand_in: tuple[Memory, Tensor],
+    shape: tuple[int, int, int, int],
+    counts: list[int],
+    config: Config,
+    push: bool,
+    **settings: Any,
+) -> None:
+    experts, rows, columns, _ = shape
+    out_dtype, dtype = settings.get("out_dtype", torch.bfloat16), settings.get("dtype", torch.int8)
+    memory, counter = stand_in
+    memory.stored.clear()
+    memory.tensors.clear()
+    a, b = operands(*shape, dtype)
+    buffer = Guarded(experts, rows, columns, dtype=out_dtype)
+    out, num_tokens = buffer.tensor, torch.tensor(counts, dtype=torch.int32)
+    assert takes(a.values, a.scales, b.values, b.scales, None if push else out, 1)
+    destinations, places = None, torch.arange(experts * rows)
+    if push:
+        places = torch.randperm(experts * rows)
+        destinations = out.data_ptr() + places.view(experts, rows) * (columns * out.itemsize)
+        memory.tensors.append(out)
+        for expert, count in enumerate(counts):
+            # nothing that is not valid is an address
+            destinations[expert, max(count, 0) :] = 8
+    given = a.values, a.scales, b.values, b.scales, num_tokens, None if push else out
+    grouped_gemm_blockscale_hopper(*given, destinations=destinations, config=config, num_sms=settings.get("num_sms", 2))
+    assert counter.tolist() == [0, 0]
+    valid = (torch.arange(rows) < num_tokens[:, None]).flatten()
+    written = torch.zeros(experts * rows, columns, dtype=torch.bool)
+    written[places[valid]] = True
+    buffer.assert_only(written.view(out.shape))
+    assert_stored_once(memory, counter, (out, written.view(out.shape)))
+    expected = reference.grouped_gemm_blockscale(a, b, num_tokens.clamp(0, rows), out_dtype=torch.float32).view(-1, columns)
+    # rows that are wrong are so by far: rounding to bfloat16 makes 1.66e-3
+    for row in valid.nonzero().flatten().tolist():
+        assert relative_error(out.view(-1, columns)[places[row]], expected[row]) < 4e-3, f"row {row}"
+
+
+CONFIGS = pytest.mark.parametrize("config", [WIDE, NARROW], ids=["wide", "narrow"])
+PUSHED = pytest.mark.parametrize("push", [False, True], ids=["stored", "pushed"])
+
+
+@CONFIGS
+@PUSHED
+def test_a_product_stores_each_valid_element_once_whatever_its_columns(stand_in, config, push):
+    """Multiples of 8 modulo a wide tile, all of them where rows go to addresses of their own: there masks may be left out."""
+    random.seed(0)
+    for residue in range(0, 256, 8 if push else 40):
+        columns = residue + 256 * random.randint(residue == 0, 1)
+        # a tile that is full, one of a few rows, which the other warpgroup's rows fill up or not, and none
+        counts = random.sample([0, 1, random.randint(2, 63), 64, random.randint(65, 127), 128, random.randint(129, 140)], 2)
+        check_product(stand_in, (2, 140, columns, 16 * random.randint(1, 12)), counts, config, push)
+
+
+def test_a_product_that_pushes_stays_in_its_rows_at_gpt_oss_columns(stand_in):
+    check_product(stand_in, (3, 200, 2880, 16), [200, 130, 1], NARROW, True)
+
+
+@PUSHED
+def test_counts_past_the_buffer_and_negative_ones_store_no_row_past_it(stand_in, push):
+    for config in (WIDE, NARROW):
+        check_product(stand_in, (4, 132, 72, 144), [132, 0, -3, 132] if push else [2**31 - 1, 0, -3, 133], config, push)
+
+
+@PUSHED
+def test_float8_operands_and_single_programs_store_the_same_places(stand_in, push):
+    for config in (WIDE, NARROW):
+        check_product(stand_in, (2, 140, 328, 144), [140, 65], config, push, dtype=torch.float8_e4m3fn, num_sms=1)
+
+
+def test_float32_and_float16_rows_store_the_same_places(stand_in):
+    for columns in (8, 64, 136, 192, 256):
+        check_product(stand_in, (2, 140, columns, 144), [140, 63], FLOAT32, False, out_dtype=torch.float32)
+        check_product(stand_in, (2, 140, columns, 144), [140, 63], WIDE, False, out_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("inner", [128, 384])
+def test_gemm_1_stores_each_valid_value_and_scale_once(stand_in, inner):
+    memory, counter = stand_in
+    experts, rows, hidden, groups = 4, 140, 144, inner // 128
+    for counts in ([140, 1, 0, 65], [64, 128, 63, 200], [0, 0, 0, 7]):
+        memory.stored.clear()
+        memory.tensors.clear()
+        a, w13 = operands(experts, rows, 2 * inner, hidden, torch.float8_e4m3fn, segments=2)
+        num_tokens = torch.tensor(counts, dtype=torch.int32)
+        values = Guarded(experts, rows, inner, dtype=torch.float8_e4m3fn)
+        scales = Guarded(experts, groups, round_up(rows, 16), dtype=torch.float32)
+        scales_view = scales.tensor[:, :, :rows].transpose(1, 2)
+        given = a.values, a.scales, w13.values, w13.scales
+        assert takes_gemm1_swiglu(*given, values.tensor, scales_view)
+        arithmetic = {"max_value": 448.0, "eps": 1e-10, "power_of_two": False, "reciprocal": False, "num_sms": 2}
+        gemm1_swiglu_hopper(*given, num_tokens, values.tensor, scales_view, **arithmetic)
+        valid = torch.arange(rows) < num_tokens[:, None]
+        value_mask = valid[:, :, None].expand(values.tensor.shape)
+        scale_mask = torch.zeros(scales.tensor.shape, dtype=torch.bool)
+        scale_mask[:, :, :rows] = valid[:, None]
+        values.assert_only(value_mask)
+        scales.assert_only(scale_mask)
+        assert_stored_once(memory, counter, (values.tensor, value_mask), (scales.tensor, scale_mask))
+        gate_up = reference.grouped_gemm_blockscale(a, w13, num_tokens)
+        expected_values, expected_scales = torch.empty_like(values.tensor), empty_transposed_scales(experts, rows, groups, "cpu")
+        reference.silu_mul_quantize(gate_up, num_tokens, values=expected_values, scales=expected_scales)
+        for expert, count in enumerate(num_tokens.clamp(max=rows).tolist()):
+            result = values.tensor[expert, :count], scales_view[expert, :count]
+            assert_nearly_quantized(result, (expected_values[expert, :count], expected_scales[expert, :count]))

@@ -1,0 +1,43 @@
+"""Offsets of source ranks, against the worked example and the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moequant import reference
+from moequant.testing import assert_bit_equal, poison
+
+
+def run_offsets(function, counts, first, local, capacity, limit):
+    offsets = poison(torch.empty_like(counts))
+    num_tokens = poison(torch.empty(local, dtype=torch.int32, device=counts.device))
+    status = torch.zeros(3, dtype=torch.int64, device=counts.device)
+    function(counts, first, capacity, limit, offsets, num_tokens, status)
+    return offsets, num_tokens, status
+
+
+def kernel(*args):
+    from moequant.kernels.routing.expert_offsets import expert_offsets
+
+    expert_offsets(*args)
+
+
+@pytest.mark.parametrize("function", [reference.expert_offsets, kernel], ids=["reference", "kernel"])
+def test_the_worked_example(function, device):
+    counts = torch.tensor([[3], [6]], dtype=torch.int32, device=device)
+    offsets, num_tokens, status = run_offsets(function, counts, 0, 1, capacity=5, limit=4)
+    assert offsets.tolist() == [[0], [3]]
+    assert num_tokens.tolist() == [5]
+    assert status.tolist() == [0, 4, 0]
+
+
+@pytest.mark.parametrize(("ranks", "experts"), [(1, 3), (2, 130), (8, 256), (5, 20)])
+def test_the_kernel_matches_the_reference(ranks, experts, device):
+    counts = torch.randint(0, 50, (ranks, experts), dtype=torch.int32, device=device)
+    local = experts // ranks
+    first = (ranks - 1) * local
+    for capacity, limit in ((10**6, 10**6), (60, 40), (1, 2**31 - 1)):
+        results = [run_offsets(function, counts, first, local, capacity, limit) for function in (kernel, reference.expert_offsets)]
+        for result, expected in zip(*results, strict=True):
+            assert_bit_equal(result, expected)

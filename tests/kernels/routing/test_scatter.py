@@ -1,0 +1,145 @@
+"""Scatter places rows where the reference does, bit for bit, and leaves everything else alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from far_memory import far, far_along
+from moequant import ops, reference
+from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.formats import FORMATS
+from moequant.testing import assert_bit_equal, poison, routing
+
+SHAPES = [(1, 1, 1, 128), (9, 3, 4, 300), (33, 8, 10, 128), (20, 2, 3, 1100), (0, 2, 4, 64)]
+
+
+def routed(tokens, top_k, experts, device):
+    ids = routing(tokens, top_k, experts)[0].to(device)
+    ids[torch.rand(ids.shape, device=device) < 0.15] = -1
+    slots = torch.empty(tokens, top_k, dtype=torch.int32, device=device)
+    counts = torch.empty(experts, dtype=torch.int32, device=device)
+    reference.route(ids, slots, counts)
+    return ids, slots
+
+
+def run_scatter(kernel, x, ids, slots, experts, limit, dtype, quantized, recipe="default", **options):
+    """Returns poisoned-before values, scales, rows, sources."""
+    columns, device = x.shape[1], x.device
+    values = torch.full((experts, limit, columns * dtype.itemsize), 0x55, dtype=torch.uint8, device=device).view(dtype)
+    scales = poison(empty_transposed_scales(experts, limit, ceil_div(columns, 128), device)) if quantized else None
+    rows = poison(torch.empty(slots.shape, dtype=torch.int32, device=device))
+    sources = poison(torch.empty(experts, limit, dtype=torch.int64, device=device))
+    if kernel:
+        from moequant.kernels.routing.scatter import scatter
+
+        settings = ops.quantize_settings(values, recipe, None) if quantized else {}
+        names = ("x_scales", "row_sources", "first_expert", "offsets", "capacity")
+        x_scales, row_sources, first, offsets, capacity = (options.get(n, 0 if n == "first_expert" else None) for n in names)
+        scatter(x, ids, slots, values, scales, x_scales, rows, sources, row_sources, first, offsets, capacity, **settings)
+    else:
+        reference.scatter(x, ids, slots, values, scales, rows=rows, sources=sources, recipe=recipe, **options)
+    return [t for t in (values, scales, rows, sources) if t is not None]
+
+
+def assert_same(*args, **options) -> list[torch.Tensor]:
+    results = [run_scatter(kernel, *args, **options) for kernel in (True, False)]
+    for result, expected in zip(*results, strict=True):
+        assert_bit_equal(result, expected)
+    return results[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "int8"])
+def test_quantizing_scatter_matches_the_reference(shape, name, device):
+    tokens, top_k, experts, columns = shape
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16).to(device)
+    ids, slots = routed(tokens, top_k, experts, device)
+    assert_same(x, ids, slots, experts, max(1, tokens), FORMATS[name].dtype, True)
+
+
+@pytest.mark.parametrize("recipe", ["deepgemm", "ue8m0"])
+def test_recipes_match_the_reference(recipe, device):
+    ids, slots = routed(12, 2, 4, device)
+    assert_same(torch.randn(12, 200, device=device), ids, slots, 4, 12, torch.float8_e4m3fn, True, recipe)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_plain_rows_are_converted(dtype, device):
+    ids, slots = routed(15, 3, 4, device)
+    assert_same(torch.randn(15, 70, device=device), ids, slots, 4, 15, dtype, False)
+
+
+def test_small_buffers_and_other_ranks_experts_are_skipped(device):
+    ids, slots = routed(40, 3, 8, device)
+    _, _, rows, _ = assert_same(
+        torch.randn(40, 130, dtype=torch.bfloat16, device=device), ids, slots, 3, 4, torch.float8_e4m3fn, True, first_expert=2
+    )
+    assert rows.max() < 3 * 4
+    assert ((rows >= 0) <= ((ids >= 2) & (ids < 5) & (slots < 4))).all()
+
+
+def test_rows_past_the_capacity_behind_an_offset_are_skipped(device):
+    ids, slots = routed(30, 2, 4, device)
+    offsets = torch.tensor([0, 5, 9, 20], dtype=torch.int32, device=device)
+    _, rows, _ = assert_same(
+        torch.randn(30, 64, dtype=torch.bfloat16, device=device),
+        ids,
+        slots,
+        4,
+        30,
+        torch.bfloat16,
+        False,
+        offsets=offsets,
+        capacity=10,
+    )
+    assert (rows[ids == 3] == -1).all() and (rows[(ids == 0) & (slots < 10)] >= 0).all()
+
+
+def test_quantized_rows_with_scales_travel_as_they_are(device):
+    x = torch.randn(20, 300, dtype=torch.bfloat16).to(device)
+    values, scales = reference.quantize_groups(x, 128, torch.float8_e4m3fn, "default", None)
+    ids, slots = routed(20, 3, 5, device)
+    padded = torch.zeros(20, 7, device=device)
+    padded[:, :3] = scales
+    sources = torch.zeros(20, 3, dtype=torch.int64, device=device)[:, 0]
+    sources += torch.arange(20, device=device) * 1000 + (5 << 32)
+    moved = assert_same(values, ids, slots, 5, 20, torch.float8_e4m3fn, True, x_scales=padded[:, :3], row_sources=sources)
+    direct = run_scatter(True, x, ids, slots, 5, 20, torch.float8_e4m3fn, True)
+    for result, expected in zip(moved[:3], direct[:3], strict=True):
+        assert_bit_equal(result, expected)
+
+
+def test_strided_tokens_and_int64_ids_match(device):
+    x = torch.randn(18, 400, dtype=torch.bfloat16).to(device)[:, 10:266]
+    ids, slots = routed(18, 2, 3, device)
+    assert_same(x, ids.long(), slots, 3, 18, torch.float8_e4m3fn, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
+def test_tokens_rows_and_scales_past_2_to_the_31_elements(dtype, device):
+    from moequant.kernels.routing.scatter import scatter
+
+    experts, limit, columns = 3, 2**23, 128
+    x = torch.randn(3, columns, device=device).bfloat16()
+    values = far((experts, limit, columns), (limit * columns, columns, 1), dtype, device)
+    scales = far((experts, limit, 1), (2**30, 1, 2**30), torch.float32, device) if dtype == torch.int8 else None
+    ids = torch.tensor([[2], [-1], [2]], dtype=torch.int32, device=device)
+    slots = torch.tensor([[0], [-1], [limit - 1]], dtype=torch.int32, device=device)
+    settings = {} if scales is None else ops.quantize_settings(values, "default", None)
+    scatter(far_along(0, x), ids, slots, values, scales, None, None, None, None, 0, None, None, **settings)
+    written = values[2, [0, limit - 1]]
+    if scales is None:
+        assert_bit_equal(written, x[::2])
+        return
+    expected_values, expected_scales = reference.quantize_groups(x[::2], 128, dtype, "default", None)
+    assert_bit_equal(written, expected_values)
+    assert_bit_equal(scales[2, [0, limit - 1]], expected_scales)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 128, 4096])
+def test_model_sizes_match_the_reference_on_the_gpu(tokens):
+    x = torch.randn(tokens, 7168, dtype=torch.bfloat16, device="cuda")
+    ids, slots = routed(tokens, 8, 64, "cuda")
+    assert_same(x, ids, slots, 64, tokens, torch.float8_e4m3fn, True)

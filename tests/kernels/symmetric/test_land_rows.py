@@ -1,0 +1,213 @@
+"""What other ranks stored becomes an expert batch: scales transposed, sources and destinations, copies of tokens that came once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moequant.batch import ceil_div
+from peer_blocks import NO_FAULT, PeerBlocks, assert_same_blocks, fault_word
+
+FP8 = torch.float8_e4m3fn
+RANKS, ENTRIES = 3, 1000
+# L, M, H, counts
+SHAPES = [
+    (1, 16, 1, [16]),
+    (3, 20, 300, [3, 0, 17]),
+    (2, 9, 1100, [9, 1]),
+    (4, 16, 64, [0, 0, 0, 0]),
+    (3, 64, 1100, [64, 50, 60]),
+]
+
+
+class Landing:
+    """Random rows and notes as `push_tokens` leaves them, a third of the rows followers; rows that are not valid hold 0x55."""
+
+    def __init__(self, shape: tuple[int, int, int, list[int]], dtype: torch.dtype, device: str, pushed: bool = True) -> None:
+        self.experts, self.capacity, self.columns, counts = shape
+        self.counts = torch.tensor(counts, dtype=torch.int32, device=device)
+        self.pushed = pushed
+        self.return_bytes = 2 * self.columns
+        self.groups = ceil_div(self.columns, 128) if dtype != torch.bfloat16 else 0
+        self.entry = 4 * ceil_div(self.groups, 4)
+        buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "values": ((self.experts, self.capacity, self.columns), dtype),
+            "notes": ((self.experts, self.capacity, self.entry + 4), torch.int32),
+            "scales": ((self.experts, self.groups, self.capacity), torch.float32),
+            "sources": ((self.experts, self.capacity), torch.int64),
+            "destinations": ((self.experts, self.capacity), torch.int64),
+            "returns": ((8,), torch.int32),
+        }
+        self.blocks = PeerBlocks(RANKS, device, **buffers)
+        self.valid = [
+            expert * self.capacity + row for expert, count in enumerate(counts) for row in range(min(max(count, 0), self.capacity))
+        ]
+        leaders = self.valid[::3] + self.valid[1::3]
+        for flat in self.valid:
+            leader = flat if flat in leaders else leaders[flat % len(leaders)]
+            note = self.note(flat)
+            if leader == flat:
+                self.values(self.blocks)[flat] = torch.randint(0, 255, (self.columns * dtype.itemsize,), dtype=torch.uint8)
+                note[: self.groups] = torch.randn(self.groups).view(torch.int32)
+            note[self.entry :] = torch.tensor([int(torch.randint(0, ENTRIES, ())), flat % RANKS, leader, 0])
+
+    def note(self, flat: int) -> torch.Tensor:
+        """A row's note on rank 1, the one that the rows are on."""
+        return self.blocks["notes"][1].flatten(0, 1)[flat]
+
+    def values(self, blocks: PeerBlocks) -> torch.Tensor:
+        """(L * M, bytes of a row) uint8."""
+        return blocks["values"][1].flatten(0, 1).view(torch.uint8)
+
+    def run(
+        self,
+        expected_rows: int = 4,
+        entries: int = ENTRIES,
+        returns_offset: int | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        from moequant.kernels.symmetric.land_rows import land_rows
+
+        blocks = self.blocks
+        land_rows(
+            blocks["values"][1],
+            blocks["notes"][1],
+            self.counts,
+            blocks["scales"][1].transpose(1, 2) if self.groups else None,
+            blocks["sources"][1],
+            blocks["destinations"][1] if self.pushed else None,
+            blocks.peers,
+            blocks["fault"][1],
+            blocks.offsets["returns"] if returns_offset is None else returns_offset,
+            entries,
+            self.return_bytes,
+            expected_rows,
+            part,
+        )
+
+    def expected(self, part: tuple[int, int] | None = None) -> PeerBlocks:
+        expected, peers = self.blocks.snapshot(), self.blocks.peers.tolist()
+        begin, end = part or (0, self.experts)
+        for flat in self.valid:
+            if not begin <= flat // self.capacity < end:
+                continue
+            entry, source, leader = self.note(flat)[self.entry :][:3].tolist()
+            expert, row = divmod(flat, self.capacity)
+            expected["sources"][1, expert, row] = source << 32 | entry
+            if self.pushed and 0 <= source < RANKS and 0 <= entry < ENTRIES:
+                address = peers[source] + self.blocks.offsets["returns"] + entry * self.return_bytes
+                expected["destinations"][1, expert, row] = address
+            if 0 <= leader < self.experts * self.capacity:
+                expected["scales"][1, expert, :, row] = self.note(leader)[: self.groups].view(torch.float32)
+                self.values(expected)[flat] = self.values(self.blocks)[leader]
+        return expected
+
+    def check(self, expected_rows: int = 4) -> None:
+        expected = self.expected()
+        self.run(expected_rows)
+        assert_same_blocks(self.blocks, expected)
+
+
+@pytest.mark.parametrize("pushed", [True, False], ids=["destinations", "no-destinations"])
+@pytest.mark.parametrize("dtype", [FP8, torch.int8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_land(shape, dtype, pushed, device):
+    """Experts without rows, a full one, several tiles a program; no byte of any rank changes besides."""
+    Landing(shape, dtype, device, pushed).check()
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.bfloat16], ids=str)
+def test_rows_land_in_the_tiles_of_a_launch_that_begins_early(dtype, device, monkeypatch):
+    """Which no CPU has: it takes the tiles alone, without waiting for a launch before. H of more than a tile's 64 groups, too."""
+    from moequant.kernels.symmetric import land_rows as module
+
+    if device == "cpu":
+        monkeypatch.setattr(module, "may_begin_early", lambda *launch: True)
+        monkeypatch.setattr(module, "launch_option", lambda *option: {})
+        monkeypatch.setattr(module, "await_previous", lambda early: None)
+    for shape in [*SHAPES[:3], (2, 9, 8300, [9, 2])]:
+        Landing(shape, dtype, device).check()
+
+
+def test_rows_of_some_experts_land_alone(device):
+    landing = Landing((5, 20, 300, [3, 0, 17, 20, 1]), FP8, device)
+    for part in ((1, 3), (0, 1), (3, 5)):
+        expected = landing.expected(part)
+        landing.run(part=part)
+        assert_same_blocks(landing.blocks, expected)
+
+
+def test_the_worked_example(device):
+    landing = Landing((2, 8, 64, [4, 6]), torch.bfloat16, device)
+    landing.note(13)[:] = torch.tensor([9, 2, 3, 0])
+    landing.note(3)[:] = torch.tensor([8, 2, 3, 0])
+    landing.check()
+    blocks = landing.blocks
+    assert blocks["sources"][1, 1, 5].item() == 2 << 32 | 9
+    assert blocks["destinations"][1, 1, 5].item() == int(blocks.peers[2]) + blocks.offsets["returns"] + 9 * 128
+    assert (blocks["values"][1, 1, 5].view(torch.int16) == blocks["values"][1, 0, 3].view(torch.int16)).all()
+
+
+@pytest.mark.parametrize("expected_rows", [0, 10**6])
+def test_a_wrong_guess_of_the_rows_changes_no_bit(expected_rows, device):
+    """By it the launch is sized, and begins early on GPUs that can."""
+    Landing((2, 40, 300, [33, 7]), FP8, device).check(expected_rows)
+
+
+def test_counts_out_of_range_stay_in_the_buffer(device):
+    Landing((3, 5, 130, [-3, 6, 2**31 - 1]), FP8, device).check()
+
+
+def test_after_a_fault_the_batch_is_empty_and_nothing_else_is_written(device):
+    """Notes may then be anything, and destinations are those of an earlier call."""
+    landing = Landing((2, 8, 300, [8, 5]), FP8, device)
+    landing.blocks["fault"][1] = fault_word(3, 1, 2)
+    expected = landing.blocks.snapshot()
+    landing.run()
+    assert_same_blocks(landing.blocks, expected)
+    assert landing.counts.tolist() == [0, 0]
+
+
+FAR = [-1, -(2**31), 2**31 - 1]
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "word, hostile", [(0, [*FAR, ENTRIES]), (1, [*FAR, RANKS]), (2, [*FAR, 16])], ids=["entry", "source", "leader"]
+)
+def test_hostile_notes_become_no_address(word, hostile, dtype, device):
+    """Rows keep what their places held; the rows around them land. A leader that is not valid is a row of the buffer, no more."""
+    landing = Landing((2, 8, 300, [8, 5]), dtype, device)
+    # followers, and rows that would lead
+    for flat, value in zip([2, 3, 5, 12], hostile, strict=True):
+        landing.note(flat)[landing.entry + word] = value
+    for flat in landing.valid:
+        # nobody follows a row whose own leader is another
+        if landing.note(flat)[landing.entry + 2] in (2, 3, 5, 12) and flat not in (2, 3, 5, 12):
+            landing.note(flat)[landing.entry + 2] = 15
+    landing.check()
+
+
+def test_rows_past_2_to_the_31_elements(device):
+    """Memory that is reserved, but on a CPU not filled: only the last of three experts has rows, of which the second follows."""
+    from moequant.kernels.symmetric.land_rows import land_rows
+
+    capacity, columns, entry = 2**20 + 1, 1024, 2**21 + 5
+    values = torch.empty(3, capacity, columns, dtype=torch.int8, device=device)
+    notes = torch.empty(3, capacity, 12, dtype=torch.int32, device=device)
+    sources, destinations = (torch.empty(3, capacity, dtype=torch.int64, device=device) for _ in range(2))
+    scales = torch.empty(3, 8, capacity, device=device).transpose(1, 2)
+    values[2, 0] = torch.randint(-128, 128, (columns,))
+    values[2, 1] = 0
+    notes[2, :2] = torch.arange(12)
+    notes[2, :2, 8] = entry
+    notes[2, :2, 9] = 0
+    notes[2, :2, 10] = 2 * capacity
+    counts = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
+    peers = torch.tensor([2**40], device=device)
+    fault = torch.tensor([NO_FAULT], dtype=torch.int32, device=device)
+    land_rows(values, notes, counts, scales, sources, destinations, peers, fault, 256, 2**22, 2048, 4)
+    assert (values[2, 1] == values[2, 0]).all()
+    assert (scales[2, :2].cpu().view(torch.int32) == torch.arange(8)).all()
+    assert sources[2, :2].tolist() == [entry] * 2
+    assert destinations[2, :2].tolist() == [2**40 + 256 + entry * 2048] * 2

@@ -1,0 +1,252 @@
+"""A rank's rows of a token become one weighted sum at the token's rank, with the reference's bits; then all ranks are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moequant import reference
+from moequant.batch import ceil_div
+from peer_blocks import EPOCHS, LONG, NO_FAULT, SHORT, PeerBlocks, assert_same_blocks, fault_word, following, output_flag
+
+OUTPUTS = 2
+RANKS, RANK, MAX_TOKENS = 3, 1, 6
+# L, M, H, top_k, scale words, counts
+SHAPES = [
+    (1, 16, 1, 1, 0, [16]),
+    (3, 8, 300, 4, 4, [3, 0, 8]),
+    (2, 9, 1100, 6, 12, [9, 1]),
+    (4, 16, 64, 2, 0, [0, 0, 0, 0]),
+    (2, 20, 40, 9, 4, [20, 17]),
+]
+
+
+class Sums:
+    """Rows and notes of rank 1: tokens of all ranks with some of their entries here. What is not valid is NaN, or 0x55."""
+
+    def __init__(self, shape, device, epoch=0, dtype=torch.bfloat16):
+        self.experts, self.capacity, self.columns, self.top_k, self.scale_words, counts = shape
+        self.counts = torch.tensor(counts, dtype=torch.int32)
+        self.epoch, self.device = epoch, device
+        lanes = 4 * ceil_div(self.top_k, 4)
+        self.weights_word = self.scale_words + 4 + lanes
+        self.blocks = PeerBlocks(
+            RANKS,
+            device,
+            notes=((self.experts, self.capacity, self.weights_word + lanes), torch.int32),
+            returns=((RANKS, MAX_TOKENS, self.columns), torch.bfloat16),
+        )
+        self.blocks["epoch"][RANK] = epoch
+        self.blocks["flags"][RANK] = output_flag(following(epoch))
+        self.y = torch.full((self.experts * self.capacity, self.columns), float("nan"), dtype=dtype)
+        self.valid = [
+            expert * self.capacity + row for expert, count in enumerate(counts) for row in range(min(max(count, 0), self.capacity))
+        ]
+        self.y[self.valid] = torch.randn(len(self.valid), self.columns).to(dtype)
+        self._give_notes()
+
+    def _give_notes(self) -> None:
+        """Deals the rows to tokens, up to K rows each, whose other entries are absent."""
+        held: list[int] = []
+        left, tokens = torch.randperm(len(self.valid)).tolist(), torch.randperm(RANKS * MAX_TOKENS).tolist()
+        while left and tokens:
+            source, token = divmod(tokens.pop(), MAX_TOKENS)
+            entries = torch.randperm(self.top_k)[: int(torch.randint(1, self.top_k + 1, ()))].tolist()
+            rows = dict.fromkeys(range(self.top_k), -1) | {k: self.valid[left.pop()] for k in entries if left}
+            held = [row for row in rows.values() if row >= 0]
+            for k, row in rows.items():
+                if row >= 0:
+                    self.note(row)[self.scale_words :][:4] = torch.tensor([token * self.top_k + k, source, held[0], 0])
+            leading = self.note(held[0])
+            leading[self.scale_words + 4 :][: self.top_k] = torch.tensor(list(rows.values()))
+            weights = torch.randn(self.top_k)
+            # of an entry that is absent, whatever the weight
+            weights[[row < 0 for row in rows.values()]] = float("nan")
+            leading[self.weights_word :][: self.top_k] = weights.view(torch.int32)
+        # more rows than tokens have entries: they follow one that leads
+        for place in left:
+            self.note(self.valid[place])[self.scale_words :][:4] = torch.tensor([0, 0, held[0], 0])
+
+    def note(self, flat: int) -> torch.Tensor:
+        return self.blocks["notes"][RANK].flatten(0, 1)[flat]
+
+    def run(self, wait: bool = True, limit: int = LONG) -> None:
+        from moequant.kernels.symmetric.push_partial_sums import push_partial_sums
+
+        blocks = self.blocks
+        push_partial_sums(
+            self.y.to(self.device).view(self.experts, self.capacity, self.columns),
+            blocks["notes"][RANK],
+            self.counts.to(self.device),
+            blocks.peers,
+            blocks["epoch"][RANK],
+            blocks["ticket"][RANK],
+            blocks["fault"][RANK],
+            blocks["record"][RANK],
+            blocks.offsets["returns"],
+            blocks.offsets["flags"],
+            blocks.offsets["abort"],
+            RANK,
+            MAX_TOKENS,
+            self.top_k,
+            self.scale_words,
+            wait,
+            limit,
+        )
+
+    def expected_signal(self) -> PeerBlocks:
+        expected = self.blocks.snapshot()
+        expected["epoch"][RANK] = following(self.epoch)
+        expected["flags"][:, RANK] = output_flag(following(self.epoch))
+        return expected
+
+    def expected(self) -> PeerBlocks:
+        expected = self.expected_signal()
+        for flat in self.valid:
+            note = self.note(flat).cpu()
+            entry, source, leader = note[self.scale_words :][:3].tolist()
+            if leader != flat or not 0 <= source < RANKS or not 0 <= entry < MAX_TOKENS * self.top_k:
+                continue
+            rows = note[self.scale_words + 4 :][: self.top_k]
+            rows = torch.where((rows >= 0) & (rows < len(self.y)), rows, -1).unsqueeze(0)
+            weights = note[self.weights_word :][: self.top_k].view(torch.float32).unsqueeze(0)
+            out = torch.zeros(1, self.columns, dtype=torch.bfloat16)
+            reference.combine(self.y, rows, weights, out)
+            expected["returns"][source, RANK, entry // self.top_k] = out[0]
+        return expected
+
+    def check(self) -> None:
+        expected = self.expected()
+        self.run()
+        assert_same_blocks(self.blocks, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_reach_their_tokens_with_the_bits_of_the_reference(shape, dtype, device):
+    """Experts without rows, top-k 1, absent entries whose weights are NaN; no byte of any rank changes besides."""
+    Sums(shape, device, dtype=dtype).check()
+
+
+def test_the_worked_example(device):
+    sums = Sums((1, 16, 4, 3, 0, [10]), device)
+    for flat in range(10):
+        sums.note(flat)[:4] = torch.tensor([0, 0, 15, 0])
+    sums.note(4)[:7] = torch.tensor([18, 0, 4, 0, 4, -1, 9])
+    sums.note(4)[8:11] = torch.tensor([0.5, float("nan"), 2.0]).view(torch.int32)
+    sums.y[4], sums.y[9] = 3.0, 5.0
+    # token 6 of 7
+    sums.note(4)[0] = 5 * 3
+    sums.check()
+    assert sums.blocks["returns"][0, 1, 5].tolist() == [11.5] * 4
+
+
+def test_the_product_is_rounded_before_the_addition(device):
+    """1 * x - w * x with w * x rounded to x is 0; with a fused multiply-add it is what rounding w * x took away."""
+    sums = Sums((1, 4, 16, 2, 0, [2]), device)
+    x, w = 1 + 2.0**-7, 1 + 2.0**-23
+    sums.y[:2] = x
+    sums.note(0)[:6] = torch.tensor([0, 2, 0, 0, 0, 1])
+    sums.note(1)[:4] = torch.tensor([1, 2, 0, 0])
+    sums.note(0)[8:10] = torch.tensor([-w, w]).view(torch.int32)
+    sums.check()
+    assert sums.blocks["returns"][2, 1, 0].tolist() == [0.0] * 16
+
+
+@pytest.mark.parametrize("epoch", EPOCHS)
+def test_the_next_epoch_begins_and_all_are_told(epoch, device):
+    """The launch leaves the ticket ready for the next one, which finds ranks 0 and 2 missing and blames rank 0."""
+    sums = Sums(SHAPES[1], device, epoch)
+    sums.blocks["flags"][RANK, 2] = output_flag(following(following(epoch)))
+    sums.check()
+    sums.epoch = following(epoch)
+    sums.blocks["flags"][RANK, 2] = output_flag(sums.epoch)
+    expected = sums.expected()
+    expected.expect_fault(RANK, fault_word(following(sums.epoch), OUTPUTS, 0), told=True)
+    sums.run(limit=SHORT)
+    assert_same_blocks(sums.blocks, expected)
+
+
+def test_a_push_without_a_wait_waits_for_nobody(device):
+    sums = Sums(SHAPES[1], device)
+    sums.blocks["flags"].zero_()
+    expected = sums.expected()
+    sums.run(wait=False)
+    assert_same_blocks(sums.blocks, expected)
+
+
+def test_after_a_fault_no_sum_is_stored(device):
+    """Notes may then be anything. The flags go up all the same, and the wait ends at once."""
+    sums = Sums(SHAPES[1], device)
+    fault = fault_word(1, 1, 2)
+    sums.blocks["fault"][RANK] = fault
+    sums.blocks["abort"].fill_(fault)
+    sums.blocks["flags"][RANK] = 0
+    expected = sums.expected_signal()
+    expected.expect_fault(RANK, fault, told=False)
+    sums.run()
+    assert_same_blocks(sums.blocks, expected)
+
+
+def test_counts_out_of_range_stay_in_the_buffer(device):
+    Sums((3, 5, 130, 2, 4, [-3, 6, 2**31 - 1]), device).check()
+
+
+FAR = [-1, -(2**31), 2**31 - 1]
+
+
+@pytest.mark.parametrize(
+    "word, hostile",
+    [(0, [-(2**31), 2**31 - 1, -4, MAX_TOKENS * 4]), (1, [*FAR, RANKS]), (2, [*FAR, 24]), (4, [*FAR, 24]), (7, [*FAR, 24])],
+    ids=["entry", "source", "leader", "first row", "last row"],
+)
+def test_hostile_notes_become_no_address(word, hostile, device):
+    """No sum of a row whose note names no token of any rank; of rows that are not in the buffer, no part of a sum."""
+    sums = Sums((3, 8, 300, 4, 4, [8, 8, 8]), device)
+    leading = [flat for flat in sums.valid if sums.note(flat)[sums.scale_words + 2] == flat]
+    for flat, value in zip(leading, hostile, strict=False):
+        sums.note(flat)[sums.scale_words + word] = value
+    assert len(leading) > len(hostile)
+    sums.check()
+
+
+@pytest.mark.parametrize("entry", [-1, -3])
+def test_a_negative_entry_is_of_no_token(entry, device):
+    sums = Sums((1, 4, 64, 4, 4, [1]), device)
+    sums.note(0)[4] = entry
+    sums.check()
+
+
+def test_rows_past_2_to_the_31_elements(device):
+    """Memory that is reserved, but on a CPU not filled: only the last of three experts has a row, for the last of 2**21 tokens."""
+    from moequant.kernels.symmetric.push_partial_sums import push_partial_sums
+
+    capacity, columns, max_tokens = 2**20 + 1, 1024, 2**21 + 1
+    y = torch.empty(3, capacity, columns, dtype=torch.bfloat16, device=device)
+    notes = torch.empty(3, capacity, 12, dtype=torch.int32, device=device)
+    y[2, 0] = torch.randn(columns)
+    notes[2, 0] = torch.tensor([max_tokens - 1, 0, 2 * capacity, 0, 2 * capacity, 0, 0, 0, 0, 0, 0, 0])
+    notes[2, 0, 8] = torch.tensor([0.5]).view(torch.int32)[0]
+    returns = torch.zeros(1, dtype=torch.bfloat16, device=device).new_empty(max_tokens, columns)
+    blocks = PeerBlocks(1, device)
+    push_partial_sums(
+        y,
+        notes,
+        torch.tensor([0, 0, 1], dtype=torch.int32, device=device),
+        blocks.peers,
+        blocks["epoch"][0],
+        blocks["ticket"][0],
+        blocks["fault"][0],
+        blocks["record"][0],
+        returns.data_ptr() - blocks.memory.data_ptr(),
+        blocks.offsets["flags"],
+        blocks.offsets["abort"],
+        0,
+        max_tokens,
+        1,
+        0,
+        True,
+        LONG,
+    )
+    assert (returns[-1] == y[2, 0] * 0.5).all()
+    assert blocks["fault"].item() == NO_FAULT
