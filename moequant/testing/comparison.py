@@ -15,7 +15,15 @@ COMPARABLE = (*FLOAT_DTYPES, torch.float64, *FORMAT_OF_DTYPE, torch.uint8, torch
 
 
 def check_comparable(x: Tensor, reference: Tensor) -> None:
-    """Raises ValueError unless both are tensors of one shape: others would be broadcast, and a wrong shape pass for right."""
+    """Refuses what can't be compared: tensors of other shapes would be broadcast, and a wrong shape pass for right.
+
+    Args:
+        x: any dtype but bool, on reference's device.
+        reference: of the same shape.
+
+    Raises:
+        ValueError: they are not tensors of one shape, or on two devices.
+    """
     check_tensor("reference", reference, dtypes=COMPARABLE)
     check_tensor("x", x, shape=tuple(reference.shape), dtypes=COMPARABLE, device=reference.device)
     for name, tensor in (("x", x), ("reference", reference)):
@@ -23,8 +31,18 @@ def check_comparable(x: Tensor, reference: Tensor) -> None:
 
 
 def relative_error(x: Tensor, reference: Tensor) -> float:
-    """The Frobenius norm of x - reference over that of reference, in float64. 0 where both are empty or zero; NaN if x has a NaN. Raises
-    ValueError unless both have one shape."""
+    """The Frobenius norm of x - reference over that of reference, in float64.
+
+    Args:
+        x: any dtype but bool, on reference's device.
+        reference: of the same shape.
+
+    Returns:
+        The error: 0 where both are empty or zero; NaN if x has a NaN.
+
+    Raises:
+        ValueError: they have not one shape.
+    """
     check_comparable(x, reference)
     error = torch.linalg.vector_norm((x.double() - reference.double()).flatten()).item()
     norm = torch.linalg.vector_norm(reference.double().flatten()).item()
@@ -32,8 +50,18 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
 
 
 def cosine_difference(x: Tensor, reference: Tensor) -> float:
-    """1 - 2 * sum(x * reference) / sum(x**2 + reference**2), in float64: 0 for equal tensors, sensitive to angle and length both.
-    Raises ValueError unless both have one shape."""
+    """1 - 2 * sum(x * reference) / sum(x**2 + reference**2), in float64: sensitive to angle and length both.
+
+    Args:
+        x: any dtype but bool, on reference's device.
+        reference: of the same shape.
+
+    Returns:
+        The difference: 0 for equal tensors.
+
+    Raises:
+        ValueError: they have not one shape.
+    """
     check_comparable(x, reference)
     x, reference = x.double().flatten(), reference.double().flatten()
     denominator = (x.square() + reference.square()).sum().item()
@@ -41,9 +69,15 @@ def cosine_difference(x: Tensor, reference: Tensor) -> float:
 
 
 def assert_bit_equal(a: Tensor, b: Tensor, name: str = "tensors") -> None:
-    """Raises AssertionError unless a and b have the same dtype, shape and bits: 0.0 differs from -0.0, a NaN equals the same NaN.
+    """Asserts the same dtype, shape and bits: 0.0 differs from -0.0, a NaN equals the same NaN. Strides and devices may differ.
 
-    Strides and devices may differ.
+    Args:
+        a: a tensor of any dtype.
+        b: another.
+        name: what the message calls them.
+
+    Raises:
+        AssertionError: they differ; it says where first, and how many elements.
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         raise AssertionError(f"{name} differ: {a.dtype} {tuple(a.shape)} against {b.dtype} {tuple(b.shape)}")
@@ -66,8 +100,17 @@ def assert_bit_equal(a: Tensor, b: Tensor, name: str = "tensors") -> None:
 
 
 def assert_nearly_quantized(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    """Raises AssertionError unless values and scales are within the tolerance of what goes through exp, erf or rsqrt: scales 4 units in
-    the last place apart, values one step. More than 98% of the values have to be equal, or the tolerance would hide a wrong formula."""
+    """Asserts the tolerance of what goes through exp, erf or rsqrt: scales at most 4 units in the last place apart, values one step.
+
+    More than 98% of the values have to be equal, or the tolerance would hide a wrong formula.
+
+    Args:
+        result: values, of a narrow type, and scales, float32.
+        expected: the same of the reference.
+
+    Raises:
+        AssertionError: they are further apart, or differ in dtype or shape.
+    """
 
     def codes(values: Tensor) -> Tensor:
         """Narrow numbers as integers of which neighbours differ by 1."""
@@ -92,7 +135,18 @@ def assert_nearly_quantized(result: tuple[Tensor, Tensor], expected: tuple[Tenso
 
 
 def poison(tensor: Tensor) -> Tensor:
-    """Fills a tensor with what must not be read: NaN, or bytes of 0x7f for integers (True for bool). Returns it."""
+    """Fills a tensor with what must not be read: NaN, or bytes of 0x7f for integers (True for bool).
+
+    Args:
+        tensor: any dtype, any strides by which no two elements share memory.
+
+    Returns:
+        The same tensor.
+
+    Raises:
+        ValueError: another dtype, or elements that share memory.
+        RuntimeError: it requires grad under grad mode.
+    """
     check_tensor("tensor", tensor, dtypes=(*COMPARABLE, torch.bool))
     check_no_grad(tensor=tensor)
     check_output("tensor", tensor)

@@ -18,17 +18,24 @@ def routing(
 ) -> tuple[Tensor, Tensor]:
     """Random routing of T tokens, each to K distinct experts.
 
-    kind: "uniform": every expert as likely as any other.
-        "zipf:A": the p-th most popular expert is drawn in proportion to p**-A, without replacement. Which expert is how popular is a
-            fixed shuffle of num_experts, the same on every rank.
-        "one-hot": every token's first choice is expert 0, the others are uniform.
-        "half": the same of every second token, and the others don't choose expert 0.
-    generator: decides everything random here; its device is the result's. None for the CPU's default one.
-
-    Returns ids (T, K) int32 and weights (T, K) float32, positive, each row summing to 1. Raises ValueError for an unknown kind, or if
-    there are less than K experts.
-
     Example: T=2, K=2, E=4, "one-hot" may give ids [[0, 3], [0, 1]].
+
+    Args:
+        tokens: T, at least 0.
+        top_k: K, from 1 to E.
+        num_experts: E.
+        kind: "uniform": every expert as likely as any other.
+            "zipf:A": the p-th most popular expert is drawn in proportion to p**-A, without replacement; which expert is how popular
+            is a fixed shuffle of num_experts, the same on every rank.
+            "one-hot": every token's first choice is expert 0, the others are uniform.
+            "half": the same of every second token, and the others don't choose expert 0.
+        generator: decides everything random here; its device is the result's. None for the CPU's default one.
+
+    Returns:
+        Ids (T, K) int32 and weights (T, K) float32, positive, each row summing to 1.
+
+    Raises:
+        ValueError: an unknown kind, fewer than K experts, or sizes that are too large to draw for.
     """
     for name, value in (("tokens", tokens), ("top_k", top_k), ("num_experts", num_experts)):
         check_int(name, value)
@@ -51,7 +58,18 @@ def routing(
 
 
 def log_popularity(kind: str, num_experts: int) -> Tensor:
-    """(E,) float32: the log of how likely each expert is, up to a constant; infinite for an expert that every token chooses."""
+    """The log of how likely each expert is, up to a constant.
+
+    Args:
+        kind: as for `routing`.
+        num_experts: E.
+
+    Returns:
+        (E,) float32 on the CPU; infinite for an expert that every token chooses.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
     check_is("kind", kind, str)
     popularity = torch.zeros(num_experts, dtype=torch.float32, device="cpu")
     name, _, parameter = kind.partition(":")

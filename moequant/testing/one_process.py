@@ -22,11 +22,18 @@ def in_one_process(
     """What W ranks together have to get from a dispatch and a combine, computed on a CPU by one process with all ranks' tokens: what
     any transport is compared with, bit for bit.
 
-    settings: of the dispatcher on W ranks; its transport, exchange and slots don't matter. inputs: each rank's hidden states (T, H), ids
-    and weights (T, K). experts: from the batch of all E experts to their output (E, M, H).
+    Args:
+        settings: of the dispatcher on W ranks; its transport, exchange and slots don't matter.
+        inputs: each rank's hidden states (T, H), ids and weights (T, K).
+        experts: from the batch of all E experts to their output (E, M, H).
 
-    Returns the batch, whose sources are entry numbers, token * K + k, of all ranks' tokens joined; each rank's output (T, H); and the
-    number of rows that had no room. Raises InvalidExpertIdError for ids outside -1..E-1, ValueError for other wrong settings and inputs.
+    Returns:
+        The batch, whose sources are entry numbers, token * K + k, of all ranks' tokens joined; each rank's output (T, H); and the
+        number of rows that had no room.
+
+    Raises:
+        InvalidExpertIdError: ids outside -1..E-1.
+        ValueError: other wrong settings and inputs.
     """
     check_is("settings", settings, Mapping)
     if not callable(experts):

@@ -29,9 +29,14 @@ END_SECONDS = 3.0
 
 
 class RankFailedError(RuntimeError):
-    """A worker of `run_ranks` raised, died or did not end in time. Its message holds the workers' tracebacks.
+    """A worker of `run_ranks` raised, died or did not end in time.
 
-    rank: the first that failed; for a timeout, the lowest that had not ended.
+    Args:
+        rank: the first that failed; for a timeout, the lowest that had not ended.
+        message: with the workers' tracebacks.
+
+    Attributes:
+        rank: as given.
     """
 
     def __init__(self, rank: int, message: str) -> None:
@@ -50,14 +55,21 @@ def run_ranks(
 ) -> list[Any]:
     """Calls `function(rank, world_size, *args)` in world_size processes that form one torch.distributed group.
 
-    function: importable by its module's name, as pickle wants it. Workers see the caller's sys.path and environment.
-    args: pickled. So is what function returns: tensors on a GPU are moved to the CPU first.
-    timeout: seconds for all of it; also the group's own. Ranks that have not ended by then are killed.
-    backend: of init_process_group. With "nccl" in it, each worker's current device is the GPU of its rank.
-    setup: importable, called in each worker before the function's module is imported: what must be patched or set before.
-    may_die: ranks that may exit or be killed without a word (a test of faults); their result is None.
+    Args:
+        function: importable by its module's name, as pickle wants it. Workers see the caller's sys.path and environment.
+        world_size: how many processes.
+        *args: pickled. So is what function returns: tensors on a GPU are moved to the CPU first.
+        timeout: seconds for all of it; also the group's own. Ranks that have not ended by then are killed.
+        backend: of init_process_group. With "nccl" in it, each worker's current device is the GPU of its rank.
+        setup: importable, called in each worker before the function's module is imported: what must be patched or set before.
+        may_die: ranks that may exit or be killed without a word (a test of faults); their result is None.
 
-    Returns each rank's result, by rank. Raises RankFailedError, with tracebacks, for the first rank that fails.
+    Returns:
+        Each rank's result, by rank.
+
+    Raises:
+        RankFailedError: with tracebacks, for the first rank that fails.
+        ValueError: NCCL is asked for with fewer GPUs than ranks.
     """
     if "nccl" in backend and torch.cuda.device_count() < world_size:
         raise ValueError(f"backend {backend!r} needs a GPU for each of {world_size} ranks, found {torch.cuda.device_count()}")
