@@ -17,9 +17,9 @@ PARTS = {
     "silu_mul_quantize": "SwiGLU + quantize",
     "gemm1_fused": "GEMM 1 with SwiGLU + quantize",
     "gemm2": "GEMM 2",
-    "gemm2_push": "GEMM 2 that sends its rows back",
+    "gemm2_push": "GEMM 2, storing its rows at the tokens' ranks",
     "combine": "combine",
-    "combine_push": "combine of rows that were sent back",
+    "combine_push": "combine of those rows",
 }
 # Steps that stand in the place of others, where they were recorded.
 INSTEAD = {"gemm1_fused": ("gemm1", "silu_mul_quantize"), "gemm2_push": ("gemm2", "combine")}

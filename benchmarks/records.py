@@ -9,21 +9,21 @@ from typing import Any
 
 TITLES = {
     "copy": "Copy, the ceiling of memory (between ranks: of the wire)",
-    "matmul": "One large product, the ceiling of the tensor cores",
+    "matmul": "One large GEMM, the ceiling of the tensor cores",
     "quantize": "Quantize",
     "silu_mul_quantize": "SwiGLU + quantize",
     "grouped_gemm": "Grouped GEMM",
     "gemm1_fused": "GEMM 1 with SwiGLU and quantization",
-    "mm_fp8_blockscale": "Dense fp8 product of blocks",
-    "int8_gemm": "Dense int8 product of blocks",
-    "int8_addmm_quant": "Dense int8 product of blocks, with bias and quantization",
-    "fp8_gemm": "Dense fp8 product with one scale for each operand",
-    "gemm2_push": "GEMM 2 that sends its rows back",
+    "mm_fp8_blockscale": "Dense block-scaled fp8 GEMM",
+    "int8_gemm": "Dense block-scaled int8 GEMM",
+    "int8_addmm_quant": "Dense block-scaled int8 GEMM, with bias and quantization",
+    "fp8_gemm": "Dense fp8 GEMM with one scale for each operand",
+    "gemm2_push": "GEMM 2, storing its rows at the tokens' ranks",
     "route": "Route",
     "dispatch": "Dispatch",
     "combine": "Combine",
     "combine_pull": "Combine, by loads from the other ranks",
-    "combine_push": "Combine, of rows that were sent back",
+    "combine_push": "Combine, of rows that GEMM 2 stored",
     "layer": "The whole layer",
 }
 CEILINGS = ("copy", "matmul")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-# What is quantized, and what products come out in.
+# What is quantized, and what GEMMs come out in.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
