@@ -23,6 +23,8 @@ PARTS = {
 }
 # Steps that stand in the place of others, where they were recorded.
 INSTEAD = {"gemm1_fused": ("gemm1", "silu_mul_quantize"), "gemm2_push": ("gemm2", "combine")}
+# What a layer's case has besides the way in which it runs.
+NOT_WAYS = ("T", "H", "I", "K", "E", "W", "capacity", "routing", "reduce")
 GEMM_KEYS = ("step", "N", "K_dim", "rows")
 
 
@@ -127,7 +129,8 @@ def draw_layer_times(plt: Any, records: list[Record]) -> Any:
     for panel, (shape, layers) in zip(panels.flat, shapes.items(), strict=False):
         ways: dict[str, list[Record]] = defaultdict(list)
         for record in layers:
-            case = {key: value for key, value in record["case"].items() if key not in ("T", "H", "I", "K", "routing", "reduce")}
+            # what the panel says, and what goes with the number of tokens or of ranks, makes no way of its own
+            case = {key: value for key, value in record["case"].items() if key not in NOT_WAYS}
             reduce = record["case"].get("reduce", "exact")
             ways[f"{record['machine']}: {case_text(case | {'reduce': None if reduce == 'exact' else reduce})}"].append(record)
         for way, points in ways.items():
