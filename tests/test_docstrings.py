@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import moequant
-from moequant import errors, testing
+from moequant import errors, gemm, quantization, testing
 
 MODULES = (
     "config",
@@ -141,7 +141,7 @@ def test_the_docstring_has_every_parameter_in_order_what_is_returned_and_what_is
 
 
 def test_all_that_is_listed_as_public_is_looked_at():
-    listed = [getattr(moequant, name) for name in moequant.__all__] + [getattr(testing, name) for name in testing.__all__]
+    listed = [getattr(module, name) for module in (moequant, quantization, gemm, testing) for name in module.__all__]
     looked_at = {value.__module__ for value in PUBLIC.values() if not isinstance(value, property)}
     assert {value.__module__ for value in listed} - looked_at <= LATER
 
