@@ -1,0 +1,145 @@
+"""Launches at a fraction of what Triton's own take of the host's time.
+
+Triton asks each argument of each launch what the kernel is to be compiled for, makes a text of the answers, and looks that up. What is
+asked here are the same things, of fewer words: of a tensor its type and whether its address is a multiple of 16, of an integer whether it
+is 1, a multiple of 16, and how wide, of anything that is known at compile time its value. They are looked up as they are. The first
+launch of each kind is Triton's, and so is every launch that is interpreted, profiled or compiled without a GPU.
+
+No address is part of what is looked up: it is read from the tensor at each launch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# Kinds of launches that a kernel remembers: more than a process has, unless what is known at compile time changes from call to call.
+MOST_KINDS = 4096
+
+
+class Prepared(NamedTuple):
+    """A compiled kernel: how it is started, and its parameters behind the positional ones, in order."""
+
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+    named: tuple[str, ...]
+    defaults: dict[str, Any]
+
+
+class Launch(NamedTuple):
+    """A launch that can be repeated on a device's current stream. It holds the tensors that it was given."""
+
+    prepared: Prepared
+    grid: tuple[int, int, int]
+    values: list[Any]
+    arguments: tuple[Any, ...]
+
+
+class Recording(threading.local):
+    """The launches of a thread, while somebody wants them."""
+
+    launches: list[Launch | None] | None = None
+
+
+recording = Recording()
+
+
+def repeat(launches: list[Launch], device: int) -> None:
+    """Launches once more what was recorded, on the current stream of the device, which has to be the current one."""
+    stream = driver.active.get_current_stream(device)
+    for prepared, grid, values, _ in launches:
+        prepared.run(*grid, stream, prepared.function, prepared.metadata, None, None, None, *values)
+
+
+def special(value: Any) -> Any:
+    """What a kernel is compiled for, of an argument that is known at run time alone."""
+    kind = type(value)
+    if kind is int:
+        return value == 1, value & 15 == 0, value.bit_length() >> 5
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() & 15 == 0
+    if isinstance(value, tuple):
+        return kind, *map(special, value)
+    if hasattr(value, "block_shape"):
+        # a TMA descriptor, which no one changes
+        known = value.__dict__.get("special")
+        if known is None:
+            known = value.special = str((kind, value.base.dtype, value.block_shape, getattr(value, "layout", None), value.padding))
+        return known
+    return kind
+
+
+class Launchable:
+    """A jitted kernel that is launched as Triton's are: kernel[grid](*arguments, **constants_and_options)."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel = kernel
+        self.constant = [parameter.is_constexpr for parameter in kernel.params]
+        self.run_time = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
+        self.prepared: dict[tuple[Any, ...], Prepared] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return lambda *arguments, **named: self.launch(grid, arguments, named)
+
+    def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        runtime = knobs.runtime
+        if runtime.launch_enter_hook is not None and runtime.launch_enter_hook.calls:
+            return self.kernel[grid](*arguments, **named)
+        device = driver.active.get_current_device()
+        key, values = [device, tuple(named)], []
+        for value, constant in zip(arguments, self.constant, strict=False):
+            if constant:
+                key.append(value)
+            elif type(value) is Tensor:
+                # the address itself: Triton's launcher would ask the tensor, and then the driver whose it is
+                address = value.data_ptr()
+                key.append(value.dtype)
+                key.append(address & 15 == 0)
+                value = address
+            else:
+                key.append(special(value))
+            values.append(value)
+        for name, value in named.items():
+            key.append(special(value) if name in self.run_time else value)
+        prepared = self.prepared.get(tuple(key))
+        if prepared is None:
+            return self._first(tuple(key), grid, arguments, named)
+        for name in prepared.named:
+            values.append(named[name] if name in named else prepared.defaults[name])
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        stream = driver.active.get_current_stream(device)
+        prepared.run(x, y, z, stream, prepared.function, prepared.metadata, None, None, None, *values)
+        if recording.launches is not None:
+            recording.launches.append(Launch(prepared, (x, y, z), values, (*arguments, *named.values())))
+        return None
+
+    def _first(self, key: tuple[Any, ...], grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """A launch of a new kind, by Triton."""
+        compiled = self.kernel[grid](*arguments, **named)
+        if recording.launches is not None:
+            recording.launches.append(None)
+        # a stand-in for the driver, by which tests compile without a GPU, starts nothing
+        if getattr(compiled, "function", None) is not None:
+            behind = self.kernel.params[len(arguments) :]
+            defaults = {parameter.name: parameter.default for parameter in behind if parameter.has_default}
+            if len(self.prepared) >= MOST_KINDS:
+                self.prepared.clear()
+            self.prepared[key] = Prepared(
+                compiled.run, compiled.function, compiled.packed_metadata, tuple(p.name for p in behind), defaults
+            )
+        return compiled
+
+
+def launchable(kernel: Any) -> Any:
+    """A jitted kernel as a `Launchable`; what is interpreted stays as it is."""
+    return Launchable(kernel) if isinstance(kernel, JITFunction) else kernel
