@@ -6,6 +6,7 @@ N and K_dim columns and contraction of a weight.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -192,7 +193,7 @@ class ExpertBatch:
         if self.owner is not None:
             check_is("owner", self.owner, Owner)
 
-    @property
+    @functools.cached_property
     def activations(self) -> QuantizedTensor | Tensor:
         """Values and scales as the operand that `grouped_gemm_blockscale` takes."""
         if self.scales is None:

@@ -1,9 +1,8 @@
 """Launches at a fraction of what Triton's own take of the host's time.
 
 Triton asks each argument of each launch what the kernel is to be compiled for, makes a text of the answers, and looks that up. What is
-asked here are the same things, of fewer words: of a tensor its type and whether its address is a multiple of 16, of an integer whether it
-is 1, a multiple of 16, and how wide, of anything that is known at compile time its value. They are looked up as they are. The first
-launch of each kind is Triton's, and so is every launch that is interpreted, profiled or compiled without a GPU.
+asked here is little, and looked up as it is: of a tensor its type and whether its address is a multiple of 16, of all else the value. The
+first launch of each kind is Triton's, and so is every launch that is interpreted, profiled or compiled without a GPU.
 
 No address is part of what is looked up: it is read from the tensor at each launch.
 """
@@ -11,7 +10,8 @@ No address is part of what is looked up: it is read from the tensor at each laun
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-# Kinds of launches that a kernel remembers: more than a process has, unless what is known at compile time changes from call to call.
+# Kinds of launches that a kernel remembers. One number more or less of tokens makes another kind, of the same compiled kernel.
 MOST_KINDS = 4096
 
 
@@ -43,12 +43,22 @@ class Launch(NamedTuple):
 
 
 class Recording(threading.local):
-    """The launches of a thread, while somebody wants them."""
+    """The launches of a thread, while somebody wants them; None for one that can't be repeated."""
 
-    launches: list[Launch | None] | None = None
+    launches: list[Any] | None = None
 
 
 recording = Recording()
+
+
+@contextmanager
+def record() -> Iterator[list[Any]]:
+    """The launches that are made meanwhile, in order, with None for those that can't be repeated."""
+    before, recording.launches = recording.launches, []
+    try:
+        yield recording.launches
+    finally:
+        recording.launches = before
 
 
 def repeat(launches: list[Launch], device: int) -> None:
@@ -58,22 +68,21 @@ def repeat(launches: list[Launch], device: int) -> None:
         prepared.run(*grid, stream, prepared.function, prepared.metadata, None, None, None, *values)
 
 
-def special(value: Any) -> Any:
-    """What a kernel is compiled for, of an argument that is known at run time alone."""
+def described(value: Any) -> Any:
+    """What tells apart the kernels that are compiled for a tensor, a tuple or a TMA descriptor, and other values themselves."""
     kind = type(value)
-    if kind is int:
-        return value == 1, value & 15 == 0, value.bit_length() >> 5
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() & 15 == 0
     if isinstance(value, tuple):
-        return kind, *map(special, value)
+        return kind, *map(described, value)
     if hasattr(value, "block_shape"):
-        # a TMA descriptor, which no one changes
-        known = value.__dict__.get("special")
+        # nobody changes a descriptor
+        known = value.__dict__.get("described")
         if known is None:
-            known = value.special = str((kind, value.base.dtype, value.block_shape, getattr(value, "layout", None), value.padding))
+            layout = getattr(value, "layout", None)
+            known = value.described = str((kind, value.base.dtype, value.block_shape, layout, value.padding))
         return known
-    return kind
+    return value
 
 
 class Launchable:
@@ -81,8 +90,6 @@ class Launchable:
 
     def __init__(self, kernel: JITFunction) -> None:
         self.kernel = kernel
-        self.constant = [parameter.is_constexpr for parameter in kernel.params]
-        self.run_time = {parameter.name for parameter in kernel.params if not parameter.is_constexpr}
         self.prepared: dict[tuple[Any, ...], Prepared] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -96,21 +103,19 @@ class Launchable:
         if runtime.launch_enter_hook is not None and runtime.launch_enter_hook.calls:
             return self.kernel[grid](*arguments, **named)
         device = driver.active.get_current_device()
-        key, values = [device, tuple(named)], []
-        for value, constant in zip(arguments, self.constant, strict=False):
-            if constant:
-                key.append(value)
-            elif type(value) is Tensor:
+        key, values = [device, *named], []
+        for value in arguments:
+            kind = type(value)
+            if kind is Tensor:
                 # the address itself: Triton's launcher would ask the tensor, and then the driver whose it is
                 address = value.data_ptr()
                 key.append(value.dtype)
                 key.append(address & 15 == 0)
-                value = address
+                values.append(address)
             else:
-                key.append(special(value))
-            values.append(value)
-        for name, value in named.items():
-            key.append(special(value) if name in self.run_time else value)
+                key.append(value if kind is int else described(value))
+                values.append(value)
+        key.extend(map(described, named.values()))
         prepared = self.prepared.get(tuple(key))
         if prepared is None:
             return self._first(tuple(key), grid, arguments, named)

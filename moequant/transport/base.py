@@ -77,6 +77,8 @@ class Slot:
         self.buffers = buffers
         self.calls = calls
         self.call = Call(0, number)
+        # by the guess of their rows: the same views, so that what was found out about a batch holds for the next one
+        self.batches: dict[int, ExpertBatch] = {}
         self.generation = 0
         self.stage = Stage.NONE
         # the type of the rows that are being pushed
@@ -202,11 +204,14 @@ class Transport(ABC):
         """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
         config = self.config
         mean = ceil_div(tokens * config.top_k * config.world_size, config.num_experts)
-        scales = slot["scales"].transpose(1, 2) if config.quantized else None
         rows = min(max(mean, 1), config.max_rows)
-        return ExpertBatch(
-            slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number, self.owner
-        )
+        batch = slot.batches.get(rows)
+        if batch is None:
+            scales = slot["scales"].transpose(1, 2) if config.quantized else None
+            batch = slot.batches[rows] = ExpertBatch(
+                slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number, self.owner
+            )
+        return batch
 
 
 def batch_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
