@@ -155,7 +155,8 @@ class MoEQuantDispatcher(Lifecycle):
         CapacityOverflowError, on all ranks, if rows of this call had no room and on_overflow is "error".
         """
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
-        batch, state = self._transport.dispatch(*arguments, buffers)
+        settings = "dispatch", buffers.call.word
+        batch, state = self._repeated(buffers, arguments, settings, lambda: self._transport.dispatch(*arguments, buffers))
         return batch, self._handle(*arguments, buffers, state, Stage.LANDED)
 
     @step
@@ -223,7 +224,10 @@ class MoEQuantDispatcher(Lifecycle):
         expert_output = check_expert_output(self.config, self.device, expert_output)
         out = check_out(self.config, self.device, handle, out)
         self._come_again(buffers)
-        self._transport.combine(expert_output, handle.topk_weights, out, buffers, handle.state)
+        inputs = expert_output, handle.topk_weights, out
+        # which needs no copy
+        settings = "combine", "output" in buffers.buffers and expert_output.data_ptr() == buffers["output"].data_ptr()
+        self._repeated(buffers, inputs, settings, lambda: self._transport.combine(*inputs, buffers, handle.state))
         buffers.done("combine")
         return out
 
@@ -281,8 +285,15 @@ class MoEQuantDispatcher(Lifecycle):
         """`combine` of rows that have been pushed: waits until all ranks' are there, and sums them. Collective, the same bits."""
         transport = self._symmetric()
         buffers, out = self._slot_of(handle, "combine_pushed"), check_out(self.config, self.device, handle, out)
-        assert buffers.pushing is not None
-        transport.combine_pushed(buffers.pushing, handle.topk_weights, out, buffers, handle.state)
+        pushing = buffers.pushing
+        assert pushing is not None
+        inputs = out, handle.topk_weights
+        self._repeated(
+            buffers,
+            inputs,
+            ("combine_pushed", pushing),
+            lambda: transport.combine_pushed(pushing, handle.topk_weights, out, buffers, handle.state),
+        )
         buffers.done("combine_pushed")
         return out
 
@@ -394,6 +405,12 @@ class MoEQuantDispatcher(Lifecycle):
             self._report(wait=False)
         slot.stage = stage
         return DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot.number, slot.generation, state)
+
+    def _repeated(self, slot: Slot, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        """What a step of the transport returns, where it may be by the launches of the same step before."""
+        if not self._transport.repeats:
+            return call()
+        return slot.repeats.run(inputs, (*settings, self._transport.limit), call)
 
     def _come_again(self, slot: Slot) -> None:
         """Before a combine: if it isn't the dispatch's first, waits until all ranks have got that one's sums."""

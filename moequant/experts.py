@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
 from moequant.repeats import Repeats
 
 Weight = QuantizedTensor | Tensor
+Result = TypeVar("Result")
 # What a subclass may override to compute something else.
 STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "gemm2", "gemm2_push", "_product"))
 
@@ -71,7 +73,7 @@ class GroupedExperts:
         # of these experts among all of a layer
         self._span = 0, experts
         self._workspaces = Workspaces()
-        self._repeats = Repeats()
+        self._repeats: weakref.WeakKeyDictionary[ExpertBatch, Repeats] = weakref.WeakKeyDictionary()
         # the last batch that was found to be one for these experts
         self._checked: weakref.ref[ExpertBatch] | None = None
         self._parts: dict[tuple[int, int], GroupedExperts] = {}
@@ -115,22 +117,27 @@ class GroupedExperts:
         """
         check_num_sms(num_sms)
         self._check_batch(batch)
-        # of an output that a caller owns no launch is kept: it would keep the memory
         if out is not None or not can_push(self):
             return self._run(batch, self._output(batch, out), num_sms)
         out = self._output(batch, None)
-        self._repeats.run(batch, (out, *self._weights()), self._settings(num_sms), lambda: self._run(batch, out, num_sms))
-        return out
+        return self._repeated("call", batch, (), num_sms, lambda: self._run(batch, out, num_sms))
 
     def _run(self, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
         return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=out, num_sms=num_sms)
 
-    def _weights(self) -> tuple[Tensor | None, ...]:
-        return *_parts(self.w13), *_parts(self.w2)
-
-    def _settings(self, num_sms: int | None) -> tuple[Any, ...]:
-        """What, besides tensors, the steps depend on: settings, and what they are refused for."""
-        return num_sms, torch.is_grad_enabled() and any(_parts(w)[0].requires_grad for w in (self.w13, self.w2))
+    def _repeated(
+        self, name: str, batch: ExpertBatch, inputs: tuple[Tensor, ...], num_sms: int | None, call: Callable[[], Result]
+    ) -> Result:
+        """The result of a call's steps. Those of a dispatcher's batch are repeated when the batch is, with the same weights."""
+        if batch.owner is None:
+            return call()
+        weights = [w for w in (*_parts(self.w13), *_parts(self.w2)) if w is not None]
+        refused = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+        repeats = self._repeats.get(batch)
+        if repeats is None:
+            repeats = self._repeats[batch] = Repeats()
+        settings = name, num_sms, refused, *(w.data_ptr() for w in weights)
+        return repeats.run((batch.values, *inputs), settings, call)
 
     def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
         """As a call, but GEMM 2 stores each valid row at its address: `MoEQuantDispatcher.combine_pushed` then sums them.
@@ -142,9 +149,8 @@ class GroupedExperts:
         def run() -> None:
             self.gemm2_push(self.gemm1_swiglu(batch, num_sms=num_sms), batch, destinations, num_sms=num_sms)
 
-        # a copy of destinations would be kept as it is
-        if can_push(self) and isinstance(destinations, Tensor) and destinations.is_contiguous():
-            self._repeats.run(batch, (destinations, *self._weights()), self._settings(num_sms), run)
+        if can_push(self) and isinstance(destinations, Tensor):
+            self._repeated("push", batch, (destinations,), num_sms, run)
         else:
             run()
 

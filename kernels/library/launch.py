@@ -19,6 +19,8 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+# What is looked up as it is.
+PLAIN = frozenset((int, float, bool, type(None), str))
 # Kinds of launches that a kernel remembers. One number more or less of tokens makes another kind, of the same compiled kernel.
 MOST_KINDS = 4096
 
@@ -34,7 +36,10 @@ class Prepared(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A launch that can be repeated on a device's current stream. It holds the tensors that it was given."""
+    """A launch that can be made again.
+
+    values: of the kernel's parameters, with addresses in place of tensors. arguments: what they were made of, in the same order.
+    """
 
     prepared: Prepared
     grid: tuple[int, int, int]
@@ -61,11 +66,14 @@ def record() -> Iterator[list[Any]]:
         recording.launches = before
 
 
-def repeat(launches: list[Launch], device: int) -> None:
-    """Launches once more what was recorded, on the current stream of the device, which has to be the current one."""
-    stream = driver.active.get_current_stream(device)
-    for prepared, grid, values, _ in launches:
-        prepared.run(*grid, stream, prepared.function, prepared.metadata, None, None, None, *values)
+def current_stream(device: int) -> int:
+    return driver.active.get_current_stream(device)
+
+
+def start(launch: Launch, values: list[Any], stream: int) -> None:
+    """Makes a launch again, with these values, on a stream of the current device."""
+    prepared = launch.prepared
+    prepared.run(*launch.grid, stream, prepared.function, prepared.metadata, None, None, None, *values)
 
 
 def described(value: Any) -> Any:
@@ -113,19 +121,21 @@ class Launchable:
                 key.append(address & 15 == 0)
                 values.append(address)
             else:
-                key.append(value if kind is int else described(value))
+                key.append(value if kind in PLAIN else described(value))
                 values.append(value)
-        key.extend(map(described, named.values()))
+        for value in named.values():
+            key.append(value if type(value) in PLAIN else described(value))
         prepared = self.prepared.get(tuple(key))
         if prepared is None:
             return self._first(tuple(key), grid, arguments, named)
         for name in prepared.named:
-            values.append(named[name] if name in named else prepared.defaults[name])
+            value = named[name] if name in named else prepared.defaults[name]
+            values.append(value.data_ptr() if type(value) is Tensor else value)
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        stream = driver.active.get_current_stream(device)
-        prepared.run(x, y, z, stream, prepared.function, prepared.metadata, None, None, None, *values)
+        prepared.run(x, y, z, current_stream(device), prepared.function, prepared.metadata, None, None, None, *values)
         if recording.launches is not None:
-            recording.launches.append(Launch(prepared, (x, y, z), values, (*arguments, *named.values())))
+            behind = (named.get(name) for name in prepared.named)
+            recording.launches.append(Launch(prepared, (x, y, z), values, (*arguments, *behind)))
         return None
 
     def _first(self, key: tuple[Any, ...], grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -73,7 +73,7 @@ class Lifecycle:
         self._status = host_words(3, torch.int64, device)
         self._reported = [0, 0, 0]
         # the same memory, for a look at it at each call
-        self._counted = memoryview(self._status.numpy())
+        self._counted = memoryview(cast(Any, self._status.numpy()))
 
     def check(self, *, wait: bool = True) -> int:
         """Reports what dispatches since the last check could not raise. Not collective.

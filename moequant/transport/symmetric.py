@@ -59,6 +59,8 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
 
 
 class SymmetricTransport(Transport):
+    repeats = True
+
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup) -> None:
         from moequant.kernels.library.symmetric import NO_FAULT
 
@@ -74,7 +76,7 @@ class SymmetricTransport(Transport):
         self.memory.local[self.abort_offset :][:4].view(torch.int32).fill_(self.no_fault)
         self.record = host_words(1, torch.int32, device).fill_(self.no_fault)
         # the same memory, for a look at it at each call
-        self.noticed = memoryview(self.record.numpy())
+        self.noticed = memoryview(cast(Any, self.record.numpy()))
         self.limit = self._units(WARM_UP_SECONDS)
         # no rank may signal before every abort word and flag is set
         self._barrier(config.timeout)

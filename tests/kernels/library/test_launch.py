@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
-from triton.runtime import driver
 
 from moequant.kernels.library import launch
 from moequant.kernels.library.launch import Launchable
-
-
-class Kernel:
-    """Compiles, as Triton does, when it is launched by its own way, and says what then was started."""
-
-    def __init__(self, *names: str, **defaults: Any) -> None:
-        self.params = [SimpleNamespace(name=name, has_default=name in defaults, default=defaults.get(name)) for name in names]
-        self.compiled = 0
-        self.started: list[tuple[Any, ...]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def first(*arguments: Any, **named: Any) -> Any:
-            self.compiled += 1
-            number = self.compiled
-            return SimpleNamespace(
-                function=number, packed_metadata="packed", run=lambda *given: self.started.append((number, *given[:3], given[9:]))
-            )
-
-        return first
+from written_launches import Kernel, install_gpu
 
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch) -> SimpleNamespace:
-    """A GPU that is not there."""
-    active = SimpleNamespace(current=0, get_current_device=lambda: active.current, get_current_stream=lambda device: 7)
-    monkeypatch.setattr(driver, "_active", active)
-    monkeypatch.setattr(type(driver), "active", property(lambda self: active))
-    return active
+    return install_gpu(monkeypatch)
+
+
+def launchable(kernel: Kernel) -> Launchable:
+    return Launchable(cast(Any, kernel))
 
 
 def test_a_launch_of_a_known_kind_starts_what_was_compiled_with_the_arguments_in_order():
     kernel = Kernel("x", "n", "k", "BLOCK", "MODE", "LAST", LAST=9)
-    wrapped, x = Launchable(kernel), torch.zeros(8)
+    wrapped, x = launchable(kernel), torch.zeros(8)
     for _ in range(3):
         wrapped[(4, 2)](x, 5, MODE="m", BLOCK=64, k=3, num_warps=4)
     assert kernel.compiled == 1
@@ -53,7 +34,7 @@ def test_a_launch_of_a_known_kind_starts_what_was_compiled_with_the_arguments_in
 
 def test_the_address_is_read_at_each_launch():
     kernel = Kernel("x")
-    wrapped, tensors = Launchable(kernel), [torch.zeros(8) for _ in range(3)]
+    wrapped, tensors = launchable(kernel), [torch.zeros(8) for _ in range(3)]
     for x in tensors:
         wrapped[(1,)](x)
     assert kernel.compiled == 1 and [start[-1] for start in kernel.started] == [(x.data_ptr(),) for x in tensors[1:]]
@@ -82,7 +63,7 @@ KINDS = [
 @pytest.mark.parametrize("by_name", [False, True])
 def test_what_may_be_compiled_otherwise_is_another_kind(one, other, by_name):
     kernel = Kernel("x")
-    wrapped = Launchable(kernel)
+    wrapped = launchable(kernel)
     for value in (one, other, one, other):
         wrapped[(1,)](x=value) if by_name else wrapped[(1,)](value)
     assert kernel.compiled == 2 and [start[0] for start in kernel.started] == [1, 2]
@@ -90,7 +71,7 @@ def test_what_may_be_compiled_otherwise_is_another_kind(one, other, by_name):
 
 def test_devices_and_options_are_kinds_of_their_own(device):
     kernel = Kernel("x")
-    wrapped = Launchable(kernel)
+    wrapped = launchable(kernel)
     for device.current in (0, 1, 0):
         for warps in (4, 8):
             wrapped[(1,)](BASE, num_warps=warps)
@@ -102,14 +83,14 @@ def test_descriptors_are_told_apart_by_what_they_are_compiled_for():
         return SimpleNamespace(base=BASE, block_shape=block, layout="l", padding="zero")
 
     kernel = Kernel("x")
-    wrapped = Launchable(kernel)
+    wrapped = launchable(kernel)
     for block in ([64, 128], [64, 128], [128, 128]):
         wrapped[(1,)](descriptor(block))
     assert kernel.compiled == 2
 
 
 def test_ten_thousand_shapes_are_not_all_remembered():
-    wrapped = Launchable(Kernel("x", "n"))
+    wrapped = launchable(Kernel("x", "n"))
     for number in range(10000):
         wrapped[(1,)](BASE, number)
     assert len(wrapped.prepared) <= launch.MOST_KINDS
@@ -117,7 +98,7 @@ def test_ten_thousand_shapes_are_not_all_remembered():
 
 def test_a_profiler_sees_triton_s_own_launches(monkeypatch):
     kernel = Kernel("x")
-    wrapped = Launchable(kernel)
+    wrapped = launchable(kernel)
     wrapped[(1,)](BASE)
     monkeypatch.setattr(launch.knobs.runtime, "launch_enter_hook", SimpleNamespace(calls=[print]))
     wrapped[(1,)](BASE)
@@ -126,14 +107,14 @@ def test_a_profiler_sees_triton_s_own_launches(monkeypatch):
 
 def test_what_compiles_without_starting_is_not_remembered(monkeypatch):
     monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *arguments: None)
-    wrapped = Launchable(Kernel("x"))
+    wrapped = launchable(Kernel("x"))
     wrapped[(1,)](BASE)
     assert not wrapped.prepared
 
 
-def test_recorded_launches_are_repeated_with_the_same_arguments_and_hold_their_tensors():
+def test_recorded_launches_are_made_again_with_the_values_that_are_given():
     kernel = Kernel("x", "n")
-    wrapped, x = Launchable(kernel), torch.zeros(8)
+    wrapped, x = launchable(kernel), torch.zeros(8)
     with launch.record() as first:
         wrapped[(1,)](x, 5)
     # the first is Triton's
@@ -143,7 +124,8 @@ def test_recorded_launches_are_repeated_with_the_same_arguments_and_hold_their_t
         wrapped[(3,)](x, n=5)
         wrapped[(3,)](x, n=5)
     assert [entry is None for entry in launches] == [False, True, False]
-    launch.repeat([launches[0], launches[2]], 0)
-    assert kernel.started == [(1, 2, 1, 1, (x.data_ptr(), 5)), (2, 3, 1, 1, (x.data_ptr(), 5))] * 2
-    assert launches[0].arguments[0] is x
     assert launch.recording.launches is None
+    for entry in (launches[0], launches[2]):
+        assert entry.values == [x.data_ptr(), 5] and entry.arguments[0] is x and entry.arguments[1] == 5
+        launch.start(entry, [1, 2], 7)
+    assert kernel.started[2:] == [(1, 2, 1, 1, (1, 2)), (2, 3, 1, 1, (1, 2))]
