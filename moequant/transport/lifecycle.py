@@ -16,7 +16,7 @@ from moequant.config import DispatcherConfig
 from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError
 from moequant.transport import guards
 from moequant.transport.base import Slot, Transport
-from moequant.transport.peer_memory import host_words
+from moequant.transport.peer_memory import host_words, view_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,8 +72,7 @@ class Lifecycle:
         # ids out of range, rows without room and ranks out of step, and what of them was reported
         self._status = host_words(3, torch.int64, device)
         self._reported = [0, 0, 0]
-        # the same memory, for a look at it at each call
-        self._counted = memoryview(cast(Any, self._status.numpy()))
+        self._counted = view_of(self._status)
 
     def check(self, *, wait: bool = True) -> int:
         """Reports what dispatches since the last check could not raise. Not collective.

@@ -29,7 +29,7 @@ from moequant.ops import quantize_settings
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
 from moequant.transport.calls import Call
 from moequant.transport.guards import Guards, offsets_of
-from moequant.transport.peer_memory import PeerMemory, host_words
+from moequant.transport.peer_memory import PeerMemory, host_words, view_of
 from moequant.transport.rendezvous import exchange
 
 # of a phase that is not done in time: what the culprit did not do
@@ -75,8 +75,7 @@ class SymmetricTransport(Transport):
         self.no_fault: int = NO_FAULT.value
         self.memory.local[self.abort_offset :][:4].view(torch.int32).fill_(self.no_fault)
         self.record = host_words(1, torch.int32, device).fill_(self.no_fault)
-        # the same memory, for a look at it at each call
-        self.noticed = memoryview(cast(Any, self.record.numpy()))
+        self.noticed = view_of(self.record)
         self.limit = self._units(WARM_UP_SECONDS)
         # no rank may signal before every abort word and flag is set
         self._barrier(config.timeout)
