@@ -136,8 +136,8 @@ class GroupedExperts:
         repeats = self._repeats.get(batch)
         if repeats is None:
             repeats = self._repeats[batch] = Repeats()
-        settings = name, num_sms, refused, *(w.data_ptr() for w in weights)
-        return repeats.run((batch.values, *inputs), settings, call)
+        settings = name, num_sms, refused, *(w.data_ptr() for w in (batch.values, *weights))
+        return repeats.run(batch.values, inputs, settings, call)
 
     def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
         """As a call, but GEMM 2 stores each valid row at its address: `MoEQuantDispatcher.combine_pushed` then sums them.

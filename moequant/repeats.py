@@ -59,20 +59,21 @@ class Repeats:
     """What was recorded of some steps. It goes with what owns the tensors that are not inputs: launches hold those."""
 
     def __init__(self) -> None:
-        self._steps: dict[tuple[Any, ...], tuple[list[Repeated], Any]] = {}
+        # None for a step that can't be repeated
+        self._steps: dict[tuple[Any, ...], tuple[list[Repeated], Any] | None] = {}
 
-    def run(self, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Result]) -> Result:
+    def run(self, x: Tensor, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Result]) -> Result:
         """The result of a step: by the step itself, or by repeating its launches, and then it is the recorded step's result.
 
-        inputs: the tensors that are not the same ones each time. settings: all else that the step depends on and that may change.
+        x: a tensor on the step's device. inputs: the tensors that are not the same ones each time. settings: all else that the step depends on and that may change.
         call: the step. It allocates no result.
         """
-        device = self.device(inputs[0])
+        device = self.device(x)
         if device is None:
             return call()
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.run(inputs, settings, call)
+                return self.run(x, inputs, settings, call)
         from moequant.kernels.library.launch import current_stream, start
 
         stream = current_stream(device)
@@ -80,9 +81,12 @@ class Repeats:
         key: list[Any] = [stream, *settings]
         for tensor, address in zip(inputs, addresses, strict=True):
             key += tensor.dtype, tensor.shape, tensor.stride(), address & 15 == 0, tensor.requires_grad
-        step = self._steps.get(tuple(key))
+        found = tuple(key)
+        if found not in self._steps:
+            return self._first(found, inputs, addresses, call)
+        step = self._steps[found]
         if step is None:
-            return self._first(tuple(key), inputs, addresses, call)
+            return call()
         launches, result = step
         for launch, places in launches:
             values = launch.values
@@ -106,12 +110,14 @@ class Repeats:
 
         with record() as launches, Watch() as watch:
             result = call()
-        repeated = [None if launch is None else placed(launch, inputs, addresses) for launch in launches]
-        # of two inputs in one place nothing says which is meant
-        if watch.harmless and None not in repeated and len({*addresses}) == len(addresses):
+        # a kernel's first launch of a kind is Triton's: the next time, then
+        if None not in launches:
+            repeated = [placed(launch, inputs, addresses) for launch in launches]
+            # of two inputs in one place nothing says which is meant
+            whole = watch.harmless and None not in repeated and len({*addresses}) == len(addresses)
             if len(self._steps) >= MOST_STEPS:
                 self._steps.clear()
-            self._steps[key] = [step for step in repeated if step is not None], result
+            self._steps[key] = ([step for step in repeated if step is not None], result) if whole else None
         return result
 
 
