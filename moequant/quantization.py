@@ -52,20 +52,27 @@ def quantize_expert_batch(
     values: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Quantizes the valid rows of an expert batch in groups of group_size columns, one float32 scale a group.
+    """Quantizes the valid rows of an expert batch in groups of group_size columns, one float32 scale for each group.
 
-    x: (L, M, H) bfloat16, float16 or float32, any strides.
-    num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are neither read nor written.
-    group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
-    dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240), float8_e5m2 (57344) or int8 (127).
-    recipe: "default", "deepgemm", "ue8m0" or "fnuz_224": see `moequant.formats.RECIPES`. The scale is amax / max, values are x / scale
-        rounded to nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
-    eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
-    values: (L, M, H) of dtype, any strides by which no two elements share memory, or None to allocate.
-    scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
+    The scale is amax / max, and values are x / scale rounded to nearest even. A group with an Inf or NaN gets a NaN scale and
+    values 0.
 
-    Returns a QuantizedTensor, of layout "transposed" unless contiguous scales were given ("row"). Raises ValueError for a wrong shape,
-    dtype, device, recipe or eps, RuntimeError if x requires grad under grad mode.
+    Args:
+        x: (L, M, H) bfloat16, float16 or float32, any strides.
+        num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are neither read nor written.
+        group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
+        dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240), float8_e5m2 (57344) or int8 (127).
+        recipe: "default", "deepgemm", "ue8m0" or "fnuz_224": see `moequant.formats.RECIPES`.
+        eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
+        values: (L, M, H) of dtype, any strides by which no two elements share memory, or None to allocate.
+        scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
+
+    Returns:
+        Values (L, M, H) and scales (L, M, G), of layout "transposed" unless contiguous scales were given ("row").
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, recipe or eps.
+        RuntimeError: x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
     check_choice("group_size", group_size, GROUP_SIZES)
@@ -87,10 +94,23 @@ def silu_mul_quantize(
 ) -> QuantizedTensor:
     """SwiGLU of the valid rows, quantized in groups of 128 columns: silu(gate) * up with gate = x[..., :I], up = x[..., I:].
 
-    The product is computed in float32 and not rounded before quantization.
+    The product is computed in float32 and not rounded before quantization. What is not said here is as for `quantize_expert_batch`.
 
-    x: (L, M, 2I) bfloat16, float16 or float32, any strides. The other arguments, the result and the errors are those of
-    `quantize_expert_batch`, with values (L, M, I).
+    Args:
+        x: (L, M, 2I) bfloat16, float16 or float32, any strides.
+        num_tokens: (L,) int32, or None for all M.
+        dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
+        recipe: see `moequant.formats.RECIPES`.
+        eps: floor of a group's absolute maximum; None for the recipe's own.
+        values: (L, M, I) of dtype, or None to allocate.
+        scales: (L, M, ceil(I / 128)) float32, or None to allocate.
+
+    Returns:
+        Values (L, M, I) and scales (L, M, ceil(I / 128)), of layout "transposed" unless contiguous scales were given ("row").
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, recipe or eps.
+        RuntimeError: x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
     check_no_grad(values=values, scales=scales)
@@ -102,11 +122,17 @@ def silu_mul_quantize(
 def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """SwiGLU of the valid rows without quantization: silu(gate) * up in float32, rounded once.
 
-    x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first. num_tokens: (L,) int32, or None for all M.
-    out: (L, M, I) of any strides by which no two elements share memory, or None to allocate it in bfloat16; rows from num_tokens[l] on
-        are not written.
+    Args:
+        x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first.
+        num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are not written.
+        out: (L, M, I) of any strides by which no two elements share memory, or None to allocate it in bfloat16.
 
-    Returns out. Raises as `silu_mul_quantize`.
+    Returns:
+        out.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+        RuntimeError: x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, "default", None)
     check_no_grad(out=out)
@@ -123,13 +149,20 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
 def quantize_weight(
     w: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, recipe: str = "default", segments: int = 1
 ) -> QuantizedTensor:
-    """Quantizes a weight in blocks of 128x128, one float32 scale a block.
+    """Quantizes a weight in blocks of 128x128, one float32 scale for each block.
 
-    w: (..., N, K_dim) bfloat16, float16 or float32, any strides.
-    segments: the N rows are this many equal parts, blocked apart: 2 for w13, so that no block holds gate and up.
+    Args:
+        w: (..., N, K_dim) bfloat16, float16 or float32, any strides.
+        dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
+        recipe: see `moequant.formats.RECIPES`.
+        segments: the N rows are this many equal parts, blocked apart: 2 for w13, so that no block holds gate and up.
 
-    Returns a QuantizedTensor of layout "block" with scales (..., segments * ceil(N / segments / 128), ceil(K_dim / 128)).
-    Raises ValueError for a wrong shape, dtype or recipe.
+    Returns:
+        Layout "block", with scales (..., segments * ceil(N / segments / 128), ceil(K_dim / 128)).
+
+    Raises:
+        ValueError: a wrong shape, dtype or recipe.
+        RuntimeError: w requires grad under grad mode.
     """
     check_tensor("w", w, dtypes=INPUT_DTYPES)
     if w.dim() < 2:
@@ -144,7 +177,18 @@ def quantize_weight(
 
 
 def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, eps: float | None) -> None:
-    """What `quantize_expert_batch` and `silu_mul_quantize` ask of their inputs."""
+    """What `quantize_expert_batch` and `silu_mul_quantize` ask of their inputs.
+
+    Args:
+        x: (L, M, columns).
+        num_tokens: (L,) int32, or None.
+        recipe: its name.
+        eps: floor of a group's absolute maximum, or None.
+
+    Raises:
+        ValueError: one of them is wrong.
+        RuntimeError: x requires grad under grad mode.
+    """
     check_tensor("x", x, dims=3, dtypes=INPUT_DTYPES)
     check_counts(num_tokens, x)
     check_no_grad(x=x)
