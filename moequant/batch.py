@@ -6,6 +6,7 @@ N and K_dim columns and contraction of a weight.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -192,7 +193,7 @@ class ExpertBatch:
         if self.owner is not None:
             check_is("owner", self.owner, Owner)
 
-    @property
+    @functools.cached_property
     def activations(self) -> QuantizedTensor | Tensor:
         """Values and scales as the operand that `grouped_gemm_blockscale` takes."""
         if self.scales is None:
@@ -202,14 +203,15 @@ class ExpertBatch:
     def part(self, begin: int, end: int) -> ExpertBatch:
         """The batch of experts begin..end - 1, views of this one. Raises ValueError unless 0 <= begin < end <= L."""
         check_part(begin, end, self.values.shape[0])
-        values, num_tokens, sources = (x[begin:end] for x in (self.values, self.num_tokens, self.sources))
-        return replace(
-            self,
-            values=values,
-            scales=None if self.scales is None else self.scales[begin:end],
-            num_tokens=num_tokens,
-            sources=sources,
-        )
+        if (begin, end) not in self._parts:
+            values, num_tokens, sources = (x[begin:end] for x in (self.values, self.num_tokens, self.sources))
+            scales = None if self.scales is None else self.scales[begin:end]
+            self._parts[begin, end] = replace(self, values=values, scales=scales, num_tokens=num_tokens, sources=sources)
+        return self._parts[begin, end]
+
+    @functools.cached_property
+    def _parts(self) -> dict[tuple[int, int], ExpertBatch]:
+        return {}
 
 
 def check_part(begin: int, end: int, experts: int) -> None:

@@ -34,6 +34,7 @@ from moequant.kernels.library.common import INF_BITS, multiprocessors, runs_gluo
 from moequant.kernels.library.gluon import barrier, reinterpret, store_block
 from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_matrix, takes
 from moequant.kernels.library.hopper_ring import SCALAR, TILE_WORDS, advance, load_tiles, next_tile, product, release
+from moequant.kernels.library.launch import launchable
 
 STAGES = 4
 
@@ -236,6 +237,7 @@ def multiply_tiles(
     tma.store_wait(pendings=0)
 
 
+@launchable
 @gluon.jit
 def gemm1_swiglu_hopper_kernel(
     a,

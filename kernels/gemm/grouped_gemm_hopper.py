@@ -49,6 +49,7 @@ from moequant.kernels.library.hopper_ring import (
     release,
     scale_pointers,
 )
+from moequant.kernels.library.launch import launchable
 
 
 @gluon.jit
@@ -218,6 +219,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
     tma.store_wait(pendings=0)
 
 
+@launchable
 @gluon.jit
 def grouped_gemm_hopper_kernel(
     a,

@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,11 @@ NATIVE_ATOMICS = 3
 def host_words(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros in the host's memory that a device's kernels can add to, so that reading them waits for nothing."""
     return torch.zeros(count, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
+def view_of(words: torch.Tensor) -> memoryview:
+    """The same numbers, as quick to read as Python's own."""
+    return memoryview(cast(Any, words.numpy()))
 
 
 class PeerMemory:
