@@ -127,6 +127,16 @@ class QuantizedTensor:
         elif not self.scales.is_contiguous():
             raise LayoutError(f'layout "{self.layout}" needs contiguous scales, got strides {self.scales.stride()}')
 
+    @classmethod
+    def made_of(cls, values: Tensor, scales: Tensor, layout: ScaleLayout, recipe: str, group_size: int = 128) -> QuantizedTensor:
+        """One of parts that are known to fit together: without the checks, which cost as much as a launch."""
+        if torch.compiler.is_compiling():
+            return cls(values, scales, layout, recipe, group_size)
+        made = object.__new__(cls)
+        # as a frozen dataclass has to be filled
+        made.__dict__.update(values=values, scales=scales, layout=layout, recipe=recipe, group_size=group_size, segments=1)
+        return made
+
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
@@ -198,7 +208,7 @@ class ExpertBatch:
         """Values and scales as the operand that `grouped_gemm_blockscale` takes."""
         if self.scales is None:
             return self.values
-        return QuantizedTensor(self.values, self.scales, "transposed", self.recipe)
+        return QuantizedTensor.made_of(self.values, self.scales, "transposed", self.recipe)
 
     def part(self, begin: int, end: int) -> ExpertBatch:
         """The batch of experts begin..end - 1, views of this one. Raises ValueError unless 0 <= begin < end <= L."""

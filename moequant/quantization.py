@@ -182,4 +182,4 @@ def _outputs(
         check_output("scales", scales)
     values = torch.empty(shape, dtype=dtype, device=device) if values is None else values
     scales = empty_transposed_scales(experts, rows, groups, device) if scales is None else scales
-    return QuantizedTensor(values, scales, scale_layout(scales), recipe, group_size)
+    return QuantizedTensor.made_of(values, scales, scale_layout(scales), recipe, group_size)

@@ -65,8 +65,8 @@ class Repeats:
     def run(self, x: Tensor, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Result]) -> Result:
         """The result of a step: by the step itself, or by repeating its launches, and then it is the recorded step's result.
 
-        x: a tensor on the step's device. inputs: the tensors that are not the same ones each time. settings: all else that the step depends on and that may change.
-        call: the step. It allocates no result.
+        x: a tensor on the step's device. inputs: the tensors that are not the same ones each time. settings: all else that the step
+        depends on and that may change. call: the step. It allocates no result.
         """
         device = self.device(x)
         if device is None:
@@ -113,8 +113,9 @@ class Repeats:
         # a kernel's first launch of a kind is Triton's: the next time, then
         if None not in launches:
             repeated = [placed(launch, inputs, addresses) for launch in launches]
-            # of two inputs in one place nothing says which is meant
-            whole = watch.harmless and None not in repeated and len({*addresses}) == len(addresses)
+            # of two inputs in one place nothing says which is meant; those without elements are at 0
+            given = [address for address in addresses if address]
+            whole = watch.harmless and None not in repeated and len({*given}) == len(given)
             if len(self._steps) >= MOST_STEPS:
                 self._steps.clear()
             self._steps[key] = ([step for step in repeated if step is not None], result) if whole else None
