@@ -97,11 +97,11 @@ def why_unreachable(group: dist.ProcessGroup, device: torch.device, timeout: flo
         return "several ranks share one GPU, and it needs one for each"
     if device.type != "cuda":
         return None
-    problems = exchange(group, _peer_access_problem(device, identities), timeout, PLACE)
+    problems = exchange(group, peer_access_problem(device, identities), timeout, PLACE)
     return next((text for text in problems if text), None)
 
 
-def _peer_access_problem(device: torch.device, identities: list[str]) -> str | None:
+def peer_access_problem(device: torch.device, identities: list[str]) -> str | None:
     """What keeps this rank from the others' GPUs, as far as it can see them. identities: of all ranks' GPUs."""
     if torch.version.hip is not None:
         return "it is written for NVIDIA GPUs"
