@@ -2,6 +2,7 @@
 
 from moequant.batch import DispatchHandle, ExpertBatch, QuantizedTensor
 from moequant.dispatcher import MoEQuantDispatcher
+from moequant.environment import environment
 from moequant.errors import (
     CallOrderError,
     CapacityOverflowError,
@@ -37,6 +38,7 @@ __all__ = [
     "QuantizedTensor",
     "StaleHandleError",
     "dequantize",
+    "environment",
     "grouped_gemm_blockscale",
     "quantize_expert_batch",
     "quantize_weight",

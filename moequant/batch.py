@@ -6,6 +6,7 @@ N and K_dim columns and contraction of a weight.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -126,6 +127,16 @@ class QuantizedTensor:
         elif not self.scales.is_contiguous():
             raise LayoutError(f'layout "{self.layout}" needs contiguous scales, got strides {self.scales.stride()}')
 
+    @classmethod
+    def made_of(cls, values: Tensor, scales: Tensor, layout: ScaleLayout, recipe: str, group_size: int = 128) -> QuantizedTensor:
+        """One of parts that are known to fit together: without the checks, which cost as much as a launch."""
+        if torch.compiler.is_compiling():
+            return cls(values, scales, layout, recipe, group_size)
+        made = object.__new__(cls)
+        # as a frozen dataclass has to be filled
+        made.__dict__.update(values=values, scales=scales, layout=layout, recipe=recipe, group_size=group_size, segments=1)
+        return made
+
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
@@ -192,24 +203,25 @@ class ExpertBatch:
         if self.owner is not None:
             check_is("owner", self.owner, Owner)
 
-    @property
+    @functools.cached_property
     def activations(self) -> QuantizedTensor | Tensor:
         """Values and scales as the operand that `grouped_gemm_blockscale` takes."""
         if self.scales is None:
             return self.values
-        return QuantizedTensor(self.values, self.scales, "transposed", self.recipe)
+        return QuantizedTensor.made_of(self.values, self.scales, "transposed", self.recipe)
 
     def part(self, begin: int, end: int) -> ExpertBatch:
         """The batch of experts begin..end - 1, views of this one. Raises ValueError unless 0 <= begin < end <= L."""
         check_part(begin, end, self.values.shape[0])
-        values, num_tokens, sources = (x[begin:end] for x in (self.values, self.num_tokens, self.sources))
-        return replace(
-            self,
-            values=values,
-            scales=None if self.scales is None else self.scales[begin:end],
-            num_tokens=num_tokens,
-            sources=sources,
-        )
+        if (begin, end) not in self._parts:
+            values, num_tokens, sources = (x[begin:end] for x in (self.values, self.num_tokens, self.sources))
+            scales = None if self.scales is None else self.scales[begin:end]
+            self._parts[begin, end] = replace(self, values=values, scales=scales, num_tokens=num_tokens, sources=sources)
+        return self._parts[begin, end]
+
+    @functools.cached_property
+    def _parts(self) -> dict[tuple[int, int], ExpertBatch]:
+        return {}
 
 
 def check_part(begin: int, end: int, experts: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moequant.errors import CapacityOverflowError, InvalidExpertIdError
-from moequant.formats import MIN_EPS
+from moequant.formats import FLOAT_DTYPES, MIN_EPS
 
 if TYPE_CHECKING:
     from moequant.batch import DispatchHandle
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Sizes and numbers of things are int32 in kernels.
 MAX_INT = 2**31 - 1
 MAX_FLOAT = torch.finfo(torch.float32).max
+ID_DTYPES = (torch.int32, torch.int64)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def check_tensor(
@@ -36,11 +38,11 @@ def check_tensor(
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     # torch.compile can't ask whether a view is negated; what it makes of one is right
     strange = tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized
-    if strange or (not torch.compiler.is_compiling() and tensor.is_neg()):
+    if strange or (tensor.is_floating_point() and not torch.compiler.is_compiling() and tensor.is_neg()):
         raise ValueError(f"{name} must be a dense tensor of plain numbers, got {_kind(tensor)}")
     if dims is not None and tensor.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(tensor.shape)}")
-    if shape is not None and tuple(tensor.shape) != shape:
+    if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if dtypes is not None and tensor.dtype not in dtypes:
         raise ValueError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}; convert it with .to()")
@@ -65,7 +67,7 @@ def check_has_numbers(name: str, tensor: Tensor) -> None:
 
 def check_output(name: str, tensor: Tensor) -> None:
     """Raises ValueError unless each element of a tensor that is written has a place of its own."""
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() or (tensor.dim() > 1 and tensor.mT.is_contiguous()):
         return
     dims = [(step, extent) for step, extent in zip(tensor.stride(), tensor.shape, strict=True) if extent > 1]
     for i, (step, _) in enumerate(dims):
@@ -145,18 +147,18 @@ def check_tokens(
     config: DispatcherConfig, device: torch.device, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
 ) -> None:
     """Raises unless these are what `MoEQuantDispatcher.dispatch` takes."""
-    floats = (torch.bfloat16, torch.float16, torch.float32)
-    check_tensor("hidden_states", hidden_states, dims=2, dtypes=floats, device=device)
-    tokens = hidden_states.shape[0]
+    check_tensor("hidden_states", hidden_states, dims=2, dtypes=FLOAT_DTYPES, device=device)
+    tokens, hidden = hidden_states.shape
     if tokens > config.max_tokens_per_rank:
         raise ValueError(
             f"hidden_states has {tokens} tokens, max_tokens_per_rank is {config.max_tokens_per_rank}; split the tokens, or build "
             "the dispatcher with more"
         )
-    check_tensor("hidden_states", hidden_states, shape=(tokens, config.hidden_size))
+    if hidden != config.hidden_size:
+        raise ValueError(f"hidden_states must have shape {(tokens, config.hidden_size)}, got {tuple(hidden_states.shape)}")
     routing = (tokens, config.top_k)
-    check_tensor("topk_ids", topk_ids, shape=routing, dtypes=(torch.int32, torch.int64), device=device)
-    check_tensor("topk_weights", topk_weights, shape=routing, dtypes=(torch.float32, torch.bfloat16), device=device)
+    check_tensor("topk_ids", topk_ids, shape=routing, dtypes=ID_DTYPES, device=device)
+    check_tensor("topk_weights", topk_weights, shape=routing, dtypes=WEIGHT_DTYPES, device=device)
     check_no_grad(hidden_states=hidden_states, topk_weights=topk_weights)
     if device.type == "cpu" and tokens:
         low, high = topk_ids.aminmax()

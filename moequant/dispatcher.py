@@ -20,8 +20,8 @@ from moequant.checks import check_expert_output, check_format, check_out, check_
 from moequant.config import DispatcherConfig
 from moequant.errors import StaleHandleError
 from moequant.experts import GroupedExperts
-from moequant.layer import pushing_experts, run_layer
-from moequant.overlap import side_stream
+from moequant.layer import pushing_experts, run_layer, traced_layer
+from moequant.overlap import run_in_halves, run_in_waves, side_stream
 from moequant.transport.agreement import agree, attempt, choose_device, membership
 from moequant.transport.base import Slot, Stage
 from moequant.transport.calls import LAYERS, Call
@@ -155,7 +155,8 @@ class MoEQuantDispatcher(Lifecycle):
         CapacityOverflowError, on all ranks, if rows of this call had no room and on_overflow is "error".
         """
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
-        batch, state = self._transport.dispatch(*arguments, buffers)
+        settings = "dispatch", buffers.call.word
+        batch, state = self._repeated(buffers, arguments, settings, lambda: self._transport.dispatch(*arguments, buffers))
         return batch, self._handle(*arguments, buffers, state, Stage.LANDED)
 
     @step
@@ -223,7 +224,10 @@ class MoEQuantDispatcher(Lifecycle):
         expert_output = check_expert_output(self.config, self.device, expert_output)
         out = check_out(self.config, self.device, handle, out)
         self._come_again(buffers)
-        self._transport.combine(expert_output, handle.topk_weights, out, buffers, handle.state)
+        inputs = expert_output, handle.topk_weights, out
+        # which needs no copy
+        settings = "combine", "output" in buffers.buffers and expert_output.data_ptr() == buffers["output"].data_ptr()
+        self._repeated(buffers, inputs, settings, lambda: self._transport.combine(*inputs, buffers, handle.state))
         buffers.done("combine")
         return out
 
@@ -281,8 +285,15 @@ class MoEQuantDispatcher(Lifecycle):
         """`combine` of rows that have been pushed: waits until all ranks' are there, and sums them. Collective, the same bits."""
         transport = self._symmetric()
         buffers, out = self._slot_of(handle, "combine_pushed"), check_out(self.config, self.device, handle, out)
-        assert buffers.pushing is not None
-        transport.combine_pushed(buffers.pushing, handle.topk_weights, out, buffers, handle.state)
+        pushing = buffers.pushing
+        assert pushing is not None
+        inputs = out, handle.topk_weights
+        self._repeated(
+            buffers,
+            inputs,
+            ("combine_pushed", pushing),
+            lambda: transport.combine_pushed(pushing, handle.topk_weights, out, buffers, handle.state),
+        )
         buffers.done("combine_pushed")
         return out
 
@@ -294,7 +305,6 @@ class MoEQuantDispatcher(Lifecycle):
         self._check_open()
         return self._transport.output_buffer(self._slot(slot))
 
-    @step
     def __call__(
         self,
         hidden_states: Tensor,
@@ -320,12 +330,36 @@ class MoEQuantDispatcher(Lifecycle):
 
         The last two are the same on all ranks, and at most one is used.
         """
-        with self._counting_refusals():
-            pushing_experts(experts, chunks, first_experts, self.config)
+        if torch.compiler.is_compiling():
+            return traced_layer(self, experts, hidden_states, topk_ids, topk_weights, slot, layer, chunks, first_experts)
+        return self._run(hidden_states, topk_ids, topk_weights, experts, slot, layer, chunks, first_experts)
+
+    @step
+    def _run(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        experts: Callable[[ExpertBatch], Tensor],
+        slot: int,
+        layer: int | None,
+        chunks: int,
+        first_experts: int,
+    ) -> Tensor:
+        """What a call does."""
+        try:
+            pushing = pushing_experts(experts, chunks, first_experts, self.config)
+        except Exception:
+            self._count_refusal()
+            raise
         if layer is None:
             layer = self._layer_of(experts)
         tokens = hidden_states, topk_ids, topk_weights
-        return run_layer(self, tokens, experts, slot, layer, chunks, first_experts, self._side)
+        if pushing is not None and chunks == 2:
+            return run_in_halves(self, tokens, pushing, layer, self._side)
+        if pushing is not None and first_experts:
+            return run_in_waves(self, tokens, pushing, slot, layer, first_experts, self._side)
+        return run_layer(self, tokens, experts, pushing, slot, layer)
 
     def _layer_of(self, experts: object) -> int | None:
         """A number for experts that last from call to call."""
@@ -346,7 +380,7 @@ class MoEQuantDispatcher(Lifecycle):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
         """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
         self._check_open()
-        with self._counting_refusals():
+        try:
             invalid, dropped, _ = self._news()
             if invalid or (dropped and self.config.on_overflow == "error"):
                 self._report(wait=False)
@@ -354,6 +388,9 @@ class MoEQuantDispatcher(Lifecycle):
             if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
                 raise ValueError(f"layer must be the number of a layer, from 0 on, or None, got {layer!r}")
             check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
+        except Exception:
+            self._count_refusal()
+            raise
         buffers.call = Call(self._ordinal, slot, first_experts, 0 if layer is None else 1 + layer % LAYERS)
         buffers.generation += 1
         buffers.stage = Stage.NONE
@@ -368,6 +405,12 @@ class MoEQuantDispatcher(Lifecycle):
             self._report(wait=False)
         slot.stage = stage
         return DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot.number, slot.generation, state)
+
+    def _repeated(self, slot: Slot, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        """What a step of the transport returns, where it may be by the launches of the same step before."""
+        if not self._transport.repeats:
+            return call()
+        return slot.repeats.run(inputs[0], inputs, (*settings, self._transport.limit), call)
 
     def _come_again(self, slot: Slot) -> None:
         """Before a combine: if it isn't the dispatch's first, waits until all ranks have got that one's sums."""

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,10 +22,12 @@ from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
+from moequant.repeats import Repeats
 
 Weight = QuantizedTensor | Tensor
+Result = TypeVar("Result")
 # What a subclass may override to compute something else.
-STEPS = ("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "gemm2", "gemm2_push", "_product")
+STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "gemm2", "gemm2_push", "_product"))
 
 
 class GroupedExperts:
@@ -69,6 +73,9 @@ class GroupedExperts:
         # of these experts among all of a layer
         self._span = 0, experts
         self._workspaces = Workspaces()
+        self._repeats: weakref.WeakKeyDictionary[ExpertBatch, Repeats] = weakref.WeakKeyDictionary()
+        # the last batch that was found to be one for these experts
+        self._checked: weakref.ref[ExpertBatch] | None = None
         self._parts: dict[tuple[int, int], GroupedExperts] = {}
 
     @classmethod
@@ -110,15 +117,42 @@ class GroupedExperts:
         """
         check_num_sms(num_sms)
         self._check_batch(batch)
-        out = self._output(batch, out)
+        if out is not None or not can_push(self):
+            return self._run(batch, self._output(batch, out), num_sms)
+        out = self._output(batch, None)
+        return self._repeated("call", batch, (), num_sms, lambda: self._run(batch, out, num_sms))
+
+    def _run(self, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
         return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=out, num_sms=num_sms)
+
+    def _repeated(
+        self, name: str, batch: ExpertBatch, inputs: tuple[Tensor, ...], num_sms: int | None, call: Callable[[], Result]
+    ) -> Result:
+        """The result of a call's steps. Those of a dispatcher's batch are repeated when the batch is, with the same weights."""
+        if batch.owner is None:
+            return call()
+        weights = [w for w in (*_parts(self.w13), *_parts(self.w2)) if w is not None]
+        refused = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+        repeats = self._repeats.get(batch)
+        if repeats is None:
+            repeats = self._repeats[batch] = Repeats()
+        settings = name, num_sms, refused, *(w.data_ptr() for w in (batch.values, *weights))
+        return repeats.run(batch.values, inputs, settings, call)
 
     def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
         """As a call, but GEMM 2 stores each valid row at its address: `MoEQuantDispatcher.combine_pushed` then sums them.
 
         destinations: (L, M) int64, as `MoEQuantDispatcher.begin_push` gives it.
         """
-        self.gemm2_push(self.gemm1_swiglu(batch, num_sms=num_sms), batch, destinations, num_sms=num_sms)
+        self._check_batch(batch)
+
+        def run() -> None:
+            self.gemm2_push(self.gemm1_swiglu(batch, num_sms=num_sms), batch, destinations, num_sms=num_sms)
+
+        if can_push(self) and isinstance(destinations, Tensor):
+            self._repeated("push", batch, (destinations,), num_sms, run)
+        else:
+            run()
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
         """GEMM 1, SwiGLU and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
@@ -183,7 +217,7 @@ class GroupedExperts:
     def fuses(self, batch: ExpertBatch) -> bool:
         """Whether `gemm1_swiglu` is one kernel for a batch."""
         inner, w13 = self._workspace(batch).inner, self.w13
-        if any(_overrides(self, step) for step in ("gemm1", "activation", "_product")):
+        if _overridden(self) & {"gemm1", "activation", "_product"}:
             return False
         if not (isinstance(w13, QuantizedTensor) and isinstance(inner, QuantizedTensor)) or batch.scales is None:
             return False
@@ -256,6 +290,8 @@ class GroupedExperts:
 
     def _check_batch(self, batch: ExpertBatch) -> None:
         """Raises ValueError unless batch is one for these experts."""
+        if self._checked is not None and self._checked() is batch:
+            return
         hint = "dispatch returns the batch and a handle: give the batch alone" if isinstance(batch, tuple) else ""
         check_is("batch", batch, ExpertBatch, hint)
         experts, _, hidden = batch.values.shape
@@ -269,6 +305,7 @@ class GroupedExperts:
             raise ValueError(
                 f"the experts are on {self.w13.device}, the batch on {batch.values.device}; they must be on one device"
             )
+        self._checked = weakref.ref(batch)
 
     def _workspace(self, batch: ExpertBatch) -> Workspace:
         """The workspace of the batch's owner, slot and M. It is kept: a captured graph may hold it."""
@@ -284,11 +321,17 @@ class GroupedExperts:
 
 def can_push(experts: object) -> bool:
     """Whether `GroupedExperts.push` computes what a call of these experts does: no step is overridden, by a subclass or an attribute."""
-    return isinstance(experts, GroupedExperts) and not any(_overrides(experts, step) for step in STEPS)
+    return isinstance(experts, GroupedExperts) and not _overridden(experts)
 
 
-def _overrides(experts: GroupedExperts, step: str) -> bool:
-    return getattr(type(experts), step) is not getattr(GroupedExperts, step) or step in vars(experts)
+def _overridden(experts: GroupedExperts) -> frozenset[str]:
+    """The steps that are overridden, by a subclass or by an attribute."""
+    return _overridden_by(type(experts)) | (vars(experts).keys() & STEPS)
+
+
+@functools.cache
+def _overridden_by(kind: type[GroupedExperts]) -> frozenset[str]:
+    return frozenset(step for step in STEPS if getattr(kind, step) is not getattr(GroupedExperts, step))
 
 
 class Workspaces:

@@ -18,7 +18,7 @@ from moequant.batch import ExpertBatch
 from moequant.checks import check_int
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts, can_push
-from moequant.overlap import run_in_halves, run_in_waves
+from moequant.traced import Numbered
 
 if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
@@ -28,24 +28,16 @@ def run_layer(
     dispatcher: MoEQuantDispatcher,
     tokens: tuple[Tensor, Tensor, Tensor],
     experts: Callable[[ExpertBatch], Tensor],
+    pushing: GroupedExperts | None,
     slot: int,
     layer: int | None,
-    chunks: int,
-    first_experts: int,
-    side: torch.cuda.Stream | None,
 ) -> Tensor:
-    """What a call of the dispatcher does. tokens: hidden states, ids, weights. side: the stream of the first products."""
-    config = dispatcher.config
-    pushing = pushing_experts(experts, chunks, first_experts, config)
-    if pushing is not None and chunks == 2:
-        return run_in_halves(dispatcher, tokens, pushing, layer, side)
-    if pushing is not None and first_experts:
-        return run_in_waves(dispatcher, tokens, pushing, slot, layer, first_experts, side)
+    """A layer in one piece. tokens: hidden states, ids, weights. pushing: the experts, if they store rows at the tokens' ranks."""
     batch, handle = dispatcher.dispatch(*tokens, slot=slot, layer=layer)
     if pushing is not None:
         pushing.push(batch, dispatcher.begin_push(handle))
         return dispatcher.combine_pushed(handle)
-    if isinstance(experts, GroupedExperts) and can_push(experts) and config.transport == "symmetric":
+    if isinstance(experts, GroupedExperts) and can_push(experts) and dispatcher.config.transport == "symmetric":
         return dispatcher.combine(experts(batch, out=dispatcher.output_buffer(slot)), handle)
     return dispatcher.combine(experts(batch), handle)
 
@@ -56,7 +48,7 @@ def pushing_experts(experts: object, chunks: int, first_experts: int, config: Di
         raise ValueError(f"experts must be callable with an ExpertBatch, as GroupedExperts are, got {type(experts).__name__}")
     check_int("chunks", chunks, 1)
     check_int("first_experts", first_experts)
-    pushing = experts if isinstance(experts, GroupedExperts) and can_push(experts) and config.pushes else None
+    pushing = experts if config.pushes and isinstance(experts, GroupedExperts) and can_push(experts) else None
     check_overlap(chunks, first_experts, config, pushing is not None, type(experts).__name__)
     return pushing
 
@@ -75,3 +67,52 @@ def check_overlap(chunks: int, first_experts: int, config: DispatcherConfig, pus
             f"first_experts must be from 0 to {config.num_local_experts - 1}, one less than a rank's experts, and above 0 only with "
             f"{needed} and chunks=1, got {first_experts} with chunks={chunks}, {experts}, {here}"
         )
+
+
+# what a compiled graph calls, by the numbers that stand in it
+_NUMBERED = Numbered()
+
+
+def _numbers(dispatcher: MoEQuantDispatcher, experts: object) -> tuple[int, int]:
+    return _NUMBERED.number(dispatcher), _NUMBERED.number(experts)
+
+
+# as torch.compiler.assume_constant_result does, which imports the compiler
+_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def traced_layer(
+    dispatcher: MoEQuantDispatcher,
+    experts: object,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    slot: int,
+    layer: int | None,
+    chunks: int,
+    first_experts: int,
+) -> Tensor:
+    """A call of the dispatcher as one opaque operation, `torch.ops.moequant.layer`, for torch.compile."""
+    numbers = _numbers(dispatcher, experts)
+    return torch.ops.moequant.layer(hidden_states, topk_ids, topk_weights, *numbers, slot, layer, chunks, first_experts)
+
+
+@torch.library.custom_op("moequant::layer", mutates_args=())
+def _layer(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    dispatcher: int,
+    experts: int,
+    slot: int,
+    layer: int | None,
+    chunks: int,
+    first_experts: int,
+) -> Tensor:
+    called, given = _NUMBERED[dispatcher], _NUMBERED[experts]
+    return called(hidden_states, topk_ids, topk_weights, given, slot=slot, layer=layer, chunks=chunks, first_experts=first_experts)
+
+
+@_layer.register_fake
+def _(hidden_states: Tensor, *arguments: object) -> Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)

@@ -239,4 +239,7 @@ def _outputs(
         check_output("scales", scales)
     values = torch.empty(shape, dtype=dtype, device=device) if values is None else values
     scales = empty_transposed_scales(experts, rows, groups, device) if scales is None else scales
-    return QuantizedTensor(values, scales, scale_layout(scales), recipe, group_size)
+    layout = scale_layout(scales)
+    # strides that no layout has are left to the constructor's words
+    made = QuantizedTensor if layout == "row" and not scales.is_contiguous() else QuantizedTensor.made_of
+    return made(values, scales, layout, recipe, group_size)

@@ -147,7 +147,7 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.view.permute(order), tuple(self.shape[axis] for axis in order), self.layout)
 
-    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+    def reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
         assert TYPES[dtype] == self.view.dtype
         wider = shape[-1] // self.shape[-1] if len(shape) == 3 and shape[1] == self.shape[1] else 1
         if wider > 1:
@@ -271,9 +271,6 @@ class Language:
     def max_contiguous(self, x: Pointer, values: tuple[int, ...]) -> Pointer:
         return Pointer(x.addresses, x.dtype, values[-1])
 
-    def thread_barrier(self) -> None:
-        """A partition is one thread."""
-
     def atomic_add(self, pointer: Pointer, value: int, sem: str) -> Tensor:
         before = self.memory.load(pointer)
         self.memory.store(pointer, before + value)
@@ -312,7 +309,7 @@ class Language:
 
 
 def hopper_names(memory: Memory) -> dict[str, Any]:
-    """The stand-ins for what the kernels import from `gluon.language.nvidia.hopper`."""
+    """The stand-ins for what the kernels import from `gluon.language.nvidia.hopper` and `kernels/library/gluon.py`."""
 
     def load_block(matrix: Matrix, at: Any, barrier: Barrier, result: Shared, pred: Any = True) -> None:
         if pred:
@@ -335,9 +332,12 @@ def hopper_names(memory: Memory) -> dict[str, Any]:
             arrive=lambda barrier, count, pred=True: barrier.add(count, 0) if pred else None,
             expect=lambda barrier, nbytes, pred=True: barrier.add(1, nbytes) if pred else None,
         ),
-        "tma": SimpleNamespace(
-            async_copy_global_to_shared=load_block, async_copy_shared_to_global=store_block, store_wait=lambda pendings: None
-        ),
+        "tma": SimpleNamespace(store_wait=lambda pendings: None),
+        "load_block": load_block,
+        "store_block": store_block,
+        # a partition is one thread
+        "barrier": lambda: None,
+        "reinterpret": Shared.reinterpret,
         "fence_async_shared": lambda: None,
         "warpgroup_mma": product,
         "warpgroup_mma_wait": lambda pendings, deps: deps[0],

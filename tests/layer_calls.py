@@ -10,6 +10,7 @@ import torch
 from function_calls import E4M3, NARROW, Call, counts, quantizer
 from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher, formats, quantize_expert_batch, quantize_weight, testing
 from moequant.config import DispatcherConfig
+from moequant.environment import environment
 
 SETTINGS: dict[str, Any] = {"num_experts": 3, "top_k": 2, "hidden_size": 40, "max_tokens_per_rank": 8}
 
@@ -160,6 +161,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
     ),
     "MoEQuantDispatcher.check": lambda: on(dispatcher(), "check", wait=True),
     "MoEQuantDispatcher.close": lambda: on(dispatcher(), "close"),
+    "environment": lambda: Call(environment, {}),
     "format_of": lambda: Call(formats.format_of, {"dtype": E4M3}, **quantizer(NARROW)),
     "recipe_of": lambda: Call(formats.recipe_of, {"name": "default"}),
     "max_of": lambda: Call(formats.max_of, {"dtype": E4M3, "recipe": "default"}, **quantizer(NARROW)),

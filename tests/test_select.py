@@ -178,7 +178,7 @@ def test_gpus_of_one_nvlink_domain_have_atomics_over_their_link():
     identities = [str(torch.cuda.get_device_properties(index).uuid) for index in range(count)]
     for device in range(count):
         assert all(peer_memory._link_has_atomics(device, peer) for peer in range(count) if peer != device)
-        assert peer_memory._peer_access_problem(torch.device("cuda", device), identities) is None
+        assert peer_memory.peer_access_problem(torch.device("cuda", device), identities) is None
 
 
 def test_buffer_bytes_of_auto_with_an_exchange_are_those_of_collective(monkeypatch):

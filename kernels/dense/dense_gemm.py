@@ -22,6 +22,7 @@ from moequant.kernels.gemm.grouped_gemm import (
     tma_readable,
 )
 from moequant.kernels.library.common import quantize_group
+from moequant.kernels.library.launch import launchable
 
 # Half as wide, so that few tiles are on more multiprocessors.
 NARROW_TILES = Config(64, 4, 6, 2, block_n=64)
@@ -38,6 +39,7 @@ CANDIDATES = (
 )
 
 
+@launchable
 @triton.jit
 def dense_gemm_kernel(
     a,

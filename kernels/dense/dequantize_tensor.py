@@ -6,7 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.launch import launchable
 
+
+@launchable
 @triton.jit
 def dequantize_tensor_kernel(values_ptr, scale_ptr, out_ptr, count, MAX: tl.constexpr, BLOCK: tl.constexpr):
     """A program has BLOCK numbers. Example: 10 numbers, BLOCK=4: program 2 has numbers 8..9."""

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import num_sms, quantize_group, silu, storable
+from moequant.kernels.library.launch import launchable
 
 # numbers of a tile; a row is one tile at most
 TILE = 8192
@@ -45,6 +46,7 @@ def gated_product(y, inverse, inverse_low, weight, gate):
     return tl.fma(weighted, gate, lost * gate)
 
 
+@launchable
 @triton.jit
 def fused_rms_quantize_kernel(
     x_ptr,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import num_sms, quantize_group, quotient
+from moequant.kernels.library.launch import launchable
 
 
 @triton.jit
@@ -42,6 +43,7 @@ def gelu_of_twice(h):
     return tl.fma(u * -1.0, tail, h + tl.abs(h))
 
 
+@launchable
 @triton.jit
 def int8_gelu_kernel(
     x_ptr,

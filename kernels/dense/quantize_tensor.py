@@ -8,6 +8,7 @@ import triton.language as tl
 
 from moequant.kernels.library.common import INF_BITS, num_sms
 from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin
+from moequant.kernels.library.launch import launchable
 
 # numbers of a program's block
 BLOCK = 4096
@@ -30,6 +31,7 @@ def largest_bits(x_ptr, block, step, count, BLOCK: tl.constexpr):
     return tl.max(largest, axis=0)
 
 
+@launchable
 @triton.jit
 def amax_kernel(x_ptr, largest_ptr, count, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     """Each program has the blocks that are its turn, and one number in largest_ptr, their `largest_bits`."""
@@ -37,6 +39,7 @@ def amax_kernel(x_ptr, largest_ptr, count, EARLY: tl.constexpr, BLOCK: tl.conste
     tl.store(largest_ptr + tl.program_id(0), largest_bits(x_ptr, tl.program_id(0), tl.num_programs(0), count, BLOCK))
 
 
+@launchable
 @triton.jit
 def quantize_tensor_kernel(
     x_ptr,

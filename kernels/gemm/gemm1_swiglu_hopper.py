@@ -31,8 +31,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from moequant.kernels.library.common import INF_BITS, multiprocessors, runs_gluon
+from moequant.kernels.library.gluon import barrier, reinterpret, store_block
 from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_matrix, takes
 from moequant.kernels.library.hopper_ring import SCALAR, TILE_WORDS, advance, load_tiles, next_tile, product, release
+from moequant.kernels.library.launch import launchable
 
 STAGES = 4
 
@@ -105,7 +107,7 @@ def store_values(pointer, values_s, row, rows_left, column, I: gl.constexpr):  #
     # 32 bits for what differs from row to row: 64 would be kept in registers that the products need
     at = pointer + row.to(gl.int64) * I + column
     gl.store(at + (rows[:, None] * I + columns[None, :]), x, mask=(rows < rows_left)[:, None])
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
@@ -125,11 +127,11 @@ def scale_pointers(b_scales, zero, expert, column_tile, N: gl.constexpr, G: gl.c
 
 
 @gluon.jit
-def release_part(barrier, both):
+def release_part(empty, both):
     """`release`, for the other warpgroup as well."""
-    gl.thread_barrier()
-    mbarrier.arrive(barrier, count=1)
-    mbarrier.arrive(barrier, count=1, pred=both)
+    barrier()
+    mbarrier.arrive(empty, count=1)
+    mbarrier.arrive(empty, count=1, pred=both)
 
 
 @gluon.jit
@@ -228,13 +230,14 @@ def multiply_tiles(
             my_values_s.store(fp8)
             if my_rows_left >= 64:
                 fence_async_shared()
-                tma.async_copy_shared_to_global(values, [my_row, my_column_tile * 128], my_values_s)
+                store_block(values, [my_row, my_column_tile * 128], my_values_s)
             else:
                 store_values(values_pointer, my_values_s, my_row, my_rows_left, my_column_tile * 128, N // 2)
             store_scales(scales_output, scale, my_expert, my_row - my_expert * M, my_rows_left, my_column_tile)
     tma.store_wait(pendings=0)
 
 
+@launchable
 @gluon.jit
 def gemm1_swiglu_hopper_kernel(
     a,
@@ -263,7 +266,7 @@ def gemm1_swiglu_hopper_kernel(
     a_s = gl.allocate_shared_memory(a.dtype, [STAGES * 2, 64, 128], a.layout)
     b_s = gl.allocate_shared_memory(b.dtype, [STAGES * 2, 128, 128], b.layout)
     scales_block = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, 64], a_scales.layout)
-    a_scales_s = scales_block._reinterpret(gl.float32, [STAGES * 2, 64], SCALAR)
+    a_scales_s = reinterpret(scales_block, gl.float32, [STAGES * 2, 64], SCALAR)
     values_s = gl.allocate_shared_memory(values.dtype, [2, 64, 128], values.layout)
     tile_s = gl.allocate_shared_memory(gl.int32, [STAGES * TILE_WORDS, 1], SCALAR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -312,14 +315,15 @@ def gemm1_swiglu_hopper(
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
     values: (L, M, I) contiguous float8_e4m3fn. scales: (L, M, I / 128) float32, strides (any, 1, any).
     max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`. num_sms: multiprocessors to use;
-    None for all.
+    None for all, 0 to compile and no more.
     """
     experts, rows, hidden = a.shape
     columns = w13.shape[1]
     groups = triton.cdiv(hidden, 128)
     scales_matrix, scale_rows = scale_matrix(a_scales)
     tiles = experts * triton.cdiv(rows, 128) * (columns // 256)
-    gemm1_swiglu_hopper_kernel[(min(num_sms or multiprocessors(a.device), tiles),)](
+    sms = multiprocessors(a.device) if num_sms is None else num_sms
+    gemm1_swiglu_hopper_kernel[(min(sms, tiles),)](
         matrix(a, 64, 128),
         matrix(w13, 128, 128),
         scales_matrix,

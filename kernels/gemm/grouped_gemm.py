@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moequant.kernels.gemm.sum_parts import sum_parts
 from moequant.kernels.library.early import begins_early, let_next_begin
+from moequant.kernels.library.launch import launchable
 
 # The width of b's blocks and of the groups: a column tile of at most as many columns has one scale for each group.
 GROUP_SIZE = 128
@@ -39,6 +40,7 @@ def locate_tile(tile, ends, counts, BLOCK_M: tl.constexpr, BAND: tl.constexpr, C
     return expert, count, band * BAND + inside % height, inside // height
 
 
+@launchable
 @triton.jit
 def grouped_gemm_kernel(
     a,

@@ -37,6 +37,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from moequant.kernels.library.common import multiprocessors
+from moequant.kernels.library.gluon import barrier, reinterpret, store_block
 from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_matrix
 from moequant.kernels.library.hopper_ring import (
     SCALAR,
@@ -48,6 +49,7 @@ from moequant.kernels.library.hopper_ring import (
     release,
     scale_pointers,
 )
+from moequant.kernels.library.launch import launchable
 
 
 @gluon.jit
@@ -98,21 +100,21 @@ def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.cons
     PIECES: gl.constexpr = COLUMNS // 64
     tma.store_wait(pendings=0)
     # warpgroup W's half of out_s, as one block and as the 64 columns that TMA moves at a time
-    whole = out_s._reinterpret(out_s.dtype, [256 // COLUMNS, 64, COLUMNS], out_s.layout).index(W * 128 // COLUMNS)
+    whole = reinterpret(out_s, out_s.dtype, [256 // COLUMNS, 64, COLUMNS], out_s.layout).index(W * 128 // COLUMNS)
     whole.store(acc.to(out_s.dtype))
     if destinations is not None:
         # half of them at a time: the products have no registers to spare
         for half in gl.static_range(2):
             part = whole.slice(half * 32, 32, 0)
             store_rows(part, None, destinations, row + half * 32, rows_left - half * 32, column, N, TILE)
-        gl.thread_barrier()
+        barrier()
     elif rows_left >= 64:
         fence_async_shared()
         for piece in gl.static_range(PIECES):
-            tma.async_copy_shared_to_global(out, [row, column + piece * 64], out_s.index(W * 2 + piece))
+            store_block(out, [row, column + piece * 64], out_s.index(W * 2 + piece))
     else:
         store_rows(whole, out_pointer, None, row, rows_left, column, N, TILE)
-        gl.thread_barrier()
+        barrier()
 
 
 @gluon.jit
@@ -131,7 +133,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
     # what the tensor cores add in: int8 exactly
     SUM: gl.constexpr = gl.int32 if a_s.dtype == gl.int8 else gl.float32
     # in a short tile of narrow ones each warpgroup has 64 columns
-    b_short_s = b_s._reinterpret(b_s.dtype, [STAGES * 2, SHORT, 128], b_s.layout)
+    b_short_s = reinterpret(b_s, b_s.dtype, [STAGES * 2, SHORT, 128], b_s.layout)
     # zeros that the compiler can't see through: they keep b's scales out of the uniform registers, which the products would wait for
     zero = (gl.program_id(0) + gl.arange(0, 64, ROWS)) >> 28
     stage = 0
@@ -217,6 +219,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
     tma.store_wait(pendings=0)
 
 
+@launchable
 @gluon.jit
 def grouped_gemm_hopper_kernel(
     a,
@@ -244,7 +247,7 @@ def grouped_gemm_hopper_kernel(
     a_s = gl.allocate_shared_memory(a.dtype, [STAGES * 2, 64, 128], a.layout)
     b_s = gl.allocate_shared_memory(b.dtype, [STAGES * HALVES, 128, 128], b.layout)
     scales_block = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, 64], a_scales.layout)
-    a_scales_s = scales_block._reinterpret(gl.float32, [STAGES * 2, 64], SCALAR)
+    a_scales_s = reinterpret(scales_block, gl.float32, [STAGES * 2, 64], SCALAR)
     OUT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=OUT.primitive_bitwidth, rank=2)
     out_s = gl.allocate_shared_memory(OUT, [4, 64, 64], OUT_LAYOUT)
     tile_s = gl.allocate_shared_memory(gl.int32, [STAGES * TILE_WORDS, 1], SCALAR)
@@ -324,7 +327,7 @@ def grouped_gemm_blockscale_hopper(
     out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written. None with destinations.
     destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, a multiple of 16 if N is one of 8.
     expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M. config: instead of that choice.
-    num_sms: multiprocessors to use; None for all.
+    num_sms: multiprocessors to use; None for all, 0 to compile and no more.
     """
     assert (out is None) != (destinations is None)
     experts, rows, depth = a.shape

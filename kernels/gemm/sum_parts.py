@@ -10,11 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from moequant.kernels.library.early import await_previous, launch_option
+from moequant.kernels.library.launch import launchable
 
 # Columns of a program.
 BLOCK = 512
 
 
+@launchable
 @triton.jit
 def sum_parts_kernel(
     partials,

@@ -11,6 +11,8 @@ from triton import knobs
 from triton.language.target_info import current_target
 from triton.runtime.jit import constexpr_function
 
+from moequant.kernels.library.triton_versions import why_no_gluon
+
 # The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
 INF_BITS = tl.constexpr(0x7F800000)
 
@@ -32,12 +34,9 @@ def multiprocessors(device: torch.device) -> int:
     return num_sms(device) if device.type == "cuda" else 132
 
 
-@functools.lru_cache
 def runs_gluon(device: torch.device) -> bool:
-    """Whether the Gluon kernels for Hopper run on a device. Gluon's names change from one minor version of Triton to the next."""
-    if device.type != "cuda" or torch.version.hip is not None or not triton.__version__.startswith("3.6."):
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    """Whether the Gluon kernels for Hopper run on a device."""
+    return why_no_gluon(device) is None
 
 
 @functools.lru_cache

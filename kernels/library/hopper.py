@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moequant.kernels.gemm.grouped_gemm import few_tiles
 from moequant.kernels.library.common import multiprocessors, runs_gluon
+from moequant.kernels.library.launch import current_stream
 
 # Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
 REGISTERS = 168
@@ -74,7 +75,7 @@ class TileCounters:
         if torch.cuda.is_current_stream_capturing():
             # memory that is made during a capture belongs to its graph, which zeroes it at each replay
             return unused.pop() if unused else torch.zeros(2, dtype=torch.int32, device=device)
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
+        key = (device, current_stream(device.index))
         if not unused:
             # 16 bytes apart, as Triton compiles anew for pointers that are aligned otherwise
             self.chunks.append(torch.zeros(4096, 4, dtype=torch.int32, device=device))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+
+from moequant.kernels.library.gluon import barrier, load_block
 
 # Row tiles of one expert that run side by side over the same columns.
 BAND = gl.constexpr(16)
@@ -120,17 +122,17 @@ def load_tiles(
                 write_scalar(tile_s.index(stage * TILE_WORDS + 1), count - row)
                 write_scalar(tile_s.index(stage * TILE_WORDS + 2), column_tile)
                 write_scalar(tile_s.index(stage * TILE_WORDS + 3), expert)
-                gl.thread_barrier()
+                barrier()
             # only constants can be expected
             mbarrier.expect(loaded, 2 * A_BYTES + B_BYTES, pred=both)
             mbarrier.expect(loaded, A_BYTES + B_BYTES, pred=both == 0)
-            tma.async_copy_global_to_shared(b, [b_row, k * 128], loaded, b_s.index(stage * HALVES))
-            tma.async_copy_global_to_shared(a, [a_row, k * 128], loaded, a_s.index(stage * 2))
-            tma.async_copy_global_to_shared(a_scales, [scale_row + k, row], loaded, a_scales_s.index(stage * 2))
+            load_block(b, [b_row, k * 128], loaded, b_s.index(stage * HALVES))
+            load_block(a, [a_row, k * 128], loaded, a_s.index(stage * 2))
+            load_block(a_scales, [scale_row + k, row], loaded, a_scales_s.index(stage * 2))
             if HALVES == 2:
-                tma.async_copy_global_to_shared(b, [b_row + SECOND, k * 128], loaded, b_s.index(stage * HALVES + 1))
-            tma.async_copy_global_to_shared(a, [a_row + 64, k * 128], loaded, a_s.index(stage * 2 + 1), pred=both)
-            tma.async_copy_global_to_shared(a_scales, [scale_row + k, row + 64], loaded, a_scales_s.index(stage * 2 + 1), pred=both)
+                load_block(b, [b_row + SECOND, k * 128], loaded, b_s.index(stage * HALVES + 1))
+            load_block(a, [a_row + 64, k * 128], loaded, a_s.index(stage * 2 + 1), pred=both)
+            load_block(a_scales, [scale_row + k, row + 64], loaded, a_scales_s.index(stage * 2 + 1), pred=both)
             stage, phase = advance(stage, phase, STAGES)
             # the ring is full by now, so that the answer is there before it is wanted
             if k == G // 2:
@@ -139,7 +141,7 @@ def load_tiles(
     mbarrier.wait(empty.index(stage), phase)
     write_scalar(tile_s.index(stage * TILE_WORDS + 2), 0)
     write_scalar(tile_s.index(stage * TILE_WORDS + 3), -1)
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(full.index(stage), count=1)
     if gl.atomic_add(counter + 1, 1, sem="acq_rel") == programs - 1:
         gl.store(counter, 0)
@@ -171,10 +173,10 @@ def scale_pointers(b_scales, zero, expert, column_tile, HALVES: gl.constexpr, N:
 
 
 @gluon.jit
-def release(barrier):
+def release(empty):
     """Gives a stage back to the TMA warp. One thread arrives, so all must be done with it."""
-    gl.thread_barrier()
-    mbarrier.arrive(barrier, count=1)
+    barrier()
+    mbarrier.arrive(empty, count=1)
 
 
 @gluon.jit

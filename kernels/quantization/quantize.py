@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import locate_block, num_sms, quantize_group, row_blocks, silu_mul_product, storable
+from moequant.kernels.library.launch import launchable
 
 
 @triton.jit
@@ -48,6 +49,7 @@ def locate_rows(block, counts, ends, experts, rows, BLOCK: tl.constexpr, EXPERTS
         return block % experts, block // experts * BLOCK, rows
 
 
+@launchable
 @triton.jit
 def quantize_kernel(
     x_ptr,

@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import divide_and_round, group_scale, storable
+from moequant.kernels.library.launch import launchable
 
 
+@launchable
 @triton.jit
 def quantize_weight_kernel(
     w_ptr,

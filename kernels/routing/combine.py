@@ -11,9 +11,11 @@ import triton.language as tl
 
 from moequant.kernels.library.common import num_sms
 from moequant.kernels.library.early import await_previous, launch_option, may_begin_early
+from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.symmetric import NO_FAULT
 
 
+@launchable
 @triton.jit
 def combine_kernel(
     y_ptr,

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import unlike
+from moequant.kernels.library.launch import launchable
 
 
+@launchable
 @triton.jit
 def count_strangers_kernel(words_ptr, status_ptr, rank, ranks, stride, LANES: tl.constexpr):
     """One program. A rank's words are the number of its call and what it is.

@@ -9,7 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.launch import launchable
 
+
+@launchable
 @triton.jit
 def move_source_rows_kernel(
     padded_ptr,

@@ -10,7 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.launch import launchable
 
+
+@launchable
 @triton.jit(do_not_specialize=["tokens"])
 def plan_partials_kernel(
     ids_ptr,
@@ -50,6 +53,7 @@ def plan_partials_kernel(
         tl.store(partials_ptr + token * ranks + rank, tl.where(held, row, -1), mask=token < tokens)
 
 
+@launchable
 @triton.jit
 def locate_entries_kernel(
     entries_ptr,

@@ -9,7 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.launch import launchable
 
+
+@launchable
 @triton.jit(do_not_specialize=["tokens"])
 def plan_sends_kernel(
     ids_ptr, tokens_ptr, counts_ptr, tokens, local_experts, most, K: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr
@@ -31,6 +34,7 @@ def plan_sends_kernel(
     tl.store(counts_ptr + rank, seen)
 
 
+@launchable
 @triton.jit(do_not_specialize=["entries"])
 def plan_returns_kernel(
     ids_ptr, slots_ptr, offsets_ptr, starts_ptr, rows_ptr, entries, local_experts, ranks, capacity, BLOCK: tl.constexpr

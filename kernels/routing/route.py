@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.early import begins_early, let_next_begin
+from moequant.kernels.library.launch import launchable
 
 
 # Not specialized on the number of entries, which changes from call to call.
+@launchable
 @triton.jit(do_not_specialize=["entries"])
 def route_kernel(
     ids_ptr,

@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import num_sms, quantize_group, storable
+from moequant.kernels.library.launch import launchable
 
 COPY, QUANTIZE, COPY_SCALES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
+@launchable
 @triton.jit
 def scatter_kernel(
     x_ptr,

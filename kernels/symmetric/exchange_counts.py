@@ -12,6 +12,7 @@ from triton.language.extra.cuda import globaltimer
 
 from moequant.kernels.library.common import takes_ptx, unlike
 from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin
+from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.symmetric import COUNTS, NO_FAULT, agreed, end_wait, peer_block
 
 EXPIRED = tl.constexpr(1 << 16)
@@ -33,6 +34,7 @@ def store_word(pointers, word, mask):
         tl.store(pointers, word, mask=mask)
 
 
+@launchable
 @triton.jit(do_not_specialize=["call", "limit"])
 def exchange_counts_kernel(
     counts_ptr,

@@ -11,9 +11,11 @@ import triton.language as tl
 
 from moequant.kernels.library.common import locate_block, num_sms, row_blocks
 from moequant.kernels.library.early import await_previous, launch_option, may_begin_early, most_programs
+from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.symmetric import NO_FAULT
 
 
+@launchable
 @triton.jit
 def land_rows_kernel(
     values_ptr,

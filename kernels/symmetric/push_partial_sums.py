@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import locate_block, num_sms, row_blocks
+from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.symmetric import NO_FAULT, OUTPUTS, first_flag, last_program, peer_block, signal_peers, wait_for_peers
 
 
+@launchable
 @triton.jit(do_not_specialize=["limit"])
 def push_partial_sums_kernel(
     y_ptr,

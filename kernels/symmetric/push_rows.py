@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import locate_block, num_sms, row_blocks
+from moequant.kernels.library.launch import launchable
 
 
+@launchable
 @triton.jit
 def push_rows_kernel(
     y_ptr,

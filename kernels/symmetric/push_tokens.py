@@ -22,6 +22,7 @@ import triton.language as tl
 
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin, may_begin_early
+from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.symmetric import ROWS, last_program, peer_block, signal_peers, wait_for_peers
 
 
@@ -30,6 +31,7 @@ def note_words(groups: int, top_k: int, per_rank: bool) -> int:
     return 4 * (triton.cdiv(groups, 4) + 1 + (2 * triton.cdiv(top_k, 4) if per_rank else 0))
 
 
+@launchable
 @triton.jit(do_not_specialize=["tokens", "limit"])
 def push_tokens_kernel(
     x_ptr,

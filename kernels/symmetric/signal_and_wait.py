@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.early import begins_early, let_next_begin
+from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.symmetric import NO_FAULT, first_flag, signal_peers, wait_for_peers
 
 
+@launchable
 @triton.jit(do_not_specialize=["limit", "way"])
 def signal_and_wait_kernel(
     peers_ptr,

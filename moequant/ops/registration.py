@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "is_traced",
     "registered",
     "uses_kernels",
 ]
@@ -44,6 +45,10 @@ def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         @functools.wraps(function)
         def on_device(x: Tensor, *args: Any, **kwargs: Any) -> None:
+            # a context of torch.cuda costs more than the question
+            if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+                function(x, *args, **kwargs)
+                return
             with torch.cuda.device_of(x):
                 function(x, *args, **kwargs)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from moequant.batch import ExpertBatch, Owner, ceil_div
 from moequant.config import DispatcherConfig
 from moequant.errors import CallOrderError, PeerTimeoutError
+from moequant.repeats import Repeats
 from moequant.transport.calls import Call
 
 
@@ -77,6 +78,9 @@ class Slot:
         self.buffers = buffers
         self.calls = calls
         self.call = Call(0, number)
+        # by the guess of their rows: the same views, so that what was found out about a batch holds for the next one
+        self.batches: dict[int, ExpertBatch] = {}
+        self.repeats = Repeats()
         self.generation = 0
         self.stage = Stage.NONE
         # the type of the rows that are being pushed
@@ -116,6 +120,11 @@ class Slot:
 
 class Transport(ABC):
     """Moves rows to their experts and back. One instance serves one dispatcher; `slot` says whose buffers a call uses."""
+
+    # whether the steps' launches are all that they do, from call to call the same
+    repeats = False
+    # of waits for other ranks, in the kernels' units
+    limit = 0
 
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor) -> None:
         """status: (3,) int64, which the device can add to: ids out of range, rows without a place, ranks out of step."""
@@ -202,11 +211,14 @@ class Transport(ABC):
         """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
         config = self.config
         mean = ceil_div(tokens * config.top_k * config.world_size, config.num_experts)
-        scales = slot["scales"].transpose(1, 2) if config.quantized else None
         rows = min(max(mean, 1), config.max_rows)
-        return ExpertBatch(
-            slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number, self.owner
-        )
+        batch = slot.batches.get(rows)
+        if batch is None:
+            scales = slot["scales"].transpose(1, 2) if config.quantized else None
+            batch = slot.batches[rows] = ExpertBatch(
+                slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number, self.owner
+            )
+        return batch
 
 
 def batch_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
@@ -17,7 +16,7 @@ from moequant.config import DispatcherConfig
 from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError
 from moequant.transport import guards
 from moequant.transport.base import Slot, Transport
-from moequant.transport.peer_memory import host_words
+from moequant.transport.peer_memory import host_words, view_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,12 +31,16 @@ def step(method: Method) -> Method:
     untraced: Callable[..., Any] | None = None
 
     def guarded(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
-        with self._turn, torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            try:
+        try:
+            # a context of torch.cuda costs more than the question
+            if self._gpu is None or self._gpu == torch.cuda.current_device():
+                with self._turn:
+                    return method(self, *args, **kwargs)
+            with self._turn, torch.cuda.device(self.device):
                 return method(self, *args, **kwargs)
-            except (PeerTimeoutError, OutOfStepError) as error:
-                self._fault = self._fault or error
-                raise
+        except (PeerTimeoutError, OutOfStepError) as error:
+            self._fault = self._fault or error
+            raise
 
     @functools.wraps(method)
     def run(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
@@ -62,12 +65,14 @@ class Lifecycle:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._gpu = device.index if device.type == "cuda" else None
         self._closed = False
         self._fault: PeerTimeoutError | OutOfStepError | None = None
         self._turn = threading.RLock()
         # ids out of range, rows without room and ranks out of step, and what of them was reported
         self._status = host_words(3, torch.int64, device)
         self._reported = [0, 0, 0]
+        self._counted = view_of(self._status)
 
     def check(self, *, wait: bool = True) -> int:
         """Reports what dispatches since the last check could not raise. Not collective.
@@ -95,7 +100,7 @@ class Lifecycle:
 
     def _news(self) -> list[int]:
         """What the device counted since the last report, as far as it has come: ids out of range, rows without room, strangers."""
-        return [now - before for now, before in zip(self._status.tolist(), self._reported, strict=True)]
+        return [now - before for now, before in zip(self._counted, self._reported, strict=True)]
 
     def close(self) -> None:
         """Waits for the device and lets go of the buffers, whose memory is free when the last batch is gone that lies in them. Graphs
@@ -148,7 +153,7 @@ class Lifecycle:
     def _raise_fault(self) -> None:
         """Raises what the transport's kernels have noticed, as far as they have come."""
         self._fault = self._transport.fault()
-        if self._fault is None and self._status[2]:
+        if self._fault is None and self._counted[2]:
             self._fault = OutOfStepError(
                 "ranks of the group made different calls, and results since the last check are wrong: one rank raised an error, skipped "
                 "a call that the others made, made another, or returned its experts' rows in another type or way. Build a new dispatcher"
@@ -163,13 +168,8 @@ class Lifecycle:
             )
         return self._slots[slot]
 
-    @contextmanager
-    def _counting_refusals(self) -> Iterator[None]:
+    def _count_refusal(self) -> None:
         """A call that is refused counts too: ranks that go on without this one must notice."""
-        try:
-            yield
-        except Exception:
-            for slot in self._slots:
-                if slot.calls is not None:
-                    slot.calls.add_(1)
-            raise
+        for slot in self._slots:
+            if slot.calls is not None:
+                slot.calls.add_(1)

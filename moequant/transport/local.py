@@ -17,6 +17,8 @@ from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, ro
 
 
 class LocalTransport(Transport):
+    repeats = True
+
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
         specs = {**batch_specs(config), **routing_specs(config), "counts": BufferSpec((config.num_experts,), torch.int32)}

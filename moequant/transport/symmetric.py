@@ -29,7 +29,7 @@ from moequant.ops import quantize_settings
 from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
 from moequant.transport.calls import Call
 from moequant.transport.guards import Guards, offsets_of
-from moequant.transport.peer_memory import PeerMemory, host_words
+from moequant.transport.peer_memory import PeerMemory, host_words, view_of
 from moequant.transport.rendezvous import exchange
 
 # of a phase that is not done in time: what the culprit did not do
@@ -59,6 +59,8 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
 
 
 class SymmetricTransport(Transport):
+    repeats = True
+
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup) -> None:
         from moequant.kernels.library.symmetric import NO_FAULT
 
@@ -73,6 +75,7 @@ class SymmetricTransport(Transport):
         self.no_fault: int = NO_FAULT.value
         self.memory.local[self.abort_offset :][:4].view(torch.int32).fill_(self.no_fault)
         self.record = host_words(1, torch.int32, device).fill_(self.no_fault)
+        self.noticed = view_of(self.record)
         self.limit = self._units(WARM_UP_SECONDS)
         # no rank may signal before every abort word and flag is set
         self._barrier(config.timeout)
@@ -179,7 +182,7 @@ class SymmetricTransport(Transport):
         self._sum(slot.pending.dtype, topk_weights, out, slot, state)
 
     def fault(self) -> PeerTimeoutError | None:
-        word = int(self.record)
+        word = self.noticed[0]
         if word == self.no_fault:
             return None
         step, culprit = word >> 8, word & 0xFF

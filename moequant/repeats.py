@@ -1,0 +1,153 @@
+"""Launches of an earlier call, made again with new addresses: what a step costs the host when it comes as it came before.
+
+A step of a layer syncs with nothing and depends on no counter of the host, so that a CUDA graph can hold it. So its launches follow from
+its settings and from how its tensors are made up, and where those come again, all that leads to the launches, the checks, the choice of
+kernels and tiles, Triton's lookups, has one result. A graph keeps addresses too; here those of the step's inputs are put in anew.
+
+Example: a combine of y, weights and out launches one kernel with the arguments (y, rows, weights, out, 2048, ..). Recorded are the
+compiled kernel and the values (0x100, 0x900, 0x200, 0x300, 2048, ..), and that places 0, 2 and 3 are the inputs 0, 1 and 2. The next call
+of the same make-up has its inputs at 0x500, 0x600 and 0x700, and launches with (0x500, 0x900, 0x600, 0x700, 2048, ..).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from moequant import ops
+
+if TYPE_CHECKING:
+    from moequant.kernels.library.launch import Launch
+
+Result = TypeVar("Result")
+
+# Steps that are kept: by stream, number of tokens, layer. More come from nothing that repeats.
+MOST_STEPS = 1024
+# What a step may ask of torch, and have a recording that is all of it: views, uninitialised memory, and questions.
+HARMLESS = frozenset(
+    (
+        *("__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_contiguous", "is_floating_point", "is_neg"),
+        *("numel", "size", "storage_offset", "stride", "untyped_storage"),
+        *("__getitem__", "expand", "flatten", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
+        *("empty", "empty_like", "new_empty"),
+    )
+)
+
+
+class Repeated(NamedTuple):
+    """A launch, its values, and which of them are addresses of which inputs."""
+
+    launch: Launch
+    places: tuple[tuple[int, int], ...]
+
+
+class Watch(TorchFunctionMode):
+    """Notices whether torch itself does something to tensors, which no recording of launches has."""
+
+    harmless = True
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.harmless &= getattr(function, "__name__", "") in HARMLESS
+        return function(*arguments, **(named or {}))
+
+
+class Repeats:
+    """What was recorded of some steps. It goes with what owns the tensors that are not inputs: launches hold those."""
+
+    def __init__(self) -> None:
+        # None for a step that can't be repeated
+        self._steps: dict[tuple[Any, ...], tuple[list[Repeated], Any] | None] = {}
+
+    def run(self, x: Tensor, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Result]) -> Result:
+        """The result of a step: by the step itself, or by repeating its launches, and then it is the recorded step's result.
+
+        x: a tensor on the step's device. inputs: the tensors that are not the same ones each time. settings: all else that the step
+        depends on and that may change. call: the step. It allocates no result.
+        """
+        device = self.device(x)
+        if device is None:
+            return call()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run(x, inputs, settings, call)
+        from moequant.kernels.library.launch import current_stream, start
+
+        stream = current_stream(device)
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        key: list[Any] = [stream, *settings]
+        for tensor, address in zip(inputs, addresses, strict=True):
+            key += tensor.dtype, tensor.shape, tensor.stride(), address & 15 == 0, tensor.requires_grad
+        found = tuple(key)
+        if found not in self._steps:
+            return self._first(found, inputs, addresses, call)
+        step = self._steps[found]
+        if step is None:
+            return call()
+        launches, result = step
+        for launch, places in launches:
+            values = launch.values
+            if places:
+                values = values.copy()
+                for place, number in places:
+                    values[place] = addresses[number]
+            start(launch, values, stream)
+        return result
+
+    def device(self, x: Tensor) -> int | None:
+        """The GPU on which launches of a step on x may be repeated, None where they are not: a graph, which is captured, draws tile
+        counters of its own."""
+        if not x.is_cuda or ops.is_traced(x) or torch.cuda.is_current_stream_capturing():
+            return None
+        return x.get_device()
+
+    def _first(self, key: tuple[Any, ...], inputs: tuple[Tensor, ...], addresses: list[int], call: Callable[[], Result]) -> Result:
+        """The step itself, recorded if its launches are all that it does."""
+        from moequant.kernels.library.launch import record
+
+        with record() as launches, Watch() as watch:
+            result = call()
+        # a kernel's first launch of a kind is Triton's: the next time, then
+        if None not in launches:
+            repeated = [placed(launch, inputs, addresses) for launch in launches]
+            # of two inputs in one place nothing says which is meant; those without elements are at 0
+            given = [address for address in addresses if address]
+            whole = watch.harmless and None not in repeated and len({*given}) == len(given)
+            if len(self._steps) >= MOST_STEPS:
+                self._steps.clear()
+            self._steps[key] = ([step for step in repeated if step is not None], result) if whole else None
+        return result
+
+
+def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> Repeated | None:
+    """A launch, and where the inputs' addresses stand in it; it holds the other tensors. None if it has parts of inputs."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    places, held = [], []
+    for place, argument in enumerate(launch.arguments):
+        parts = argument if isinstance(argument, tuple) else (argument,)
+        for part in parts:
+            # a TMA descriptor has an address as well
+            base = getattr(part, "base", part)
+            if not hasattr(base, "data_ptr"):
+                continue
+            if base.data_ptr() in addresses and part is argument and isinstance(part, Tensor):
+                places.append((place, addresses.index(part.data_ptr())))
+            elif is_of(base, inputs, storages):
+                return None
+            else:
+                held.append(part)
+    return Repeated(launch._replace(arguments=tuple(held)), tuple(places))
+
+
+def is_of(base: Any, inputs: tuple[Tensor, ...], storages: set[int]) -> bool:
+    """Whether an address lies in the memory of an input."""
+    if isinstance(base, Tensor):
+        return base.numel() > 0 and base.untyped_storage().data_ptr() in storages
+    for tensor in inputs:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() <= base.data_ptr() < storage.data_ptr() + storage.nbytes():
+            return True
+    return False

@@ -1,0 +1,28 @@
+"""Objects by number, so that a compiled graph, which can hold numbers but no objects, can name them."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Any
+
+
+class Numbered:
+    """Gives each object a number, for as long as the object lives; a number is never given twice."""
+
+    def __init__(self) -> None:
+        self._next = itertools.count()
+        self._objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+    def number(self, value: object) -> int:
+        for number, known in self._objects.items():
+            if known is value:
+                return number
+        number = next(self._next)
+        self._objects[number] = value
+        return number
+
+    def __getitem__(self, number: int) -> Any:
+        if number not in self._objects:
+            raise RuntimeError("a compiled graph calls a dispatcher or experts that are gone; keep them as long as the graph")
+        return self._objects[number]

@@ -1,0 +1,223 @@
+"""Steps whose launches are repeated: which inputs are put in anew, and what is not repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher
+from moequant.kernels.library.launch import Launchable
+from moequant.repeats import MOST_STEPS, Repeats
+from moequant.testing import assert_bit_equal, routing
+from written_launches import Kernel, install_gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> SimpleNamespace:
+    """CPU tensors are on it."""
+    active = install_gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(Repeats, "device", lambda self, x: 0)
+    return active
+
+
+class Step:
+    """A step of one kernel on (x, kept, y, number), and how often it was asked itself."""
+
+    def __init__(self, change: Callable[[Tensor, Tensor], Any] = lambda x, y: (x, y)) -> None:
+        self.kernel = Kernel("x", "kept", "y", "n")
+        self.wrapped = Launchable(cast(Any, self.kernel))
+        self.kept = torch.zeros(16)
+        self.change = change
+        self.asked = 0
+        self.repeats = Repeats()
+        # the first launch of a kind is Triton's, which can't be repeated
+        for _ in range(2):
+            self(torch.zeros(16), torch.zeros(16))
+        self.asked = 0
+        self.kernel.started.clear()
+
+    def __call__(self, x: Tensor, y: Tensor, *settings: Any) -> Any:
+        def call() -> str:
+            self.asked += 1
+            first, second = self.change(x, y)
+            self.wrapped[(2,)](first, self.kept, second, n=5)
+            return "result"
+
+        return self.repeats.run(x, (x, y), settings, call)
+
+
+def test_a_step_that_comes_again_is_launched_with_the_addresses_of_its_inputs(gpu):
+    step = Step()
+    inputs = [(torch.zeros(16), torch.zeros(16)) for _ in range(3)]
+    results = [step(*both) for both in inputs]
+    assert step.asked == 0 and results == ["result"] * 3
+    assert [started[-1] for started in step.kernel.started] == [
+        (x.data_ptr(), step.kept.data_ptr(), y.data_ptr(), 5) for x, y in inputs
+    ]
+
+
+def test_inputs_may_change_places(gpu):
+    step, x, y = Step(), torch.zeros(16), torch.zeros(16)
+    for both in ((x, y), (y, x)):
+        step(*both)
+    places = [(x.data_ptr(), y.data_ptr()), (y.data_ptr(), x.data_ptr())]
+    assert [(values[0], values[2]) for *_, values in step.kernel.started] == places
+
+
+X = torch.zeros(64)
+OTHERS = {
+    "dtype": (X[:16].int(), X[16:32]),
+    "shape": (X[:8], X[16:32]),
+    "stride": (X[:32:2], X[32:48]),
+    "alignment": (X[1:17], X[32:48]),
+    "settings": (X[:16], X[16:32], "other"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_a_step_may_depend_on_makes_another_one(gpu, name):
+    step = Step()
+    step(*OTHERS[name])
+    assert step.asked == 1
+
+
+def test_streams_have_steps_of_their_own(gpu):
+    step = Step()
+    gpu.stream = 8
+    step(torch.zeros(16), torch.zeros(16))
+    assert step.asked == 1
+
+
+CHANGES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "part of an input": lambda x, y: (x[4:], y),
+    "torch's own work": lambda x, y: (x, y.add_(1)),
+    "a copy": lambda x, y: (x, y.clone()),
+    "a descriptor of an input": lambda x, y: (x, SimpleNamespace(base=y, block_shape=[1], padding="zero")),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_step_that_is_not_its_launches_is_done_itself_each_time(gpu, name):
+    step = Step(CHANGES[name])
+    for _ in range(3):
+        step(torch.zeros(16), torch.zeros(16))
+    assert step.asked == 3
+
+
+def test_two_inputs_in_one_place_are_not_recorded(gpu):
+    step, x = Step(), torch.zeros(32)
+    step.repeats = Repeats()
+    for _ in range(2):
+        step(x, x)
+    assert step.asked == 2
+
+
+def test_memory_that_a_step_takes_is_held_and_inputs_are_not(gpu):
+    taken = []
+
+    def take(x: Tensor, y: Tensor) -> Any:
+        taken.append(torch.empty(1 << 10))
+        return x, taken[-1]
+
+    step = Step(take)
+    x = torch.zeros(16)
+    step(x, torch.zeros(16))
+    (recorded,) = step.repeats._steps.values()
+    assert recorded is not None
+    launches, _ = recorded
+    held = launches[0].launch.arguments
+    assert any(part is taken[1] for part in held) and not any(part is x for part in held)
+    assert step.kernel.started[-1][-1][2] == taken[1].data_ptr()
+
+
+def test_ten_thousand_kinds_of_steps_are_not_all_kept(gpu):
+    step = Step()
+    for number in range(10_000):
+        step(torch.zeros(16), torch.zeros(16), number)
+    assert len(step.repeats._steps) <= MOST_STEPS
+
+
+def test_on_a_cpu_each_step_is_done_itself():
+    asked: list[int] = []
+    for number in range(3):
+        Repeats().run(X, (X,), (), lambda number=number: asked.append(number))
+    assert asked == [0, 1, 2]
+
+
+def inputs_of(tokens: int, seed: int, id_dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, 256, generator=generator).bfloat16().cuda()
+    ids, weights = routing(tokens, 4, 16, "zipf:1", generator)
+    return hidden, ids.to("cuda", id_dtype), weights.cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["int8", "none", "fp8_e4m3fn"])
+@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+def test_repeated_layers_have_the_bits_of_new_ones(quant, reduce):
+    """Layers of a model in turn, numbers of tokens that change, inputs elsewhere each time, two streams: a dispatcher and experts that
+    have seen it all, against ones that are new for each call."""
+    if quant.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8")
+    settings: dict[str, Any] = {"num_experts": 16, "top_k": 4, "hidden_size": 256, "max_tokens_per_rank": 64, "quant": quant}
+    settings |= {"reduce": reduce}
+    generator = torch.Generator().manual_seed(1)
+    weights = [
+        [torch.randn(16, *shape, generator=generator).bfloat16().cuda() / 16 for shape in ((256, 256), (256, 128))]
+        for _ in range(2)
+    ]
+    layers = [GroupedExperts.from_weights(*pair, quant=quant) for pair in weights]
+    side = torch.cuda.Stream()
+    with MoEQuantDispatcher(**settings) as dispatcher:
+        for number in range(40):
+            tokens, which = (1, 64, 17, 0, 64)[number % 5], number % 2
+            stream = side if number % 3 == 2 else torch.cuda.current_stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                given = inputs_of(tokens, number, (torch.int64, torch.int32)[number // 5 % 2])
+                got = dispatcher(*given, layers[which])
+                with MoEQuantDispatcher(**settings) as new:
+                    expected = new(*given, GroupedExperts.from_weights(*weights[which], quant=quant))
+            torch.cuda.synchronize()
+            assert_bit_equal(got, expected)
+        kept = [*dispatcher._slots[0].repeats._steps.values()]
+        kept += [step for layer in layers for repeats in layer._repeats.values() for step in repeats._steps.values()]
+        # one of each layer's calls, and of each dispatch and combine, at least
+        assert len(kept) > 6 and None not in kept
+
+
+@pytest.mark.gpu
+def test_experts_of_one_s_own_are_called_each_time():
+    calls = []
+
+    def experts(batch: ExpertBatch) -> Tensor:
+        calls.append(batch)
+        return batch.values.clone()
+
+    settings: dict[str, Any] = {"num_experts": 16, "top_k": 4, "hidden_size": 256, "max_tokens_per_rank": 64, "quant": "none"}
+    with MoEQuantDispatcher(**settings) as dispatcher:
+        given = inputs_of(20, 0)
+        outs = [dispatcher(*given, experts) for _ in range(4)]
+    assert len(calls) == 4
+    for out in outs[1:]:
+        assert_bit_equal(out, outs[0])
+        assert out.data_ptr() != outs[0].data_ptr()
+
+
+@pytest.mark.gpu
+def test_weights_that_are_replaced_are_seen():
+    settings: dict[str, Any] = {"num_experts": 16, "top_k": 4, "hidden_size": 256, "max_tokens_per_rank": 64, "quant": "none"}
+    w13, w2 = torch.ones(16, 256, 256).bfloat16().cuda(), torch.ones(16, 256, 128).bfloat16().cuda()
+    experts, given = GroupedExperts(w13, w2), inputs_of(20, 0)
+    with MoEQuantDispatcher(**settings) as dispatcher:
+        before = [dispatcher(*given, experts) for _ in range(3)][-1]
+        experts.w2 = w2 * 2
+        assert_bit_equal(dispatcher(*given, experts), before * 2)
+        experts.w2 = torch.zeros_like(w2)
+        assert not dispatcher(*given, experts).any()
