@@ -22,6 +22,7 @@ MODULES = (
     "dense.gemm",
     "dense.int8",
     "dense.per_tensor",
+    "environment",
     "errors",
     "formats",
     "gemm",
