@@ -16,24 +16,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_expert_output, check_format, check_out, check_tokens, with_rows
+from moequant.checks import check_expert_output, check_format, check_out
 from moequant.config import DispatcherConfig
-from moequant.errors import StaleHandleError
 from moequant.experts import GroupedExperts
 from moequant.layer import pushing_experts, run_layer, traced_layer
 from moequant.overlap import run_in_halves, run_in_waves, side_stream
+from moequant.send_recv import SendRecv
 from moequant.transport.agreement import agree, attempt, choose_device, membership
-from moequant.transport.base import Slot, Stage
-from moequant.transport.calls import LAYERS, Call
-from moequant.transport.lifecycle import Lifecycle, step
+from moequant.transport.base import Stage
+from moequant.transport.lifecycle import step
 from moequant.transport.select import buffer_bytes, make_transport, resolve
-from moequant.transport.symmetric import SymmetricTransport
 from moequant.transport.warm_up import warm_up
 
 _NUMBERS = itertools.count()
 
 
-class MoEQuantDispatcher(Lifecycle):
+class MoEQuantDispatcher(SendRecv):
     """Routes, quantizes and exchanges tokens for expert parallelism. One dispatcher serves all layers of a model.
 
     The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes,
@@ -178,91 +176,6 @@ class MoEQuantDispatcher(Lifecycle):
         return batch, self._handle(*arguments, buffers, state, Stage.LANDED)
 
     @step
-    def dispatch_send(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0, layer: int | None = None
-    ) -> DispatchHandle:
-        """The first half of `dispatch`: sends this rank's rows, and does not wait for the others' to arrive. Collective.
-
-        Other work can be queued between it and `dispatch_recv`. With transport "symmetric" it does wait for the other ranks'
-        counts, which say where the rows go, and so for the ranks to come to this call. The transports that can't part the two do
-        all of it here.
-
-        Args:
-            hidden_states: as for `dispatch`.
-            topk_ids: as for `dispatch`.
-            topk_weights: as for `dispatch`.
-            slot: as for `dispatch`.
-            layer: as for `dispatch`.
-
-        Returns:
-            The handle that `dispatch_recv` and `combine` take. Errors are those of `dispatch`.
-        """
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
-        state = self._transport.dispatch_send(*arguments, buffers)
-        return self._handle(*arguments, buffers, state, Stage.SENT)
-
-    @step
-    def dispatch_recv(self, handle: DispatchHandle) -> ExpertBatch:
-        """The second half of `dispatch`: waits until all ranks' rows are there. Collective.
-
-        Args:
-            handle: of `dispatch_send`.
-
-        Returns:
-            The batch.
-        """
-        buffers = self._slot_of(handle, "dispatch_recv")
-        batch = self._transport.dispatch_recv(handle.topk_weights.shape[0], buffers)
-        buffers.done("dispatch_recv")
-        return batch
-
-    @step
-    def dispatch_first(
-        self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        slot: int,
-        experts: int,
-        layer: int | None = None,
-    ) -> tuple[ExpertBatch, DispatchHandle]:
-        """`dispatch` of the rows of each rank's first experts. Collective, transport "symmetric" alone.
-
-        `dispatch_second` sends the others, beside GEMMs of these if need be, before combine.
-
-        Args:
-            hidden_states: as for `dispatch`.
-            topk_ids: as for `dispatch`.
-            topk_weights: as for `dispatch`.
-            slot: as for `dispatch`.
-            experts: how many, from 1 to L - 1.
-            layer: as for `dispatch`.
-
-        Returns:
-            Their batch, and the handle.
-        """
-        transport = self._symmetric()
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, experts)
-        batch, state = transport.dispatch_first(*arguments, buffers, experts)
-        return batch, self._handle(*arguments, buffers, state, Stage.FIRST)
-
-    @step
-    def dispatch_second(self, handle: DispatchHandle) -> ExpertBatch:
-        """The rest of `dispatch_first`. Collective.
-
-        Args:
-            handle: of `dispatch_first`, whose tensors must not have changed.
-
-        Returns:
-            The batch of the other experts.
-        """
-        transport = self._symmetric()
-        buffers = self._slot_of(handle, "dispatch_second")
-        batch = transport.dispatch_second(buffers)
-        buffers.done("dispatch_second")
-        return batch
-
-    @step
     def combine(self, expert_output: Tensor, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
         """Brings each token's rows back from its experts and sums them by their weights. Collective.
 
@@ -292,44 +205,6 @@ class MoEQuantDispatcher(Lifecycle):
         settings = "combine", "output" in buffers.buffers and expert_output.data_ptr() == buffers["output"].data_ptr()
         self._repeated(buffers, inputs, settings, lambda: self._transport.combine(*inputs, buffers, handle.state))
         buffers.done("combine")
-        return out
-
-    @step
-    def combine_send(self, expert_output: Tensor, handle: DispatchHandle) -> None:
-        """The first half of `combine`: makes this rank's rows available, and does not wait for the others'. Collective.
-
-        Other work can be queued between it and `combine_recv`, but none that writes expert_output. Errors are those of `combine`.
-
-        Args:
-            expert_output: as for `combine`.
-            handle: as for `combine`.
-
-        Raises:
-            ValueError: wrong tensors.
-        """
-        buffers = self._slot_of(handle, "combine_send")
-        expert_output = check_expert_output(self.config, self.device, expert_output)
-        self._come_again(buffers)
-        self._transport.combine_send(expert_output, buffers)
-        buffers.done("combine_send")
-
-    @step
-    def combine_recv(self, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
-        """The second half of `combine`: waits until all ranks' rows are there. Collective.
-
-        Args:
-            handle: of `combine_send`.
-            out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it.
-
-        Returns:
-            out, the sums.
-
-        Raises:
-            ValueError: wrong tensors.
-        """
-        buffers, out = self._slot_of(handle, "combine_recv"), check_out(self.config, self.device, handle, out)
-        self._transport.combine_recv(handle.topk_weights, out, buffers, handle.state)
-        buffers.done("combine_recv")
         return out
 
     @step
@@ -497,76 +372,3 @@ class MoEQuantDispatcher(Lifecycle):
         if experts not in self._layers:
             self._layers[experts] = next(self._next_layer)
         return self._layers[experts]
-
-    def _begin(
-        self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        slot: int,
-        layer: int | None,
-        first_experts: int = 0,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
-        """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
-        self._check_open()
-        try:
-            invalid, dropped, _ = self._news()
-            if invalid or (dropped and self.config.on_overflow == "error"):
-                self._report(wait=False)
-            buffers = self._slot(slot)
-            if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
-                raise ValueError(f"layer must be the number of a layer, from 0 on, or None, got {layer!r}")
-            check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
-        except Exception:
-            self._count_refusal()
-            raise
-        buffers.call = Call(self._ordinal, slot, first_experts, 0 if layer is None else 1 + layer % LAYERS)
-        buffers.generation += 1
-        buffers.stage = Stage.NONE
-        buffers.pushing = buffers.pending = buffers.second = None
-        return (with_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()), buffers
-
-    def _handle(
-        self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor, slot: Slot, state: Any, stage: Stage
-    ) -> DispatchHandle:
-        """The handle of a dispatch that has come so far. On a CPU, where nothing has to be waited for, raises what it has counted."""
-        if self.device.type == "cpu" and self.config.on_overflow == "error":
-            self._report(wait=False)
-        slot.stage = stage
-        return DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot.number, slot.generation, state)
-
-    def _repeated(self, slot: Slot, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Any]) -> Any:
-        """What a step of the transport returns, where it may be by the launches of the same step before."""
-        if not self._transport.repeats:
-            return call()
-        return slot.repeats.run(inputs[0], inputs, (*settings, self._transport.limit), call)
-
-    def _come_again(self, slot: Slot) -> None:
-        """Before a combine: if it isn't the dispatch's first, waits until all ranks have got that one's sums."""
-        if slot.stage is Stage.COMBINED:
-            self._transport.again(slot)
-            slot.stage = Stage.LANDED
-
-    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Slot:
-        """The slot of a handle that is still good, and ready for a step."""
-        self._check_open()
-        if not isinstance(handle, DispatchHandle):
-            raise ValueError(f"handle must be the DispatchHandle that dispatch returned, got {type(handle).__name__}")
-        if handle.dispatcher != self._number:
-            raise StaleHandleError(
-                "the handle was made by another dispatcher; give combine the handle that this one's dispatch returned"
-            )
-        buffers = self._slots[handle.slot]
-        if handle.generation != buffers.generation:
-            raise StaleHandleError(
-                f"the handle is of dispatch {handle.generation} of slot {handle.slot}, which has dispatched {buffers.generation} times "
-                "since and reused its buffers; combine before the next dispatch, or use slots=2"
-            )
-        if step is not None:
-            buffers.check_step(step)
-        return buffers
-
-    def _symmetric(self) -> SymmetricTransport:
-        if not isinstance(self._transport, SymmetricTransport):
-            raise RuntimeError(f'only transport "symmetric" can do this, not "{self.config.transport}"')
-        return self._transport

@@ -70,7 +70,9 @@ def nccl_version() -> str | None:
     """
     if not torch.cuda.is_available() or not dist.is_available() or not dist.is_nccl_available():
         return None
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    from torch.cuda import nccl
+
+    return ".".join(map(str, nccl.version()))
 
 
 def gpus() -> str:

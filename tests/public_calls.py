@@ -51,7 +51,9 @@ def public_names() -> set[str]:
                 names.add(name)
             elif isinstance(value, type):
                 names.add(name)
-                methods = (m for m, f in vars(value).items() if callable(getattr(value, m)) and not isinstance(f, type))
+                ours = [base for base in value.__mro__ if base.__module__.startswith("moequant")]
+                members = {m: f for base in ours for m, f in vars(base).items()}
+                methods = (m for m, f in members.items() if callable(getattr(value, m)) and not isinstance(f, type))
                 names |= {f"{name}.{m}" for m in methods if m == "__call__" or not m.startswith("_")}
     # handles are opaque: dispatch makes them
     return names - {"DispatchHandle", "quantize_blocks", "ceil_div", "scale_layout", "empty_transposed_scales"}

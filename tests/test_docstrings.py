@@ -32,6 +32,7 @@ MODULES = (
     "group_quant",
     "models",
     "quantization",
+    "send_recv",
     "testing.comparison",
     "testing.generators",
     "testing.one_process",

@@ -1,4 +1,4 @@
-"""The life of a dispatcher: what it hears of faults, who may call it when, and its end."""
+"""The life of a dispatcher: its slots and handles, what it hears of faults, who may call it when, and its end."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
+from torch import Tensor
 
-from moequant.checks import check_counted, check_is
+from moequant.batch import DispatchHandle
+from moequant.checks import check_counted, check_is, check_tokens, with_rows
 from moequant.config import DispatcherConfig
-from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError
+from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError, StaleHandleError
 from moequant.transport import guards
-from moequant.transport.base import Slot, Transport
+from moequant.transport.base import Slot, Stage, Transport
+from moequant.transport.calls import LAYERS, Call
 from moequant.transport.peer_memory import host_words, view_of
+from moequant.transport.symmetric import SymmetricTransport
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,10 +60,12 @@ def step(method: Method) -> Method:
 
 
 class Lifecycle:
-    """What a dispatcher is besides its steps. `device` is set first, `config`, `_transport` and `_slots` by the constructor that
-    follows."""
+    """What a dispatcher is besides its steps. `device` is set first, the other attributes by the constructor that follows."""
 
     config: DispatcherConfig
+    # among all dispatchers of the process, and among those of the group
+    _number: int
+    _ordinal: int
     _transport: Transport
     _slots: list[Slot]
 
@@ -185,3 +191,76 @@ class Lifecycle:
         for slot in self._slots:
             if slot.calls is not None:
                 slot.calls.add_(1)
+
+    def _begin(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        slot: int,
+        layer: int | None,
+        first_experts: int = 0,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
+        """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
+        self._check_open()
+        try:
+            invalid, dropped, _ = self._news()
+            if invalid or (dropped and self.config.on_overflow == "error"):
+                self._report(wait=False)
+            buffers = self._slot(slot)
+            if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
+                raise ValueError(f"layer must be the number of a layer, from 0 on, or None, got {layer!r}")
+            check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
+        except Exception:
+            self._count_refusal()
+            raise
+        buffers.call = Call(self._ordinal, slot, first_experts, 0 if layer is None else 1 + layer % LAYERS)
+        buffers.generation += 1
+        buffers.stage = Stage.NONE
+        buffers.pushing = buffers.pending = buffers.second = None
+        return (with_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()), buffers
+
+    def _handle(
+        self, hidden_states: Tensor, ids: Tensor, topk_weights: Tensor, slot: Slot, state: Any, stage: Stage
+    ) -> DispatchHandle:
+        """The handle of a dispatch that has come so far. On a CPU, where nothing has to be waited for, raises what it has counted."""
+        if self.device.type == "cpu" and self.config.on_overflow == "error":
+            self._report(wait=False)
+        slot.stage = stage
+        return DispatchHandle(topk_weights, hidden_states.dtype, self._number, slot.number, slot.generation, state)
+
+    def _repeated(self, slot: Slot, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        """What a step of the transport returns, where it may be by the launches of the same step before."""
+        if not self._transport.repeats:
+            return call()
+        return slot.repeats.run(inputs[0], inputs, (*settings, self._transport.limit), call)
+
+    def _come_again(self, slot: Slot) -> None:
+        """Before a combine: if it isn't the dispatch's first, waits until all ranks have got that one's sums."""
+        if slot.stage is Stage.COMBINED:
+            self._transport.again(slot)
+            slot.stage = Stage.LANDED
+
+    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Slot:
+        """The slot of a handle that is still good, and ready for a step."""
+        self._check_open()
+        if not isinstance(handle, DispatchHandle):
+            raise ValueError(f"handle must be the DispatchHandle that dispatch returned, got {type(handle).__name__}")
+        if handle.dispatcher != self._number:
+            raise StaleHandleError(
+                "the handle was made by another dispatcher; give combine the handle that this one's dispatch returned"
+            )
+        buffers = self._slots[handle.slot]
+        if handle.generation != buffers.generation:
+            raise StaleHandleError(
+                f"the handle is of dispatch {handle.generation} of slot {handle.slot}, which has dispatched {buffers.generation} times "
+                "since and reused its buffers; combine before the next dispatch, or use slots=2"
+            )
+        if step is not None:
+            buffers.check_step(step)
+        return buffers
+
+    def _symmetric(self) -> SymmetricTransport:
+        if not isinstance(self._transport, SymmetricTransport):
+            raise RuntimeError(f'only transport "symmetric" can do this, not "{self.config.transport}"')
+        return self._transport
