@@ -9,6 +9,7 @@ import torch
 
 # What is quantized, and what GEMMs come out in.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,21 @@ from torch import Tensor
 from moequant import ops
 from moequant.batch import QuantizedTensor
 from moequant.checks import check_choice, check_counts, check_int, check_no_grad, check_num_sms, check_tensor
-from moequant.dense.gemm import mm_fp8_blockscale as mm_fp8_blockscale
-from moequant.dense.int8 import (
-    int8_addmm as int8_addmm,
-    int8_addmm_quant as int8_addmm_quant,
-    int8_gemm as int8_gemm,
-    int8_gemm_quant as int8_gemm_quant,
-)
-from moequant.dense.per_tensor import fp8_gemm as fp8_gemm
+from moequant.dense.gemm import mm_fp8_blockscale
+from moequant.dense.int8 import int8_addmm, int8_addmm_quant, int8_gemm, int8_gemm_quant
+from moequant.dense.per_tensor import fp8_gemm
 from moequant.errors import LayoutError
+from moequant.formats import FLOAT_DTYPES
 
-OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = [
+    "fp8_gemm",
+    "grouped_gemm_blockscale",
+    "int8_addmm",
+    "int8_addmm_quant",
+    "int8_gemm",
+    "int8_gemm_quant",
+    "mm_fp8_blockscale",
+]
 
 
 def grouped_gemm_blockscale(
@@ -73,10 +77,10 @@ def grouped_gemm_blockscale(
     if expected_rows is not None:
         check_int("expected_rows", expected_rows)
     shape = (a_values.shape[0], a_values.shape[1], b_values.shape[1])
-    check_choice("out_dtype", out_dtype, OUT_DTYPES)
+    check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     if out is None:
         out = torch.empty(shape, dtype=out_dtype, device=a_values.device)
-    check_tensor("out", out, shape=shape, dtypes=OUT_DTYPES, device=a_values.device)
+    check_tensor("out", out, shape=shape, dtypes=FLOAT_DTYPES, device=a_values.device)
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     segments = b.segments if isinstance(b, QuantizedTensor) else 1

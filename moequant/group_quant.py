@@ -11,10 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moequant import (
-    ops,
-    reference,
-)
+from moequant import ops, reference
 from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div, empty_scales
 from moequant.checks import (
     check_choice,
@@ -27,12 +24,11 @@ from moequant.checks import (
     check_tensor,
     with_rows,
 )
-from moequant.formats import FLOAT_DTYPES, format_of, recipe_of
+from moequant.formats import FLOAT8_DTYPES, FLOAT_DTYPES, format_of, recipe_of
 
 GROUP_SIZES = (32, 64, 128, 256)
 MAX_NORM_COLUMNS = 32768
 WIDE_DTYPES = (*FLOAT_DTYPES, torch.float64)
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
 def per_token_group_quant_fp8(

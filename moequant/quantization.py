@@ -8,37 +8,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moequant import (
-    ops,
-)
+from moequant import ops
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_choice, check_counts, check_eps, check_int, check_no_grad, check_output, check_tensor
-from moequant.dense.int8 import (
-    act_dequant as act_dequant,
-    act_quant as act_quant,
-    int8_gelu as int8_gelu,
-    weight_dequant as weight_dequant,
-    weight_quant as weight_quant,
-)
+from moequant.dense.int8 import act_dequant, act_quant, int8_gelu, weight_dequant, weight_quant
 from moequant.dense.per_tensor import (
-    FP8Format as FP8Format,
-    NumericalOverflowError as NumericalOverflowError,
-    dequantize_fp8 as dequantize_fp8,
-    quantize_fp8 as quantize_fp8,
-    quantize_fp8_with_overflow_handling as quantize_fp8_with_overflow_handling,
+    FP8Format,
+    NumericalOverflowError,
+    dequantize_fp8,
+    quantize_fp8,
+    quantize_fp8_with_overflow_handling,
 )
-from moequant.formats import format_of, recipe_of
+from moequant.formats import FLOAT_DTYPES, format_of, recipe_of
 from moequant.group_quant import (
     GROUP_SIZES,
-    dequantize as dequantize,
-    fused_flatten_fp8_group_quant as fused_flatten_fp8_group_quant,
-    fused_rms_fp8_group_quant as fused_rms_fp8_group_quant,
-    per_block_quant_fp8 as per_block_quant_fp8,
-    per_token_group_quant_fp8 as per_token_group_quant_fp8,
+    dequantize,
+    fused_flatten_fp8_group_quant,
+    fused_rms_fp8_group_quant,
+    per_block_quant_fp8,
+    per_token_group_quant_fp8,
     quantize_blocks,
 )
 
-INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = [
+    "FP8Format",
+    "NumericalOverflowError",
+    "QuantizedTensor",
+    "act_dequant",
+    "act_quant",
+    "dequantize",
+    "dequantize_fp8",
+    "fused_flatten_fp8_group_quant",
+    "fused_rms_fp8_group_quant",
+    "int8_gelu",
+    "per_block_quant_fp8",
+    "per_token_group_quant_fp8",
+    "quantize_expert_batch",
+    "quantize_fp8",
+    "quantize_fp8_with_overflow_handling",
+    "quantize_weight",
+    "silu_mul",
+    "silu_mul_quantize",
+    "weight_dequant",
+    "weight_quant",
+]
 
 
 def quantize_expert_batch(
@@ -140,7 +153,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
     else:
-        check_tensor("out", out, shape=tuple(shape), dtypes=INPUT_DTYPES, device=x.device)
+        check_tensor("out", out, shape=tuple(shape), dtypes=FLOAT_DTYPES, device=x.device)
         check_output("out", out)
     ops.silu_mul(x, num_tokens, out)
     return out
@@ -164,7 +177,7 @@ def quantize_weight(
         ValueError: a wrong shape, dtype or recipe.
         RuntimeError: w requires grad under grad mode.
     """
-    check_tensor("w", w, dtypes=INPUT_DTYPES)
+    check_tensor("w", w, dtypes=FLOAT_DTYPES)
     if w.dim() < 2:
         raise ValueError(f"w must be (..., N, K_dim), got shape {tuple(w.shape)}")
     check_int("segments", segments)
@@ -189,7 +202,7 @@ def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, 
         ValueError: one of them is wrong.
         RuntimeError: x requires grad under grad mode.
     """
-    check_tensor("x", x, dims=3, dtypes=INPUT_DTYPES)
+    check_tensor("x", x, dims=3, dtypes=FLOAT_DTYPES)
     check_counts(num_tokens, x)
     check_no_grad(x=x)
     recipe_of(recipe)

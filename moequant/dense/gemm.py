@@ -9,9 +9,8 @@ from moequant import batch, ops
 from moequant.batch import QuantizedTensor, ScaleLayout
 from moequant.checks import check_choice, check_contiguous, check_format, check_no_grad, check_tensor
 from moequant.errors import LayoutError
-from moequant.formats import FLOAT_DTYPES, format_of
+from moequant.formats import FLOAT8_DTYPES, FLOAT_DTYPES, format_of
 
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 ACTIVATION_LAYOUTS = ("row", "transposed", "tma_aligned", "transposed_flat")
 
 

@@ -14,9 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from moequant import (
-    ops,
-)
+from moequant import ops
 from moequant.batch import QuantizedTensor, ceil_div
 from moequant.checks import check_choice, check_contiguous, check_int, check_no_grad, check_tensor
 from moequant.errors import LayoutError

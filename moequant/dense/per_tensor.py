@@ -9,10 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moequant import (
-    ops,
-    reference,
-)
+from moequant import ops, reference
 from moequant.checks import (
     check_choice,
     check_contiguous,
