@@ -26,6 +26,8 @@ from moequant.kernels.library.triton_versions import minor
 
 # What is looked up as it is.
 PLAIN = frozenset((int, float, bool, type(None), str))
+# A product and a sum are one operation where the launch says so: what is left unsaid is fused up to Triton 3.9, and not from 3.10 on.
+UNSAID = {"enable_fp_fusion": False}
 # Kinds of launches that a kernel remembers. One number more or less of tokens makes another kind, of the same compiled kernel.
 MOST_KINDS = 4096
 
@@ -147,7 +149,7 @@ class Launchable:
     def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         runtime = knobs.runtime
         if runtime.launch_enter_hook is not None and runtime.launch_enter_hook.calls:
-            return self.kernel[grid](*arguments, **named)
+            return self.kernel[grid](*arguments, **{**UNSAID, **named})
         device = driver.active.get_current_device()
         key, values = [device, *named], []
         for value in arguments:
@@ -178,7 +180,7 @@ class Launchable:
 
     def _first(self, key: tuple[Any, ...], grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A launch of a new kind, by Triton."""
-        compiled = self.kernel[grid](*arguments, **named)
+        compiled = self.kernel[grid](*arguments, **{**UNSAID, **named})
         if recording.launches is not None:
             recording.launches.append(None)
         # a stand-in for the driver, by which tests compile without a GPU, starts nothing

@@ -106,7 +106,7 @@ def test_a_profiler_sees_triton_s_own_launches(monkeypatch):
 
 
 def test_what_compiles_without_starting_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *arguments: None)
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *arguments, **options: None)
     wrapped = launchable(Kernel("x"))
     wrapped[(1,)](BASE)
     assert not wrapped.prepared
