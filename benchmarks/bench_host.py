@@ -67,7 +67,19 @@ def calls_of(
         out: dict[str, Any] = {"values": torch.empty_like(batch.values), "scales": torch.empty_like(batch.scales)}
         x = torch.empty(*batch.values.shape, dtype=torch.bfloat16, device=hidden.device)
         calls["host_quantize"] = lambda: quantize_expert_batch(x, batch.num_tokens, dtype=batch.values.dtype, **out)
-    return calls
+    return calls | torch_calls(layer, hidden, ids)
+
+
+def torch_calls(layer: GroupedExperts, hidden: Tensor, ids: Tensor) -> dict[str, Callable[[], Any]]:
+    """torch's own product of experts, of as many rows, for comparison: what one call of it costs the host."""
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
+    if grouped_mm is None or not hidden.is_cuda:
+        return {}
+    experts, columns, depth = layer.w13.shape
+    rows = hidden.new_zeros(ids.numel(), depth)
+    weights = hidden.new_zeros(experts, depth, columns)
+    ends = torch.linspace(0, ids.numel(), experts + 1, device=hidden.device)[1:].int()
+    return {"host_torch_grouped_mm": lambda: grouped_mm(rows, weights, offs=ends)}
 
 
 def record_all(bench: Bench | None, options: argparse.Namespace, rank: int, device: torch.device) -> None:

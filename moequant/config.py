@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
@@ -114,43 +115,43 @@ class DispatcherConfig:
         if self.transport == "local" and self.world_size > 1:
             raise ValueError(f'transport "local" serves one rank, got a group of {self.world_size}; use "collective" or "auto"')
 
-    @property
+    @functools.cached_property
     def num_local_experts(self) -> int:
         """L, the experts of a rank."""
         return self.num_experts // self.world_size
 
-    @property
+    @functools.cached_property
     def num_groups(self) -> int:
         """G, the groups of 128 columns."""
         return ceil_div(self.hidden_size, 128)
 
-    @property
+    @functools.cached_property
     def max_rows(self) -> int:
         """M: rows of an expert's buffer. By default what W ranks can send when no token names an expert twice."""
         wanted = self.world_size * self.max_tokens_per_rank if self.capacity is None else self.capacity
         return round_up(wanted, 16)
 
-    @property
+    @functools.cached_property
     def rows_per_source(self) -> int:
         """C: rows of an expert's buffer that one source rank can fill, in the padded exchange."""
         return min(self.max_rows, round_up(self.max_tokens_per_rank, 16))
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """The type of the batch's values."""
         return QUANT_DTYPES[self.quant]
 
-    @property
+    @functools.cached_property
     def quantized(self) -> bool:
         """Whether values are in a narrow type, with scales."""
         return self.quant != "none"
 
-    @property
+    @functools.cached_property
     def per_rank(self) -> bool:
         """Whether a token's rows are summed on each rank before they come back."""
         return self.reduce == "per_rank"
 
-    @property
+    @functools.cached_property
     def pushes(self) -> bool:
         """Whether the experts of a whole layer store their rows at the tokens' ranks. `transport` is resolved."""
         return self.overlap and self.transport == "symmetric" and not self.per_rank

@@ -157,28 +157,13 @@ class GroupedExperts:
             RuntimeError: a tensor requires grad under grad mode.
         """
         check_num_sms(num_sms)
-        self._check_batch(batch)
-        if out is not None or not can_push(self):
-            return self._run(batch, self._output(batch, out), num_sms)
-        out = self._output(batch, None)
-        return self._repeated("call", batch, (), num_sms, lambda: self._run(batch, out, num_sms))
 
-    def _run(self, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
-        return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=out, num_sms=num_sms)
+        def run() -> Tensor:
+            self._check_batch(batch)
+            return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=self._output(batch, out), num_sms=num_sms)
 
-    def _repeated(
-        self, name: str, batch: ExpertBatch, inputs: tuple[Tensor, ...], num_sms: int | None, call: Callable[[], Result]
-    ) -> Result:
-        """The result of a call's steps. Those of a dispatcher's batch are repeated when the batch is, with the same weights."""
-        if batch.owner is None:
-            return call()
-        weights = [w for w in (*_parts(self.w13), *_parts(self.w2)) if w is not None]
-        refused = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-        repeats = self._repeats.get(batch)
-        if repeats is None:
-            repeats = self._repeats[batch] = Repeats()
-        settings = name, num_sms, refused, *(w.data_ptr() for w in (batch.values, *weights))
-        return repeats.run(batch.values, inputs, settings, call)
+        # an output of the caller's is not kept
+        return run() if out is not None else self._repeated("call", batch, (), num_sms, run)
 
     def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
         """As a call, but GEMM 2 stores each valid row at its address: `MoEQuantDispatcher.combine_pushed` then sums them.
@@ -192,15 +177,33 @@ class GroupedExperts:
             ValueError: a batch of other experts, or another wrong argument.
             RuntimeError: the batch is on a CPU, or a tensor requires grad under grad mode.
         """
-        self._check_batch(batch)
 
         def run() -> None:
+            self._check_batch(batch)
             self.gemm2_push(self.gemm1_swiglu(batch, num_sms=num_sms), batch, destinations, num_sms=num_sms)
 
-        if can_push(self) and isinstance(destinations, Tensor):
-            self._repeated("push", batch, (destinations,), num_sms, run)
-        else:
-            run()
+        inputs = (destinations,) if isinstance(destinations, Tensor) else ()
+        self._repeated("push", batch, inputs, num_sms, run)
+
+    def _repeated(
+        self, name: str, batch: ExpertBatch, inputs: tuple[Tensor, ...], num_sms: int | None, call: Callable[[], Result]
+    ) -> Result:
+        """The result of a call's steps. Those of a dispatcher's batch are repeated when the batch is, with the same weights."""
+        if not isinstance(batch, ExpertBatch) or batch.owner is None or _overridden(self):
+            return call()
+        w13, w2 = self.w13, self.w2
+        addresses: list[int] = []
+        refused = False
+        for w in (w13, w2):
+            if isinstance(w, QuantizedTensor):
+                addresses += w.values.data_ptr(), w.scales.data_ptr()
+            else:
+                addresses.append(w.data_ptr())
+                refused |= w.requires_grad and torch.is_grad_enabled()
+        repeats = self._repeats.get(batch)
+        if repeats is None:
+            repeats = self._repeats[batch] = Repeats()
+        return repeats.run(batch.values, inputs, (name, num_sms, refused, batch.values.data_ptr(), *addresses), call)
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
         """GEMM 1, SwiGLU and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same

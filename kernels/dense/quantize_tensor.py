@@ -112,7 +112,7 @@ def quantize_tensor(
     if computed and count > SCANNED:
         parts = min(blocks, num_sms(x.device) * 4)
         largest = torch.empty(parts, dtype=torch.int32, device=x.device)
-        amax_kernel[(parts,)](x, largest, count, EARLY=early, BLOCK=BLOCK, num_warps=4)
+        amax_kernel[(parts,)](x, largest, count, EARLY=early, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     quantize_tensor_kernel[(blocks,)](
         x,
         largest,

@@ -340,6 +340,8 @@ def grouped_gemm_blockscale(
         PARTS=config.parts,
         EARLY=early,
         num_warps=config.warps,
+        # as the Hopper kernels
+        enable_fp_fusion=True,
     )
     if partials is not None:
         sum_parts(partials, out, destinations, num_tokens, early)

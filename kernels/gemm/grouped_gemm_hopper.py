@@ -361,4 +361,6 @@ def grouped_gemm_blockscale_hopper(
         OUT=OUT_TYPES[dtype],
         num_warps=4,
         maxnreg=REGISTERS,
+        # a group's sums are scaled and added in one operation, which `gemm1_swiglu_hopper` does by name
+        enable_fp_fusion=True,
     )

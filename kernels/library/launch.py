@@ -9,18 +9,25 @@ No address is part of what is looked up: it is read from the tensor at each laun
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from moequant.kernels.library.triton_versions import minor
+
 # What is looked up as it is.
 PLAIN = frozenset((int, float, bool, type(None), str))
+# A product and a sum are one operation where the launch says so: what is left unsaid is fused up to Triton 3.9, and not from 3.10 on.
+UNSAID = {"enable_fp_fusion": False}
 # Kinds of launches that a kernel remembers. One number more or less of tokens makes another kind, of the same compiled kernel.
 MOST_KINDS = 4096
 
@@ -28,23 +35,24 @@ MOST_KINDS = 4096
 class Prepared(NamedTuple):
     """A compiled kernel: how it is started, and its parameters behind the positional ones, in order."""
 
-    run: Callable[..., None]
+    run: Any
     function: int
     metadata: Any
     named: tuple[str, ...]
     defaults: dict[str, Any]
+    direct: bool
 
 
 class Launch(NamedTuple):
-    """A launch that can be made again.
+    """A launch that can be made again, on a stream of the current device: start(*grid, stream, *values).
 
-    values: of the kernel's parameters, with addresses in place of tensors. arguments: what they were made of, in the same order.
+    arguments: the kernel's, by their places among the values, where tensors are addresses.
     """
 
-    prepared: Prepared
+    start: Callable[..., None]
     grid: tuple[int, int, int]
     values: list[Any]
-    arguments: tuple[Any, ...]
+    arguments: dict[int, Any]
 
 
 class Recording(threading.local):
@@ -70,10 +78,42 @@ def current_stream(device: int) -> int:
     return driver.active.get_current_stream(device)
 
 
-def start(launch: Launch, values: list[Any], stream: int) -> None:
-    """Makes a launch again, with these values, on a stream of the current device."""
-    prepared = launch.prepared
-    prepared.run(*launch.grid, stream, prepared.function, prepared.metadata, None, None, None, *values)
+def launch_of(prepared: Prepared, grid: tuple[int, int, int], values: list[Any], arguments: tuple[Any, ...]) -> Launch:
+    """The launch of a kernel's values, by Triton's launcher, or by the C function behind it, where nothing is left to do in between.
+
+    Triton 3.6's launcher allocates scratch memory, which none of these kernels has, and at each launch encodes the TMA descriptors anew.
+    """
+    run, before = prepared.run, [prepared.function, prepared.metadata, None, None, None]
+    places = range(len(before), len(before) + len(values))
+    if prepared.direct:
+        before = [prepared.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *before[1:]]
+        run, values, places = unfolded(run.launch, values, len(before))
+    return Launch(run, grid, [*before, *values], dict(zip(places, arguments, strict=True)))
+
+
+def takes_direct_launches(run: Any) -> bool:
+    """Whether a launcher is Triton 3.6's for NVIDIA GPUs, of a kernel without scratch memory."""
+    return (
+        minor(triton.__version__) == (3, 6)
+        and type(run).__name__ == "CudaLauncher"
+        and not run.global_scratch_size
+        and not run.profile_scratch_size
+    )
+
+
+def unfolded(launcher: Callable[..., None], values: list[Any], place: int) -> tuple[Callable[..., None], list[Any], list[int]]:
+    """The C function of Triton 3.6's launcher, the values with TMA descriptors encoded, and their places, from `place` on."""
+    if not isinstance(launcher, FunctionType):
+        return launcher, values, [*range(place, place + len(values))]
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    known = inspect.getclosurevars(launcher).nonlocals
+    settings = iter(known["tensordesc_meta"])
+    flat, places = [], []
+    for number, value in enumerate(values):
+        places.append(place + len(flat))
+        flat += make_tensordesc_arg(value, next(settings)) if number in known["tensordesc_indices"] else [value]
+    return known["launcher"], flat, places
 
 
 def described(value: Any) -> Any:
@@ -109,7 +149,7 @@ class Launchable:
     def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         runtime = knobs.runtime
         if runtime.launch_enter_hook is not None and runtime.launch_enter_hook.calls:
-            return self.kernel[grid](*arguments, **named)
+            return self.kernel[grid](*arguments, **{**UNSAID, **named})
         device = driver.active.get_current_device()
         key, values = [device, *named], []
         for value in arguments:
@@ -135,12 +175,12 @@ class Launchable:
         prepared.run(x, y, z, current_stream(device), prepared.function, prepared.metadata, None, None, None, *values)
         if recording.launches is not None:
             behind = (named.get(name) for name in prepared.named)
-            recording.launches.append(Launch(prepared, (x, y, z), values, (*arguments, *behind)))
+            recording.launches.append(launch_of(prepared, (x, y, z), values, (*arguments, *behind)))
         return None
 
     def _first(self, key: tuple[Any, ...], grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A launch of a new kind, by Triton."""
-        compiled = self.kernel[grid](*arguments, **named)
+        compiled = self.kernel[grid](*arguments, **{**UNSAID, **named})
         if recording.launches is not None:
             recording.launches.append(None)
         # a stand-in for the driver, by which tests compile without a GPU, starts nothing
@@ -149,9 +189,9 @@ class Launchable:
             defaults = {parameter.name: parameter.default for parameter in behind if parameter.has_default}
             if len(self.prepared) >= MOST_KINDS:
                 self.prepared.clear()
-            self.prepared[key] = Prepared(
-                compiled.run, compiled.function, compiled.packed_metadata, tuple(p.name for p in behind), defaults
-            )
+            names = tuple(parameter.name for parameter in behind)
+            metadata, direct = compiled.packed_metadata, takes_direct_launches(compiled.run)
+            self.prepared[key] = Prepared(compiled.run, compiled.function, metadata, names, defaults, direct)
         return compiled
 
 

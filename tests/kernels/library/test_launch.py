@@ -106,7 +106,7 @@ def test_a_profiler_sees_triton_s_own_launches(monkeypatch):
 
 
 def test_what_compiles_without_starting_is_not_remembered(monkeypatch):
-    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *arguments: None)
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: lambda *arguments, **options: None)
     wrapped = launchable(Kernel("x"))
     wrapped[(1,)](BASE)
     assert not wrapped.prepared
@@ -126,6 +126,6 @@ def test_recorded_launches_are_made_again_with_the_values_that_are_given():
     assert [entry is None for entry in launches] == [False, True, False]
     assert launch.recording.launches is None
     for entry in (launches[0], launches[2]):
-        assert entry.values == [x.data_ptr(), 5] and entry.arguments[0] is x and entry.arguments[1] == 5
-        launch.start(entry, [1, 2], 7)
+        assert entry.arguments == {5: x, 6: 5} and entry.values[5:] == [x.data_ptr(), 5]
+        entry.start(*entry.grid, 7, *entry.values[:5], 1, 2)
     assert kernel.started[2:] == [(1, 2, 1, 1, (1, 2)), (2, 3, 1, 1, (1, 2))]
