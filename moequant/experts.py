@@ -8,23 +8,22 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import ExpertBatch, Owner, QuantizedTensor, ceil_div, check_part, empty_transposed_scales
+from moequant.batch import ExpertBatch, QuantizedTensor, check_part
 from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_num_sms, check_tensor
 from moequant.config import QUANT_DTYPES
-from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
 from moequant.repeats import Repeats
+from moequant.weights import Weight, check_alike, check_batch, check_weights, dtype_of, parts_of, some_of
+from moequant.workspaces import Workspace, Workspaces
 
-Weight = QuantizedTensor | Tensor
 Result = TypeVar("Result")
 # What a subclass may override to compute something else.
 STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "gemm2", "gemm2_push", "_product"))
@@ -35,6 +34,8 @@ class GroupedExperts:
 
     Made by `from_weights` or `from_quantized`. Workspaces are allocated for the first batch of each dispatcher, slot and M, and
     kept until the dispatcher is gone; a result is one of them, valid until the next batch of that slot, unless `out` is given.
+
+    Every step raises ValueError for a batch of other experts and RuntimeError for tensors that require grad under grad mode.
 
     A subclass can override the steps of a call. Then a dispatcher calls it with the whole batch and combines what it returns, on
     every transport (`can_push`).
@@ -50,32 +51,8 @@ class GroupedExperts:
     """
 
     def __init__(self, w13: Weight, w2: Weight, *, activation: str = "silu") -> None:
-        if not isinstance(activation, str) or activation != "silu":
-            raise ValueError(f'activation must be "silu" (SwiGLU), got {activation!r}')
-        for name, w in (("w13", w13), ("w2", w2)):
-            check_is(name, w, (QuantizedTensor, Tensor))
-            if isinstance(w, Tensor):
-                check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
-                check_contiguous(name, w)
-        if len(w13.shape) != 3:
-            raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
+        check_weights(w13, w2, activation)
         experts, doubled, hidden = w13.shape
-        if doubled % 2 or tuple(w2.shape) != (experts, hidden, doubled // 2):
-            raise ValueError(
-                f"w13 must be (L, 2 * I, H), gate first, and w2 (L, H, I); got {tuple(w13.shape)} and {tuple(w2.shape)}"
-            )
-        if w13.device != w2.device:
-            raise ValueError(f"w13 and w2 must be on one device, got {w13.device} and {w2.device}")
-        if isinstance(w13, QuantizedTensor) and (w13.layout != "block" or w13.segments != 2):
-            raise ValueError(
-                f'w13 must have layout "block" with segments=2 (gate and up blocked apart), got "{w13.layout}" with '
-                f"segments={w13.segments}; quantize_weight(w13, segments=2) makes it"
-            )
-        for name, w in (("w13", w13), ("w2", w2)):
-            if isinstance(w, QuantizedTensor) and (w.layout != "block" or w.group_size != 128):
-                raise LayoutError(f'{name} must have layout "block" of 128x128, got "{w.layout}" with group size {w.group_size}')
-        if _dtype(w13) != _dtype(w2):
-            raise ValueError(f"w13 and w2 must have one dtype, got {_dtype(w13)} and {_dtype(w2)}")
         self.w13, self.w2 = w13, w2
         self.hidden_size, self.intermediate_size = hidden, doubled // 2
         # of these experts among all of a layer
@@ -115,11 +92,8 @@ class GroupedExperts:
         if w13.shape[1] % 2:
             raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
         dtype = QUANT_DTYPES[quant]
-        return cls(
-            quantize_weight(w13, dtype=dtype, recipe=recipe, segments=2),
-            quantize_weight(w2, dtype=dtype, recipe=recipe),
-            activation=activation,
-        )
+        first = quantize_weight(w13, dtype=dtype, recipe=recipe, segments=2)
+        return cls(first, quantize_weight(w2, dtype=dtype, recipe=recipe), activation=activation)
 
     @classmethod
     def from_quantized(cls, w13: QuantizedTensor, w2: QuantizedTensor, *, activation: str = "silu") -> GroupedExperts:
@@ -160,7 +134,8 @@ class GroupedExperts:
 
         def run() -> Tensor:
             self._check_batch(batch)
-            return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=self._output(batch, out), num_sms=num_sms)
+            checked = self._output(batch, out)
+            return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=checked, num_sms=num_sms)
 
         # an output of the caller's is not kept
         return run() if out is not None else self._repeated("call", batch, (), num_sms, run)
@@ -215,27 +190,13 @@ class GroupedExperts:
 
         Returns:
             Values (L, M, I), quantized unless the batch is bfloat16.
-
-        Raises:
-            ValueError: a batch of other experts, or another wrong argument.
-            RuntimeError: a tensor requires grad under grad mode.
         """
         if not self.fuses(batch):
             return self.activation(self.gemm1(batch, num_sms=num_sms), batch)
         inner = self._workspace(batch).inner
         assert isinstance(self.w13, QuantizedTensor) and isinstance(inner, QuantizedTensor) and batch.scales is not None
-        ops.gemm1_swiglu(
-            batch.values,
-            batch.scales,
-            self.w13.values,
-            self.w13.scales,
-            batch.num_tokens,
-            inner.values,
-            inner.scales,
-            batch.recipe,
-            batch.expected_rows,
-            num_sms,
-        )
+        w13, out = (self.w13.values, self.w13.scales), (inner.values, inner.scales)
+        ops.gemm1_swiglu(batch.values, batch.scales, *w13, batch.num_tokens, *out, batch.recipe, batch.expected_rows, num_sms)
         return inner
 
     def part(self, begin: int, end: int) -> GroupedExperts:
@@ -258,13 +219,7 @@ class GroupedExperts:
                 raise RuntimeError(
                     f"{type(self).__name__} overrides steps of GroupedExperts, which a part would not have; override part"
                 )
-            w13, w2 = (
-                replace(w, values=w.values[begin:end], scales=w.scales[begin:end])
-                if isinstance(w, QuantizedTensor)
-                else w[begin:end]
-                for w in (self.w13, self.w2)
-            )
-            part = self._parts[begin, end] = GroupedExperts(w13, w2)
+            part = self._parts[begin, end] = GroupedExperts(*(some_of(w, begin, end) for w in (self.w13, self.w2)))
             part._span, part._workspaces = (begin, end), self._workspaces
         return self._parts[begin, end]
 
@@ -280,11 +235,7 @@ class GroupedExperts:
         """
         check_is("other", other, GroupedExperts)
         for name, mine, theirs in (("w13", self.w13, other.w13), ("w2", self.w2, other.w2)):
-            if (mine.shape, _dtype(mine), mine.device) != (theirs.shape, _dtype(theirs), theirs.device):
-                raise ValueError(
-                    f"experts that share workspaces must be of the same size, type and device: {name} is {tuple(mine.shape)} in "
-                    f"{_dtype(mine)} on {mine.device}, the other's {tuple(theirs.shape)} in {_dtype(theirs)} on {theirs.device}"
-                )
+            check_alike(name, mine, theirs)
         if self._workspaces and self._workspaces is not other._workspaces:
             raise RuntimeError("workspaces can't be shared any more, as there have been batches; share them before the first")
         self._workspaces = other._workspaces
@@ -298,9 +249,6 @@ class GroupedExperts:
 
         Returns:
             The answer.
-
-        Raises:
-            ValueError: a batch of other experts.
         """
         inner, w13 = self._workspace(batch).inner, self.w13
         if _overridden(self) & {"gemm1", "activation", "_product"}:
@@ -318,10 +266,6 @@ class GroupedExperts:
 
         Returns:
             (L, M, 2I) bfloat16.
-
-        Raises:
-            ValueError: a batch of other experts, or another wrong argument.
-            RuntimeError: a tensor requires grad under grad mode.
         """
         self._check_batch(batch)
         return self._product(batch.activations, self.w13, batch, self._workspace(batch).gate_up, num_sms)
@@ -352,12 +296,7 @@ class GroupedExperts:
         )
 
     def gemm2(
-        self,
-        inner: QuantizedTensor | Tensor,
-        batch: ExpertBatch,
-        *,
-        out: Tensor | None = None,
-        num_sms: int | None = None,
+        self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, *, out: Tensor | None = None, num_sms: int | None = None
     ) -> Tensor:
         """inner times w2.
 
@@ -369,10 +308,6 @@ class GroupedExperts:
 
         Returns:
             out; its valid rows are written.
-
-        Raises:
-            ValueError: a batch of other experts, or another wrong argument.
-            RuntimeError: a tensor requires grad under grad mode.
         """
         self._check_inner(inner, batch)
         return self._product(inner, self.w2, batch, self._output(batch, out), num_sms)
@@ -396,11 +331,11 @@ class GroupedExperts:
         check_num_sms(num_sms)
         rows = tuple(batch.values.shape[:2])
         check_tensor("destinations", destinations, shape=rows, dtypes=(torch.int64,), device=batch.values.device)
-        check_no_grad(w2=_parts(self.w2)[0])
+        check_no_grad(w2=parts_of(self.w2)[0])
         if not ops.uses_kernels(batch.values):
             raise RuntimeError("rows are pushed by kernels alone, and this batch is on a CPU; call the experts, and use combine")
         ops.grouped_gemm_push(
-            *_parts(inner), *_parts(self.w2), batch.num_tokens, destinations.contiguous(), batch.expected_rows, num_sms
+            *parts_of(inner), *parts_of(self.w2), batch.num_tokens, destinations.contiguous(), batch.expected_rows, num_sms
         )
 
     def _product(self, a: QuantizedTensor | Tensor, w: Weight, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
@@ -410,8 +345,8 @@ class GroupedExperts:
         """Raises unless inner is what `activation` makes of the batch."""
         self._check_batch(batch)
         check_is("inner", inner, (QuantizedTensor, Tensor))
-        values, shape = _parts(inner)[0], (*batch.values.shape[:2], self.intermediate_size)
-        check_tensor("inner", values, shape=shape, dtypes=(_dtype(self.w2),), device=batch.values.device)
+        values, shape = parts_of(inner)[0], (*batch.values.shape[:2], self.intermediate_size)
+        check_tensor("inner", values, shape=shape, dtypes=(dtype_of(self.w2),), device=batch.values.device)
         check_no_grad(inner=values)
 
     def _output(self, batch: ExpertBatch, out: Tensor | None) -> Tensor:
@@ -427,19 +362,7 @@ class GroupedExperts:
         """Raises ValueError unless batch is one for these experts."""
         if self._checked is not None and self._checked() is batch:
             return
-        hint = "dispatch returns the batch and a handle: give the batch alone" if isinstance(batch, tuple) else ""
-        check_is("batch", batch, ExpertBatch, hint)
-        experts, _, hidden = batch.values.shape
-        if (experts, hidden) != (self.w13.shape[0], self.hidden_size) or batch.values.dtype != _dtype(self.w13):
-            raise ValueError(
-                f"the experts are {self.w13.shape[0]} of hidden size {self.hidden_size} in {_dtype(self.w13)}, the batch has values of "
-                f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
-            )
-        check_no_grad(batch=batch.values)
-        if batch.values.device != self.w13.device:
-            raise ValueError(
-                f"the experts are on {self.w13.device}, the batch on {batch.values.device}; they must be on one device"
-            )
+        check_batch(batch, self.w13)
         self._checked = weakref.ref(batch)
 
     def _workspace(self, batch: ExpertBatch) -> Workspace:
@@ -474,71 +397,3 @@ def _overridden(experts: GroupedExperts) -> frozenset[str]:
 @functools.cache
 def _overridden_by(kind: type[GroupedExperts]) -> frozenset[str]:
     return frozenset(step for step in STEPS if getattr(kind, step) is not getattr(GroupedExperts, step))
-
-
-class Workspaces:
-    """Workspaces by slot, M and span of experts, for each owner of batches, as long as it lives."""
-
-    def __init__(self) -> None:
-        self._default = Owner()
-        self._by_owner: weakref.WeakKeyDictionary[Owner, dict[tuple[int, int, tuple[int, int]], Workspace]] = (
-            weakref.WeakKeyDictionary()
-        )
-
-    def __len__(self) -> int:
-        return sum(map(len, self._by_owner.values()))
-
-    def of(self, owner: Owner | None) -> dict[tuple[int, int, tuple[int, int]], Workspace]:
-        """Those of an owner.
-
-        Args:
-            owner: of batches, or None for the batches that have none.
-
-        Returns:
-            Its workspaces, by slot, M and span, to be looked at and added to.
-        """
-        return self._by_owner.setdefault(self._default if owner is None else owner, {})
-
-
-class Workspace:
-    """What passes between the steps for batches of M rows.
-
-    Args:
-        experts: whose.
-        rows: M.
-
-    Attributes:
-        inner: SwiGLU's output, (L, M, I).
-    """
-
-    def __init__(self, experts: GroupedExperts, rows: int) -> None:
-        self.shape = experts.w13.shape[0], rows
-        self.device = experts.w13.device
-        self.gate_up_columns = 2 * experts.intermediate_size
-        self.hidden_size = experts.hidden_size
-        self.inner: QuantizedTensor | Tensor = torch.empty(
-            *self.shape, experts.intermediate_size, dtype=_dtype(experts.w2), device=self.device
-        )
-        if isinstance(experts.w2, QuantizedTensor):
-            scales = empty_transposed_scales(*self.shape, ceil_div(experts.intermediate_size, 128), self.device)
-            self.inner = QuantizedTensor(self.inner, scales, "transposed")
-
-    @functools.cached_property
-    def output(self) -> Tensor:
-        """GEMM 2's output, (L, M, H), made when it is first asked for."""
-        with torch.inference_mode(False):
-            return torch.empty(*self.shape, self.hidden_size, dtype=torch.bfloat16, device=self.device)
-
-    @functools.cached_property
-    def gate_up(self) -> Tensor:
-        """Gate and up, (L, M, 2I), made when they are first asked for."""
-        with torch.inference_mode(False):
-            return torch.empty(*self.shape, self.gate_up_columns, dtype=torch.bfloat16, device=self.device)
-
-
-def _parts(x: QuantizedTensor | Tensor) -> tuple[Tensor, Tensor | None]:
-    return (x.values, x.scales) if isinstance(x, QuantizedTensor) else (x, None)
-
-
-def _dtype(w: Weight) -> torch.dtype:
-    return w.values.dtype if isinstance(w, QuantizedTensor) else w.dtype

@@ -38,6 +38,8 @@ MODULES = (
     "testing.one_process",
     "testing.ranks",
     "testing.recording",
+    "weights",
+    "workspaces",
 )
 SECTIONS = ("Attributes", "Args", "Returns", "Yields", "Raises")
 
