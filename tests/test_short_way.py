@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from written_launches import install_gpu
 
 import moequant
 from moequant import GroupedExperts, MoEQuantDispatcher
 from moequant.repeats import Repeats
 from moequant.testing import routing
+from written_launches import install_gpu
 
 PACKAGE = Path(moequant.__file__).parent
 # beside the calls that stand in the package, those of comprehensions and of what is made at once
