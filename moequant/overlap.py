@@ -1,28 +1,32 @@
-"""Layers on two streams, by request: communication under the experts' products. Transport "symmetric", reduce="exact", `GroupedExperts`.
+"""Layers on two streams, by request: communication under the experts' GEMMs. Transport "symmetric", reduce="exact", `GroupedExperts`.
 
-In waves of experts: rows of each rank's first experts are sent first, those of the others under the products of the first:
+In waves of experts: rows of each rank's first experts are sent first, those of the others under the GEMMs of the first:
 
-    main   dispatch of the first | dispatch of the others | products of the others     | combine
-    side                         | products of the first                               |
+    main   dispatch of the first | dispatch of the others | GEMMs of the others        | combine
+    side                         | GEMMs of the first                                  |
 
 In halves of the tokens, one in each slot:
 
-    main   dispatch 0 | dispatch 1   | products 1   combine 1
-    side              | products 0   combine 0
+    main   dispatch 0 | dispatch 1   | GEMMs 1   combine 1
+    side              | GEMMs 0   combine 0
 
-The products on the side leave `num_sms` multiprocessors alone, for the exchange: their programs take one whole each, and stay until the
-last tile. Their stream has the higher priority, so that they begin at once; the other stream's products start where these end.
+The GEMMs on the side leave `num_sms` SMs alone, for the exchange: their programs take one whole each, and stay until the
+last tile. Their stream has the higher priority, so that they begin at once; the other stream's GEMMs start where these end.
 
-Why two streams can't deadlock. All ranks queue the same steps; what waits for other ranks are single programs, with a time limit, and
-kernels that begin early behind a wait leave products few multiprocessors (`kernels/library/early.py`). So the steps have an order in
-which each depends on earlier ones alone, and can be held up until other ranks come by earlier ones alone (later ones only delay it, as
-products end): dispatch of the first, of the others, products of the first, of the others, combine; or dispatch 0, dispatch 1, products
-0, combine 0, products 1, combine 1, where events hold combine 0 back until dispatch 1 is done, and combine 1 until products 0 are. Of
-the steps that are not done on some rank the first one can go on. That holds as well where both streams share one hardware queue, since
-events point back in that order alone.
+Why two streams can't deadlock:
 
-At every size measured on H200s one piece is as fast (benchmarks/notes_layer.md): large products are held by the cards' power, and what
-runs beside them slows them by as much as it hides.
+1. All ranks queue the same steps, and there is one order of them: dispatch of the first experts, of the others, GEMMs of the first, of
+   the others, combine; or dispatch 0, dispatch 1, GEMMs 0, combine 0, GEMMs 1, combine 1. Events make it so for combine 0, which waits
+   for dispatch 1, and for combine 1, which waits for GEMMs 0.
+2. A step depends on earlier steps alone.
+3. What can hold up a step until other ranks come is an earlier step, or the step itself. Later ones only delay it: they are GEMMs, which
+   end. What waits for other ranks are single programs with a time limit, and kernels that use programmatic dependent launch behind a
+   wait leave GEMMs some SMs (`kernels/library/early.py`).
+4. So of the steps that are not done on some rank, the first can go on. This holds as well where both streams share one hardware queue,
+   since events point back in that order alone.
+
+When the GEMMs are bound by the card's power, overlap gains nothing: at every size measured on H200s one piece is as fast
+(benchmarks/notes_layer.md).
 
 L local experts.
 """

@@ -39,7 +39,7 @@ def test_auto_is_symmetric_where_memory_can_be_reached(monkeypatch):
     assert resolved(monkeypatch, None, GPU) == "symmetric"
     assert resolved(monkeypatch, None, GPU, world_size=1) == "local"
     assert resolved(monkeypatch, None, CPU) == "collective"
-    # whoever names an exchange wants the transport that has one
+    # `exchange=` is a setting of "collective" alone: who gives it wants that transport
     assert resolved(monkeypatch, None, GPU, exchange="packed") == "collective"
     assert resolved(monkeypatch, None, GPU, transport="collective") == "collective"
 

@@ -229,7 +229,7 @@ def device_limits(device: torch.device) -> Limits:
 
 
 def few_tiles(experts: int, rows: int, column_tiles: int, sms: int) -> bool:
-    """Whether not every multiprocessor has a tile of its own, even if all rows are valid: then several share one."""
+    """Whether there are fewer tiles than SMs, even if all rows are valid: then several programs share a tile (split-K)."""
     return experts * triton.cdiv(rows, STREAMING.block_m) * column_tiles <= sms
 
 

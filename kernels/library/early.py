@@ -71,7 +71,7 @@ def may_begin_early(device: torch.device, programs: int, warps: int, registers: 
 
 
 def launch_option(early: bool, registers: int | None = None) -> dict[str, Any]:
-    """What a launch that may begin early needs besides. Not every kind of GPU knows the options.
+    """Launch options for programmatic dependent launch (PDL), which not every kind of GPU knows.
 
     registers: of a thread at most, as `may_begin_early` was told. None: whatever the compiler takes.
     """

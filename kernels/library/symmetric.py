@@ -108,7 +108,7 @@ def wait_for_peers(
     """
     lane = tl.arange(0, 2 * LANES)
     mine = tl.load(peers_ptr + rank)
-    # the abort word is looked at together with the flags: one way to memory and back, not two
+    # the abort word is loaded together with the flags: one round trip to memory instead of two
     words = mine + tl.where(lane == ranks, abort_offset, flags_offset + 4 * lane)
     words = words.to(tl.pointer_type(tl.int32))
     started = globaltimer()

@@ -100,7 +100,7 @@ def exchange_counts_kernel(
     turn = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
     while (state > 0) & (state < EXPIRED) & (fault == NO_FAULT):
-        # a way to memory and back of its own, which the first counts are under way for anyhow
+        # costs a round trip to memory, hidden behind the first counts
         if turn % 8 == 0:
             fault = tl.atomic_add(abort_ptr, 0, sem="relaxed", scope="sys")
         turn += 1

@@ -233,7 +233,7 @@ def plan_partials(
     """
     tokens, ranks = partials.shape
     ids = topk_ids.long().unsqueeze(-1)
-    # not a division: the ids out of range have to be nobody's
+    # not a division: ids out of range belong to no rank
     first = torch.arange(ranks, device=ids.device) * local_experts
     here = (ids >= first) & (ids < first + local_experts)
     if starts is None:

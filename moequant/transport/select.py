@@ -31,7 +31,7 @@ def resolve(config: DispatcherConfig, group: dist.ProcessGroup | None, device: t
     if config.transport == "auto":
         if config.world_size == 1:
             return dataclasses.replace(config, transport="local")
-        # whoever names an exchange wants the transport that has one
+        # `exchange=` is a setting of "collective" alone: who gives it wants that transport
         if device.type != "cuda" or config.exchange != "auto":
             return dataclasses.replace(config, transport="collective")
     if group is None:

@@ -5,7 +5,7 @@
                push_tokens      quantizes each token once, stores it to its final rows; the last program raises the flags
                land_rows        transposes scales, fills in sources, copies tokens that came once for several experts
     combine    "exact", pulled  a flag round, then `combine` reads the rows where they lie
-               "exact", pushed  whoever makes the rows stores them at the slot's destinations; a flag round, then a local `combine`
+               "exact", pushed  the producer kernel stores its rows at the slot's destinations; a flag round, then a local `combine`
                "per_rank"       push_partial_sums sums what this rank holds of a token and stores it at its rank; a local `combine`
 
 Why no buffer is overwritten too early stands in `kernels/library/symmetric.py`, with flags, epochs and faults. Nothing here syncs with
