@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 
 from compile_case import BF16, E4M3, E5M2, FNUZ, INT8, cases, counted, each_format, empty, quantized
-from compile_peers import combine_shared, land_rows, peer_arguments, push_tokens
+from compile_peers import combine_shared, land_rows, peers_of, push_tokens
 from moequant import ops
 from moequant.batch import ceil_div, empty_scales
+from moequant.kernels.library.symmetric import notes_of
 from moequant.kernels.symmetric import exchange_counts as exchange_counts_module, signal_and_wait as signal_and_wait_module
 
 
@@ -184,19 +185,9 @@ def presum() -> None:
 
 def exchange_counts(experts: int = 256, ranks: int = 8) -> None:
     counts, num_tokens = empty(experts, dtype=torch.int32), empty(experts // ranks, dtype=torch.int32)
-    arguments = peer_arguments(ranks)
-    del arguments["flags_offset"]
-    exchange_counts_module.exchange_counts(
-        counts,
-        counts,
-        num_tokens,
-        empty(3, dtype=torch.int64),
-        calls=empty(1, dtype=torch.int32),
-        words_offset=1024,
-        capacity=1024,
-        call=7,
-        **arguments,
-    )
+    calls, status = empty(1, dtype=torch.int32), empty(3, dtype=torch.int64)
+    slot = exchange_counts_module.Counts(counts, counts, num_tokens, calls, status, 1024)
+    exchange_counts_module.exchange_counts(slot, peers_of(ranks), 1024, 7)
 
 
 def push_rows(remote: bool) -> None:
@@ -207,15 +198,14 @@ def push_rows(remote: bool) -> None:
 
 
 def push_partial_sums() -> None:
-    from moequant.kernels.symmetric.push_partial_sums import push_partial_sums as kernel
+    from moequant.kernels.symmetric.push_partial_sums import Sums, push_partial_sums as kernel
 
-    y, notes, ticket = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(1, dtype=torch.int32)
-    settings = {"returns_offset": 1024, "max_tokens": 128, "top_k": 8, "scale_words": 56, "wait": True}
-    kernel(y, notes, counted(y), ticket=ticket, **settings, **peer_arguments())
+    y, notes = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32)
+    kernel(y, notes_of(notes, 56), counted(y), peers_of(), Sums(1024, 128), 8, True)
 
 
 def signal_and_wait() -> None:
-    signal_and_wait_module.signal_and_wait(phase=2, status=empty(3, dtype=torch.int64), way=2, **peer_arguments())
+    signal_and_wait_module.signal_and_wait(peers_of(), empty(3, dtype=torch.int64), 2, way=2)
 
 
 # What is compiled, by operation. A new kernel needs a function above that calls its operation, and an entry here.

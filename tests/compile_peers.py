@@ -5,30 +5,20 @@ T tokens, K top-k, E experts in all, W ranks, H hidden size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from compile_case import BF16, counted, empty, quantized
 from moequant import ops
 from moequant.batch import ceil_div
+from moequant.kernels.library.symmetric import Peers, notes_of
 from moequant.kernels.routing import combine as combine_module
 from moequant.kernels.symmetric import land_rows as land_rows_module, push_tokens as push_tokens_module
 
 
-def peer_arguments(ranks: int = 8) -> dict[str, Any]:
+def peers_of(ranks: int = 8) -> Peers:
     """What every kernel of the symmetric transport is told of the others."""
-    integer = empty(1, dtype=torch.int32)
-    return {
-        "peers": empty(ranks, dtype=torch.int64),
-        "epoch": integer,
-        "fault": integer,
-        "record": integer,
-        "flags_offset": 4096,
-        "abort_offset": 8192,
-        "rank": ranks // 2,
-        "limit": 1000,
-    }
+    word = empty(1, dtype=torch.int32)
+    return Peers(empty(ranks, dtype=torch.int64), word, word, word, word, 4096, 8192, ranks // 2, ranks, 1000)
 
 
 def push_tokens(
@@ -44,24 +34,29 @@ def push_tokens(
     entries = empty(tokens, top_k, dtype=torch.int32)
     push_tokens_module.push_tokens(
         empty(tokens, columns),
-        entries,
-        entries,
-        empty(tokens, top_k, dtype=torch.float32) if per_rank else None,
-        empty(experts, dtype=torch.int32),
-        entries,
-        entries if per_rank else None,
-        ticket=empty(1, dtype=torch.int32),
-        values_offset=256,
-        notes_offset=1024,
-        max_tokens=128,
-        local_experts=experts // ranks,
-        capacity=1024,
-        dtype=dtype,
+        push_tokens_module.Entries(
+            entries,
+            entries,
+            empty(tokens, top_k, dtype=torch.float32) if per_rank else None,
+            empty(experts, dtype=torch.int32),
+            entries,
+            entries if per_rank else None,
+        ),
+        push_tokens_module.Landing(
+            rows=256,
+            notes=1024,
+            experts=experts,
+            local_experts=experts // ranks,
+            capacity=1024,
+            columns=columns,
+            max_tokens=128,
+        ),
+        peers_of(ranks),
+        dtype,
+        None if dtype == BF16 else ops.quant_spec(dtype, "default"),
         wait=True,
         wave=wave,
         first_experts=8,
-        **peer_arguments(ranks),
-        **({} if dtype == BF16 else ops.quantize_settings(empty(1, dtype=dtype), "default", None)),
     )
 
 
@@ -69,11 +64,10 @@ def land_rows(dtype: torch.dtype, expected_rows: int = 128, columns: int = 7168,
     values, scales = quantized(experts, 1024, columns, dtype)
     groups = 0 if scales is None else ceil_div(columns, 128)
     notes = empty(experts, 1024, 4 * ceil_div(groups, 4) + 4, dtype=torch.int32)
-    sources, fault = empty(experts, 1024, dtype=torch.int64), empty(1, dtype=torch.int32)
-    peers = empty(ranks, dtype=torch.int64)
-    land_rows_module.land_rows(
-        values, notes, counted(values), scales, sources, sources, peers, fault, 1024, 1024, 2 * columns, expected_rows
-    )
+    sources = empty(experts, 1024, dtype=torch.int64)
+    batch = land_rows_module.Landed(values.view(torch.uint8), scales, counted(values), sources)
+    returns = land_rows_module.Returns(sources, 1024, 1024, 2 * columns)
+    land_rows_module.land_rows(batch, notes_of(notes, groups), peers_of(ranks), returns, dtype.itemsize, expected_rows)
 
 
 def combine_shared(
@@ -83,6 +77,6 @@ def combine_shared(
     entries = ranks if way == "summed" else top_k
     rows = empty(tokens, entries, dtype=torch.int32)
     weights = None if way == "summed" else empty(tokens, entries, dtype=torch.float32)
-    peers = {"peers": empty(ranks, dtype=torch.int64), "peer_offset": 256, "rows_of_rank": 32768} if way == "pulled" else {}
+    remote = combine_module.Remote(empty(ranks, dtype=torch.int64), 256, 32768, ranks) if way == "pulled" else None
     out, fault = empty(tokens, columns, dtype=dtype), empty(1, dtype=torch.int32)
-    combine_module.combine_shared(empty(1, columns), rows, weights, out, fault, in_order=way == "pushed", **peers)
+    combine_module.combine_shared(empty(1, columns), rows, weights, out, fault, in_order=way == "pushed", remote=remote)

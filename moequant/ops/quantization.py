@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,13 @@ from moequant import reference
 from moequant.formats import max_of, recipe_of
 from moequant.ops.registration import registered, uses_kernels
 
+if TYPE_CHECKING:
+    from moequant.kernels.library.arguments import QuantSpec
+
 __all__ = [
     "dequantize_blocks",
     "fused_rms_quantize",
+    "quant_spec",
     "quantize_expert_batch",
     "quantize_settings",
     "quantize_weight",
@@ -31,6 +36,15 @@ def quantize_settings(values: Tensor, recipe: str, eps: float | None) -> dict[st
         "power_of_two": rule.power_of_two,
         "reciprocal": rule.reciprocal,
     }
+
+
+@functools.lru_cache(256)
+def quant_spec(dtype: torch.dtype, recipe: str, eps: float | None = None) -> QuantSpec:
+    """A format and a recipe as the plain numbers that the kernels take. eps: instead of the recipe's."""
+    from moequant.kernels.library.arguments import quant_spec as spec
+
+    rule = recipe_of(recipe)
+    return spec(max_of(dtype, recipe), rule.eps if eps is None else eps, rule.power_of_two, rule.reciprocal)
 
 
 @registered(mutates=("values", "scales"))
