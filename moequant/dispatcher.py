@@ -343,7 +343,7 @@ class MoEQuantDispatcher(Lifecycle):
         slot: int,
         layer: int | None,
         first_experts: int = 0,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
         """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
         self._check_open()
         with self._counting_refusals():
@@ -375,7 +375,7 @@ class MoEQuantDispatcher(Lifecycle):
             self._transport.again(slot)
             slot.stage = Stage.LANDED
 
-    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Slot:
+    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Any:
         """The slot of a handle that is still good, and ready for a step."""
         self._check_open()
         if not isinstance(handle, DispatchHandle):

@@ -150,18 +150,18 @@ def scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool = Fals
     topk_ids = empty(tokens, 8, dtype=torch.int64)
     slots, rows = empty(tokens, 8, dtype=torch.int32), empty(tokens, 8, dtype=torch.int32)
     offsets, sources = empty(256, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
-    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, 0, offsets, 1024)
+    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, offsets, 1024)
 
 
 def move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
     padded, (merged, merged_scales) = empty(8, 32, 128, 7168, dtype=dtype), quantized(32, 1024, 7168, dtype)
-    offsets, counts = empty(8, 256, dtype=torch.int32), empty(8, 257, dtype=torch.int32)
+    offsets, counts = empty(8, 256, dtype=torch.int32)[:, 32:64], empty(8, 257, dtype=torch.int32)[:, 32:64]
     if not to_merged:
-        ops.move_source_rows(padded, merged, offsets, counts, 32, False)
+        ops.move_source_rows(padded, merged, offsets, counts, False)
         return
     padded_scales = None if merged_scales is None else empty(8, 32, 128, 56, dtype=torch.float32)
     sources, merged_sources = empty(8, 32, 128, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
-    ops.move_source_rows(padded, merged, offsets, counts, 32, True, padded_scales, merged_scales, sources, merged_sources)
+    ops.move_source_rows(padded, merged, offsets, counts, True, padded_scales, merged_scales, sources, merged_sources)
 
 
 def partials(listed: bool) -> None:

@@ -31,17 +31,12 @@ def push_tokens(
     experts: int = 256,
     ranks: int = 8,
 ) -> None:
-    entries = empty(tokens, top_k, dtype=torch.int32)
+    entries, offsets = empty(tokens, top_k, dtype=torch.int32), empty(experts, dtype=torch.int32)
     push_tokens_module.push_tokens(
         empty(tokens, columns),
-        push_tokens_module.Entries(
-            entries,
-            entries,
-            empty(tokens, top_k, dtype=torch.float32) if per_rank else None,
-            empty(experts, dtype=torch.int32),
-            entries,
-            entries if per_rank else None,
-        ),
+        entries,
+        empty(tokens, top_k, dtype=torch.float32) if per_rank else None,
+        push_tokens_module.Entries(entries, offsets, entries, entries if per_rank else None),
         push_tokens_module.Landing(
             rows=256,
             notes=1024,
@@ -50,13 +45,12 @@ def push_tokens(
             capacity=1024,
             columns=columns,
             max_tokens=128,
+            spec=None if dtype == BF16 else ops.quant_spec(dtype, "default"),
         ),
         peers_of(ranks),
         dtype,
-        None if dtype == BF16 else ops.quant_spec(dtype, "default"),
         wait=True,
-        wave=wave,
-        first_experts=8,
+        wave=(wave, 8),
     )
 
 

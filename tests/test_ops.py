@@ -76,13 +76,13 @@ def scatter_arguments(quantized: bool) -> tuple:
     if not quantized:
         return x, ids, slots, torch.zeros(2, 4, 140).bfloat16()
     rows, sources = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int64)
-    options = torch.arange(3), 0, integers(0, 1, 0), 4, "deepgemm"
+    options = torch.arange(3), integers(0, 1, 0), 4, "deepgemm"
     return x, ids, slots, *quantize_outputs(), None, rows, sources, *options
 
 
 def move_arguments(to_merged: bool) -> tuple:
     padded, merged = torch.randn(2, 1, 3, 5), torch.randn(1, 4, 5)
-    arguments = padded, merged, integers([0], [2]), integers([2], [3]), 0, to_merged
+    arguments = padded, merged, integers([0], [2]), integers([2], [3]), to_merged
     if not to_merged:
         return arguments
     scales = torch.randn(2, 1, 1, 3).transpose(2, 3), torch.zeros(1, 1, 4).transpose(1, 2)
@@ -316,20 +316,12 @@ def test_the_plain_function_writes_the_operations_bits(name, case):
             assert_bit_equal(left, right)
 
 
-def test_quantize_settings_are_the_formats_and_recipes_numbers():
-    values = torch.empty(1, dtype=torch.float8_e5m2)
-    assert ops.quantize_settings(values, "ue8m0", None) == {
-        "max_value": 57344.0,
-        "eps": 1e-10,
-        "power_of_two": True,
-        "reciprocal": False,
-    }
-    assert ops.quantize_settings(values, "deepgemm", 0.5) == {
-        "max_value": 57344.0,
-        "eps": 0.5,
-        "power_of_two": False,
-        "reciprocal": True,
-    }
+def test_a_quant_spec_has_the_formats_and_recipes_numbers():
+    def numbers(*arguments) -> list[Any]:
+        return [getattr(number, "value", number) for number in ops.quant_spec(torch.float8_e5m2, *arguments)]
+
+    assert numbers("ue8m0") == [57344.0, 1e-10, True, False]
+    assert numbers("deepgemm", 0.5) == [57344.0, 0.5, False, True]
 
 
 def test_the_gemm_operation_takes_bare_tensors_for_the_quantized_operands():

@@ -127,6 +127,7 @@ def test_addresses_of_a_new_slot_may_be_stored_to(one_rank):
     transport = symmetric(one_rank)
     for number in range(2):
         slot = transport.allocate(number)
+        assert slot.buffers.destinations is not None
         assert slot.buffers.destinations.unique().tolist() == [slot.buffers.returns.data_ptr()]
     assert symmetric(one_rank, reduce="per_rank").allocate().buffers.destinations is None
 

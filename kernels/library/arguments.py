@@ -4,6 +4,9 @@ A kernel specializes on each member as it does on an argument of its own: None, 
 `x.pointer is not None`. What decides how a kernel is compiled, sizes of tiles above all, comes as one `tl.constexpr`, a NamedTuple of
 plain numbers that stands in the kernel's file. Triton's own tuple has `values` and `type`, and its constants have `value`: no member is
 called so.
+
+Tensors that a step of a layer is given, and that may be others in its next call, are arguments of their own, and no tensor lies in a
+tuple inside a tuple: so whoever repeats a launch finds the addresses to replace.
 """
 
 from __future__ import annotations
@@ -46,14 +49,12 @@ class Shape(NamedTuple):
     columns: int
 
 
-class Output(NamedTuple):
-    """Where rows go: to a buffer, or each to an address of its own. One of the two is None.
+class Experts(NamedTuple):
+    """How many there are, and which of them are this rank's: `local` from `first` on."""
 
-    rows: (L, M, N) contiguous. addresses: (L, M) int64.
-    """
-
-    rows: Tensor | None
-    addresses: Tensor | None
+    all: int
+    local: int
+    first: int
 
 
 class QuantSpec(NamedTuple):

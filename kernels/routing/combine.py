@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.library.arguments import rows_of
 from moequant.kernels.library.common import num_sms
 from moequant.kernels.library.early import await_previous, launch_option, may_begin_early
 from moequant.kernels.library.symmetric import NO_FAULT
@@ -50,22 +49,24 @@ def combine_kernel(
     y_ptr,
     rows_ptr,
     weights_ptr,
-    out,
+    out_ptr,
     remote,
     fault_ptr,
-    columns,
+    size,
     TILE: tl.constexpr,
 ):
     """Program (t, b) sums columns b * BLOCK.. of token t over k in order. The launch forbids fused multiply-add: the product is rounded
     before the addition.
 
-    With remote the rows are other ranks', and y_ptr tells their type alone. With fault_ptr, every sum is NaN after a fault.
+    size: columns, and out's elements from one token to the next. With remote the rows are other ranks', and y_ptr tells their type
+    alone. With fault_ptr, every sum is NaN after a fault.
 
     Example: K=3, rows[t] [7, -1, 2]: acc = (0 + weights[t, 0] * y[7]) + weights[t, 2] * y[2]. With rows_of_rank=4, y[7] is row 3 of
     rank 1.
     """
     K: tl.constexpr = TILE.top_k
     BLOCK: tl.constexpr = TILE.columns
+    columns, out_stride = size
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, TILE.lanes)
@@ -101,7 +102,7 @@ def combine_kernel(
     written = column < columns
     if TILE.skips:
         written = written & (tl.max(rows, axis=0) >= 0)
-    tl.store(out.pointer + token * out.stride + column, acc.to(out.pointer.dtype.element_ty), mask=written)
+    tl.store(out_ptr + token * out_stride + column, acc.to(out_ptr.dtype.element_ty), mask=written)
 
 
 def combine(expert_output: torch.Tensor, rows: torch.Tensor, topk_weights: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -168,10 +169,10 @@ def launch_combine(
         expert_output,
         rows,
         topk_weights,
-        rows_of(out),
+        out,
         remote,
-        fault_ptr=fault,
-        columns=columns,
+        fault,
+        size=(columns, out.stride(0)),
         TILE=Tile(
             columns=block,
             top_k=top_k,

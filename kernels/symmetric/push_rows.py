@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.library.arguments import Output, Shape
+from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import locate_block, num_sms, row_blocks
 
 
@@ -17,15 +17,16 @@ from moequant.kernels.library.common import locate_block, num_sms, row_blocks
 def push_rows_kernel(
     y_ptr,
     num_tokens_ptr,
-    out,
+    out_ptr,
+    destinations_ptr,
     shape,
     BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """Tiles of BLOCK valid rows and BLOCK_H columns are dealt to the programs in turn. out: an `Output`.
+    """Tiles of BLOCK valid rows and BLOCK_H columns are dealt to the programs in turn. destinations_ptr, or out_ptr, is None.
 
-    Example: M=8, L=2, counts [3, 1]: row 0 of expert 1 is flat row 8, and goes to the address addresses[8].
+    Example: M=8, L=2, counts [3, 1]: row 0 of expert 1 is flat row 8, and goes to the address destinations[8].
     """
     columns = shape.columns
     counts, ends = row_blocks(num_tokens_ptr, shape.experts, shape.rows, BLOCK, EXPERTS, True)
@@ -38,10 +39,10 @@ def push_rows_kernel(
         flat = expert.to(tl.int64) * shape.rows + row
         inside = there[:, None] & (column < columns)[None, :]
         y = tl.load(y_ptr + flat[:, None] * columns + column[None, :], mask=inside)
-        if out.addresses is None:
-            tl.store(out.rows + flat[:, None] * columns + column[None, :], y, mask=inside)
+        if destinations_ptr is None:
+            tl.store(out_ptr + flat[:, None] * columns + column[None, :], y, mask=inside)
         else:
-            address = tl.load(out.addresses + flat, mask=there, other=0)
+            address = tl.load(destinations_ptr + flat, mask=there, other=0)
             at = address.to(tl.pointer_type(y_ptr.dtype.element_ty))[:, None] + column[None, :]
             # the compiler knows nothing of addresses in a table: rows begin at multiples of 16 bytes where H allows
             if columns % 8 == 0:
@@ -58,8 +59,9 @@ def push_rows(y: torch.Tensor, num_tokens: torch.Tensor, out: torch.Tensor | Non
     push_rows_kernel[(min(worst, 8 * num_sms(y.device)),)](
         y,
         num_tokens,
-        Output(out, destinations),
-        shape,
+        out,
+        destinations,
+        shape=shape,
         BLOCK=block,
         BLOCK_H=block_h,
         EXPERTS=triton.next_power_of_2(shape.experts),

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.library.arguments import QuantSpec, rows_of
+from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin, may_begin_early
 from moequant.kernels.library.symmetric import ROWS, Peers, last_program, peer_block, signal_peers, wait_for_peers
@@ -32,23 +32,22 @@ def note_words(groups: int, top_k: int, per_rank: bool) -> int:
 
 
 class Entries(NamedTuple):
-    """The tokens' entries of a call: as `exchange_counts` left them, and what is written.
+    """What a slot has for the entries of a call: as `exchange_counts` left them, and what is written.
 
-    ids, slots: (T, K). weights: (T, K), for reduce="per_rank"; otherwise None. offsets: (E,) int32.
+    slots: (T, K) int32. offsets: (E,) int32.
     rows: (T, K) int32, written: the flat row of each entry among all ranks' E * M rows, -1 where there is none.
-    partials: (T, W) int32, written where there are weights: r * max_tokens + t for each rank r that holds rows of token t, otherwise -1.
+    partials: (T, W) int32, written with reduce="per_rank": r * max_tokens + t for each rank r that holds rows of token t, otherwise -1.
     """
 
-    ids: torch.Tensor
     slots: torch.Tensor
-    weights: torch.Tensor | None
     offsets: torch.Tensor
     rows: torch.Tensor
     partials: torch.Tensor | None
 
 
 class Landing(NamedTuple):
-    """Where rows land: the offsets of a slot's rows and notes in every rank's block, and how large all is."""
+    """Where rows land: the offsets of a slot's rows and notes in every rank's block, and how large all is. spec: of the format and the
+    recipe; None for bfloat16."""
 
     rows: int
     notes: int
@@ -57,6 +56,7 @@ class Landing(NamedTuple):
     capacity: int
     columns: int
     max_tokens: int
+    spec: QuantSpec | None
 
 
 class Tile(NamedTuple):
@@ -64,7 +64,7 @@ class Tile(NamedTuple):
 
     element: the type of what is stored. groups: of a program. note_words: of a note, of which the first scale_words hold scales.
     top_k_lanes, lanes: top-k and ranks, rounded up to powers of two. early: the launch before may still run.
-    wave: 0 for all rows, 1 for those of each rank's first first_experts experts, 2 for the others.
+    wave: 0 for all rows, 1 for those of each rank's first experts, 2 for the others. waits: the last program, for all ranks' rows.
     """
 
     element: tl.dtype
@@ -76,21 +76,23 @@ class Tile(NamedTuple):
     lanes: int
     early: bool
     wave: int
+    waits: bool
 
 
 @triton.jit(do_not_specialize=["tokens", "peers"])
 def push_tokens_kernel(
+    x_ptr,
+    ids_ptr,
+    weights_ptr,
     entries,
     peers,
     landing,
-    x,
     tokens,
-    first_experts,
-    spec,
-    WAIT: tl.constexpr,
+    given,
     TILE: tl.constexpr,
 ):
-    """Program (t, b) does groups b * TILE.groups.. of token t. The last program tells all ranks, and, with WAIT, waits for them.
+    """Program (t, b) does groups b * TILE.groups.. of token t. The last program tells all ranks. given: x's
+    elements from one token to the next, and how many experts of a rank are its first.
 
     Only the first row of a token on a rank, the leader, gets its values and scales; `land_rows` copies them to the others.
 
@@ -99,6 +101,7 @@ def push_tokens_kernel(
     rows[t] is [3 * 8 + 5, 0 * 8 + 5, -1].
     """
     K: tl.constexpr = TILE.top_k
+    x_stride, first_experts = given
     experts, local_experts, capacity = landing.experts, landing.local_experts, landing.capacity
     token = tl.program_id(0)
     # a launch has a program even where there is no token
@@ -107,13 +110,11 @@ def push_tokens_kernel(
     columns = landing.columns
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = column < columns
-    numbers = tl.load(x.pointer + token.to(tl.int64) * x.stride + column, mask=inside & here, other=0.0)
+    x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=inside & here, other=0.0)
     if TILE.scale_words > 0:
-        values, scales = quantize_group(
-            numbers.to(tl.float32), spec.eps, 1, spec.max_value, spec.power_of_two, spec.reciprocal, TILE.element
-        )
+        values, scales = quantize_group(x.to(tl.float32), landing.spec, 1, TILE.element)
     else:
-        values = numbers.to(TILE.element)
+        values = x.to(TILE.element)
     await_previous(TILE.early)
     # not before: behind the wait for counts stands this launch alone
     let_next_begin(TILE.early)
@@ -125,7 +126,7 @@ def push_tokens_kernel(
         # of the first wave
         firsts = ()
         for k in tl.static_range(K):
-            expert = tl.load(entries.ids + token * K + k).to(tl.int64)
+            expert = tl.load(ids_ptr + token * K + k).to(tl.int64)
             slot = tl.load(entries.slots + token * K + k)
             named = (slot >= 0) & (expert >= 0) & (expert < experts)
             place = tl.load(entries.offsets + expert, mask=named, other=capacity) + slot
@@ -145,7 +146,7 @@ def push_tokens_kernel(
         if first_block & (TILE.wave != 2):
             for k in tl.static_range(K):
                 tl.store(entries.rows + token * K + k, rows[k])
-            if entries.weights is not None:
+            if weights_ptr is not None:
                 for peer in range(peers.ranks):
                     present = owners[0] == peer
                     for k in tl.static_range(1, K):
@@ -178,16 +179,16 @@ def push_tokens_kernel(
                     led_by = leader - owner * rows_of_rank
                     words = tl.where(word == 0, token * K + k, tl.where(word == 1, peers.rank, tl.where(word == 2, led_by, 0)))
                     tl.store(note + TILE.scale_words + word, words)
-                    if entries.weights is not None and leads:
+                    if weights_ptr is not None and leads:
                         for other in tl.static_range(K):
                             theirs = tl.where(owners[other] == owner, rows[other] - owner * rows_of_rank, -1)
                             tl.store(note + TILE.scale_words + 4 + other, theirs)
-                        weights = tl.load(entries.weights + token * K + lane, mask=lane < K, other=0.0).to(tl.float32)
+                        weights = tl.load(weights_ptr + token * K + lane, mask=lane < K, other=0.0).to(tl.float32)
                         at = note + (TILE.scale_words + 4 + (K + 3) // 4 * 4) + lane
                         tl.store(at, weights.to(tl.int32, bitcast=True), mask=lane < K)
     if last_program(peers.ticket):
         signal_peers(peers, epoch, TILE.lanes)
-        if WAIT:
+        if TILE.waits:
             wait_for_peers(peers, epoch, 0, ROWS, TILE.lanes)
 
 
@@ -228,42 +229,43 @@ def parts_of_tokens(tokens: int, groups: int, wave: int, device: torch.device) -
 
 def push_tokens(
     x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
     entries: Entries,
     landing: Landing,
     peers: Peers,
     dtype: torch.dtype,
-    spec: QuantSpec | None,
     wait: bool,
-    *,
-    wave: int = 0,
-    first_experts: int = 0,
+    wave: tuple[int, int] = (0, 0),
 ) -> None:
-    """x: (T, H) with contiguous rows. dtype: of the values that are stored. spec: of the format and the recipe; None for bfloat16.
-    peers: with the flags of the rows, or of a second wave's. wait: for all ranks' rows. wave, first_experts: 1, and then 2, with the
-    number of each rank's experts whose rows go first; 0: all at once."""
-    (tokens, columns), top_k = x.shape, entries.ids.shape[1]
-    groups = triton.cdiv(columns, 128)
-    parts = parts_of_tokens(tokens, groups, wave, x.device)
+    """x: (T, H) with contiguous rows. topk_ids: (T, K). topk_weights: (T, K), for reduce="per_rank"; otherwise None. dtype: of the values
+    that are stored. peers: with the flags of the rows, or of a second wave's. wait: for all ranks' rows. wave: its number, 1 and then 2,
+    and the number of each rank's experts whose rows go first; 0 for all at once."""
+    (tokens, columns), top_k = x.shape, topk_ids.shape[1]
+    groups, quantized = triton.cdiv(columns, 128), landing.spec is not None
+    number, first_experts = wave
+    parts = parts_of_tokens(tokens, groups, number, x.device)
     tile = Tile(
         element=VALUE_TYPES[dtype],
         groups=parts.groups,
-        note_words=note_words(0 if spec is None else groups, top_k, entries.weights is not None),
-        scale_words=0 if spec is None else triton.cdiv(groups, 4) * 4,
+        note_words=note_words(groups if quantized else 0, top_k, topk_weights is not None),
+        scale_words=triton.cdiv(groups, 4) * 4 if quantized else 0,
         top_k=top_k,
         top_k_lanes=triton.next_power_of_2(top_k),
         lanes=triton.next_power_of_2(peers.ranks),
         early=begins_early(x.device),
-        wave=wave,
+        wave=number,
+        waits=wait,
     )
     push_tokens_kernel[(max(tokens, 1), triton.cdiv(groups, parts.groups))](
+        x,
+        topk_ids,
+        topk_weights,
         entries,
         peers,
         landing,
-        rows_of(x),
         tokens=tokens,
-        first_experts=first_experts,
-        spec=spec,
-        WAIT=wait,
+        given=(x.stride(0), first_experts),
         TILE=tile,
         num_warps=parts.warps,
         # as in the quantize kernel

@@ -38,7 +38,13 @@ class PaddedBuffers(CollectiveBuffers[T]):
     sums: T | None = None
 
 
-PaddedSlot = CollectiveSlot[PaddedBuffers[Tensor]]
+class PaddedSlot(CollectiveSlot[PaddedBuffers[Tensor]]):
+    """With what is said of this rank's experts: their counts and offsets, (W, L)."""
+
+    def __init__(self, number: int, buffers: PaddedBuffers[Tensor], config: DispatcherConfig, first_expert: int) -> None:
+        super().__init__(number, buffers, config.num_experts)
+        local = slice(first_expert, first_expert + config.num_local_experts)
+        self.local_counts, self.local_offsets = buffers.all_counts[:, local], buffers.offsets[:, local]
 
 
 class PaddedTransport(CollectiveTransport[PaddedSlot]):
@@ -64,7 +70,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
 
     def allocate(self, number: int = 0) -> PaddedSlot:
         buffers = PaddedBuffers(**self.make_buffers(named(self.buffer_specs(self.config))))
-        return CollectiveSlot(number, buffers, self.config.num_experts)
+        return PaddedSlot(number, buffers, self.config, self.first_expert)
 
     def dispatch(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: PaddedSlot
@@ -111,9 +117,8 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
         ops.move_source_rows(
             self._by_source(values_in),
             batch.values,
-            offsets,
-            slot.all_counts,
-            self.first_expert,
+            slot.local_offsets,
+            slot.local_counts,
             True,
             self._by_source(self._scales(meta_in)) if config.quantized else None,
             batch.scales,
@@ -145,7 +150,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
             return
         sent = buffers.exchanged.view(expert_output.dtype)
         returned = self._routed(slot, expert_output.dtype)
-        ops.move_source_rows(self._by_source(sent), expert_output, buffers.offsets, slot.all_counts, self.first_expert, False)
+        ops.move_source_rows(self._by_source(sent), expert_output, slot.local_offsets, slot.local_counts, False)
         self.wire.all_to_all(returned, sent)
         ops.combine(returned.flatten(0, 1), state, topk_weights, out)
 

@@ -115,6 +115,7 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
             capacity=config.max_rows,
             columns=config.hidden_size,
             max_tokens=config.max_tokens_per_rank,
+            spec=quant_spec(config.dtype, config.recipe) if config.quantized else None,
         )
         self.landed = Landed(buffers.values.view(torch.uint8), self.scales, buffers.num_tokens, buffers.sources)
         self.notes = notes_of(buffers.notes, config.num_groups if config.quantized else 0)
@@ -244,7 +245,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         # the flags of the second wave may be so old that they seem to be ahead; nobody signals before it has this call's counts
         slot.buffers.flags[2].copy_(slot.buffers.epochs[0].expand(self.config.world_size))
         self._exchange(topk_ids, slot)
-        rows = self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=1, first_experts=experts)
+        rows = self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=(1, experts))
         slot.second = hidden_states, topk_ids, topk_weights, experts
         return self._land(slot, hidden_states.shape[0], (0, experts)), rows
 
@@ -253,7 +254,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         assert slot.second is not None
         hidden_states, topk_ids, topk_weights, experts = slot.second
         slot.second = None
-        self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=2, first_experts=experts)
+        self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=(2, experts))
         return self._land(slot, len(hidden_states), (experts, self.config.num_local_experts))
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, state: Tensor) -> None:
@@ -295,26 +296,17 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         topk_weights: Tensor,
         slot: SymmetricSlot,
         wait: bool,
-        wave: int = 0,
-        first_experts: int = 0,
+        wave: tuple[int, int] = (0, 0),
     ) -> Tensor:
         """Stores this rank's rows, or those of a wave, at their places. Returns rows (T, K) int32: the row of each entry among all ranks'
         E * M rows, -1 where there is none."""
         from moequant.kernels.symmetric.push_tokens import Entries, push_tokens
 
-        config, taken = self.config, slot.take(len(topk_ids))
-        weights, partials = (topk_weights, slot.buffers.partials) if config.per_rank else (None, None)
-        push_tokens(
-            hidden_states,
-            Entries(topk_ids, taken.slots, weights, slot.buffers.row_offsets, taken.rows, partials),
-            slot.landing,
-            self._peers(slot, 3 if wave == 2 else 1),
-            config.dtype,
-            quant_spec(config.dtype, config.recipe) if config.quantized else None,
-            wait,
-            wave=wave,
-            first_experts=first_experts,
-        )
+        config, buffers, taken = self.config, slot.buffers, slot.take(len(topk_ids))
+        entries = Entries(taken.slots, buffers.row_offsets, taken.rows, buffers.partials)
+        weights = topk_weights if config.per_rank else None
+        peers = self._peers(slot, 3 if wave[0] == 2 else 1)
+        push_tokens(hidden_states, topk_ids, weights, entries, slot.landing, peers, config.dtype, wait, wave)
         return taken.rows
 
     def _land(self, slot: SymmetricSlot, tokens: int, part: tuple[int, int] | None = None) -> ExpertBatch:

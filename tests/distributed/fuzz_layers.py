@@ -354,7 +354,7 @@ class PeersOnOneGPU:
         if way == "experts":
             transport.combine(self.experts[rank](batch), weights, outs[0], slot, state)
             batch, state = transport.dispatch(hidden, ids, weights, slot)
-            self.experts[rank].push(batch, slot.buffers.destinations)
+            self.experts[rank].push(batch, transport.destinations(slot))
             transport.combine_pushed(torch.bfloat16, weights, outs[1], slot, state)
             return batch
         y = stand_in(batch, rank * self.config.num_local_experts)

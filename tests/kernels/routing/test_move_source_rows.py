@@ -47,11 +47,13 @@ def test_both_directions_match_the_reference(ranks, experts, limit, capacity, co
     scales = meta[:, :, :-1].view(torch.float32).transpose(2, 3)
     merged_scales = poison(empty_transposed_scales(experts, capacity, groups, device))
     sources = poison(torch.empty(experts, capacity, dtype=torch.int64, device=device))
-    moved = both((padded, merged, offsets, counts, first, True, scales, merged_scales, meta[:, :, -1], sources), written=(1, 7, 9))
+    # of this rank's experts
+    offsets, counts = offsets[:, first:], counts[:, first:]
+    moved = both((padded, merged, offsets, counts, True, scales, merged_scales, meta[:, :, -1], sources), written=(1, 6, 8))
     for expert, count in enumerate(num_tokens.tolist()):
         assert (moved[2][expert, count:] == sources[expert, count:]).all()
     back = poison(torch.empty_like(padded))
-    both((back, moved[0], offsets, counts, first, False, None, None, None, None), written=(0,))
+    both((back, moved[0], offsets, counts, False, None, None, None, None), written=(0,))
 
 
 @pytest.mark.parametrize("limit", [1, 20, 32])
@@ -62,11 +64,11 @@ def test_a_source_that_has_more_rows_than_its_part_moves_what_the_part_holds(lim
     offsets = torch.arange(0, ranks * limit, limit, dtype=torch.int32, device=device)[:, None].repeat(1, experts)
     padded = torch.randn(ranks, experts, limit, columns, device=device)
     merged = poison(torch.empty(experts, ranks * limit + 40, columns, device=device))
-    moved = both((padded, merged, offsets, counts, 0, True, None, None, None, None), written=(1,))[0]
+    moved = both((padded, merged, offsets, counts, True, None, None, None, None), written=(1,))[0]
     assert_bit_equal(moved[:, : ranks * limit], padded.transpose(0, 1).flatten(1, 2))
     assert moved[:, ranks * limit :].isnan().all()
     more = poison(torch.empty(ranks * experts + 1, limit, columns, device=device))
-    kernel(more[:-1].view_as(padded), moved, offsets, counts, 0, False, None, None, None, None)
+    kernel(more[:-1].view_as(padded), moved, offsets, counts, False, None, None, None, None)
     assert_bit_equal(more[:-1].view_as(padded), padded)
     assert more[-1].isnan().all()
 
@@ -84,7 +86,7 @@ def test_the_stride_of_a_single_local_expert_does_not_matter(device):
         odd_scales = scales.as_strided((2, 1, 2, 3), (6, stride, 1, 2))
         odd_sources = sources.as_strided((2, 1, 2), (2, stride, 1))
         rows = torch.ones(2, 1, 2, 8, device=device), torch.zeros(1, 16, 8, device=device)
-        kernel(*rows, offsets, counts, 0, True, odd_scales, merged_scales, odd_sources, merged_sources)
+        kernel(*rows, offsets, counts, True, odd_scales, merged_scales, odd_sources, merged_sources)
         results.append((merged_scales, merged_sources))
     for result, expected in zip(*results, strict=True):
         assert_bit_equal(result, expected)
@@ -98,5 +100,5 @@ def test_the_worked_example(device):
     merged = torch.zeros(1, 4, 1, device=device)
     for function in (kernel, reference.move_source_rows):
         merged.zero_()
-        function(padded, merged, offsets, counts, 0, True, None, None, None, None)
+        function(padded, merged, offsets, counts, True, None, None, None, None)
         assert merged.flatten().tolist() == [1.0, 2.0, 3.0, 0.0]

@@ -40,8 +40,15 @@ def make_blocks(counts: torch.Tensor, rank: int, epoch: int, device: str) -> Pee
 def run(blocks: PeerBlocks, rank: int, capacity: int, limit: int = LONG, shift: int = 0) -> None:
     from moequant.kernels.symmetric.exchange_counts import Counts, exchange_counts
 
-    buffers = (blocks[name][rank] for name in ("counts", "offsets", "num_tokens", "calls", "status"))
-    exchange_counts(Counts(*buffers, blocks.offsets["words"] + shift), blocks.peers_of(rank, limit, shift), capacity, CALL)
+    slot = Counts(
+        counts=blocks["counts"][rank],
+        offsets=blocks["offsets"][rank],
+        num_tokens=blocks["num_tokens"][rank],
+        calls=blocks["calls"][rank],
+        status=blocks["status"][rank],
+        words=blocks.offsets["words"] + shift,
+    )
+    exchange_counts(slot, blocks.peers_of(rank, limit, shift), capacity, CALL)
 
 
 def expect_words(blocks: PeerBlocks, rank: int, epoch: int, counts: torch.Tensor) -> PeerBlocks:

@@ -65,10 +65,10 @@ class Push:
         blocks, rank = self.blocks, self.rank
         push_tokens(
             self.x,
+            self.ids.to(self.device),
+            None if self.weights is None else self.weights.to(self.device),
             Entries(
-                self.ids.to(self.device),
                 self.slots.to(self.device),
-                None if self.weights is None else self.weights.to(self.device),
                 self.offsets.to(self.device),
                 blocks["rows"][rank],
                 None if self.weights is None else blocks["partials"][rank],
@@ -81,13 +81,12 @@ class Push:
                 capacity=self.capacity,
                 columns=self.x.shape[1],
                 max_tokens=self.max_tokens,
+                spec=ops.quant_spec(self.dtype, self.recipe) if self.groups else None,
             ),
             blocks.peers_of(rank, limit),
             self.dtype,
-            ops.quant_spec(self.dtype, self.recipe) if self.groups else None,
             wait,
-            wave=wave,
-            first_experts=first_experts,
+            (wave, first_experts),
         )
 
     def places(self) -> list[list[int]]:
