@@ -202,7 +202,7 @@ class MoEQuantDispatcher(SendRecv):
         self._come_again(buffers)
         inputs = expert_output, handle.topk_weights, out
         # which needs no copy
-        settings = "combine", "output" in buffers.buffers and expert_output.data_ptr() == buffers["output"].data_ptr()
+        settings = "combine", buffers.output is not None and expert_output.data_ptr() == buffers.output.data_ptr()
         self._repeated(buffers, inputs, settings, lambda: self._transport.combine(*inputs, buffers, handle.state))
         buffers.done("combine")
         return out

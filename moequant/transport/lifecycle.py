@@ -67,7 +67,8 @@ class Lifecycle:
     _number: int
     _ordinal: int
     _transport: Transport
-    _slots: list[Slot]
+    # of the transport's own kind
+    _slots: list[Any]
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -179,7 +180,7 @@ class Lifecycle:
         if self._fault is not None:
             raise self._fault
 
-    def _slot(self, slot: int) -> Slot:
+    def _slot(self, slot: int) -> Any:
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self._slots):
             raise ValueError(
                 f"slot must be in 0..{len(self._slots) - 1}, got {slot}; the constructor's slots says how many there are"
@@ -200,7 +201,7 @@ class Lifecycle:
         slot: int,
         layer: int | None,
         first_experts: int = 0,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
         """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
         self._check_open()
         try:
@@ -241,7 +242,7 @@ class Lifecycle:
             self._transport.again(slot)
             slot.stage = Stage.LANDED
 
-    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Slot:
+    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Any:
         """The slot of a handle that is still good, and ready for a step."""
         self._check_open()
         if not isinstance(handle, DispatchHandle):
