@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench_local import make_weights
 from benchmarks.common import Bench, OneLineParser, Timing, measure_graph, process_group, slowest_rank
 from moequant import GroupedExperts, MoEQuantDispatcher, quantize_expert_batch
+from moequant.kernels.library.launch import Launchable
 from moequant.models import ModelShape
 from moequant.testing import routing
 
@@ -67,7 +68,40 @@ def calls_of(
         out: dict[str, Any] = {"values": torch.empty_like(batch.values), "scales": torch.empty_like(batch.scales)}
         x = torch.empty(*batch.values.shape, dtype=torch.bfloat16, device=hidden.device)
         calls["host_quantize"] = lambda: quantize_expert_batch(x, batch.num_tokens, dtype=batch.values.dtype, **out)
-    return calls
+    if hidden.is_cuda:
+        # the same kernels as Triton launches them
+        calls |= {f"{op}_triton": triton_launch(calls[op]) for op in ("host_product", "host_quantize") if op in calls}
+    return calls | torch_calls(layer, hidden, ids)
+
+
+def triton_launch(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Triton's own launch of the one kernel that a call launches, with the same arguments."""
+    launches: list[tuple[Any, ...]] = []
+
+    class Seen(Launchable):
+        def launch(self, grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            launches.append((self.kernel, grid, arguments, named))
+            return launch(self, grid, arguments, named)
+
+    launch, Launchable.launch = Launchable.launch, Seen.launch  # type: ignore[method-assign]
+    try:
+        call()
+    finally:
+        Launchable.launch = launch  # type: ignore[method-assign]
+    ((kernel, grid, arguments, named),) = launches
+    return lambda: kernel[grid](*arguments, **named)
+
+
+def torch_calls(layer: GroupedExperts, hidden: Tensor, ids: Tensor) -> dict[str, Callable[[], Any]]:
+    """torch's own product of experts, of as many rows, for comparison: what one call of it costs the host."""
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None)
+    if grouped_mm is None or not hidden.is_cuda:
+        return {}
+    experts, columns, depth = layer.w13.shape
+    rows = hidden.new_zeros(ids.numel(), depth)
+    weights = hidden.new_zeros(experts, depth, columns)
+    ends = torch.linspace(0, ids.numel(), experts + 1, device=hidden.device)[1:].int()
+    return {"host_torch_grouped_mm": lambda: grouped_mm(rows, weights, offs=ends)}
 
 
 def record_all(bench: Bench | None, options: argparse.Namespace, rank: int, device: torch.device) -> None:

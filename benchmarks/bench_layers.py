@@ -1,4 +1,4 @@
-"""Times whole layers of several models, numbers of tokens and ways to exchange, in one run: what README's table of layers is made of.
+"""Times whole layers of several models, numbers of tokens and ways to exchange, in one run: what the tables of layers is made of.
 
     torchrun --nproc-per-node 8 benchmarks/bench_layers.py
     torchrun --nproc-per-node 8 benchmarks/bench_layers.py --models deepseek-v3 --num-tokens 128 --ways symmetric --skew

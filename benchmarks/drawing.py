@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import Record, case_text, goal_rows, is_gemm, share
+from benchmarks.records import Record, case_text, goal_rows, is_gemm, readme_rows, share
 
 # What a layer consists of, by the op or the step that it is recorded as; SwiGLU stands in GEMM 1 where that takes it in.
 PARTS = {
@@ -16,17 +17,46 @@ PARTS = {
     "silu_mul_quantize": "SwiGLU + quantize",
     "gemm1_fused": "GEMM 1 with SwiGLU + quantize",
     "gemm2": "GEMM 2",
-    "gemm2_push": "GEMM 2 that sends its rows back",
+    "gemm2_push": "GEMM 2, storing its rows at the tokens' ranks",
     "combine": "combine",
-    "combine_push": "combine of rows that were sent back",
+    "combine_push": "combine of those rows",
 }
 # Steps that stand in the place of others, where they were recorded.
 INSTEAD = {"gemm1_fused": ("gemm1", "silu_mul_quantize"), "gemm2_push": ("gemm2", "combine")}
+# What a layer's case has besides the way in which it runs.
+NOT_WAYS = ("T", "H", "I", "K", "E", "W", "capacity", "routing", "reduce")
 GEMM_KEYS = ("step", "N", "K_dim", "rows")
 
 
+def draw_overview(plt: Any, records: list[Record]) -> Any:
+    """The whole layers of README.md's table: time against tokens, a line each; the lowest floor dashed."""
+    figure, axes = plt.subplots(figsize=(8, 4))
+    floors: dict[int, float] = {}
+    for title, points in layers_of_readme(records).items():
+        tokens = sorted(points)
+        axes.plot(tokens, [points[T]["us"] for T in tokens], "o-", markersize=4, label=title.replace("`", ""))
+        for T in tokens:
+            if points[T].get("floor_us"):
+                floors[T] = min(points[T]["floor_us"], floors.get(T, math.inf))
+    axes.plot(sorted(floors), [floors[T] for T in sorted(floors)], "--", color="black", linewidth=1, label="lowest floor")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("tokens of a rank")
+    axes.set_ylabel("us")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def layers_of_readme(records: list[Record]) -> dict[str, dict[int, Record]]:
+    """The rows of README.md's table that are whole layers."""
+    return {title: points for title, points in readme_rows(records).items() if all(p["op"] == "layer" for p in points.values())}
+
+
 def draw_shares(plt: Any, records: list[Record]) -> Any:
-    """One line an op, one dot a record of README.md's table."""
+    """One line an op, one dot a record of docs/results.md."""
     shares: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     chosen = goal_rows(records)
     for record in chosen if any(share(r) is not None for r in chosen) else records:
@@ -99,7 +129,8 @@ def draw_layer_times(plt: Any, records: list[Record]) -> Any:
     for panel, (shape, layers) in zip(panels.flat, shapes.items(), strict=False):
         ways: dict[str, list[Record]] = defaultdict(list)
         for record in layers:
-            case = {key: value for key, value in record["case"].items() if key not in ("T", "H", "I", "K", "routing", "reduce")}
+            # what the panel says, and what goes with the number of tokens or of ranks, makes no way of its own
+            case = {key: value for key, value in record["case"].items() if key not in NOT_WAYS}
             reduce = record["case"].get("reduce", "exact")
             ways[f"{record['machine']}: {case_text(case | {'reduce': None if reduce == 'exact' else reduce})}"].append(record)
         for way, points in ways.items():
@@ -124,7 +155,7 @@ def draw_layer_times(plt: Any, records: list[Record]) -> Any:
 
 
 def layer_parts(records: list[Record]) -> dict[str, tuple[Record, dict[str, float]]]:
-    """Of the layers that README.md shows, by machine and case: the layer's record, and the us of its steps if all were recorded."""
+    """Of the layers that docs/results.md shows, by machine and case: the layer's record, and the us of its steps if all were recorded."""
     steps: dict[str, dict[str, float]] = defaultdict(dict)
     for record in records:
         name = record["case"].get("step", record["op"])
@@ -170,6 +201,7 @@ def draw_layer_parts(plt: Any, records: list[Record]) -> Any:
 
 # By a plot's name: whether records are enough for it, and what draws it.
 PLOTS: dict[str, tuple[Callable[[list[Record]], bool], Callable[[Any, list[Record]], Any]]] = {
+    "overview": (lambda records: bool(layers_of_readme(records)), draw_overview),
     "share_of_ceiling": (lambda records: any(share(record) is not None for record in records), draw_shares),
     "layer_times": (lambda records: bool(layers_by_shape(records)), draw_layer_times),
     "layer_parts": (lambda records: bool(layer_parts(records)), draw_layer_parts),

@@ -9,21 +9,21 @@ from typing import Any
 
 TITLES = {
     "copy": "Copy, the ceiling of memory (between ranks: of the wire)",
-    "matmul": "One large product, the ceiling of the tensor cores",
+    "matmul": "One large GEMM, the ceiling of the tensor cores",
     "quantize": "Quantize",
     "silu_mul_quantize": "SwiGLU + quantize",
     "grouped_gemm": "Grouped GEMM",
     "gemm1_fused": "GEMM 1 with SwiGLU and quantization",
-    "mm_fp8_blockscale": "Dense fp8 product of blocks",
-    "int8_gemm": "Dense int8 product of blocks",
-    "int8_addmm_quant": "Dense int8 product of blocks, with bias and quantization",
-    "fp8_gemm": "Dense fp8 product with one scale for each operand",
-    "gemm2_push": "GEMM 2 that sends its rows back",
+    "mm_fp8_blockscale": "Dense block-scaled fp8 GEMM",
+    "int8_gemm": "Dense block-scaled int8 GEMM",
+    "int8_addmm_quant": "Dense block-scaled int8 GEMM, with bias and quantization",
+    "fp8_gemm": "Dense fp8 GEMM with one scale for each operand",
+    "gemm2_push": "GEMM 2, storing its rows at the tokens' ranks",
     "route": "Route",
     "dispatch": "Dispatch",
     "combine": "Combine",
     "combine_pull": "Combine, by loads from the other ranks",
-    "combine_push": "Combine, of rows that were sent back",
+    "combine_push": "Combine, of rows that GEMM 2 stored",
     "layer": "The whole layer",
 }
 CEILINGS = ("copy", "matmul")
@@ -32,8 +32,8 @@ V3, V4_FLASH = {"H": (7168,), "I": (2048,)}, {"H": (4096,), "I": (2048,)}
 SHARED = {"E": (128,), "reduce": ("exact",), "routing": ("uniform",), "quant": ("fp8_e4m3fn",), "overlap": (None, "rows pushed")}
 FEW, MANY = {"T": (1, 8, 128), "capacity": (None,)}, {"T": (4096,), "capacity": (2048,)}
 EXCHANGED = [V3 | SHARED | FEW, V3 | SHARED | MANY]
-# What README.md shows: of these ops the cases that have the values of one of these. Everything stands in the full table.
-README_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
+# What docs/results.md shows: of these ops the cases that have the values of one of these. Everything stands in the full table.
+RESULTS_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
     "quantize": [{"H": (7168,), "rows": (32, 1024), "quant": ("fp8_e4m3fn",)}],
     "silu_mul_quantize": [{"I": (2048,), "rows": (32, 1024)}],
     "grouped_gemm": [
@@ -64,6 +64,22 @@ README_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
         V3 | SHARED | {"E": (32,), "T": (8, 128, 4096)},
     ],
 }
+SYMMETRIC, PADDED, PACKED = (
+    [case | {"transport": (transport,), "exchange": exchanges} for case in EXCHANGED]
+    for transport, exchanges in (("symmetric", (None, "auto")), ("collective", ("padded",)), ("collective", ("packed",)))
+)
+# README.md's table, a row each by title: an op, the machine, and which cases.
+README_ROWS: dict[str, tuple[str, str, list[dict[str, tuple[Any, ...]]]]] = {
+    "Dispatch": ("dispatch", "nvidia-h200-x4", SYMMETRIC),
+    "GEMM 2, storing its rows at the tokens' ranks": ("gemm2_push", "nvidia-h200-x4", SYMMETRIC),
+    "Combine of those rows": ("combine_push", "nvidia-h200-x4", SYMMETRIC),
+    "Whole layer": ("layer", "nvidia-h200-x4", SYMMETRIC),
+    "Whole layer in bfloat16": ("layer", "nvidia-h200-x4", [case | {"quant": ("none",)} for case in SYMMETRIC]),
+    "Whole layer over NCCL, `padded`": ("layer", "nvidia-h200-x4", PADDED),
+    "Whole layer over NCCL, `packed`": ("layer", "nvidia-h200-x4", PACKED),
+    "Whole layer on one GPU": ("layer", "nvidia-h200", [V3 | SHARED | {"E": (32,), "capacity": (None,)}]),
+}
+README_TOKENS = (1, 8, 128, 4096)
 Record = dict[str, Any]
 
 
@@ -103,20 +119,29 @@ def order(record: Record) -> tuple[Any, ...]:
 
 
 def goal_rows(records: Iterable[Record]) -> list[Record]:
-    """What README.md shows."""
-    return [
-        record
-        for record in records
-        if any(
-            all(record["case"].get(key) in values for key, values in choice.items())
-            for choice in README_CASES.get(record["op"], [])
-        )
-    ]
+    """What docs/results.md shows."""
+    return [record for record in records if is_one_of(record, RESULTS_CASES.get(record["op"], []))]
+
+
+def is_one_of(record: Record, choices: Iterable[dict[str, tuple[Any, ...]]]) -> bool:
+    """Whether the record's case has the values of one of these."""
+    return any(all(record["case"].get(key) in values for key, values in choice.items()) for choice in choices)
+
+
+def readme_rows(records: list[Record]) -> dict[str, dict[int, Record]]:
+    """README.md's table: by title, then by T, those that are recorded."""
+    rows: dict[str, dict[int, Record]] = {}
+    for title, (op, machine, choices) in README_ROWS.items():
+        for record in records:
+            wanted = (record["op"], record["machine"]) == (op, machine) and record["case"].get("T") in README_TOKENS
+            if wanted and is_one_of(record, choices):
+                rows.setdefault(title, {})[record["case"]["T"]] = record
+    return rows
 
 
 def other_routing_rows(records: Iterable[Record]) -> list[Record]:
-    """What README.md shows besides: quantized layers of the same shape, as they go by default, with routing that is not uniform, at 128
-    tokens."""
+    """What docs/results.md shows besides: quantized layers of the same shape at 128 tokens, as they go by default, with routing that is
+    not uniform."""
     return [
         record
         for record in records

@@ -1,8 +1,8 @@
 """Turns the records in benchmarks/results into tables and plots: python benchmarks/report.py [--check]
 
-The newest record of each (op, case, machine) goes into benchmarks/results/README.md, a readable choice of them into the part of
-README.md between `<!-- results -->` and `<!-- /results -->`, and both are drawn into benchmarks/plots/*.svg (needs matplotlib).
---check writes nothing and exits with code 1 if a table is out of date.
+The newest record of each (op, case, machine) goes into benchmarks/results/README.md, a choice of them into docs/results.md, at most eight
+rows into the part of README.md between `<!-- results -->` and `<!-- /results -->`, and the plots into benchmarks/plots/*.svg (needs
+matplotlib). --check writes nothing and exits with code 1 if a table is out of date.
 """
 
 from __future__ import annotations
@@ -17,10 +17,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.drawing import draw, plot_names
-from benchmarks.records import TITLES, Record, ReportError, case_text, goal_rows, number, other_routing_rows, read_records, share
+from benchmarks.records import (
+    README_TOKENS,
+    TITLES,
+    Record,
+    ReportError,
+    case_text,
+    goal_rows,
+    number,
+    other_routing_rows,
+    read_records,
+    readme_rows,
+    share,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a rank does for its T tokens; in README.md one table of them all.
+# What a rank does for its T tokens; in docs/results.md one table of them all.
 BY_TOKENS = ("dispatch", "gemm2_push", "combine", "combine_push", "layer")
 START, END = "<!-- results -->", "<!-- /results -->"
 
@@ -61,6 +73,12 @@ def tables(records: list[Record], level: str, spread: bool = True) -> str:
     return "\n\n".join(parts)
 
 
+def cell(record: Record | None) -> str:
+    """The time, and in parentheses the share of the ceiling; nothing for no record."""
+    part = share(record) if record else None
+    return "" if record is None else number(record["us"]) + ("" if part is None else f" ({part:.0%})")
+
+
 def table_by_tokens(records: list[Record]) -> list[str]:
     """A Markdown table of what depends on T, the tokens of a rank: a row for each operation and case, a column for each T."""
     rows: dict[tuple[str, str], dict[int, Record]] = defaultdict(dict)
@@ -68,10 +86,6 @@ def table_by_tokens(records: list[Record]) -> list[str]:
         case = {key: value for key, value in record["case"].items() if key not in ("T", "capacity")}
         rows[TITLES[record["op"]], f"{record['machine']}: {case_text(case)}"][record["case"]["T"]] = record
     sizes = sorted({tokens for cells in rows.values() for tokens in cells})
-
-    def cell(record: Record | None) -> str:
-        part = share(record) if record else None
-        return "" if record is None else number(record["us"]) + ("" if part is None else f" ({part:.0%})")
 
     head = ["| us (of the ceiling) | case | " + " | ".join(f"T={size}" for size in sizes) + " |", "| --- " * (2 + len(sizes)) + "|"]
     return head + [
@@ -81,25 +95,74 @@ def table_by_tokens(records: list[Record]) -> list[str]:
 
 
 def readme_section(records: list[Record], plots: Iterable[str]) -> str:
-    """What stands between the marks of README.md."""
-    if not records:
+    """What stands between the marks of README.md: one table, one plot, and what they come to."""
+    rows = readme_rows(records)
+    if not rows:
         return "No results are recorded yet."
+    head = "| median us (of the ceiling) | on | " + " | ".join(f"T={tokens}" for tokens in README_TOKENS) + " |"
+    lines = [head, "| --- " * (2 + len(README_TOKENS)) + "|"]
+    for title, cells in rows.items():
+        machine = next(iter(cells.values()))["machine"]
+        lines.append(f"| {title} | {machine} | " + " | ".join(cell(cells.get(tokens)) for tokens in README_TOKENS) + " |")
+    images = [f"![{name}](benchmarks/plots/{name}.svg)" for name in plots if name == "overview"]
+    return "\n\n".join([*summary(records, rows), "\n".join(lines), *images])
+
+
+def summary(records: list[Record], rows: dict[str, dict[int, Record]]) -> list[str]:
+    """One sentence on the layer, and one on its peer of the same run, if they are recorded."""
+    sentences = []
+    layer = rows.get("Whole layer", {}).get(128)
+    if layer:
+        ranks, part = layer["case"]["W"], share(layer)
+        ceiling = "" if part is None else f", {part:.0%} of what its two GEMMs allow at the measured ceiling"
+        sentences.append(
+            "**Why this and not DeepEP?** It needs torch and Triton alone, all of it is Python that you can read and change, and a whole "
+            f"fp8 layer of DeepSeek-V3's shape over {ranks} H200s takes {number(layer['us'])} us at 128 tokens a rank{ceiling}; "
+            "DeepEP has not been timed beside it."
+        )
+    factors = [
+        record["peer_us"] / record["us"] for record in goal_rows(records) if record["op"] == "grouped_gemm" and "peer_us" in record
+    ]
+    if factors:
+        peer = next(record["peer"] for record in records if record["op"] == "grouped_gemm" and "peer_us" in record)
+        name = " ".join(peer.split()[:2])
+        sentences.append(
+            f"Its grouped fp8 GEMM is {min(factors):.2f} to {max(factors):.2f} times as fast as {name} in the same run, over "
+            f"{len(factors)} sizes from few rows an expert to many."
+        )
+    return sentences
+
+
+def results_page(records: list[Record], plots: Iterable[str]) -> str:
+    """docs/results.md."""
     intro = (
-        'Written by `benchmarks/report.py` from `benchmarks/results/*.jsonl`. us are medians; "of the ceiling" is the time that the '
-        "bytes or operations take at the ceiling measured in the same run, over the time measured; a peer's factor is its time over "
-        'this project\'s; "fresh us" is of single calls from idle, where it was timed. All records: '
-        "[benchmarks/results](benchmarks/results/README.md)."
+        "# Results\n\n"
+        "Written by `benchmarks/report.py` from `benchmarks/results/*.jsonl`; nobody types a figure. All records: "
+        "[benchmarks/results](../benchmarks/results/README.md). How things are timed: [benchmarks](../benchmarks/README.md)."
     )
-    images = "\n".join(f"![{name.replace('_', ' ')}](benchmarks/plots/{name}.svg)" for name in plots)
+    if not records:
+        return f"{intro}\n\nNo results are recorded yet.\n"
+    legend = (
+        '- us are medians. "Of the ceiling" is the time that the bytes or operations take at the ceiling measured in the same run, over '
+        "the time measured; of a whole layer, those of its two GEMMs. The padded exchange's ceiling is that of its own, padded bytes.\n"
+        "- A peer's factor is its time over this project's, in the same run.\n"
+        '- "Fresh us" is of single calls from idle, where it was timed.\n'
+        "- Kernels are timed with a cold L2. Dispatch, combine and layers are timed by CUDA-graph replay; `packed` can't be captured, so "
+        "it is timed call by call.\n"
+        "- Rows of four GPUs have 32 experts a rank, the load of eight GPUs and 256 experts; at T=4096 with room for 2048 rows an "
+        "expert.\n"
+        "- Large GEMMs run into the cards' power cap, and times differ by a few percent from run to run."
+    )
+    images = "\n".join(f"![{name.replace('_', ' ')}](../benchmarks/plots/{name}.svg)" for name in plots if name != "overview")
     shown = goal_rows(records)
     kernels, layers = ([record for record in shown if (record["op"] in BY_TOKENS) == wanted] for wanted in (False, True))
-    parts = [intro, images, tables(kernels, "###", spread=False)]
+    parts = [intro, legend, images, tables(kernels, "##", spread=False)]
     if layers:
-        parts.append("### Layers and their exchange\n\n" + "\n".join(table_by_tokens(layers)))
+        parts.append("## Layers and their exchange\n\n" + "\n".join(table_by_tokens(layers)))
     other = other_routing_rows(records)
     if other:
-        parts.append("### Layers with recorded and with skewed routing\n\n" + "\n".join(table(other, spread=False)))
-    return "\n\n".join(part for part in parts if part)
+        parts.append("## Layers with recorded and with skewed routing\n\n" + "\n".join(table(other, spread=False)))
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def replace_section(text: str, section: str, name: str) -> str:
@@ -120,11 +183,16 @@ def build(root: Path, check: bool) -> list[Path]:
     full = "# All results\n\nThe newest record of each case, written by `benchmarks/report.py`.\n"
     if records:
         full += f"\n{tables(records, '##')}\n"
-    section = readme_section(records, plot_names(records))
-    wanted = {results / "README.md": full, readme: replace_section(readme.read_text(), section, str(readme))}
+    plots = plot_names(records)
+    wanted = {
+        results / "README.md": full,
+        root / "docs" / "results.md": results_page(records, plots),
+        readme: replace_section(readme.read_text(), readme_section(records, plots), str(readme)),
+    }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if not check:
         for path in stale:
+            path.parent.mkdir(exist_ok=True)
             path.write_text(wanted[path])
         draw(records, root / "benchmarks" / "plots")
     return stale

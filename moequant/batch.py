@@ -23,18 +23,46 @@ LAYOUTS: tuple[str, ...] = get_args(ScaleLayout)
 
 
 def ceil_div(a: int, b: int) -> int:
-    """The smallest integer that is not less than a / b, for b > 0."""
+    """The smallest integer that is not less than a / b.
+
+    Args:
+        a: an integer.
+        b: a positive one.
+
+    Returns:
+        That integer.
+    """
     return -(-a // b)
 
 
 def empty_transposed_scales(num_experts: int, rows: int, groups: int, device: torch.device | str) -> Tensor:
-    """Uninitialised float32 scales of shape (L, M, G) and element strides (M*G, 1, M)."""
+    """Uninitialised float32 scales, as Hopper's GEMMs read them.
+
+    Args:
+        num_experts: L.
+        rows: M.
+        groups: G.
+        device: where.
+
+    Returns:
+        Shape (L, M, G), element strides (M*G, 1, M).
+    """
     return torch.empty(num_experts, groups, rows, dtype=torch.float32, device=device).transpose(1, 2)
 
 
 def empty_scales(num_experts: int, rows: int, groups: int, layout: ScaleLayout, device: torch.device | str) -> Tensor:
-    """Uninitialised activation scales in a layout of `QuantizedTensor`: (L, M, G) float32, or (L, M, ceil(G / 4)) int32 for
-    "ue8m0_packed"."""
+    """Uninitialised activation scales in a layout of `QuantizedTensor`.
+
+    Args:
+        num_experts: L.
+        rows: M.
+        groups: G.
+        layout: any but "block".
+        device: where.
+
+    Returns:
+        (L, M, G) float32, or (L, M, ceil(G / 4)) int32 for "ue8m0_packed".
+    """
     if layout == "row":
         return torch.empty(num_experts, rows, groups, dtype=torch.float32, device=device)
     if layout == "transposed":
@@ -47,7 +75,14 @@ def empty_scales(num_experts: int, rows: int, groups: int, layout: ScaleLayout, 
 
 
 def scale_layout(scales: Tensor) -> ScaleLayout:
-    """The layout of activation scales (L, M, G), by their strides."""
+    """The layout of activation scales, by their strides.
+
+    Args:
+        scales: (L, M, G).
+
+    Returns:
+        "transposed" or "row".
+    """
     return "transposed" if scales.stride(1) == 1 or scales.shape[1] == 1 else "row"
 
 
@@ -55,24 +90,24 @@ def scale_layout(scales: Tensor) -> ScaleLayout:
 class QuantizedTensor:
     """A tensor in a narrow type, with one float32 scale for each group: `dequantized = values * scales`.
 
-    values: (..., rows, columns), float8 or int8.
-    scales: on values' device, float32, but for "ue8m0_packed". A trailing partial group is a group of its own. `layout` says how they
-        lie:
-        "row": (..., rows, ceil(columns / group_size)), contiguous.
-        "transposed": (L, M, G) with element strides (M*G, 1, M), or strides (any, 1, any) for a slice of a larger buffer:
-            the rows of one group side by side.
-        "tma_aligned": as "transposed", with groups a multiple of 4 rows apart, as TMA wants to read them.
-        "transposed_flat": (..., M, G), contiguous, in the order of a contiguous (G, M): read as (M, G) it is scrambled.
-        "ue8m0_packed": (..., M, ceil(G / 4)) int32, strides as "tma_aligned": the exponents of four groups' powers of two, the first in
-            the lowest byte; 0xFF for NaN; 0 past the last group. Of recipe "ue8m0". What lies between M and the next multiple of 4 is
-            anything.
-        "block": (..., segments * ceil(rows / segments / group_size), ceil(columns / group_size)), contiguous: one scale for each
-            group_size x group_size block of a weight.
-    recipe: the arithmetic that made it (`moequant.quantization.RECIPES`).
-    segments: "block" only: the rows are this many equal parts, blocked apart. w13 has 2: gate and up.
+    Attributes:
+        values: (..., rows, columns), float8 or int8.
+        scales: on values' device, float32, but for "ue8m0_packed". A trailing partial group is a group of its own.
+        layout: how the scales lie. "row": (..., rows, ceil(columns / group_size)), contiguous. "transposed": (L, M, G) with element
+            strides (M*G, 1, M), or strides (any, 1, any) for a slice of a larger buffer: the rows of one group side by side.
+            "tma_aligned": as "transposed", with groups a multiple of 4 rows apart, as TMA wants to read them. "transposed_flat":
+            (..., M, G), contiguous, in the order of a contiguous (G, M): read as (M, G) it is scrambled. "ue8m0_packed": (..., M,
+            ceil(G / 4)) int32, strides as "tma_aligned": the exponents of four groups' powers of two, the first in the lowest byte;
+            0xFF for NaN; 0 past the last group. Of recipe "ue8m0". What lies between M and the next multiple of 4 is anything.
+            "block": (..., segments * ceil(rows / segments / group_size), ceil(columns / group_size)), contiguous: one scale for
+            each group_size x group_size block of a weight.
+        recipe: the arithmetic that made it (`moequant.formats.RECIPES`).
+        group_size: columns of a group, and rows of a block.
+        segments: "block" only: the rows are this many equal parts, blocked apart. w13 has 2: gate and up.
 
-    Raises LayoutError if the scales' shape or strides are not what `layout` says, ValueError for another wrong argument. Strides are
-    not asked of scales without elements.
+    Raises:
+        LayoutError: the scales' shape or strides are not what `layout` says. Strides are not asked of scales without elements.
+        ValueError: another wrong argument.
     """
 
     values: Tensor
@@ -129,7 +164,18 @@ class QuantizedTensor:
 
     @classmethod
     def made_of(cls, values: Tensor, scales: Tensor, layout: ScaleLayout, recipe: str, group_size: int = 128) -> QuantizedTensor:
-        """One of parts that are known to fit together: without the checks, which cost as much as a launch."""
+        """One of parts that are known to fit together: without the checks, which cost as much as a launch.
+
+        Args:
+            values: as the constructor's.
+            scales: as the constructor's.
+            layout: as the constructor's, but not "block".
+            recipe: as the constructor's.
+            group_size: as the constructor's.
+
+        Returns:
+            The tensor.
+        """
         if torch.compiler.is_compiling():
             return cls(values, scales, layout, recipe, group_size)
         made = object.__new__(cls)
@@ -139,10 +185,15 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> torch.Size:
+        """Of the values."""
         return self.values.shape
 
     def scales_by_row(self) -> Tensor:
-        """The float32 scales (..., rows, groups), each where its indices say: a view, except that packed ones are unpacked."""
+        """The float32 scales, each where its indices say.
+
+        Returns:
+            (..., rows, groups): a view, except that packed ones are unpacked.
+        """
         if self.layout == "transposed_flat":
             rows, groups = self.scales.shape[-2:]
             return self.scales.view(*self.scales.shape[:-2], groups, rows).transpose(-1, -2)
@@ -154,6 +205,7 @@ class QuantizedTensor:
 
     @property
     def device(self) -> torch.device:
+        """Of the values, and of the scales."""
         return self.values.device
 
 
@@ -165,17 +217,22 @@ class Owner:
 class ExpertBatch:
     """The rows routed to this rank's experts, as `MoEQuantDispatcher.dispatch` leaves them.
 
-    values: (L, M, H) contiguous, in the dispatcher's quantized type, or bfloat16 for quant="none".
-    scales: (L, M, G) float32 with element strides (M*G, 1, M), or None for quant="none".
-    num_tokens: (L,) int32. Rows from num_tokens[l] on may hold anything; nothing may read them for a valid result, or write them.
-    sources: (L, M) int64, where each valid row came from: `source_rank << 32 | token * top_k + k`.
-    recipe: the quantization recipe of values and scales.
-    expected_rows: a host-side guess of the mean of num_tokens, by which kernels choose their tiles; never more than a hint.
-    slot: the dispatcher's slot that it lies in; batches of different slots may be in flight at once.
-    owner: the dispatcher's; so may batches of different owners. None: nobody's in particular.
+    Rows of an expert are ordered by (source rank, token, k). The tensors are views of the dispatcher's buffers, valid until the
+    same slot's next dispatch.
 
-    Rows of an expert are ordered by (source rank, token, k). The tensors are views of the dispatcher's buffers, valid until the same
-    slot's next dispatch. Raises ValueError for tensors and numbers that are no batch.
+    Attributes:
+        values: (L, M, H) contiguous, in the dispatcher's quantized type, or bfloat16 for quant="none".
+        scales: (L, M, G) float32 with element strides (M*G, 1, M), or None for quant="none".
+        num_tokens: (L,) int32. Rows from num_tokens[l] on may hold anything; nothing may read them for a valid result, or write
+            them.
+        sources: (L, M) int64, where each valid row came from: `source_rank << 32 | token * top_k + k`.
+        recipe: the quantization recipe of values and scales.
+        expected_rows: a host-side guess of the mean of num_tokens, by which kernels choose their tiles; never more than a hint.
+        slot: the dispatcher's slot that it lies in; batches of different slots may be in flight at once.
+        owner: the dispatcher's; batches of different owners may be in flight at once, too. None: nobody's in particular.
+
+    Raises:
+        ValueError: tensors and numbers that are no batch.
     """
 
     values: Tensor
@@ -211,7 +268,18 @@ class ExpertBatch:
         return QuantizedTensor.made_of(self.values, self.scales, "transposed", self.recipe)
 
     def part(self, begin: int, end: int) -> ExpertBatch:
-        """The batch of experts begin..end - 1, views of this one. Raises ValueError unless 0 <= begin < end <= L."""
+        """The batch of some experts, views of this one.
+
+        Args:
+            begin: the first expert.
+            end: the one after the last.
+
+        Returns:
+            The batch of experts begin..end - 1.
+
+        Raises:
+            ValueError: unless 0 <= begin < end <= L.
+        """
         check_part(begin, end, self.values.shape[0])
         if (begin, end) not in self._parts:
             values, num_tokens, sources = (x[begin:end] for x in (self.values, self.num_tokens, self.sources))
@@ -225,7 +293,16 @@ class ExpertBatch:
 
 
 def check_part(begin: int, end: int, experts: int) -> None:
-    """Raises ValueError unless begin..end - 1 are some of so many experts."""
+    """Refuses experts that are none.
+
+    Args:
+        begin: the first expert.
+        end: the one after the last.
+        experts: how many there are.
+
+    Raises:
+        ValueError: unless 0 <= begin < end <= experts.
+    """
     check_int("begin", begin, 0, experts - 1)
     check_int("end", end, 1, experts)
     if begin >= end:
@@ -236,10 +313,13 @@ def check_part(begin: int, end: int, experts: int) -> None:
 class DispatchHandle:
     """What `combine` needs to know of the dispatch it answers. Made by `dispatch`, opaque to users.
 
-    topk_weights: (T, K), the tensor that dispatch was given; it must not change before combine.
-    dtype: of the hidden states, and so of combine's output.
-    dispatcher, slot, generation: which dispatcher, which slot, and which of the slot's dispatches this was.
-    state: the transport's own record of where the rows went.
+    Attributes:
+        topk_weights: (T, K), the tensor that dispatch was given; it must not change before combine.
+        dtype: of the hidden states, and so of combine's output.
+        dispatcher: whose it is.
+        slot: which of its slots.
+        generation: which of the slot's dispatches this was.
+        state: the transport's own record of where the rows went.
     """
 
     topk_weights: Tensor

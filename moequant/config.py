@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,14 +23,42 @@ POSITIVE = ("num_experts", "top_k", "hidden_size", "max_tokens_per_rank", "world
 
 
 def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not less than a value.
+
+    Args:
+        value: an integer.
+        multiple: a positive one.
+
+    Returns:
+        That multiple.
+    """
     return ceil_div(value, multiple) * multiple
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatcherConfig:
-    """Settings of a MoEQuantDispatcher, the same on all ranks. See `MoEQuantDispatcher` for what each means.
+    """Settings of a MoEQuantDispatcher, the same on all ranks. `MoEQuantDispatcher` says what each means.
 
-    Raises ValueError, saying what was given and what was expected.
+    Attributes:
+        num_experts: E.
+        top_k: K.
+        hidden_size: H.
+        max_tokens_per_rank: the largest T.
+        world_size: W.
+        quant: a key of QUANT_DTYPES.
+        transport: "auto", "local", "collective" or "symmetric".
+        exchange: of `collective`: "auto", "padded" or "packed".
+        capacity: rows of an expert's buffer, or None for all that can come.
+        on_overflow: "error" or "drop".
+        reduce: "exact" or "per_rank".
+        recipe: a key of `moequant.formats.RECIPES`.
+        slots: sets of buffers, 1 or 2.
+        overlap: whether the second GEMM stores its rows at the tokens' ranks.
+        num_sms: SMs (multiprocessors) that GEMMs leave to an exchange beside them.
+        timeout: seconds, from 0.001 to 1e6.
+
+    Raises:
+        ValueError: a setting is wrong; it says what was given and what was expected.
     """
 
     num_experts: int
@@ -86,47 +115,55 @@ class DispatcherConfig:
         if self.transport == "local" and self.world_size > 1:
             raise ValueError(f'transport "local" serves one rank, got a group of {self.world_size}; use "collective" or "auto"')
 
-    @property
+    @functools.cached_property
     def num_local_experts(self) -> int:
-        """L"""
+        """L, the experts of a rank."""
         return self.num_experts // self.world_size
 
-    @property
+    @functools.cached_property
     def num_groups(self) -> int:
-        """G"""
+        """G, the groups of 128 columns."""
         return ceil_div(self.hidden_size, 128)
 
-    @property
+    @functools.cached_property
     def max_rows(self) -> int:
         """M: rows of an expert's buffer. By default what W ranks can send when no token names an expert twice."""
         wanted = self.world_size * self.max_tokens_per_rank if self.capacity is None else self.capacity
         return round_up(wanted, 16)
 
-    @property
+    @functools.cached_property
     def rows_per_source(self) -> int:
         """C: rows of an expert's buffer that one source rank can fill, in the padded exchange."""
         return min(self.max_rows, round_up(self.max_tokens_per_rank, 16))
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """The type of the batch's values."""
         return QUANT_DTYPES[self.quant]
 
-    @property
+    @functools.cached_property
     def quantized(self) -> bool:
+        """Whether values are in a narrow type, with scales."""
         return self.quant != "none"
 
-    @property
+    @functools.cached_property
     def per_rank(self) -> bool:
         """Whether a token's rows are summed on each rank before they come back."""
         return self.reduce == "per_rank"
 
-    @property
+    @functools.cached_property
     def pushes(self) -> bool:
         """Whether the experts of a whole layer store their rows at the tokens' ranks. `transport` is resolved."""
         return self.overlap and self.transport == "symmetric" and not self.per_rank
 
     def difference(self, other: DispatcherConfig) -> str:
-        """The settings that differ, as text; empty if none does."""
+        """The settings that differ.
+
+        Args:
+            other: another rank's.
+
+        Returns:
+            Them as text; empty if none does.
+        """
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return ", ".join(f"{name}: {mine!r} and {theirs!r}" for name, mine, theirs in pairs if mine != theirs)

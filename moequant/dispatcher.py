@@ -36,40 +36,50 @@ _NUMBERS = itertools.count()
 class MoEQuantDispatcher(Lifecycle):
     """Routes, quantizes and exchanges tokens for expert parallelism. One dispatcher serves all layers of a model.
 
-    group: the process group of the W ranks that share the experts; None: the default group, or a single rank where torch.distributed
-        is not initialised. Rank r of the group holds experts r * L .. r * L + L - 1.
-    num_experts, top_k, hidden_size, max_tokens_per_rank: E, K, H and the largest T of any rank and call. E must be divisible by W.
-    quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or "none" for bfloat16 rows without scales.
-    transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory: NVIDIA
-        GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
-    exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once to each
-        rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
-    capacity: M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow unless tokens name an expert
-        twice. The padded exchange has room for max_tokens_per_rank (rounded up too) of these for each source rank.
-    on_overflow: rows without room are not sent, contribute nothing, and weights are not renormalised. "error": `check()` raises;
-        "drop": `check()` returns their number.
-    reduce: "exact": `combine` adds over k in order in float32, each product rounded first; the same bits on every transport.
-        "per_rank": the rows that one rank has for a token are summed there in the same way, rounded to bfloat16 and sent once, and the
-        ranks' sums are added in rank order in float32: fewer bytes come back, for one more rounding a rank. The bits are those of W
-        ranks, the same on every transport.
-    recipe: of quantization: "default", "deepgemm", "ue8m0", "fnuz_224" (`moequant.formats.RECIPES`).
-    slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
-    overlap: calls of the dispatcher itself hide communication under the experts' products where they can; see `__call__`.
-    num_sms: multiprocessors that are left to communication meanwhile.
-    timeout: seconds that a wait for other ranks may last, the constructor's too. On GPUs dispatch and combine of "collective" have the
-        process group's own limit instead.
-    device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
+    The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes,
+    and compiles the kernels for bfloat16 hidden states and float32 weights; other types and waves compile when they first come.
 
-    The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes, and
-    compiles the kernels for bfloat16 hidden states and float32 weights; other types and waves compile when they first come.
     `dispatch` and `combine` are collective and run in stream order; nothing in them syncs with the host, except in the packed
-    exchange. All ranks have to make the same calls, of all dispatchers of a group in one order: a call that raises on one rank counts,
-    and OutOfStepError tells the ranks that went on without it, at once on a CPU; on a GPU, where nothing waits for the device, from the
-    first call that can know, and from `check()`. What is noticed on a device at all, dropped rows and wrong ids too, the next dispatch
-    raises if it is known by then. Threads take turns, a call each. A dispatcher can't be copied. It is a context manager; leaving it
-    calls `check()` and `close()`.
+    exchange. All ranks have to make the same calls, of all dispatchers of a group in one order. A call that raises on one rank
+    counts, and OutOfStepError tells the ranks that went on without it: at once on a CPU; on a GPU, where nothing waits for the
+    device, from the first call that can know, and from `check()`. The next dispatch raises what a device has noticed, dropped rows
+    and wrong ids too, if it is known by then.
 
-    Raises ValueError for wrong settings, ConfigMismatchError where ranks disagree, PeerTimeoutError where one does not come.
+    Threads take turns, a call each. A dispatcher can't be copied. It is a context manager; leaving it calls `check()` and
+    `close()`.
+
+    Args:
+        group: the process group of the W ranks that share the experts; None: the default group, or a single rank where
+            torch.distributed is not initialised. Rank r of the group holds experts r * L .. r * L + L - 1.
+        num_experts: E, a multiple of W.
+        top_k: K.
+        hidden_size: H.
+        max_tokens_per_rank: the largest T of any rank and call.
+        quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or "none" for bfloat16 rows without scales.
+        transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory:
+            NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
+        exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once
+            to each rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
+        capacity: M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow unless tokens name an
+            expert twice. The padded exchange has room for max_tokens_per_rank (rounded up too) of these for each source rank.
+        on_overflow: rows without room are not sent, contribute nothing, and weights are not renormalised. "error": `check()`
+            raises; "drop": `check()` returns their number.
+        reduce: "exact": `combine` adds over k in order in float32, each product rounded first; the same bits on every transport.
+            "per_rank": the rows that one rank has for a token are summed there in the same way, rounded to bfloat16 and sent once,
+            and the ranks' sums are added in rank order in float32: fewer bytes come back, for one more rounding a rank. The bits
+            are those of W ranks, the same on every transport.
+        recipe: of quantization: "default", "deepgemm", "ue8m0", "fnuz_224" (`moequant.formats.RECIPES`).
+        slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
+        overlap: calls of the dispatcher itself hide communication under the experts' GEMMs where they can; see `__call__`.
+        num_sms: SMs (multiprocessors) that are left to communication meanwhile.
+        timeout: seconds that a wait for other ranks may last, the constructor's too. On GPUs dispatch and combine of "collective"
+            have the process group's own limit instead.
+        device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
+
+    Raises:
+        ConfigMismatchError: ranks disagree on a setting.
+        PeerTimeoutError: a rank does not come.
+        ValueError: wrong settings.
     """
 
     def __init__(
@@ -143,16 +153,24 @@ class MoEQuantDispatcher(Lifecycle):
     ) -> tuple[ExpertBatch, DispatchHandle]:
         """Sends each token to the ranks of its experts, quantized. Collective.
 
-        hidden_states: (T, H) bfloat16, float16 or float32, T from 0 to max_tokens_per_rank; T may differ between ranks.
-        topk_ids: (T, K) int32 or int64, ids of experts, -1 for "no expert". On a CPU an id outside -1..E-1 raises
-            InvalidExpertIdError; on a GPU it counts as -1, and `check()` raises.
-        topk_weights: (T, K) float32 or bfloat16; used by `combine` too, so it must not change before.
-        slot: whose buffers to use.
-        layer: the number of the model's layer, from 0 on, by which a rank that skipped one is noticed; None where that isn't said.
+        Args:
+            hidden_states: (T, H) bfloat16, float16 or float32, T from 0 to max_tokens_per_rank; T may differ between ranks.
+            topk_ids: (T, K) int32 or int64, ids of experts, -1 for "no expert". On a CPU an id outside -1..E-1 raises; on a GPU it
+                counts as -1, and `check()` raises.
+            topk_weights: (T, K) float32 or bfloat16; used by `combine` too, so it must not change before.
+            slot: whose buffers to use.
+            layer: the number of the model's layer, from 0 on, by which a rank that skipped one is noticed; None where that isn't
+                said.
 
-        Returns the batch of this rank's experts, views of the slot's buffers that are valid until its next dispatch, and the handle
-        that `combine` takes. Raises ValueError for wrong tensors, RuntimeError for tensors that require grad under grad mode; on a CPU
-        CapacityOverflowError, on all ranks, if rows of this call had no room and on_overflow is "error".
+        Returns:
+            The batch of this rank's experts, views of the slot's buffers that are valid until its next dispatch, and the handle
+            that `combine` takes.
+
+        Raises:
+            CapacityOverflowError: on a CPU, on all ranks, if rows of this call had no room and on_overflow is "error".
+            InvalidExpertIdError: on a CPU, for an id out of range.
+            ValueError: other wrong tensors.
+            RuntimeError: tensors that require grad under grad mode.
         """
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
         settings = "dispatch", buffers.call.word
@@ -165,9 +183,19 @@ class MoEQuantDispatcher(Lifecycle):
     ) -> DispatchHandle:
         """The first half of `dispatch`: sends this rank's rows, and does not wait for the others' to arrive. Collective.
 
-        Other work can be queued between it and `dispatch_recv`. With transport "symmetric" it does wait for the other ranks' counts,
-        which say where the rows go, and so for the ranks to come to this call. The transports that can't part the two do all of it here.
-        Arguments and errors as for `dispatch`.
+        Other work can be queued between it and `dispatch_recv`. With transport "symmetric" it does wait for the other ranks'
+        counts, which say where the rows go, and so for the ranks to come to this call. The transports that can't part the two do
+        all of it here.
+
+        Args:
+            hidden_states: as for `dispatch`.
+            topk_ids: as for `dispatch`.
+            topk_weights: as for `dispatch`.
+            slot: as for `dispatch`.
+            layer: as for `dispatch`.
+
+        Returns:
+            The handle that `dispatch_recv` and `combine` take. Errors are those of `dispatch`.
         """
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
         state = self._transport.dispatch_send(*arguments, buffers)
@@ -175,7 +203,14 @@ class MoEQuantDispatcher(Lifecycle):
 
     @step
     def dispatch_recv(self, handle: DispatchHandle) -> ExpertBatch:
-        """The second half of `dispatch`: the batch, when all ranks' rows are there. Collective. handle: of `dispatch_send`."""
+        """The second half of `dispatch`: waits until all ranks' rows are there. Collective.
+
+        Args:
+            handle: of `dispatch_send`.
+
+        Returns:
+            The batch.
+        """
         buffers = self._slot_of(handle, "dispatch_recv")
         batch = self._transport.dispatch_recv(handle.topk_weights.shape[0], buffers)
         buffers.done("dispatch_recv")
@@ -191,8 +226,21 @@ class MoEQuantDispatcher(Lifecycle):
         experts: int,
         layer: int | None = None,
     ) -> tuple[ExpertBatch, DispatchHandle]:
-        """`dispatch` of the rows of each rank's first `experts` experts, 1 to L - 1, whose batch it returns. Collective.
-        `dispatch_second` sends the others, beside products of these if need be, before combine. Transport "symmetric" alone."""
+        """`dispatch` of the rows of each rank's first experts. Collective, transport "symmetric" alone.
+
+        `dispatch_second` sends the others, beside GEMMs of these if need be, before combine.
+
+        Args:
+            hidden_states: as for `dispatch`.
+            topk_ids: as for `dispatch`.
+            topk_weights: as for `dispatch`.
+            slot: as for `dispatch`.
+            experts: how many, from 1 to L - 1.
+            layer: as for `dispatch`.
+
+        Returns:
+            Their batch, and the handle.
+        """
         transport = self._symmetric()
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, experts)
         batch, state = transport.dispatch_first(*arguments, buffers, experts)
@@ -200,7 +248,14 @@ class MoEQuantDispatcher(Lifecycle):
 
     @step
     def dispatch_second(self, handle: DispatchHandle) -> ExpertBatch:
-        """The batch of the other experts. Collective. handle: of `dispatch_first`, whose tensors must not have changed."""
+        """The rest of `dispatch_first`. Collective.
+
+        Args:
+            handle: of `dispatch_first`, whose tensors must not have changed.
+
+        Returns:
+            The batch of the other experts.
+        """
         transport = self._symmetric()
         buffers = self._slot_of(handle, "dispatch_second")
         batch = transport.dispatch_second(buffers)
@@ -211,14 +266,22 @@ class MoEQuantDispatcher(Lifecycle):
     def combine(self, expert_output: Tensor, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
         """Brings each token's rows back from its experts and sums them by their weights. Collective.
 
-        expert_output: (L, M, H) bfloat16 or float16: for each valid row of the batch what its expert made of it. Transport "symmetric"
-            copies it first, unless it is `output_buffer`.
-        handle: of the dispatch that this answers.
-        out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
+        It may be called again for the same dispatch.
 
-        Returns out. A token whose entries are all absent (-1, or dropped) gets zeros. It may be called again for the same dispatch.
-        Raises StaleHandleError if the handle's slot has dispatched again since, CallOrderError if the batch is not there yet, ValueError
-        for wrong tensors, RuntimeError for tensors that require grad under grad mode.
+        Args:
+            expert_output: (L, M, H) bfloat16 or float16: for each valid row of the batch what its expert made of it. Transport
+                "symmetric" copies it first, unless it is `output_buffer`.
+            handle: of the dispatch that this answers.
+            out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
+
+        Returns:
+            out. A token whose entries are all absent (-1, or dropped) gets zeros.
+
+        Raises:
+            StaleHandleError: the handle's slot has dispatched again since.
+            CallOrderError: the batch is not there yet.
+            ValueError: wrong tensors.
+            RuntimeError: tensors that require grad under grad mode.
         """
         buffers = self._slot_of(handle, "combine")
         expert_output = check_expert_output(self.config, self.device, expert_output)
@@ -235,7 +298,14 @@ class MoEQuantDispatcher(Lifecycle):
     def combine_send(self, expert_output: Tensor, handle: DispatchHandle) -> None:
         """The first half of `combine`: makes this rank's rows available, and does not wait for the others'. Collective.
 
-        Other work can be queued between it and `combine_recv`, but none that writes expert_output. Arguments and errors as for `combine`.
+        Other work can be queued between it and `combine_recv`, but none that writes expert_output. Errors are those of `combine`.
+
+        Args:
+            expert_output: as for `combine`.
+            handle: as for `combine`.
+
+        Raises:
+            ValueError: wrong tensors.
         """
         buffers = self._slot_of(handle, "combine_send")
         expert_output = check_expert_output(self.config, self.device, expert_output)
@@ -245,7 +315,18 @@ class MoEQuantDispatcher(Lifecycle):
 
     @step
     def combine_recv(self, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
-        """The second half of `combine`: the sums, when all ranks' rows are there. Collective. After `combine_send` of the same handle."""
+        """The second half of `combine`: waits until all ranks' rows are there. Collective.
+
+        Args:
+            handle: of `combine_send`.
+            out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it.
+
+        Returns:
+            out, the sums.
+
+        Raises:
+            ValueError: wrong tensors.
+        """
         buffers, out = self._slot_of(handle, "combine_recv"), check_out(self.config, self.device, handle, out)
         self._transport.combine_recv(handle.topk_weights, out, buffers, handle.state)
         buffers.done("combine_recv")
@@ -255,10 +336,17 @@ class MoEQuantDispatcher(Lifecycle):
     def begin_push(self, handle: DispatchHandle, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Where a producer stores the rows that it makes: then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone.
 
-        dtype: of the rows, bfloat16 or float16, the same on all ranks.
+        Args:
+            handle: of the dispatch.
+            dtype: of the rows, bfloat16 or float16, the same on all ranks.
 
-        Returns (L, M) int64: for each valid row of the batch the address, in this process, of H numbers of that type. A multiple of 16 if
-        H is one of 8. They stay as they are until the slot's next dispatch.
+        Returns:
+            (L, M) int64: for each valid row of the batch the address, in this process, of H numbers of that type. A multiple of 16
+            if H is one of 8. They stay as they are until the slot's next dispatch.
+
+        Raises:
+            RuntimeError: another transport or reduce.
+            ValueError: another dtype.
         """
         transport = self._symmetric()
         if self.config.per_rank:
@@ -272,8 +360,18 @@ class MoEQuantDispatcher(Lifecycle):
 
     @step
     def push(self, expert_output: Tensor, handle: DispatchHandle) -> None:
-        """Stores each valid row of expert_output (L, M, H), bfloat16 or float16, where its token came from, as a producer does that asks
-        `begin_push`. Then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone."""
+        """Stores each valid row where its token came from, as a producer does that asks `begin_push`. Then call `combine_pushed`.
+
+        Transport "symmetric" with reduce="exact" alone.
+
+        Args:
+            expert_output: (L, M, H) bfloat16 or float16.
+            handle: of the dispatch.
+
+        Raises:
+            RuntimeError: another transport or reduce.
+            ValueError: wrong tensors.
+        """
         transport = self._symmetric()
         self._slot_of(handle)
         expert_output = check_expert_output(self.config, self.device, expert_output)
@@ -282,7 +380,19 @@ class MoEQuantDispatcher(Lifecycle):
 
     @step
     def combine_pushed(self, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
-        """`combine` of rows that have been pushed: waits until all ranks' are there, and sums them. Collective, the same bits."""
+        """`combine` of rows that have been pushed: waits until all ranks' are there, and sums them. Collective, the same bits.
+
+        Args:
+            handle: of the dispatch.
+            out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it.
+
+        Returns:
+            out, the sums.
+
+        Raises:
+            CallOrderError: nothing was pushed.
+            ValueError: a wrong out.
+        """
         transport = self._symmetric()
         buffers, out = self._slot_of(handle, "combine_pushed"), check_out(self.config, self.device, handle, out)
         pushing = buffers.pushing
@@ -298,9 +408,18 @@ class MoEQuantDispatcher(Lifecycle):
         return out
 
     def output_buffer(self, slot: int = 0) -> Tensor:
-        """(L, M, H) bfloat16: a slot's buffer for expert output. Transport "symmetric" combines from it without a copy.
+        """A slot's buffer for expert output. Transport "symmetric" combines from it without a copy.
 
         It may be written from the slot's dispatch to its combine, not outside.
+
+        Args:
+            slot: which.
+
+        Returns:
+            (L, M, H) bfloat16.
+
+        Raises:
+            ValueError: there is no such slot.
         """
         self._check_open()
         return self._transport.output_buffer(self._slot(slot))
@@ -317,18 +436,28 @@ class MoEQuantDispatcher(Lifecycle):
         chunks: int = 1,
         first_experts: int = 0,
     ) -> Tensor:
-        """dispatch, experts, combine. Returns (T, H) of the hidden states' type. Collective.
+        """dispatch, experts, combine. Collective.
 
-        With `GroupedExperts`, transport "symmetric" and reduce="exact", GEMM 2 stores its rows at their tokens' ranks, and communication
-        can go on under the products; overlap=False keeps the steps apart. The same bits, but for the experts' choice of tiles.
+        With `GroupedExperts`, transport "symmetric" and reduce="exact", GEMM 2 stores its rows at their tokens' ranks, and
+        communication can go on under the GEMMs; overlap=False keeps the steps apart. The same bits, but for the experts' choice of
+        tiles.
 
-        layer: as for `dispatch`; None: for `GroupedExperts` and torch modules, a number for each in the order of their first calls here.
-        chunks: 1, or, with slots=2, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of an
-            expert, and one half's dispatch under the other's products.
-        first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others under
-            their products.
+        Args:
+            hidden_states: as for `dispatch`.
+            topk_ids: as for `dispatch`.
+            topk_weights: as for `dispatch`.
+            experts: from a batch to its expert output, (L, M, H) bfloat16 or float16.
+            slot: whose buffers to use.
+            layer: as for `dispatch`; None: for `GroupedExperts` and torch modules, a number for each in the order of their first
+                calls here.
+            chunks: 1, or, with slots=2, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of
+                an expert, and one half's dispatch under the other's GEMMs. The same on all ranks, and not together with
+                first_experts.
+            first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others
+                under their GEMMs. The same on all ranks.
 
-        The last two are the same on all ranks, and at most one is used.
+        Returns:
+            (T, H) of the hidden states' type. Errors are those of `dispatch` and `combine`.
         """
         if torch.compiler.is_compiling():
             return traced_layer(self, experts, hidden_states, topk_ids, topk_weights, slot, layer, chunks, first_experts)

@@ -13,8 +13,13 @@ from moequant import ops
 
 
 def environment() -> str:
-    """Lines of "name: what it is" about this process: GPUs, torch, Triton, NCCL, which kernels and which transports it gets, and why not
-    others. `python -m moequant` prints them. Needs no GPU, and asks no other rank."""
+    """This process and its machine: GPUs, torch, Triton, NCCL, which kernels and which transports it gets, and why not others.
+
+    `python -m moequant` prints it. Needs no GPU, and asks no other rank.
+
+    Returns:
+        Lines of "name: what it is".
+    """
     import moequant
 
     settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(("MOEQUANT_", "TRITON_"))]
@@ -34,13 +39,22 @@ def environment() -> str:
 
 
 def build() -> str:
+    """What torch was built for.
+
+    Returns:
+        CUDA or ROCm and its version, or "no CUDA".
+    """
     if torch.version.hip is not None:
         return f"ROCm {torch.version.hip}"
     return "no CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
 
 
 def triton_version() -> str | None:
-    """Of the one that is imported, which need not be the one that is installed."""
+    """Of the Triton that is imported, which need not be the one that is installed.
+
+    Returns:
+        Its version, or None without one.
+    """
     try:
         import triton
     except ImportError:
@@ -49,12 +63,22 @@ def triton_version() -> str | None:
 
 
 def nccl_version() -> str | None:
+    """Of torch's NCCL.
+
+    Returns:
+        Its version, or None where it can't be used.
+    """
     if not torch.cuda.is_available() or not dist.is_available() or not dist.is_nccl_available():
         return None
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def gpus() -> str:
+    """The GPUs that this process sees.
+
+    Returns:
+        How many of which kind, or "none".
+    """
     found = Counter(
         f"{gpu.name} (compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory >> 30} GiB)"
         for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -63,7 +87,11 @@ def gpus() -> str:
 
 
 def kernels() -> str:
-    """Which kernels operations run as, on a GPU if there is one."""
+    """Which kernels operations run as, on a GPU if there is one.
+
+    Returns:
+        Them, and why not others.
+    """
     if not torch.cuda.is_available():
         interpreted = ops.uses_kernels(torch.empty(0, device="cpu"))
         return "plain Triton, in its interpreter" if interpreted else "none, torch on the CPU: there is no GPU"
@@ -76,13 +104,22 @@ def kernels() -> str:
 
 
 def collective() -> str:
+    """Whether transport "collective" can be used.
+
+    Returns:
+        "yes" and over what, or "no" and why.
+    """
     if not dist.is_available():
         return "no: this torch has no torch.distributed"
     return f"yes, over {'gloo' if nccl_version() is None else 'NCCL'}"
 
 
 def symmetric() -> str:
-    """Whether the GPUs that this process sees can be ranks of one group."""
+    """Whether the GPUs that this process sees can be ranks of one group.
+
+    Returns:
+        "yes" and how many, or "no" and why.
+    """
     from moequant.transport.peer_memory import peer_access_problem
 
     count = torch.cuda.device_count()

@@ -10,7 +10,7 @@ class InvalidExpertIdError(ValueError):
 
 
 class LayoutError(ValueError):
-    """An operation was given a quantized tensor whose scales lie in a way it can't read."""
+    """A quantized tensor's scales have a layout, shape or strides that the operation doesn't support."""
 
 
 class NumericalOverflowError(ValueError):
@@ -34,14 +34,20 @@ class CallOrderError(RuntimeError):
 
 
 class OutOfStepError(RuntimeError):
-    """Ranks of one group made different calls: one of them raised an error, or skipped a call, where the others went on; or they answer a
+    """Ranks of one group made different calls: one of them raised an error or skipped a call, and the others went on; or they answer a
     dispatch in different ways."""
 
 
 class PeerTimeoutError(RuntimeError):
     """A rank did not answer within the dispatcher's time limit, or was lost.
 
-    rank: which one, as its rank in the group, the first if there are several; None where it is not known, or where none is missing.
+    Args:
+        message: what happened, and what to do.
+        rank: which one, as its rank in the group, the first if there are several; None where it is not known, or where none is
+            missing.
+
+    Attributes:
+        rank: as given.
     """
 
     def __init__(self, message: str, rank: int | None = None) -> None:

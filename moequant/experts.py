@@ -33,12 +33,20 @@ STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "g
 class GroupedExperts:
     """w2[l] @ (silu(gate) * up) with gate, up = the halves of w13[l] @ x, for each valid row x of expert l.
 
-    Made by `from_weights` or `from_quantized`. Calling it with an ExpertBatch returns (L, M, H) bfloat16, of which the valid rows are
-    written. Workspaces are allocated for the first batch of each dispatcher, slot and M, and kept until the dispatcher is gone; the
-    result is one of them, valid until the next batch of that slot, unless `out` is given.
+    Made by `from_weights` or `from_quantized`. Workspaces are allocated for the first batch of each dispatcher, slot and M, and
+    kept until the dispatcher is gone; a result is one of them, valid until the next batch of that slot, unless `out` is given.
 
-    A subclass can override the steps of a call. Then a dispatcher calls it with the whole batch and combines what it returns, on every
-    transport (`can_push`).
+    A subclass can override the steps of a call. Then a dispatcher calls it with the whole batch and combines what it returns, on
+    every transport (`can_push`).
+
+    Args:
+        w13: (L, 2I, H), gate first, then up: bfloat16, or quantized in layout "block" with segments=2.
+        w2: (L, H, I) of the same type.
+        activation: only "silu" is there.
+
+    Raises:
+        LayoutError: blocks of another size than 128x128.
+        ValueError: other wrong weights.
     """
 
     def __init__(self, w13: Weight, w2: Weight, *, activation: str = "silu") -> None:
@@ -84,8 +92,18 @@ class GroupedExperts:
     ) -> GroupedExperts:
         """Quantizes bfloat16 weights in 128x128 blocks, gate and up apart.
 
-        w13: (L, 2I, H), gate first, then up. w2: (L, H, I). quant: the dispatcher's; "none" keeps the weights as they are.
-        activation: only "silu" is there.
+        Args:
+            w13: (L, 2I, H), gate first, then up.
+            w2: (L, H, I).
+            quant: the dispatcher's; "none" keeps the weights as they are.
+            activation: only "silu" is there.
+            recipe: see `moequant.formats.RECIPES`.
+
+        Returns:
+            The experts.
+
+        Raises:
+            ValueError: wrong weights or settings, or a format that the GPU doesn't have.
         """
         if not isinstance(quant, str) or quant not in QUANT_DTYPES:
             raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
@@ -105,58 +123,103 @@ class GroupedExperts:
 
     @classmethod
     def from_quantized(cls, w13: QuantizedTensor, w2: QuantizedTensor, *, activation: str = "silu") -> GroupedExperts:
-        """Takes weights that are quantized already: layout "block", w13 with segments=2."""
+        """Takes weights that are quantized already.
+
+        Args:
+            w13: (L, 2I, H), gate first, layout "block" with segments=2.
+            w2: (L, H, I), layout "block".
+            activation: only "silu" is there.
+
+        Returns:
+            The experts.
+
+        Raises:
+            LayoutError: blocks of another size than 128x128.
+            ValueError: other wrong weights.
+        """
         for name, w in (("w13", w13), ("w2", w2)):
             check_is(name, w, QuantizedTensor, "quantize_weight makes one, and from_weights takes bfloat16 weights")
         return cls(w13, w2, activation=activation)
 
     def __call__(self, batch: ExpertBatch, *, out: Tensor | None = None, num_sms: int | None = None) -> Tensor:
-        """out: (L, M, H) bfloat16 contiguous, or None for a workspace. Returns it; the valid rows are written.
+        """What the experts make of a batch.
 
-        num_sms: multiprocessors of the GPU that the products use, so that kernels of other streams have the rest; None for all.
+        Args:
+            batch: of `MoEQuantDispatcher.dispatch`.
+            out: (L, M, H) bfloat16 contiguous, or None for a workspace.
+            num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
+
+        Returns:
+            out; its valid rows are written.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: a tensor requires grad under grad mode.
         """
         check_num_sms(num_sms)
-        self._check_batch(batch)
-        if out is not None or not can_push(self):
-            return self._run(batch, self._output(batch, out), num_sms)
-        out = self._output(batch, None)
-        return self._repeated("call", batch, (), num_sms, lambda: self._run(batch, out, num_sms))
 
-    def _run(self, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
-        return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=out, num_sms=num_sms)
+        def run() -> Tensor:
+            self._check_batch(batch)
+            return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=self._output(batch, out), num_sms=num_sms)
+
+        # an output of the caller's is not kept
+        return run() if out is not None else self._repeated("call", batch, (), num_sms, run)
+
+    def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
+        """As a call, but GEMM 2 stores each valid row at its address: `MoEQuantDispatcher.combine_pushed` then sums them.
+
+        Args:
+            batch: of `MoEQuantDispatcher.dispatch`.
+            destinations: (L, M) int64, as `MoEQuantDispatcher.begin_push` gives it.
+            num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: the batch is on a CPU, or a tensor requires grad under grad mode.
+        """
+
+        def run() -> None:
+            self._check_batch(batch)
+            self.gemm2_push(self.gemm1_swiglu(batch, num_sms=num_sms), batch, destinations, num_sms=num_sms)
+
+        inputs = (destinations,) if isinstance(destinations, Tensor) else ()
+        self._repeated("push", batch, inputs, num_sms, run)
 
     def _repeated(
         self, name: str, batch: ExpertBatch, inputs: tuple[Tensor, ...], num_sms: int | None, call: Callable[[], Result]
     ) -> Result:
         """The result of a call's steps. Those of a dispatcher's batch are repeated when the batch is, with the same weights."""
-        if batch.owner is None:
+        if not isinstance(batch, ExpertBatch) or batch.owner is None or _overridden(self):
             return call()
-        weights = [w for w in (*_parts(self.w13), *_parts(self.w2)) if w is not None]
-        refused = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+        w13, w2 = self.w13, self.w2
+        addresses: list[int] = []
+        refused = False
+        for w in (w13, w2):
+            if isinstance(w, QuantizedTensor):
+                addresses += w.values.data_ptr(), w.scales.data_ptr()
+            else:
+                addresses.append(w.data_ptr())
+                refused |= w.requires_grad and torch.is_grad_enabled()
         repeats = self._repeats.get(batch)
         if repeats is None:
             repeats = self._repeats[batch] = Repeats()
-        settings = name, num_sms, refused, *(w.data_ptr() for w in (batch.values, *weights))
-        return repeats.run(batch.values, inputs, settings, call)
-
-    def push(self, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None) -> None:
-        """As a call, but GEMM 2 stores each valid row at its address: `MoEQuantDispatcher.combine_pushed` then sums them.
-
-        destinations: (L, M) int64, as `MoEQuantDispatcher.begin_push` gives it.
-        """
-        self._check_batch(batch)
-
-        def run() -> None:
-            self.gemm2_push(self.gemm1_swiglu(batch, num_sms=num_sms), batch, destinations, num_sms=num_sms)
-
-        if can_push(self) and isinstance(destinations, Tensor):
-            self._repeated("push", batch, (destinations,), num_sms, run)
-        else:
-            run()
+        return repeats.run(batch.values, inputs, (name, num_sms, refused, batch.values.data_ptr(), *addresses), call)
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
         """GEMM 1, SwiGLU and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
-        bits. Returns values (L, M, I)."""
+        bits.
+
+        Args:
+            batch: of `MoEQuantDispatcher.dispatch`.
+            num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
+
+        Returns:
+            Values (L, M, I), quantized unless the batch is bfloat16.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: a tensor requires grad under grad mode.
+        """
         if not self.fuses(batch):
             return self.activation(self.gemm1(batch, num_sms=num_sms), batch)
         inner = self._workspace(batch).inner
@@ -176,9 +239,18 @@ class GroupedExperts:
         return inner
 
     def part(self, begin: int, end: int) -> GroupedExperts:
-        """Experts begin..end - 1, with views of the weights and a workspace of their own, for `ExpertBatch.part`. It is kept.
+        """Some of the experts, with views of the weights and a workspace of their own, for `ExpertBatch.part`. It is kept.
 
-        Raises ValueError unless 0 <= begin < end <= L, RuntimeError for a subclass that overrides steps: the part would not have them.
+        Args:
+            begin: the first expert.
+            end: the one after the last.
+
+        Returns:
+            Experts begin..end - 1.
+
+        Raises:
+            ValueError: unless 0 <= begin < end <= L.
+            RuntimeError: for a subclass that overrides steps: the part would not have them.
         """
         check_part(begin, end, self.w13.shape[0])
         if (begin, end) not in self._parts:
@@ -199,8 +271,12 @@ class GroupedExperts:
     def share_workspaces(self, other: GroupedExperts) -> None:
         """Uses the other's workspaces, as layers of a model can that run one after the other: they then need no more memory than one.
 
-        Raises ValueError if the other's weights have other sizes, another type or device, and RuntimeError if there have been batches
-        already: a captured graph may hold the workspaces that were made for them.
+        Args:
+            other: experts of the same sizes, type and device.
+
+        Raises:
+            ValueError: the other's weights have other sizes, another type or device.
+            RuntimeError: there have been batches already: a captured graph may hold the workspaces that were made for them.
         """
         check_is("other", other, GroupedExperts)
         for name, mine, theirs in (("w13", self.w13, other.w13), ("w2", self.w2, other.w2)):
@@ -215,7 +291,17 @@ class GroupedExperts:
         self._parts.clear()
 
     def fuses(self, batch: ExpertBatch) -> bool:
-        """Whether `gemm1_swiglu` is one kernel for a batch."""
+        """Whether `gemm1_swiglu` is one kernel for a batch.
+
+        Args:
+            batch: of `MoEQuantDispatcher.dispatch`.
+
+        Returns:
+            The answer.
+
+        Raises:
+            ValueError: a batch of other experts.
+        """
         inner, w13 = self._workspace(batch).inner, self.w13
         if _overridden(self) & {"gemm1", "activation", "_product"}:
             return False
@@ -224,12 +310,36 @@ class GroupedExperts:
         return ops.fuses_gemm1(batch.values, batch.scales, w13.values, w13.scales, inner.values, inner.scales, batch.expected_rows)
 
     def gemm1(self, batch: ExpertBatch, *, num_sms: int | None = None) -> Tensor:
-        """batch's values times w13: (L, M, 2I) bfloat16."""
+        """The batch's values times w13.
+
+        Args:
+            batch: of `MoEQuantDispatcher.dispatch`.
+            num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
+
+        Returns:
+            (L, M, 2I) bfloat16.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: a tensor requires grad under grad mode.
+        """
         self._check_batch(batch)
         return self._product(batch.activations, self.w13, batch, self._workspace(batch).gate_up, num_sms)
 
     def activation(self, gate_up: Tensor, batch: ExpertBatch) -> QuantizedTensor | Tensor:
-        """SwiGLU of (L, M, 2I), quantized by the batch's recipe: values (L, M, I)."""
+        """SwiGLU, quantized by the batch's recipe.
+
+        Args:
+            gate_up: (L, M, 2I) of `gemm1`.
+            batch: of `MoEQuantDispatcher.dispatch`.
+
+        Returns:
+            Values (L, M, I), quantized unless the batch is bfloat16.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: a tensor requires grad under grad mode.
+        """
         self._check_batch(batch)
         rows = (*batch.values.shape[:2], 2 * self.intermediate_size)
         check_tensor("gate_up", gate_up, shape=rows, dtypes=FLOAT_DTYPES, device=batch.values.device)
@@ -249,14 +359,39 @@ class GroupedExperts:
         out: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Tensor:
-        """inner times w2: (L, M, H) bfloat16."""
+        """inner times w2.
+
+        Args:
+            inner: (L, M, I) of `activation`.
+            batch: of `MoEQuantDispatcher.dispatch`.
+            out: (L, M, H) bfloat16 contiguous, or None for a workspace.
+            num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
+
+        Returns:
+            out; its valid rows are written.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: a tensor requires grad under grad mode.
+        """
         self._check_inner(inner, batch)
         return self._product(inner, self.w2, batch, self._output(batch, out), num_sms)
 
     def gemm2_push(
         self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None
     ) -> None:
-        """`gemm2`, with the same bits, whose row (l, m) goes to the address destinations[l, m]."""
+        """`gemm2`, with the same bits, whose row (l, m) goes to the address destinations[l, m].
+
+        Args:
+            inner: (L, M, I) of `activation`.
+            batch: of `MoEQuantDispatcher.dispatch`.
+            destinations: (L, M) int64, as `MoEQuantDispatcher.begin_push` gives it.
+            num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: the batch is on a CPU, or a tensor requires grad under grad mode.
+        """
         self._check_inner(inner, batch)
         check_num_sms(num_sms)
         rows = tuple(batch.values.shape[:2])
@@ -320,7 +455,14 @@ class GroupedExperts:
 
 
 def can_push(experts: object) -> bool:
-    """Whether `GroupedExperts.push` computes what a call of these experts does: no step is overridden, by a subclass or an attribute."""
+    """Whether `GroupedExperts.push` computes what a call of these experts does.
+
+    Args:
+        experts: anything.
+
+    Returns:
+        False where a step is overridden, by a subclass or an attribute, and for what is no GroupedExperts.
+    """
     return isinstance(experts, GroupedExperts) and not _overridden(experts)
 
 
@@ -347,12 +489,27 @@ class Workspaces:
         return sum(map(len, self._by_owner.values()))
 
     def of(self, owner: Owner | None) -> dict[tuple[int, int, tuple[int, int]], Workspace]:
+        """Those of an owner.
+
+        Args:
+            owner: of batches, or None for the batches that have none.
+
+        Returns:
+            Its workspaces, by slot, M and span, to be looked at and added to.
+        """
         return self._by_owner.setdefault(self._default if owner is None else owner, {})
 
 
 class Workspace:
-    """What passes between the steps for batches of M rows: SwiGLU's output (L, M, I), and, each made when it is first asked for, gate and
-    up (L, M, 2I) and GEMM 2's output (L, M, H)."""
+    """What passes between the steps for batches of M rows.
+
+    Args:
+        experts: whose.
+        rows: M.
+
+    Attributes:
+        inner: SwiGLU's output, (L, M, I).
+    """
 
     def __init__(self, experts: GroupedExperts, rows: int) -> None:
         self.shape = experts.w13.shape[0], rows
@@ -368,11 +525,13 @@ class Workspace:
 
     @functools.cached_property
     def output(self) -> Tensor:
+        """GEMM 2's output, (L, M, H), made when it is first asked for."""
         with torch.inference_mode(False):
             return torch.empty(*self.shape, self.hidden_size, dtype=torch.bfloat16, device=self.device)
 
     @functools.cached_property
     def gate_up(self) -> Tensor:
+        """Gate and up, (L, M, 2I), made when they are first asked for."""
         with torch.inference_mode(False):
             return torch.empty(*self.shape, self.gate_up_columns, dtype=torch.bfloat16, device=self.device)
 

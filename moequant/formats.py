@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-# What is quantized, and what products come out in.
+# What is quantized, and what GEMMs come out in.
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A narrow number format and the largest magnitude that quantization maps to."""
+    """A narrow number format.
+
+    Attributes:
+        name: as settings call it, "fp8_e4m3fn" say.
+        dtype: of torch.
+        max: the largest magnitude that quantization maps to.
+    """
 
     name: str
     dtype: torch.dtype
@@ -33,10 +40,12 @@ FORMAT_OF_DTYPE = {fmt.dtype: fmt for fmt in FORMATS.values()}
 class Recipe:
     """How a group's scale and values follow from its numbers.
 
-    eps: floor of the group's absolute maximum, so that a group of zeros has a scale.
-    power_of_two: the scale is rounded up to a power of two.
-    reciprocal: values are x * (1 / scale), two roundings, instead of x / scale, one.
-    fnuz_max: the largest magnitude in float8_e4m3fnuz, where it is not the format's.
+    Attributes:
+        name: as settings call it.
+        eps: floor of the group's absolute maximum, so that a group of zeros has a scale.
+        power_of_two: the scale is rounded up to a power of two.
+        reciprocal: values are x * (1 / scale), two roundings, instead of x / scale, one.
+        fnuz_max: the largest magnitude in float8_e4m3fnuz, where it is not the format's.
     """
 
     name: str
@@ -62,7 +71,17 @@ MIN_EPS = 1e-20
 
 
 def format_of(dtype: torch.dtype) -> Format:
-    """The format of a torch dtype. Raises ValueError for one that is not quantized to."""
+    """The format of a torch dtype.
+
+    Args:
+        dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
+
+    Returns:
+        One of FORMATS.
+
+    Raises:
+        ValueError: nothing is quantized to that dtype.
+    """
     if not isinstance(dtype, torch.dtype) or dtype not in FORMAT_OF_DTYPE:
         names = ", ".join(str(known) for known in FORMAT_OF_DTYPE)
         raise ValueError(f"dtype must be one of {names}, got {dtype!r}")
@@ -70,13 +89,31 @@ def format_of(dtype: torch.dtype) -> Format:
 
 
 def recipe_of(name: str) -> Recipe:
-    """The recipe of a name. Raises ValueError for an unknown one."""
+    """The recipe of a name.
+
+    Args:
+        name: a key of RECIPES.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if not isinstance(name, str) or name not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
     return RECIPES[name]
 
 
 def max_of(dtype: torch.dtype, recipe: str) -> float:
-    """The magnitude that a recipe maps a group's absolute maximum to."""
+    """The magnitude that a recipe maps a group's absolute maximum to.
+
+    Args:
+        dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
+        recipe: its name.
+
+    Returns:
+        The format's own, or the recipe's for float8_e4m3fnuz.
+    """
     own = recipe_of(recipe).fnuz_max
     return own if own is not None and dtype == torch.float8_e4m3fnuz else format_of(dtype).max

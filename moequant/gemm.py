@@ -1,4 +1,4 @@
-"""Products of quantized operands.
+"""GEMMs of quantized operands.
 
 Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, G = ceil(K_dim / 128) groups.
 """
@@ -11,17 +11,21 @@ from torch import Tensor
 from moequant import ops
 from moequant.batch import QuantizedTensor
 from moequant.checks import check_choice, check_counts, check_int, check_no_grad, check_num_sms, check_tensor
-from moequant.dense.gemm import mm_fp8_blockscale as mm_fp8_blockscale
-from moequant.dense.int8 import (
-    int8_addmm as int8_addmm,
-    int8_addmm_quant as int8_addmm_quant,
-    int8_gemm as int8_gemm,
-    int8_gemm_quant as int8_gemm_quant,
-)
-from moequant.dense.per_tensor import fp8_gemm as fp8_gemm
+from moequant.dense.gemm import mm_fp8_blockscale
+from moequant.dense.int8 import int8_addmm, int8_addmm_quant, int8_gemm, int8_gemm_quant
+from moequant.dense.per_tensor import fp8_gemm
 from moequant.errors import LayoutError
+from moequant.formats import FLOAT_DTYPES
 
-OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = [
+    "fp8_gemm",
+    "grouped_gemm_blockscale",
+    "int8_addmm",
+    "int8_addmm_quant",
+    "int8_gemm",
+    "int8_gemm_quant",
+    "mm_fp8_blockscale",
+]
 
 
 def grouped_gemm_blockscale(
@@ -34,22 +38,28 @@ def grouped_gemm_blockscale(
     expected_rows: int | None = None,
     num_sms: int | None = None,
 ) -> Tensor:
-    """One product for each expert over its valid rows: out[l, m] = dequantize(a[l, m]) @ dequantize(b[l]).T for m < num_tokens[l].
+    """One GEMM for each expert, over its valid rows: out[l, m] = dequantize(a[l, m]) @ dequantize(b[l]).T for m < num_tokens[l].
 
     Each 128 of K_dim is multiplied in the narrow type, then scaled and added in float32.
 
-    a: (L, M, K_dim) values with layout "transposed", group size 128; or a plain bfloat16 tensor.
-    b: (L, N, K_dim) values of a's dtype with layout "block", 128x128; or a plain bfloat16 tensor if a is one.
-    num_tokens: (L,) int32, or None for all M. Rows from num_tokens[l] on are never written, and whatever they hold in `a` has no
-        influence on the others.
-    out: (L, M, N) contiguous, or None to allocate; rows past num_tokens are then uninitialised.
-    out_dtype: bfloat16, float16 or float32; out's own dtype if out is given.
-    expected_rows: a host-side guess of the mean of num_tokens, for the choice of tiles; None takes M. Results don't depend on its
-        being right; their last bits may depend on the choice.
-    num_sms: multiprocessors of the GPU to use, so that kernels of other streams have the rest; None for all.
+    Args:
+        a: (L, M, K_dim) values with layout "transposed", group size 128; or a plain bfloat16 tensor.
+        b: (L, N, K_dim) values of a's dtype with layout "block", 128x128; or a plain bfloat16 tensor if a is one.
+        num_tokens: (L,) int32, or None for all M. Rows from num_tokens[l] on are never written, and whatever they hold in `a` has
+            no influence on the others.
+        out: (L, M, N) contiguous, or None to allocate; rows past num_tokens are then uninitialised.
+        out_dtype: bfloat16, float16 or float32; out's own dtype if out is given.
+        expected_rows: a host-side guess of the mean of num_tokens, for the choice of tiles; None takes M. Results don't depend on
+            its being right; their last bits may depend on the choice.
+        num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
 
-    Returns out. Raises ValueError (LayoutError for scales that lie otherwise) or, if an operand requires grad under grad mode,
-    RuntimeError.
+    Returns:
+        out.
+
+    Raises:
+        LayoutError: scales of another layout or group size.
+        ValueError: a wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
     """
     a_values, a_scales = _operand("a", a, "transposed")
     b_values, b_scales = _operand("b", b, "block")
@@ -67,10 +77,10 @@ def grouped_gemm_blockscale(
     if expected_rows is not None:
         check_int("expected_rows", expected_rows)
     shape = (a_values.shape[0], a_values.shape[1], b_values.shape[1])
-    check_choice("out_dtype", out_dtype, OUT_DTYPES)
+    check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     if out is None:
         out = torch.empty(shape, dtype=out_dtype, device=a_values.device)
-    check_tensor("out", out, shape=shape, dtypes=OUT_DTYPES, device=a_values.device)
+    check_tensor("out", out, shape=shape, dtypes=FLOAT_DTYPES, device=a_values.device)
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     segments = b.segments if isinstance(b, QuantizedTensor) else 1

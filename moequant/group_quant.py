@@ -11,10 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moequant import (
-    ops,
-    reference,
-)
+from moequant import ops, reference
 from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div, empty_scales
 from moequant.checks import (
     check_choice,
@@ -27,12 +24,11 @@ from moequant.checks import (
     check_tensor,
     with_rows,
 )
-from moequant.formats import FLOAT_DTYPES, format_of, recipe_of
+from moequant.formats import FLOAT8_DTYPES, FLOAT_DTYPES, format_of, recipe_of
 
 GROUP_SIZES = (32, 64, 128, 256)
 MAX_NORM_COLUMNS = 32768
 WIDE_DTYPES = (*FLOAT_DTYPES, torch.float64)
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 
 
 def per_token_group_quant_fp8(
@@ -44,20 +40,29 @@ def per_token_group_quant_fp8(
     scale_layout: Literal["row", "transposed", "tma_aligned"] = "row",
     scale_dtype: Literal["fp32", "ue8m0_packed"] = "fp32",
 ) -> QuantizedTensor:
-    """Quantizes every row in groups of group_size columns, one scale a group.
+    """Quantizes every row in groups of group_size columns, one scale for each group.
 
-    x: (..., M, H) bfloat16, float16 or float32, any strides; M and H may be 0. If the leading dimensions can't be viewed as one, x is
-        copied first.
-    group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
-    dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240; 224 with recipe "fnuz_224") or float8_e5m2 (57344).
-    recipe, eps: as for `quantize_expert_batch`; a group with an Inf or NaN gets a NaN scale and values 0.
-    scale_layout: of the scales (..., M, G). "row": contiguous. "transposed": each matrix's rows of one group side by side, the bytes of
-        a contiguous (..., G, M). "tma_aligned": the same with groups M rounded up to 4 rows apart, as TMA wants to read them.
-    scale_dtype: "fp32", or, for recipe "ue8m0", "ue8m0_packed": exponents, four to an int32, (..., M, ceil(G / 4)), which are always
-        aligned for TMA; leave scale_layout alone then. A bad group's is 0xFF, and past the last group they are 0.
+    A group with an Inf or NaN gets a NaN scale and values 0.
 
-    Returns a QuantizedTensor with contiguous values, of layout scale_layout or "ue8m0_packed". Raises ValueError for a wrong shape, dtype
-    or option, RuntimeError if x requires grad under grad mode.
+    Args:
+        x: (..., M, H) bfloat16, float16 or float32, any strides; M and H may be 0. If the leading dimensions can't be viewed as
+            one, x is copied first.
+        group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
+        dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240; 224 with recipe "fnuz_224") or float8_e5m2 (57344).
+        recipe: see `moequant.formats.RECIPES`.
+        eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
+        scale_layout: of the scales (..., M, G). "row": contiguous. "transposed": each matrix's rows of one group side by side, the
+            bytes of a contiguous (..., G, M). "tma_aligned": the same with groups M rounded up to 4 rows apart, as TMA wants to
+            read them.
+        scale_dtype: "fp32", or, for recipe "ue8m0", "ue8m0_packed": exponents, four to an int32, (..., M, ceil(G / 4)), which are
+            always aligned for TMA; leave scale_layout alone then. A bad group's is 0xFF, and past the last group they are 0.
+
+    Returns:
+        Contiguous values (..., M, H) and scales, of layout scale_layout or "ue8m0_packed".
+
+    Raises:
+        ValueError: a wrong shape, dtype or option.
+        RuntimeError: x requires grad under grad mode.
     """
     check_choice("scale_layout", scale_layout, ("row", "transposed", "tma_aligned"))
     check_choice("scale_dtype", scale_dtype, ("fp32", "ue8m0_packed"))
@@ -90,13 +95,22 @@ def per_block_quant_fp8(
     dtype: torch.dtype = torch.float8_e4m3fn,
     recipe: str = "default",
 ) -> QuantizedTensor:
-    """Quantizes a weight in square blocks, one float32 scale a block; the last ones of a row or column may be partial.
+    """Quantizes a weight in square blocks, one float32 scale for each block; the last ones of a row or column may be partial.
 
-    w: (N, K_dim) or (..., N, K_dim) bfloat16, float16 or float32, any strides. block: (32, 32), (64, 64) or (128, 128).
-    dtype, recipe: as for `per_token_group_quant_fp8`.
+    `quantize_weight` does the same in equal parts of the rows, and to int8.
 
-    Returns a QuantizedTensor of layout "block", values and scales contiguous. Raises ValueError for a wrong shape, dtype or option,
-    RuntimeError if w requires grad under grad mode. `quantize_weight` does the same in equal parts of the rows, and to int8.
+    Args:
+        w: (N, K_dim) or (..., N, K_dim) bfloat16, float16 or float32, any strides.
+        block: (32, 32), (64, 64) or (128, 128).
+        dtype: float8_e4m3fn, float8_e4m3fnuz or float8_e5m2.
+        recipe: see `moequant.formats.RECIPES`.
+
+    Returns:
+        Layout "block", values and scales contiguous.
+
+    Raises:
+        ValueError: a wrong shape, dtype or option.
+        RuntimeError: w requires grad under grad mode.
     """
     check_tensor("w", w, dtypes=FLOAT_DTYPES)
     if w.dim() < 2:
@@ -124,16 +138,26 @@ def fused_rms_fp8_group_quant(
     """RMSNorm of the rows of x + residual, times silu(gate), quantized in groups of group_size columns.
 
     y / sqrt(mean(y * y) + eps) * weight * silu(gate) with y = x + residual, all in float32 and not rounded before quantization.
+    Between devices scales are within 4 units in the last place and values at most one step apart.
 
-    x: (M, H) bfloat16, float16 or float32, of at most 32768 columns; copied first if the numbers of a row are not side by side.
-    weight: (H,) of any of these types. eps: added to the mean square, at least 0. residual, gate: as x, or None to leave them out.
-    group_size, dtype, recipe: as for `per_token_group_quant_fp8`.
-    transpose_scale: the scales keep their shape (M, G) and stay contiguous, but lie in the order of a contiguous (G, M), so that read as
-        (M, G) they are scrambled: layout "transposed_flat" instead of "row". Values are the same bits.
+    Args:
+        x: (M, H) bfloat16, float16 or float32, of at most 32768 columns; copied first if the numbers of a row are not side by side.
+        weight: (H,) of any of these types.
+        eps: added to the mean square, at least 0.
+        group_size: 32, 64, 128 or 256.
+        residual: as x, or None to leave it out.
+        gate: as x, or None to leave it out.
+        dtype: float8_e4m3fn, float8_e4m3fnuz or float8_e5m2.
+        recipe: see `moequant.formats.RECIPES`.
+        transpose_scale: the scales keep their shape (M, G) and stay contiguous, but lie in the order of a contiguous (G, M), so
+            that read as (M, G) they are scrambled: layout "transposed_flat" instead of "row". Values are the same bits.
 
-    Returns a QuantizedTensor and x + residual, rounded to x's type: the next residual, or None without one. Between devices scales are
-    within 4 units in the last place and values at most one step apart. Raises ValueError for a wrong shape, dtype, device or option,
-    RuntimeError if an input requires grad under grad mode.
+    Returns:
+        The quantized (M, H); and x + residual, rounded to x's type, which is the next residual, or None without a residual.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or option.
+        RuntimeError: an input requires grad under grad mode.
     """
     check_tensor("x", x, dims=2)
     _check_input(x, group_size, dtype, recipe)
@@ -166,11 +190,20 @@ def fused_flatten_fp8_group_quant(
 ) -> QuantizedTensor:
     """Quantizes x (M, N1, N2) as the matrix (M, N1 * N2), in groups of group_size columns.
 
-    x: bfloat16, float16 or float32, any strides. It is copied first if its rows can't be viewed as flat and groups cross from one N2 to
-    the next. group_size, dtype, recipe: as for `per_token_group_quant_fp8`; transpose_scale: as for `fused_rms_fp8_group_quant`.
+    Args:
+        x: bfloat16, float16 or float32, any strides. It is copied first if its rows can't be viewed as flat and groups cross from
+            one N2 to the next.
+        group_size: 32, 64, 128 or 256.
+        dtype: float8_e4m3fn, float8_e4m3fnuz or float8_e5m2.
+        transpose_scale: as for `fused_rms_fp8_group_quant`.
+        recipe: see `moequant.formats.RECIPES`.
 
-    Returns a QuantizedTensor (M, N1 * N2) with contiguous values and scales (M, G), bit-equal on all devices. Raises ValueError for a
-    wrong shape, dtype or option, RuntimeError if x requires grad under grad mode.
+    Returns:
+        Contiguous values (M, N1 * N2) and scales (M, G), bit-equal on all devices.
+
+    Raises:
+        ValueError: a wrong shape, dtype or option.
+        RuntimeError: x requires grad under grad mode.
     """
     check_tensor("x", x, dims=3)
     _check_input(x, group_size, dtype, recipe)
@@ -198,7 +231,18 @@ def _scales(rows: int, groups: int, transpose_scale: bool, device: torch.device)
 
 
 def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, block_size: int) -> QuantizedTensor:
-    """A weight (..., N, K_dim) in blocks, its arguments checked. segments: the rows are this many equal parts, blocked apart."""
+    """A weight in blocks; its arguments are checked by the caller.
+
+    Args:
+        w: (..., N, K_dim), any strides.
+        dtype: the narrow type.
+        recipe: see `moequant.formats.RECIPES`.
+        segments: the rows are this many equal parts, blocked apart.
+        block_size: rows and columns of a block.
+
+    Returns:
+        Layout "block", values and scales contiguous.
+    """
     leading, (rows, columns) = w.shape[:-2], w.shape[-2:]
     experts, row_blocks = math.prod(leading), segments * ceil_div(rows // segments, block_size)
     values = torch.empty(experts, rows, columns, dtype=dtype, device=w.device)
@@ -209,10 +253,18 @@ def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, b
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """values * scales in float32, rounded once to dtype. Contiguous, of the shape of q.values.
+    """values * scales in float32, rounded once to dtype.
 
-    dtype: bfloat16, float16, float32 or float64. Raises ValueError for another, or if q is no QuantizedTensor, and RuntimeError if its
-    tensors require grad under grad mode.
+    Args:
+        q: of any layout.
+        dtype: bfloat16, float16, float32 or float64.
+
+    Returns:
+        A contiguous tensor of the shape of q.values.
+
+    Raises:
+        ValueError: another dtype, or q is no QuantizedTensor.
+        RuntimeError: its tensors require grad under grad mode.
     """
     check_is("q", q, QuantizedTensor, "quantizers return one, and QuantizedTensor(values, scales, layout) makes one")
     check_choice("dtype", dtype, WIDE_DTYPES)

@@ -46,9 +46,12 @@ def pushing_experts(experts: object, chunks: int, first_experts: int, config: Di
     """The experts, if they store their rows at the tokens' ranks themselves. Raises ValueError for a layer that can't be."""
     if not callable(experts):
         raise ValueError(f"experts must be callable with an ExpertBatch, as GroupedExperts are, got {type(experts).__name__}")
+    pushing = experts if config.pushes and isinstance(experts, GroupedExperts) and can_push(experts) else None
+    # True is no 1
+    if type(chunks) is type(first_experts) is int and chunks == 1 and not first_experts:
+        return pushing
     check_int("chunks", chunks, 1)
     check_int("first_experts", first_experts)
-    pushing = experts if config.pushes and isinstance(experts, GroupedExperts) and can_push(experts) else None
     check_overlap(chunks, first_experts, config, pushing is not None, type(experts).__name__)
     return pushing
 

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 class ModelShape:
     """One expert layer's sizes.
 
-    hidden_size: H. intermediate_size: I of one expert. num_experts: E, routed experts only. top_k: K experts a token.
-    note: what to know before comparing with the model itself; empty for nothing.
+    Attributes:
+        hidden_size: H.
+        intermediate_size: I of one expert.
+        num_experts: E, routed experts only.
+        top_k: K experts a token.
+        note: what to know before comparing with the model itself; empty for nothing.
     """
 
     hidden_size: int
@@ -39,7 +43,17 @@ MODELS = {
 
 
 def model_shape(name: str) -> ModelShape:
-    """The shape of a model by its name in MODELS. Raises ValueError for an unknown one."""
+    """The shape of a model.
+
+    Args:
+        name: a key of MODELS.
+
+    Returns:
+        Its sizes.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if name not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     return MODELS[name]

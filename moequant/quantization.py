@@ -8,37 +8,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moequant import (
-    ops,
-)
+from moequant import ops
 from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
 from moequant.checks import check_choice, check_counts, check_eps, check_int, check_no_grad, check_output, check_tensor
-from moequant.dense.int8 import (
-    act_dequant as act_dequant,
-    act_quant as act_quant,
-    int8_gelu as int8_gelu,
-    weight_dequant as weight_dequant,
-    weight_quant as weight_quant,
-)
+from moequant.dense.int8 import act_dequant, act_quant, int8_gelu, weight_dequant, weight_quant
 from moequant.dense.per_tensor import (
-    FP8Format as FP8Format,
-    NumericalOverflowError as NumericalOverflowError,
-    dequantize_fp8 as dequantize_fp8,
-    quantize_fp8 as quantize_fp8,
-    quantize_fp8_with_overflow_handling as quantize_fp8_with_overflow_handling,
+    FP8Format,
+    NumericalOverflowError,
+    dequantize_fp8,
+    quantize_fp8,
+    quantize_fp8_with_overflow_handling,
 )
-from moequant.formats import format_of, recipe_of
+from moequant.formats import FLOAT_DTYPES, format_of, recipe_of
 from moequant.group_quant import (
     GROUP_SIZES,
-    dequantize as dequantize,
-    fused_flatten_fp8_group_quant as fused_flatten_fp8_group_quant,
-    fused_rms_fp8_group_quant as fused_rms_fp8_group_quant,
-    per_block_quant_fp8 as per_block_quant_fp8,
-    per_token_group_quant_fp8 as per_token_group_quant_fp8,
+    dequantize,
+    fused_flatten_fp8_group_quant,
+    fused_rms_fp8_group_quant,
+    per_block_quant_fp8,
+    per_token_group_quant_fp8,
     quantize_blocks,
 )
 
-INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+__all__ = [
+    "FP8Format",
+    "NumericalOverflowError",
+    "QuantizedTensor",
+    "act_dequant",
+    "act_quant",
+    "dequantize",
+    "dequantize_fp8",
+    "fused_flatten_fp8_group_quant",
+    "fused_rms_fp8_group_quant",
+    "int8_gelu",
+    "per_block_quant_fp8",
+    "per_token_group_quant_fp8",
+    "quantize_expert_batch",
+    "quantize_fp8",
+    "quantize_fp8_with_overflow_handling",
+    "quantize_weight",
+    "silu_mul",
+    "silu_mul_quantize",
+    "weight_dequant",
+    "weight_quant",
+]
 
 
 def quantize_expert_batch(
@@ -52,20 +65,27 @@ def quantize_expert_batch(
     values: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Quantizes the valid rows of an expert batch in groups of group_size columns, one float32 scale a group.
+    """Quantizes the valid rows of an expert batch in groups of group_size columns, one float32 scale for each group.
 
-    x: (L, M, H) bfloat16, float16 or float32, any strides.
-    num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are neither read nor written.
-    group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
-    dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240), float8_e5m2 (57344) or int8 (127).
-    recipe: "default", "deepgemm", "ue8m0" or "fnuz_224": see `moequant.formats.RECIPES`. The scale is amax / max, values are x / scale
-        rounded to nearest even; a group with an Inf or NaN gets a NaN scale and values 0.
-    eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
-    values: (L, M, H) of dtype, any strides by which no two elements share memory, or None to allocate.
-    scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
+    The scale is amax / max, and values are x / scale rounded to nearest even. A group with an Inf or NaN gets a NaN scale and
+    values 0.
 
-    Returns a QuantizedTensor, of layout "transposed" unless contiguous scales were given ("row"). Raises ValueError for a wrong shape,
-    dtype, device, recipe or eps, RuntimeError if x requires grad under grad mode.
+    Args:
+        x: (L, M, H) bfloat16, float16 or float32, any strides.
+        num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are neither read nor written.
+        group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
+        dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240), float8_e5m2 (57344) or int8 (127).
+        recipe: "default", "deepgemm", "ue8m0" or "fnuz_224": see `moequant.formats.RECIPES`.
+        eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
+        values: (L, M, H) of dtype, any strides by which no two elements share memory, or None to allocate.
+        scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
+
+    Returns:
+        Values (L, M, H) and scales (L, M, G), of layout "transposed" unless contiguous scales were given ("row").
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, recipe or eps.
+        RuntimeError: x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
     check_choice("group_size", group_size, GROUP_SIZES)
@@ -87,10 +107,23 @@ def silu_mul_quantize(
 ) -> QuantizedTensor:
     """SwiGLU of the valid rows, quantized in groups of 128 columns: silu(gate) * up with gate = x[..., :I], up = x[..., I:].
 
-    The product is computed in float32 and not rounded before quantization.
+    The product is computed in float32 and not rounded before quantization. What is not said here is as for `quantize_expert_batch`.
 
-    x: (L, M, 2I) bfloat16, float16 or float32, any strides. The other arguments, the result and the errors are those of
-    `quantize_expert_batch`, with values (L, M, I).
+    Args:
+        x: (L, M, 2I) bfloat16, float16 or float32, any strides.
+        num_tokens: (L,) int32, or None for all M.
+        dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
+        recipe: see `moequant.formats.RECIPES`.
+        eps: floor of a group's absolute maximum; None for the recipe's own.
+        values: (L, M, I) of dtype, or None to allocate.
+        scales: (L, M, ceil(I / 128)) float32, or None to allocate.
+
+    Returns:
+        Values (L, M, I) and scales (L, M, ceil(I / 128)), of layout "transposed" unless contiguous scales were given ("row").
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, recipe or eps.
+        RuntimeError: x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, recipe, eps)
     check_no_grad(values=values, scales=scales)
@@ -102,11 +135,17 @@ def silu_mul_quantize(
 def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """SwiGLU of the valid rows without quantization: silu(gate) * up in float32, rounded once.
 
-    x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first. num_tokens: (L,) int32, or None for all M.
-    out: (L, M, I) of any strides by which no two elements share memory, or None to allocate it in bfloat16; rows from num_tokens[l] on
-        are not written.
+    Args:
+        x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first.
+        num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are not written.
+        out: (L, M, I) of any strides by which no two elements share memory, or None to allocate it in bfloat16.
 
-    Returns out. Raises as `silu_mul_quantize`.
+    Returns:
+        out.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device.
+        RuntimeError: x requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, "default", None)
     check_no_grad(out=out)
@@ -114,7 +153,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
     else:
-        check_tensor("out", out, shape=tuple(shape), dtypes=INPUT_DTYPES, device=x.device)
+        check_tensor("out", out, shape=tuple(shape), dtypes=FLOAT_DTYPES, device=x.device)
         check_output("out", out)
     ops.silu_mul(x, num_tokens, out)
     return out
@@ -123,15 +162,22 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
 def quantize_weight(
     w: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, recipe: str = "default", segments: int = 1
 ) -> QuantizedTensor:
-    """Quantizes a weight in blocks of 128x128, one float32 scale a block.
+    """Quantizes a weight in blocks of 128x128, one float32 scale for each block.
 
-    w: (..., N, K_dim) bfloat16, float16 or float32, any strides.
-    segments: the N rows are this many equal parts, blocked apart: 2 for w13, so that no block holds gate and up.
+    Args:
+        w: (..., N, K_dim) bfloat16, float16 or float32, any strides.
+        dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
+        recipe: see `moequant.formats.RECIPES`.
+        segments: the N rows are this many equal parts, blocked apart: 2 for w13, so that no block holds gate and up.
 
-    Returns a QuantizedTensor of layout "block" with scales (..., segments * ceil(N / segments / 128), ceil(K_dim / 128)).
-    Raises ValueError for a wrong shape, dtype or recipe.
+    Returns:
+        Layout "block", with scales (..., segments * ceil(N / segments / 128), ceil(K_dim / 128)).
+
+    Raises:
+        ValueError: a wrong shape, dtype or recipe.
+        RuntimeError: w requires grad under grad mode.
     """
-    check_tensor("w", w, dtypes=INPUT_DTYPES)
+    check_tensor("w", w, dtypes=FLOAT_DTYPES)
     if w.dim() < 2:
         raise ValueError(f"w must be (..., N, K_dim), got shape {tuple(w.shape)}")
     check_int("segments", segments)
@@ -144,8 +190,19 @@ def quantize_weight(
 
 
 def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, eps: float | None) -> None:
-    """What `quantize_expert_batch` and `silu_mul_quantize` ask of their inputs."""
-    check_tensor("x", x, dims=3, dtypes=INPUT_DTYPES)
+    """What `quantize_expert_batch` and `silu_mul_quantize` ask of their inputs.
+
+    Args:
+        x: (L, M, columns).
+        num_tokens: (L,) int32, or None.
+        recipe: its name.
+        eps: floor of a group's absolute maximum, or None.
+
+    Raises:
+        ValueError: one of them is wrong.
+        RuntimeError: x requires grad under grad mode.
+    """
+    check_tensor("x", x, dims=3, dtypes=FLOAT_DTYPES)
     check_counts(num_tokens, x)
     check_no_grad(x=x)
     recipe_of(recipe)
@@ -182,4 +239,7 @@ def _outputs(
         check_output("scales", scales)
     values = torch.empty(shape, dtype=dtype, device=device) if values is None else values
     scales = empty_transposed_scales(experts, rows, groups, device) if scales is None else scales
-    return QuantizedTensor.made_of(values, scales, scale_layout(scales), recipe, group_size)
+    layout = scale_layout(scales)
+    # strides that no layout has are left to the constructor's words
+    made = QuantizedTensor if layout == "row" and not scales.is_contiguous() else QuantizedTensor.made_of
+    return made(values, scales, layout, recipe, group_size)

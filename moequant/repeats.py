@@ -74,9 +74,7 @@ class Repeats:
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self.run(x, inputs, settings, call)
-        from moequant.kernels.library.launch import current_stream, start
-
-        stream = current_stream(device)
+        stream = torch._C._cuda_getCurrentRawStream(device)
         addresses = [tensor.data_ptr() for tensor in inputs]
         key: list[Any] = [stream, *settings]
         for tensor, address in zip(inputs, addresses, strict=True):
@@ -88,13 +86,12 @@ class Repeats:
         if step is None:
             return call()
         launches, result = step
-        for launch, places in launches:
-            values = launch.values
+        for (start, grid, values, _), places in launches:
             if places:
                 values = values.copy()
                 for place, number in places:
                     values[place] = addresses[number]
-            start(launch, values, stream)
+            start(*grid, stream, *values)
         return result
 
     def device(self, x: Tensor) -> int | None:
@@ -125,8 +122,8 @@ class Repeats:
 def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> Repeated | None:
     """A launch, and where the inputs' addresses stand in it; it holds the other tensors. None if it has parts of inputs."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    places, held = [], []
-    for place, argument in enumerate(launch.arguments):
+    places, held = [], {}
+    for place, argument in launch.arguments.items():
         parts = argument if isinstance(argument, tuple) else (argument,)
         for part in parts:
             # a TMA descriptor has an address as well
@@ -138,8 +135,8 @@ def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> 
             elif is_of(base, inputs, storages):
                 return None
             else:
-                held.append(part)
-    return Repeated(launch._replace(arguments=tuple(held)), tuple(places))
+                held[place] = argument
+    return Repeated(launch._replace(arguments=held), tuple(places))
 
 
 def is_of(base: Any, inputs: tuple[Tensor, ...], storages: set[int]) -> bool:

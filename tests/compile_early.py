@@ -18,7 +18,6 @@ from triton.runtime.jit import JITFunction
 
 import compile_peers as calls
 from compile_case import BF16, E4M3, cases, empty
-from compile_cases import exchange_counts, signal_and_wait
 from compile_kernels import EARLY_MODULES, TARGETS, FakeDriver, measure
 from moequant.kernels.routing import route as route_module
 
@@ -40,8 +39,8 @@ CASES = [
         *({"tokens": tokens, "way": way} for way, tokens in (("pulled", 1), ("pulled", 32), ("pushed", 32), ("summed", 1))),
     ),
     *cases(calls.combine_shared, {"tokens": 64, "columns": 2048, "top_k": 10}, {"tokens": 1024}),
-    *cases(exchange_counts, {"experts": 512}, {"experts": 384}, {"experts": 512, "ranks": 2}),
-    *cases(signal_and_wait, {}),
+    *cases(calls.exchange_counts, {"experts": 512}, {"experts": 384}, {"experts": 512, "ranks": 2}),
+    *cases(calls.signal_and_wait, {}),
     *cases(route, {}),
 ]
 

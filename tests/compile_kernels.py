@@ -3,7 +3,7 @@
     python tests/compile_kernels.py quantize
 
 A program of its own, because the tests' process has asked for Triton's interpreter, and because a failing compiler may abort.
-What is compiled, `compile_cases.py` says.
+What is compiled, the kernel's test says in its COMPILE_CASES.
 """
 
 # Triton annotates the driver's methods as returning nothing
@@ -29,7 +29,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from compile_case import E4M3, E5M2, FNUZ, Case
-from compile_cases import CASES
+from kernel_tests import compile_cases
 from moequant.kernels.dense import quantize_tensor as quantize_tensor_module
 from moequant.kernels.gemm import grouped_gemm as grouped_gemm_module
 from moequant.kernels.gemm.grouped_gemm import Limits
@@ -172,7 +172,7 @@ def compile_operation(name: str) -> None:
         triton.runtime.driver.set_active(FakeDriver(target.gpu))
         limits = Limits(target.multiprocessors, target.shared_memory, target.tma)
         grouped_gemm_module.device_limits = lambda device, limits=limits: limits
-        for case in CASES[name]:
+        for case in compile_cases(name):
             if not builds_for(case, target):
                 continue
             dtype = str(case.arguments.get("dtype")).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Calls of the symmetric transport's kernels that begin early, for any shape: what `compile_cases.py` and `test_early.py` launch.
+"""Calls of the symmetric transport's kernels that begin early, for any shape: what the kernels' tests and `test_early.py` compile.
 
 T tokens, K top-k, E experts in all, W ranks, H hidden size.
 """
@@ -13,7 +13,12 @@ from compile_case import BF16, counted, empty, quantized
 from moequant import ops
 from moequant.batch import ceil_div
 from moequant.kernels.routing import combine as combine_module
-from moequant.kernels.symmetric import land_rows as land_rows_module, push_tokens as push_tokens_module
+from moequant.kernels.symmetric import (
+    exchange_counts as exchange_counts_module,
+    land_rows as land_rows_module,
+    push_tokens as push_tokens_module,
+    signal_and_wait as signal_and_wait_module,
+)
 
 
 def peer_arguments(ranks: int = 8) -> dict[str, Any]:
@@ -86,3 +91,24 @@ def combine_shared(
     peers = {"peers": empty(ranks, dtype=torch.int64), "peer_offset": 256, "rows_of_rank": 32768} if way == "pulled" else {}
     out, fault = empty(tokens, columns, dtype=dtype), empty(1, dtype=torch.int32)
     combine_module.combine_shared(empty(1, columns), rows, weights, out, fault, in_order=way == "pushed", **peers)
+
+
+def exchange_counts(experts: int = 256, ranks: int = 8) -> None:
+    counts, num_tokens = empty(experts, dtype=torch.int32), empty(experts // ranks, dtype=torch.int32)
+    arguments = peer_arguments(ranks)
+    del arguments["flags_offset"]
+    exchange_counts_module.exchange_counts(
+        counts,
+        counts,
+        num_tokens,
+        empty(3, dtype=torch.int64),
+        calls=empty(1, dtype=torch.int32),
+        words_offset=1024,
+        capacity=1024,
+        call=7,
+        **arguments,
+    )
+
+
+def signal_and_wait() -> None:
+    signal_and_wait_module.signal_and_wait(phase=2, status=empty(3, dtype=torch.int64), way=2, **peer_arguments())

@@ -11,39 +11,9 @@ from typing import Any
 
 import pytest
 
+from kernel_tests import SUBJECTS, compile_cases
+
 ROOT = Path(__file__).resolve().parents[1]
-# what tests/compile_cases.py has cases for; a kernel that is missing there fails test_every_kernel_is_compiled
-OPERATIONS = (
-    "quantize",
-    "silu_mul_quantize",
-    "grouped_gemm",
-    "grouped_gemm_hopper",
-    "gemm1_swiglu_hopper",
-    "dense_gemm",
-    "int8_gelu",
-    "quantize_tensor",
-    "dequantize_tensor",
-    "dequantize_blocks",
-    "quantize_weight",
-    "fused_rms_quantize",
-    "route",
-    "expert_offsets",
-    "count_strangers",
-    "plan_sends",
-    "scatter",
-    "move_source_rows",
-    "combine",
-    "exchange_counts",
-    "push_tokens",
-    "land_rows",
-    "push_rows",
-    "push_partial_sums",
-    "signal_and_wait",
-    "partials",
-    "sum_parts",
-)
-# written for NVLink
-NVIDIA_ONLY = {"exchange_counts", "push_tokens", "push_partial_sums", "signal_and_wait"}
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950"}
 # the tensor cores' fastest way, where a GEMM must take it
 MATRIX_INSTRUCTIONS = {
@@ -55,7 +25,6 @@ MATRIX_INSTRUCTIONS = {
 }
 # what rounds to e4m3fnuz by the instruction of the GPU that has one
 NATIVE_FNUZ = {"quantize", "silu_mul_quantize", "quantize_weight", "fused_rms_quantize"}
-# modules of device functions that other kernels call
 
 
 def compiled(operation: str) -> list[dict[str, Any]]:
@@ -69,11 +38,14 @@ def compiled(operation: str) -> list[dict[str, Any]]:
     return [report for report in map(json.loads, lines) if "kernel" in report]
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", SUBJECTS)
 def test_builds_without_spills(operation):
     reports = compiled(operation)
-    nvidia = {target for target in TARGETS if target.startswith("sm_")}
-    expected = {"sm_90"} if operation.endswith("_hopper") else nvidia if operation in NVIDIA_ONLY else TARGETS
+    declared = compile_cases(operation)
+    # written for Hopper, or for NVLink
+    hopper, nvidia = (all(getattr(case, only) for case in declared) for only in ("hopper", "nvidia"))
+    assert hopper == operation.endswith("_hopper")
+    expected = {target for target in TARGETS if target == "sm_90" or (not hopper and (target.startswith("sm_") or not nvidia))}
     assert {report["target"] for report in reports} == expected
     wrong = []
     for report in reports:
@@ -86,7 +58,3 @@ def test_builds_without_spills(operation):
         if (report["spills"] and not report["may_spill"]) or moves_narrow or wrong_instruction:
             wrong.append({key: value for key, value in report.items() if key != "instructions"})
     assert not wrong, "\n" + "\n".join(map(str, wrong))
-
-
-def test_every_kernel_is_compiled():
-    assert {path.stem for path in (ROOT / "kernels").rglob("*.py") if path.parent.name != "library"} == set(OPERATIONS)

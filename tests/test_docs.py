@@ -73,6 +73,21 @@ def test_python_of_the_pages_runs(path, device, capsys, monkeypatch):
         assert capsys.readouterr().out
 
 
+def test_files_that_the_pages_name_are_there():
+    pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    pattern = r"`((?:benchmarks|docs|examples|kernels|launch|moequant|tests)/[\w/.-]+\.\w+)[`:]"
+    named = {(page.name, path) for page in pages for path in re.findall(pattern, page.read_text())}
+    assert len(named) > 30 and [(page, path) for page, path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_words_of_the_glossary_stand_in_the_code():
+    ours = re.findall(r"^\| (.*?) \| .* \| .* \|$", (ROOT / "docs" / "glossary.md").read_text().partition("## Words with")[0], re.M)
+    words = {word for cell in ours for word in re.findall(r"`(\w+)`", cell)}
+    files = [path for folder in ("kernels", "moequant") for path in (ROOT / folder).rglob("*.py")]
+    known = {word for path in files for word in re.findall(r"\w+", path.read_text())}
+    assert len(words) > 10 and words <= known, words - known
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_links_of_the_pages_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)#]+)", path.read_text()):

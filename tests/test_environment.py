@@ -41,7 +41,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties[getattr(device, "index", device)])
-        monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+        monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
         monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(triton_versions, "why_no_gluon", lambda device: why_no_gluon)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import moequant
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py"))
@@ -38,7 +41,9 @@ def run(code: str, folder: Path, *path: Path) -> str:
 def build(kind: str, source: Path, target: Path) -> Path:
     """Builds a "wheel", "sdist" or "editable" as pip does, without isolation and so without network."""
     target.mkdir()
-    run(f"from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})", source)
+    # where torch can't be imported: the version is read from the source
+    block = "import sys; sys.modules['torch'] = None\n"
+    run(f"{block}from setuptools import build_meta; build_meta.build_{kind}({str(target)!r})", source)
     (built,) = target.iterdir()
     return built
 
@@ -57,6 +62,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def check_wheel(wheel: Path, folder: Path) -> None:
+    assert wheel.name.split("-")[1] == moequant.__version__
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(folder / "installed")
@@ -95,3 +101,15 @@ def test_editable(source, tmp_path):
 
 def test_source_folder_on_the_path(tmp_path):
     assert run(USE, tmp_path, ROOT) == str(ROOT / "moequant" / "__init__.py")
+
+
+def test_the_version_stands_in_one_place_and_is_not_behind_the_changelog():
+    assert re.search(r"^version =.*[0-9]", (ROOT / "pyproject.toml").read_text(), re.M) is None
+    heads = re.findall(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert heads[0] == "[Unreleased]"
+    released = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d", head) for head in heads[1:]]
+    assert all(released)
+    versions = [tuple(map(int, match[1].split("."))) for match in released if match]
+    assert versions == sorted(versions, reverse=True)
+    own = tuple(map(int, re.findall(r"\d+", moequant.__version__)[:3]))
+    assert len(own) == 3 and [version for version in versions if version > own] == []

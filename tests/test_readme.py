@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -71,3 +73,40 @@ def test_the_commands_are_targets_of_the_makefile():
     shown = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.M))
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     assert {"bench", "test"} <= shown <= targets
+
+
+def test_the_example_is_ten_lines_and_there_is_one_table_of_at_most_eight_rows_and_one_plot():
+    text = (ROOT / "README.md").read_text()
+    assert len([line for line in example().splitlines() if line]) <= 10
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
+    # head and rule are two of the lines
+    assert len(tables) == 1 and tables[0].count("\n") <= 2 + 8
+    assert len(re.findall(r"!\[", text)) == 1
+
+
+def test_links_lead_somewhere():
+    for path in (*ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            assert link.startswith("http") or (path.parent / link).exists(), (path.name, link)
+
+
+def test_the_public_modules_are_there():
+    (section,) = re.findall(r"## Public names\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)
+    named = re.findall(r"`(moequant(?:\.\w+)*)`", section)
+    assert len(named) > 6
+    for name in named:
+        assert pkgutil.resolve_name(name)
+
+
+def test_no_record_has_deep_ep_beside_it_as_readme_says():
+    lines = [line for path in (ROOT / "benchmarks" / "results").glob("*.jsonl") for line in path.read_text().splitlines() if line]
+    peers = {
+        name for line in lines for record in [json.loads(line)] for name in (record.get("peer"), *record.get("peers", {})) if name
+    }
+    assert peers and not [name for name in peers if name.startswith("deep_ep")]
+
+
+def test_the_tests_that_the_security_page_names_are_there():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert len(named) > 10
+    assert [(path, name) for path, name in named if f"def {name}(" not in (ROOT / path).read_text()] == []

@@ -132,7 +132,7 @@ def test_memory_that_a_step_takes_is_held_and_inputs_are_not(gpu):
     assert recorded is not None
     launches, _ = recorded
     held = launches[0].launch.arguments
-    assert any(part is taken[1] for part in held) and not any(part is x for part in held)
+    assert any(part is taken[1] for part in held.values()) and not any(part is x for part in held.values())
     assert step.kernel.started[-1][-1][2] == taken[1].data_ptr()
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from triton.runtime import driver
 
 
@@ -34,4 +35,5 @@ def install_gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     active = SimpleNamespace(current=0, stream=7, get_current_device=lambda: active.current)
     active.get_current_stream = lambda device: active.stream
     monkeypatch.setattr(type(driver), "active", property(lambda self: active))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", active.get_current_stream, raising=False)
     return active

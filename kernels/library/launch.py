@@ -9,15 +9,20 @@ No address is part of what is looked up: it is read from the tensor at each laun
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from moequant.kernels.library.triton_versions import minor
 
 # What is looked up as it is.
 PLAIN = frozenset((int, float, bool, type(None), str))
@@ -28,25 +33,30 @@ MOST_KINDS = 4096
 
 
 class Prepared(NamedTuple):
-    """A compiled kernel: how it is started, and its parameters behind the positional ones, in order."""
+    """A compiled kernel, which start(*grid, stream, *before, *values) launches.
 
-    run: Callable[..., None]
+    named: its parameters behind the positional ones, in order, with their defaults where there are some. encodings: of the parameters
+    that are TMA descriptors, by number, how they are encoded, where that is not left to `start`.
+    """
+
+    start: Callable[..., None]
+    before: tuple[Any, ...]
     function: int
-    metadata: Any
     named: tuple[str, ...]
     defaults: dict[str, Any]
+    encodings: dict[int, Any]
 
 
 class Launch(NamedTuple):
-    """A launch that can be made again.
+    """A launch that can be made again, on a stream of the current device: start(*grid, stream, *values).
 
-    values: of the kernel's parameters, with addresses in place of tensors. arguments: what they were made of, in the same order.
+    arguments: the kernel's, by their places among the values, where tensors are addresses.
     """
 
-    prepared: Prepared
+    start: Callable[..., None]
     grid: tuple[int, int, int]
     values: list[Any]
-    arguments: tuple[Any, ...]
+    arguments: dict[int, Any]
 
 
 class Recording(threading.local):
@@ -72,10 +82,47 @@ def current_stream(device: int) -> int:
     return driver.active.get_current_stream(device)
 
 
-def start(launch: Launch, values: list[Any], stream: int) -> None:
-    """Makes a launch again, with these values, on a stream of the current device."""
-    prepared = launch.prepared
-    prepared.run(*launch.grid, stream, prepared.function, prepared.metadata, None, None, None, *values)
+def prepare(compiled: Any, behind: list[Any]) -> Prepared:
+    """A compiled kernel and its parameters behind the positional ones.
+
+    It is started by Triton's launcher, or, where nothing is left to do in between, by the C function behind it: Triton 3.6's launcher
+    allocates scratch memory, which none of these kernels has, and encodes the TMA descriptors anew for each launch.
+    """
+    run = compiled.run
+    start, before, encodings = run, (compiled.function, compiled.packed_metadata, None, None, None), {}
+    scratch = getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0)
+    if minor(triton.__version__) == (3, 6) and type(run).__name__ == "CudaLauncher" and not scratch:
+        start, encodings = run.launch, {}
+        if isinstance(start, FunctionType):
+            known = inspect.getclosurevars(start).nonlocals
+            start = known["launcher"]
+            encodings = dict(zip(sorted(known["tensordesc_indices"]), known["tensordesc_meta"], strict=True))
+        before = (before[0], run.launch_cooperative_grid, run.launch_pdl, None, None, *before[1:])
+    defaults = {parameter.name: parameter.default for parameter in behind if parameter.has_default}
+    return Prepared(start, before, compiled.function, tuple(parameter.name for parameter in behind), defaults, encodings)
+
+
+def encoded(descriptor: Any, prepared: Prepared, encoding: Any) -> list[Any]:
+    """What a TMA descriptor is to Triton 3.6's C function. It is kept with the descriptor, which nobody changes."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    known = descriptor.__dict__.setdefault("encoded", {})
+    if prepared.function not in known:
+        known[prepared.function] = make_tensordesc_arg(descriptor, encoding)
+    return known[prepared.function]
+
+
+def unfolded(values: list[Any], prepared: Prepared) -> tuple[list[Any], list[int]]:
+    """The values with TMA descriptors encoded, and the place of each among them."""
+    flat: list[Any] = []
+    places = []
+    for number, value in enumerate(values):
+        places.append(len(flat))
+        if number in prepared.encodings:
+            flat += encoded(value, prepared, prepared.encodings[number])
+        else:
+            flat.append(value)
+    return flat, places
 
 
 def described(value: Any) -> Any:
@@ -133,11 +180,15 @@ class Launchable:
         for name in prepared.named:
             value = named[name] if name in named else prepared.defaults[name]
             values.append(value.data_ptr() if type(value) is Tensor else value)
+        places: Sequence[int] = range(len(values))
+        if prepared.encodings:
+            values, places = unfolded(values, prepared)
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        prepared.run(x, y, z, current_stream(device), prepared.function, prepared.metadata, None, None, None, *values)
+        prepared.start(x, y, z, current_stream(device), *prepared.before, *values)
         if recording.launches is not None:
-            behind = (named.get(name) for name in prepared.named)
-            recording.launches.append(Launch(prepared, (x, y, z), values, (*arguments, *behind)))
+            given = (*arguments, *(named.get(name) for name in prepared.named))
+            by_place = {len(prepared.before) + place: argument for place, argument in zip(places, given, strict=True)}
+            recording.launches.append(Launch(prepared.start, (x, y, z), [*prepared.before, *values], by_place))
         return None
 
     def _first(self, key: tuple[Any, ...], grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -147,13 +198,9 @@ class Launchable:
             recording.launches.append(None)
         # a stand-in for the driver, by which tests compile without a GPU, starts nothing
         if getattr(compiled, "function", None) is not None:
-            behind = self.kernel.params[len(arguments) :]
-            defaults = {parameter.name: parameter.default for parameter in behind if parameter.has_default}
             if len(self.prepared) >= MOST_KINDS:
                 self.prepared.clear()
-            self.prepared[key] = Prepared(
-                compiled.run, compiled.function, compiled.packed_metadata, tuple(p.name for p in behind), defaults
-            )
+            self.prepared[key] = prepare(compiled, self.kernel.params[len(arguments) :])
         return compiled
 
 

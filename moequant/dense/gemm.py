@@ -1,4 +1,4 @@
-"""The product of two float8 matrices. Letters: M rows, N columns, K_dim contraction, G = ceil(K_dim / 128) groups of it."""
+"""The GEMM of two float8 matrices. Letters: M rows, N columns, K_dim contraction, G = ceil(K_dim / 128) groups of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from moequant import batch, ops
 from moequant.batch import QuantizedTensor, ScaleLayout
 from moequant.checks import check_choice, check_contiguous, check_format, check_no_grad, check_tensor
 from moequant.errors import LayoutError
-from moequant.formats import FLOAT_DTYPES, format_of
+from moequant.formats import FLOAT8_DTYPES, FLOAT_DTYPES, format_of
 
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 ACTIVATION_LAYOUTS = ("row", "transposed", "tma_aligned", "transposed_flat")
 
 
@@ -26,17 +25,25 @@ def mm_fp8_blockscale(
 ) -> Tensor:
     """dequantize(a) @ dequantize(b).T of 1x128 activations and 128x128 weights: the grouped GEMM with one group.
 
-    a: (M, K_dim) float8 contiguous with its scales in a_scales; or a QuantizedTensor, of which a_scales and scale_layout are None.
-    a_scales: (M, G) float32. With the rows of a group side by side ("transposed", "tma_aligned", "transposed_flat") they are read where
-        they lie; contiguous ones ("row") are copied into that order first, unless M is 1. On Hopper TMA reads groups a multiple of 4 rows
-        apart; others go to the slower plain kernel.
-    b: (N, K_dim) of a's dtype, contiguous, with its scales in b_scales; or a QuantizedTensor of layout "block".
-    b_scales: (ceil(N / 128), G) float32 contiguous.
-    scale_layout: how a_scales lie. None: "row" or "transposed", by their strides. "transposed_flat" can't be told from "row" by its
-        strides and has to be named.
+    Args:
+        a: (M, K_dim) float8 contiguous with its scales in a_scales; or a QuantizedTensor, of which a_scales and scale_layout are
+            None.
+        a_scales: (M, G) float32. With the rows of a group side by side ("transposed", "tma_aligned", "transposed_flat") they are
+            read where they lie; contiguous ones ("row") are copied into that order first, unless M is 1. On Hopper TMA reads groups
+            a multiple of 4 rows apart; others go to the slower plain kernel.
+        b: (N, K_dim) of a's dtype, contiguous, with its scales in b_scales; or a QuantizedTensor of layout "block".
+        b_scales: (ceil(N / 128), G) float32 contiguous.
+        out_dtype: bfloat16, float16 or float32.
+        scale_layout: how a_scales lie. None: "row" or "transposed", by their strides. "transposed_flat" can't be told from "row" by
+            its strides and has to be named.
 
-    Returns (M, N) of out_dtype: bfloat16, float16 or float32. Raises ValueError (LayoutError for scales that lie otherwise) or, if an
-    operand requires grad under grad mode, RuntimeError.
+    Returns:
+        (M, N) of out_dtype.
+
+    Raises:
+        LayoutError: scales of another layout or shape.
+        ValueError: a wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
     """
     check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     left = _operand("a", a, a_scales, scale_layout, ACTIVATION_LAYOUTS)

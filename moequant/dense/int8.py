@@ -1,8 +1,8 @@
-"""int8 in blocks: quantizers, products and GELU, on bare pairs of values and scales.
+"""int8 in blocks: quantizers, GEMMs and GELU, on bare pairs of values and scales.
 
-One float32 scale for each row and 128 columns of an activation, and for each 128x128 block of a weight; a partial last block has a scale
-of its own. A scale is max(amax, 1e-10) / 127, so that a block of zeros has scale 1e-10 / 127 and values 0, and nothing is divided by 0.
-Values are x / scale, rounded to nearest even; a block with an Inf or NaN gets a NaN scale and values 0.
+One float32 scale for each row and 128 columns of an activation, and for each 128x128 block of a weight; a partial last block has a
+scale of its own. A scale is max(amax, 1e-10) / 127, so that a block of zeros has scale 1e-10 / 127 and values 0, and nothing is
+divided by 0. Values are x / scale, rounded to nearest even; a block with an Inf or NaN gets a NaN scale and values 0.
 
 Letters: M rows (all leading dimensions together), N columns, K_dim contraction, G = ceil(K_dim / 128) blocks of it.
 """
@@ -14,9 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from moequant import (
-    ops,
-)
+from moequant import ops
 from moequant.batch import QuantizedTensor, ceil_div
 from moequant.checks import check_choice, check_contiguous, check_int, check_no_grad, check_tensor
 from moequant.errors import LayoutError
@@ -30,10 +28,17 @@ OUT_BLOCK_SIZES = (32, 64, 128)
 def act_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
     """Quantizes activations to int8 in blocks of block_size columns.
 
-    x: (..., K_dim) bfloat16, float16 or float32, any strides. block_size: 32, 64, 128 or 256.
+    Args:
+        x: (..., K_dim) bfloat16, float16 or float32, any strides.
+        block_size: 32, 64, 128 or 256.
 
-    Returns values (..., K_dim) int8 and scales (..., ceil(K_dim / block_size)) float32, both contiguous. A block of zeros has values 0
-    and scale 1e-10 / 127. Raises ValueError for a wrong dtype or block size, RuntimeError if x requires grad under grad mode.
+    Returns:
+        Values (..., K_dim) int8 and scales (..., ceil(K_dim / block_size)) float32, both contiguous. A block of zeros has values 0
+        and scale 1e-10 / 127.
+
+    Raises:
+        ValueError: a wrong dtype or block size.
+        RuntimeError: x requires grad under grad mode.
     """
     _check_float("x", x, 1)
     check_choice("block_size", block_size, BLOCK_SIZES)
@@ -46,21 +51,39 @@ def act_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def act_dequant(x: Tensor, s: Tensor, block_size: int = 128, output_dtype: torch.dtype = torch.float16) -> Tensor:
-    """x * s in float32, rounded once. x: (..., K_dim) int8. s: (..., ceil(K_dim / block_size)) float32.
+    """x * s in float32, rounded once.
 
-    Returns (..., K_dim) of output_dtype, contiguous. Raises ValueError (LayoutError for scales of another shape).
+    Args:
+        x: (..., K_dim) int8.
+        s: (..., ceil(K_dim / block_size)) float32.
+        block_size: columns of a block, any positive number.
+        output_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (..., K_dim) of output_dtype, contiguous.
+
+    Raises:
+        LayoutError: scales of another shape.
+        ValueError: another wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
     """
     return _dequantize(x, s, "row", block_size, output_dtype)
 
 
 def weight_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Quantizes weights to int8 in blocks of block_size x block_size; other sizes than 32, 64 and 128 in plain torch on any device.
+    """Quantizes weights to int8 in blocks of block_size x block_size.
 
-    x: (..., N, K_dim) bfloat16, float16 or float32, any strides.
+    Args:
+        x: (..., N, K_dim) bfloat16, float16 or float32, any strides.
+        block_size: any positive number; others than 32, 64 and 128 run in plain torch on any device.
 
-    Returns values (..., N, K_dim) int8 and scales (..., ceil(N / block_size), ceil(K_dim / block_size)) float32, both contiguous. A block
-    of zeros has values 0 and scale 1e-10 / 127. Raises ValueError for a wrong dtype, shape or block size, RuntimeError if x requires grad
-    under grad mode.
+    Returns:
+        Values (..., N, K_dim) int8 and scales (..., ceil(N / block_size), ceil(K_dim / block_size)) float32, both contiguous. A
+        block of zeros has values 0 and scale 1e-10 / 127.
+
+    Raises:
+        ValueError: a wrong dtype, shape or block size.
+        RuntimeError: x requires grad under grad mode.
     """
     _check_float("x", x, 2)
     _check_block_size(block_size)
@@ -69,9 +92,21 @@ def weight_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def weight_dequant(x: Tensor, s: Tensor, block_size: int = 128, output_dtype: torch.dtype = torch.float16) -> Tensor:
-    """x * s in float32, rounded once. x: (..., N, K_dim) int8. s: (..., ceil(N / block_size), ceil(K_dim / block_size)) float32.
+    """x * s in float32, rounded once.
 
-    Returns (..., N, K_dim) of output_dtype, contiguous. Raises ValueError (LayoutError for scales of another shape).
+    Args:
+        x: (..., N, K_dim) int8.
+        s: (..., ceil(N / block_size), ceil(K_dim / block_size)) float32.
+        block_size: rows and columns of a block, any positive number.
+        output_dtype: float16, bfloat16 or float32.
+
+    Returns:
+        (..., N, K_dim) of output_dtype, contiguous.
+
+    Raises:
+        LayoutError: scales of another shape.
+        ValueError: another wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
     """
     return _dequantize(x, s, "block", block_size, output_dtype)
 
@@ -79,10 +114,19 @@ def weight_dequant(x: Tensor, s: Tensor, block_size: int = 128, output_dtype: to
 def int8_gelu(x: Tensor, s_x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
     """GELU from int8 to int8: y * (1 + erf(y / sqrt(2))) / 2 with y = x * s_x, in float32, quantized as by `act_quant`.
 
-    x: (..., N) int8 contiguous. s_x: (..., ceil(N / block_size)) float32. block_size: 32, 64, 128 or 256.
+    Args:
+        x: (..., N) int8 contiguous.
+        s_x: (..., ceil(N / block_size)) float32.
+        block_size: 32, 64, 128 or 256.
 
-    Returns values and scales of the shapes of x and s_x, contiguous. Scales are within 4 units in the last place of the exact formula's,
-    and values at most one step from it. Raises ValueError for a wrong shape, dtype or block size.
+    Returns:
+        Values and scales of the shapes of x and s_x, contiguous. Scales are within 4 units in the last place of the exact
+        formula's, and values at most one step from it.
+
+    Raises:
+        LayoutError: scales of another shape.
+        ValueError: another wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
     """
     check_choice("block_size", block_size, BLOCK_SIZES)
     _check_activations("x", x, "s_x", s_x, block_size)
@@ -95,10 +139,20 @@ def int8_gelu(x: Tensor, s_x: Tensor, block_size: int = 128) -> tuple[Tensor, Te
 def int8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, out_dtype: torch.dtype = torch.float16) -> Tensor:
     """act_dequant(a, a_s) @ weight_dequant(b, b_s).T, summed in int32 inside a block of 128 and in float32 across blocks.
 
-    a: (..., K_dim) int8 contiguous. a_s: (..., G) float32. b: (N, K_dim) int8 contiguous. b_s: (ceil(N / 128), G) float32.
-    out_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
+    Args:
+        a: (..., K_dim) int8 contiguous.
+        a_s: (..., G) float32.
+        b: (N, K_dim) int8 contiguous.
+        b_s: (ceil(N / 128), G) float32.
+        out_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
 
-    Returns (..., N) of out_dtype. Raises ValueError (LayoutError for scales of another shape).
+    Returns:
+        (..., N) of out_dtype.
+
+    Raises:
+        LayoutError: scales of another shape.
+        ValueError: another wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
     """
     return int8_addmm(a, a_s, b, b_s, None, out_dtype)
 
@@ -106,7 +160,24 @@ def int8_gemm(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, out_dtype: torch.d
 def int8_addmm(
     a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float16
 ) -> Tensor:
-    """`int8_gemm` plus bias, added in float32 and rounded once. bias: (N,) bfloat16, float16 or float32, or None."""
+    """`int8_gemm` plus bias, added in float32 and rounded once.
+
+    Args:
+        a: (..., K_dim) int8 contiguous.
+        a_s: (..., G) float32.
+        b: (N, K_dim) int8 contiguous.
+        b_s: (ceil(N / 128), G) float32.
+        bias: (N,) bfloat16, float16 or float32, or None.
+        out_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
+
+    Returns:
+        (..., N) of out_dtype.
+
+    Raises:
+        LayoutError: scales of another shape.
+        ValueError: another wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
+    """
     check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     _check_product(a, a_s, b, b_s, bias)
     out = torch.empty(*a.shape[:-1], b.shape[0], dtype=out_dtype, device=a.device)
@@ -115,11 +186,22 @@ def int8_addmm(
 
 
 def int8_gemm_quant(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, out_block_size: int = 128) -> tuple[Tensor, Tensor]:
-    """`int8_gemm` whose float32 result is quantized as by `act_quant`, without passing through memory: the next product's activations.
+    """`int8_gemm` whose float32 result is quantized as by `act_quant`, without passing through memory: the next GEMM's activations.
 
-    a, a_s, b, b_s: as for `int8_gemm`. out_block_size: 32, 64 or 128.
+    Args:
+        a: (..., K_dim) int8 contiguous.
+        a_s: (..., G) float32.
+        b: (N, K_dim) int8 contiguous.
+        b_s: (ceil(N / 128), G) float32.
+        out_block_size: 32, 64 or 128.
 
-    Returns values (..., N) int8 and scales (..., ceil(N / out_block_size)) float32, both contiguous.
+    Returns:
+        Values (..., N) int8 and scales (..., ceil(N / out_block_size)) float32, both contiguous.
+
+    Raises:
+        LayoutError: scales of another shape.
+        ValueError: another wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
     """
     return int8_addmm_quant(a, a_s, b, b_s, None, out_block_size)
 
@@ -127,7 +209,24 @@ def int8_gemm_quant(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, out_block_si
 def int8_addmm_quant(
     a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, bias: Tensor | None = None, out_block_size: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """`int8_gemm_quant` with bias (N,) bfloat16, float16 or float32, or None, added in float32 before quantization."""
+    """`int8_gemm_quant` with bias, added in float32 before quantization.
+
+    Args:
+        a: (..., K_dim) int8 contiguous.
+        a_s: (..., G) float32.
+        b: (N, K_dim) int8 contiguous.
+        b_s: (ceil(N / 128), G) float32.
+        bias: (N,) bfloat16, float16 or float32, or None.
+        out_block_size: 32, 64 or 128.
+
+    Returns:
+        Values (..., N) int8 and scales (..., ceil(N / out_block_size)) float32, both contiguous.
+
+    Raises:
+        LayoutError: scales of another shape.
+        ValueError: another wrong shape, dtype, device or option.
+        RuntimeError: an operand requires grad under grad mode.
+    """
     check_choice("out_block_size", out_block_size, OUT_BLOCK_SIZES)
     _check_product(a, a_s, b, b_s, bias)
     values = torch.empty(*a.shape[:-1], b.shape[0], dtype=torch.int8, device=a.device)

@@ -9,10 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moequant import (
-    ops,
-    reference,
-)
+from moequant import ops, reference
 from moequant.checks import (
     check_choice,
     check_contiguous,
@@ -34,7 +31,12 @@ MIN_FLOAT32, MAX_FLOAT32 = 2.0**-149, torch.finfo(torch.float32).max
 class FP8Format:
     """The range of an 8-bit float, float8_e4m3fn's unless given, and the scales that bring tensors into it.
 
-    max_value: the largest finite number. min_normal: the smallest normal one.
+    Attributes:
+        max_value: the largest finite number.
+        min_normal: the smallest normal one.
+
+    Raises:
+        ValueError: one of them is not positive and finite.
     """
 
     max_value: float = 448.0
@@ -47,13 +49,33 @@ class FP8Format:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
 
     def compute_scale(self, tensor: Tensor) -> Tensor:
-        """max_value / max(abs(tensor)), () float32: the factor that fills the range. 1 for zeros and for no numbers at all, NaN for a
-        tensor with an Inf or NaN. tensor: bfloat16, float16, float32 or float64, any shape."""
+        """max_value / max(abs(tensor)): the factor that fills the range.
+
+        Args:
+            tensor: bfloat16, float16, float32 or float64, any shape.
+
+        Returns:
+            () float32: 1 for zeros and for no numbers at all, NaN for a tensor with an Inf or NaN.
+
+        Raises:
+            ValueError: another dtype.
+        """
         check_tensor("tensor", tensor, dtypes=SCALED_DTYPES)
         return self._scale(tensor.detach().abs().flatten())
 
     def compute_scale_per_channel(self, tensor: Tensor, dim: int = 0) -> Tensor:
-        """`compute_scale` of each slice along dim: (tensor.shape[dim],) float32."""
+        """`compute_scale` of each slice along dim.
+
+        Args:
+            tensor: bfloat16, float16, float32 or float64, of at least one dimension.
+            dim: which; from -tensor.dim() to tensor.dim() - 1.
+
+        Returns:
+            (tensor.shape[dim],) float32.
+
+        Raises:
+            ValueError: another dtype, a scalar, or a dimension that is not there.
+        """
         check_tensor("tensor", tensor, dtypes=SCALED_DTYPES)
         if not tensor.dim():
             raise ValueError("tensor must have at least 1 dimension, got a scalar; compute_scale is for it")
@@ -61,7 +83,18 @@ class FP8Format:
         return self._scale(tensor.detach().abs().movedim(dim, 0).unsqueeze(-1).flatten(1))
 
     def is_in_range(self, tensor: Tensor, scale: float | Tensor | None = None) -> bool:
-        """Whether every magnitude, times the scale if one is given, is at most max_value; a NaN is not. Waits for the device."""
+        """Whether every magnitude, times the scale if one is given, is at most max_value; a NaN is not. Waits for the device.
+
+        Args:
+            tensor: bfloat16, float16, float32 or float64, any shape.
+            scale: a positive number, a tensor of one, or None for 1; NaN is accepted.
+
+        Returns:
+            The answer.
+
+        Raises:
+            ValueError: a wrong dtype or scale.
+        """
         check_tensor("tensor", tensor, dtypes=SCALED_DTYPES)
         check_has_numbers("tensor", tensor)
         magnitudes = tensor.detach().abs()
@@ -83,16 +116,24 @@ def quantize_fp8(
 ) -> tuple[Tensor, Tensor]:
     """Quantizes a tensor with one scale, as a multiplier: x * scale, clamped to -448..448, rounded to nearest even.
 
-    x: bfloat16, float16 or float32, any shape; strided ones are copied first.
-    scale: a positive number, or a tensor of one, on the CPU or on x's device; one on a GPU is not read by the host, and so not checked.
-        None: 448 / max(abs(x)), and 1.0 for all zeros. The maximum counts as at least 2**-118, to keep the scale finite.
-    storage: "float8" for float8_e4m3fn, or "uint8".
-    encoding: "e4m3": under uint8 the bits of float8_e4m3fn. "offset", uint8 only: 128 + round(clamp(x * scale) * 127 / 448), linear codes
-        1..255.
+    With an Inf or NaN in x a computed scale is NaN, and the values are 0 (offset: 128). With a given scale an Inf is clamped and a
+    NaN stays NaN (offset: 128).
 
-    Returns the values, of x's shape and contiguous, and the scale, () float32. With an Inf or NaN in x a computed scale is NaN, and the
-    values are 0 (offset: 128). With a given scale an Inf is clamped and a NaN stays NaN (offset: 128). Raises ValueError for a wrong
-    dtype, scale or option, RuntimeError if x requires grad under grad mode.
+    Args:
+        x: bfloat16, float16 or float32, any shape; strided ones are copied first.
+        scale: a positive number, or a tensor of one, on the CPU or on x's device; one on a GPU is not read by the host, and so not
+            checked. None: 448 / max(abs(x)), and 1.0 for all zeros. The maximum counts as at least 2**-118, to keep the scale
+            finite.
+        storage: "float8" for float8_e4m3fn, or "uint8".
+        encoding: "e4m3": under uint8 the bits of float8_e4m3fn. "offset", uint8 only: 128 + round(clamp(x * scale) * 127 / 448),
+            linear codes 1..255.
+
+    Returns:
+        The values, of x's shape and contiguous, and the scale, () float32.
+
+    Raises:
+        ValueError: a wrong dtype, scale or option.
+        RuntimeError: x requires grad under grad mode.
     """
     check_tensor("x", x, dtypes=FLOAT_DTYPES)
     check_choice("storage", storage, ("float8", "uint8"))
@@ -113,13 +154,21 @@ def dequantize_fp8(
     output_dtype: torch.dtype = torch.float16,
     encoding: Literal["e4m3", "offset"] = "e4m3",
 ) -> Tensor:
-    """values * (1 / scale) in float32, rounded once: the way back from `quantize_fp8`, with the scale and the encoding of the way there.
+    """values * (1 / scale) in float32, rounded once: the way back from `quantize_fp8`, with the scale and the encoding of the way
+    there.
 
-    values: float8_e4m3fn, or uint8 with its bits or with offset codes, which stand for (code - 128) * (448 / 127).
-    scale: as for `quantize_fp8`; NaN is accepted.
-    output_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
+    Args:
+        values: float8_e4m3fn, or uint8 with its bits or with offset codes, which stand for (code - 128) * (448 / 127).
+        scale: as for `quantize_fp8`; NaN is accepted.
+        output_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
+        encoding: "e4m3" or "offset", as for `quantize_fp8`.
 
-    Returns a contiguous tensor of values' shape in output_dtype. Raises ValueError.
+    Returns:
+        A contiguous tensor of values' shape in output_dtype.
+
+    Raises:
+        ValueError: a wrong dtype, scale or option.
+        RuntimeError: scale requires grad under grad mode.
     """
     check_tensor("values", values, dtypes=(E4M3, torch.uint8))
     check_choice("output_dtype", output_dtype, FLOAT_DTYPES)
@@ -139,11 +188,20 @@ def quantize_fp8_with_overflow_handling(
 ) -> tuple[Tensor, Tensor]:
     """`quantize_fp8` that clamps nothing: where x * scale leaves -448..448 it tries again with half the scale. Waits for the device.
 
-    x, scale: as for `quantize_fp8`. What leaves the range by rounding alone, as with a computed scale, does not count.
-    max_attempts: how many scales are tried, the given one included.
+    What leaves the range by rounding alone, as with a computed scale, does not count.
 
-    Returns values float8_e4m3fn and the scale that was used. Raises NumericalOverflowError if the last attempt leaves the range too, as
-    it does for an Inf or NaN in x.
+    Args:
+        x: as for `quantize_fp8`.
+        scale: as for `quantize_fp8`.
+        max_attempts: how many scales are tried, the given one included.
+
+    Returns:
+        Values float8_e4m3fn and the scale that was used.
+
+    Raises:
+        NumericalOverflowError: the last attempt leaves the range too, as it does for an Inf or NaN in x.
+        ValueError: a wrong dtype, scale or number of attempts.
+        RuntimeError: x requires grad under grad mode.
     """
     check_int("max_attempts", max_attempts, 1)
     check_tensor("x", x, dtypes=FLOAT_DTYPES)
@@ -176,15 +234,22 @@ def fp8_gemm(
 ) -> Tensor:
     """(a / a_scale) @ (b / b_scale).T + bias of float8 operands with scales as multipliers, as `quantize_fp8` gives them.
 
-    a: (M, K_dim) float8_e4m3fn contiguous; or bfloat16, float16 or float32, which is quantized first, with a_scale if that is given.
-    b: (N, K_dim), likewise.
-    a_scale, b_scale: a positive scalar; or one for each row, (M,) or (M, 1) for a, (N,) or (N, 1) for b, float32, for float8 operands
-        (`FP8Format.compute_scale_per_channel`); None: 1 for a float8 operand.
-    out_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
-    bias: (N,) bfloat16, float16 or float32, added in float32.
+    Args:
+        a: (M, K_dim) float8_e4m3fn contiguous; or bfloat16, float16 or float32, which is quantized first, with a_scale if that is
+            given.
+        b: (N, K_dim), likewise.
+        a_scale: a positive scalar; or, for a float8 operand, one for each row, (M,) or (M, 1) float32
+            (`FP8Format.compute_scale_per_channel`); None: 1 for a float8 operand.
+        b_scale: likewise, (N,) or (N, 1).
+        out_dtype: float16 (past 65504 it is Inf), bfloat16 or float32.
+        bias: (N,) bfloat16, float16 or float32, added in float32.
 
-    Returns (M, N) of out_dtype, scaled and rounded once. Raises ValueError for a wrong shape, dtype, device
-    or scale, RuntimeError if an operand requires grad under grad mode.
+    Returns:
+        (M, N) of out_dtype, scaled and rounded once.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or scale.
+        RuntimeError: an operand requires grad under grad mode.
     """
     check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     check_tensor("a", a, dims=2)

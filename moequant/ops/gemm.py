@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moequant import reference
-from moequant.batch import QuantizedTensor, ceil_div
+from moequant.batch import ceil_div
+from moequant.ops import on_cpu
 from moequant.ops.quantization import quantize_settings, silu_mul_quantize
 from moequant.ops.registration import registered, uses_kernels
 
@@ -75,9 +75,7 @@ def grouped_gemm_blockscale(
     num_sms: multiprocessors to use, so that others' kernels have the rest; None for all.
     """
     if not uses_kernels(a):
-        left = a if a_scales is None else QuantizedTensor(a, a_scales, "transposed")
-        right = b if b_scales is None else QuantizedTensor(b, b_scales, "block", segments=segments)
-        reference.grouped_gemm_blockscale(left, right, num_tokens, out=out)
+        on_cpu.grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, out, segments)
         return
     kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments, expected_rows)
     kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows, num_sms=num_sms)

@@ -63,7 +63,7 @@ def silu_mul_quantize(
 ) -> None:
     """`reference.silu_mul_quantize` into given outputs."""
     if not uses_kernels(x):
-        reference.quantize_rows(reference.swiglu(x), num_tokens, values, scales, 128, recipe, eps)
+        reference.silu_mul_quantize(x, num_tokens, dtype=values.dtype, recipe=recipe, eps=eps, values=values, scales=scales)
         return
     from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize as kernel
 

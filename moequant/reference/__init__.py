@@ -1,5 +1,6 @@
 """The specification: every step of the pipeline in plain torch, in the order in which a layer runs them. It runs on any device and is
-what runs on a CPU. The kernels in `moequant.kernels` give the same bits (GEMMs: the same numbers within rounding).
+what runs on a CPU; of the grouped GEMM there it is the bits that run, in less time (`moequant/ops/on_cpu.py`). The kernels in
+`moequant.kernels` give the same bits (GEMMs: the same numbers within rounding).
 
     hidden_states (T, H), topk_ids (T, K), topk_weights (T, K)
       route                    which slot of its expert's rows each (token, k) takes

@@ -30,6 +30,8 @@ def grouped_gemm_blockscale(
         out = torch.empty(experts, rows, b.shape[1], dtype=out_dtype, device=a.device)
     for expert in range(experts):
         count = rows if num_tokens is None else min(max(0, int(num_tokens[expert])), rows)
+        if not count:
+            continue
         left, right = operand_rows(a, expert, count), operand_rows(b, expert, b.shape[1])
         out[expert, :count] = product(left, right).to(out.dtype)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -95,11 +96,20 @@ def quantize_expert_batch(
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
     """As `moequant.quantize_expert_batch`."""
-    experts, rows, columns = x.shape
-    values = torch.empty(x.shape, dtype=dtype, device=x.device) if values is None else values
-    scales = empty_transposed_scales(experts, rows, ceil_div(columns, group_size), x.device) if scales is None else scales
+    values, scales = outputs(x.shape, group_size, x.device, dtype, values, scales)
     quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
     return QuantizedTensor(values, scales, scale_layout(scales), recipe, group_size)
+
+
+def outputs(
+    shape: Sequence[int], group_size: int, device: torch.device, dtype: torch.dtype, values: Tensor | None, scales: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The values and scales of shape (L, M, H) that were given, or new ones."""
+    experts, rows, columns = shape
+    return (
+        torch.empty(shape, dtype=dtype, device=device) if values is None else values,
+        empty_transposed_scales(experts, rows, ceil_div(columns, group_size), device) if scales is None else scales,
+    )
 
 
 def quantize_rows(
@@ -112,13 +122,17 @@ def quantize_rows(
     eps: float | None = None,
 ) -> None:
     """Quantizes the valid rows of x (L, M, H) into values (L, M, H) and scales (L, M, G) of any strides, or, if they are int32, packed
-    (L, M, ceil(G / 4)). Other rows stay as they are; float8 travels as bytes, since torch can't select it."""
+    (L, M, ceil(G / 4)). Other rows stay as they are."""
     valid = counted_rows(num_tokens, x)
-    new_values, new_scales = quantize_groups(x, group_size, values.dtype, recipe, eps)
-    if scales.dtype == torch.int32:
-        new_scales = pack_exponents(new_scales)
-    values.view(torch.int8)[valid] = new_values.view(torch.int8)[valid]
-    scales[valid] = new_scales[valid]
+    write_rows(quantize_groups(x[valid], group_size, values.dtype, recipe, eps), valid, values, scales)
+
+
+def write_rows(quantized: tuple[Tensor, Tensor], valid: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Writes what `quantize_groups` made of the valid rows, one after the other, to where they belong; packed if scales are int32."""
+    new_values, new_scales = quantized
+    # float8 travels as bytes, since torch can't select it
+    values.view(torch.int8)[valid] = new_values.view(torch.int8)
+    scales[valid] = pack_exponents(new_scales) if scales.dtype == torch.int32 else new_scales
 
 
 def quantize_weight(
@@ -189,7 +203,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
     if out is None:
         out = torch.empty(*x.shape[:2], x.shape[2] // 2, dtype=torch.bfloat16, device=x.device)
     valid = counted_rows(num_tokens, x)
-    out[valid] = swiglu(x)[valid].to(out.dtype)
+    out[valid] = swiglu(x[valid]).to(out.dtype)
     return out
 
 
@@ -204,4 +218,7 @@ def silu_mul_quantize(
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
     """As `moequant.silu_mul_quantize`."""
-    return quantize_expert_batch(swiglu(x), num_tokens, dtype=dtype, recipe=recipe, eps=eps, values=values, scales=scales)
+    values, scales = outputs((*x.shape[:2], x.shape[2] // 2), 128, x.device, dtype, values, scales)
+    valid = counted_rows(num_tokens, x)
+    write_rows(quantize_groups(swiglu(x[valid]), 128, values.dtype, recipe, eps), valid, values, scales)
+    return QuantizedTensor(values, scales, scale_layout(scales), recipe)

@@ -270,11 +270,12 @@ def weighted_sum(expert_output: Tensor, rows: Tensor, topk_weights: Tensor | Non
     """(T, H) float32; see `combine`."""
     acc = torch.zeros(rows.shape[0], expert_output.shape[1], dtype=torch.float32, device=rows.device)
     for k in range(rows.shape[1]):
-        present = rows[:, k] >= 0
-        product = expert_output[rows[present, k].long()].float()
+        token = (rows[:, k] >= 0).nonzero().flatten()
+        product = expert_output[rows[token, k].long()].float()
         if topk_weights is not None:
-            product = topk_weights[present, k].float().unsqueeze(1) * product
-        acc[present] = acc[present] + product
+            product = topk_weights[token, k].float().unsqueeze(1) * product
+        # once for each token
+        acc.index_add_(0, token, product)
     return acc
 
 

@@ -28,8 +28,12 @@ SAFETENSORS = {"U8": torch.uint8, "I16": torch.int16, "F16": torch.float16, "BF1
 
 @dataclass(eq=False)
 class RecordedLayer:
-    """One router's calls, joined: ids (T, K) int64, weights (T, K) float32, activations (T, H) of the model's type, all on the CPU.
-    num_experts: E."""
+    """One router's calls, joined.
+
+    Attributes:
+        num_experts: E.
+        parts: of each call, ids (T, K) int64, weights (T, K) float32 and activations (T, H) of the model's type, all on the CPU.
+    """
 
     num_experts: int
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -39,19 +43,26 @@ class RecordedLayer:
 
     @property
     def ids(self) -> Tensor:
+        """(T, K) int64 of all calls."""
         return self._joined(0)
 
     @property
     def weights(self) -> Tensor:
+        """(T, K) float32 of all calls."""
         return self._joined(1)
 
     @property
     def activations(self) -> Tensor:
+        """(T, H) of the model's type, of all calls."""
         return self._joined(2)
 
 
 class Recording:
-    """layers: by the router's name in the model, in the order of their first calls."""
+    """What `record_routing` recorded.
+
+    Attributes:
+        layers: by the router's name in the model, in the order of their first calls.
+    """
 
     def __init__(self) -> None:
         self.layers: dict[str, RecordedLayer] = {}
@@ -59,10 +70,18 @@ class Recording:
     def save(
         self, path: str | Path, *, intermediate_size: int, layers: list[str] | None = None, activations: int = 512, **metadata: str
     ) -> None:
-        """Writes a trace that `launch/bench_ep.py --routing trace:PATH` replays: all tokens' ids and weights, and the first activations.
+        """Writes a trace that `launch/bench_ep.py --routing trace:PATH` replays: all tokens' ids and weights, and the first
+        activations.
 
-        intermediate_size: of one expert, for `--model trace`. layers: which, by name; None: all. activations: for how many tokens these
-        are kept. metadata: more to be written into the file. Raises ValueError if nothing was recorded, or layers differ in shape.
+        Args:
+            path: of the file, which is overwritten.
+            intermediate_size: of one expert, for `--model trace`.
+            layers: which, by name; None for all.
+            activations: for how many tokens these are kept.
+            **metadata: more to be written into the file.
+
+        Raises:
+            ValueError: nothing was recorded, or layers differ in shape.
         """
         chosen = {name: self.layers[name] for name in (self.layers if layers is None else layers)}
         shapes = {(layer.num_experts, *layer.ids.shape, *layer.activations.shape) for layer in chosen.values()}
@@ -97,14 +116,21 @@ def record_routing(
             model(input_ids)
         recording.save("mine.safetensors", intermediate_size=model.config.moe_intermediate_size)
 
-    Routers are found as in Hugging Face's models: a module with a child `experts` and a child `gate` or `router`. Such a child returns
-    the logits (T, E), of which the softmax's K largest are taken, summing to 1 unless the block's `norm_topk_prob` is False; or a tuple
-    with the ids (T, K), integers, and their weights (T, K) or the scores (T, E).
+    Routers are found as in Hugging Face's models: a module with a child `experts` and a child `gate` or `router`. Such a child
+    returns the logits (T, E), of which the softmax's K largest are taken, summing to 1 unless the block's `norm_topk_prob` is
+    False; or a tuple with the ids (T, K), integers, and their weights (T, K) or the scores (T, E).
 
-    router: a pattern for the routers' names, as "model.layers.*.mlp.my_gate", instead of that search. read: from what a router returns to
-    ids and weights, each (T, K), where that is something else. max_tokens: of a layer, at least 1; later ones are not recorded.
+    Args:
+        model: with such routers.
+        router: a pattern for the routers' names, as "model.layers.*.mlp.my_gate", instead of that search.
+        read: from what a router returns to ids and weights, each (T, K), where that is something else.
+        max_tokens: of a layer, at least 1; later ones are not recorded.
 
-    Raises ValueError if the model has no router that is known, or if one returns what can't be read.
+    Yields:
+        The recording, which grows with each call of the model.
+
+    Raises:
+        ValueError: the model has no router that is known, or one returns what can't be read.
     """
     check_is("model", model, nn.Module)
     if router is not None:
@@ -201,7 +227,13 @@ def _choices(name: str, module: nn.Module, block: nn.Module, output: Any) -> tup
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a file of the safetensors format. tensors: of the types in SAFETENSORS, on any device."""
+    """Writes a file of the safetensors format.
+
+    Args:
+        path: of the file; its folder is made.
+        tensors: by name, of the types in SAFETENSORS, on any device.
+        metadata: texts by name.
+    """
     names = {dtype: name for name, dtype in SAFETENSORS.items()}
     header: dict[str, Any] = {"__metadata__": metadata}
     chunks, end = [], 0
@@ -217,7 +249,14 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file of the safetensors format."""
+    """Reads a file of the safetensors format.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its tensors, on the CPU, and its metadata.
+    """
     data = bytearray(path.read_bytes())
     begin = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:begin])

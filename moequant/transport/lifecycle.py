@@ -77,11 +77,18 @@ class Lifecycle:
     def check(self, *, wait: bool = True) -> int:
         """Reports what dispatches since the last check could not raise. Not collective.
 
-        wait: for the device. Otherwise what is known by now is reported, and the rest by a later check, or the next dispatch.
+        Args:
+            wait: for the device. Otherwise what is known by now is reported, and the rest by a later check, or the next dispatch.
 
-        Returns the number of rows without room, of all ranks and experts. Raises InvalidExpertIdError if topk_ids of this rank had ids
-        outside -1..E-1, CapacityOverflowError if rows had no room and on_overflow is "error", OutOfStepError if ranks made different
-        calls, PeerTimeoutError after a fault; with MOEQUANT_CHECK_GUARDS=1 in the environment also GuardError.
+        Returns:
+            The number of rows without room, of all ranks and experts.
+
+        Raises:
+            InvalidExpertIdError: topk_ids of this rank had ids outside -1..E-1.
+            CapacityOverflowError: rows had no room and on_overflow is "error".
+            OutOfStepError: ranks made different calls.
+            PeerTimeoutError: a rank was lost.
+            GuardError: with MOEQUANT_CHECK_GUARDS=1 in the environment, where a byte between buffers was overwritten.
         """
         check_is("wait", wait, bool)
         self._check_open()
@@ -103,9 +110,14 @@ class Lifecycle:
         return [now - before for now, before in zip(self._counted, self._reported, strict=True)]
 
     def close(self) -> None:
-        """Waits for the device and lets go of the buffers, whose memory is free when the last batch is gone that lies in them. Graphs
-        that were captured with them must not be replayed any more. Not collective, may be called twice; every other call raises
-        ClosedError from then on."""
+        """Waits for the device and lets go of the buffers, whose memory is free when the last batch is gone that lies in them.
+
+        Graphs that were captured with them must not be replayed any more. Not collective, may be called twice; every other call
+        raises ClosedError from then on.
+
+        Raises:
+            GuardError: as for `check`.
+        """
         if self._closed:
             return
         if self.device.type == "cuda":
@@ -133,7 +145,7 @@ class Lifecycle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes, and, unless an error is under way, reports as `check` does: what was dropped must not go unsaid."""
+        """Closes, and, unless an error is under way, reports as `check` does, dropped rows too."""
         try:
             if kind is None and not self._closed and self._fault is None:
                 self._report(wait=True)

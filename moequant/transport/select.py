@@ -50,8 +50,20 @@ def buffer_bytes(
 ) -> int:
     """Bytes of device memory that a dispatcher with these settings allocates on each rank. Needs no GPU and no group.
 
-    settings: as the constructor's; world_size stands in for the group. transport="auto" with several ranks means "symmetric" on a machine
-        that has GPUs, and "collective" on one that has none.
+    Args:
+        num_experts: as the constructor's.
+        top_k: as the constructor's.
+        hidden_size: as the constructor's.
+        max_tokens_per_rank: as the constructor's.
+        world_size: stands in for the group.
+        **settings: as the constructor's. transport="auto" with several ranks means "symmetric" on a machine that has GPUs, and
+            "collective" on one that has none.
+
+    Returns:
+        The bytes.
+
+    Raises:
+        ValueError: wrong settings.
     """
     config = DispatcherConfig(
         num_experts=num_experts,

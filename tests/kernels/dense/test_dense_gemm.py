@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moequant import reference
+from compile_case import E4M3, FNUZ, INT8, cases, empty
+from moequant import ops, reference
 from moequant.batch import ceil_div
 from moequant.kernels.dense.dense_gemm import dense_gemm
 from moequant.kernels.gemm.grouped_gemm import LARGE_TILES, SMALL_TILES
+from moequant.quantization import act_quant, weight_quant
 from moequant.testing import assert_bit_equal, poison, relative_error
+from product_calls import call_int8_addmm
 
 PATHS = {"tma": SMALL_TILES, "pointers": SMALL_TILES._replace(tma=False), "large tiles": LARGE_TILES}
 SHAPES = {
@@ -20,7 +23,7 @@ SHAPES = {
     "rows TMA can't read": (3, 129, 131),
     "bands": (1100, 130, 16),
 }
-E4M3 = torch.float8_e4m3fnuz if torch.version.hip else torch.float8_e4m3fn
+FP8 = torch.float8_e4m3fnuz if torch.version.hip else torch.float8_e4m3fn
 
 
 def by_name(table: dict) -> list:
@@ -143,7 +146,7 @@ def test_no_depth_leaves_the_bias(device):
 @pytest.mark.parametrize("config", by_name(PATHS))
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_float8_products_are_scaled_by_rows_and_columns(config, with_bias, device):
-    a, b = torch.randn(70, 336, device=device).to(E4M3), torch.randn(130, 336, device=device).to(E4M3)
+    a, b = torch.randn(70, 336, device=device).to(FP8), torch.randn(130, 336, device=device).to(FP8)
     a_factors, b_factors = torch.rand(70, device=device) + 0.5, (torch.rand(1, device=device) + 0.5).expand(130)
     bias = torch.randn(130, device=device) if with_bias else None
     out = poison(torch.empty(70, 130, device=device))
@@ -170,3 +173,44 @@ def test_outputs_past_2_to_the_31_elements_are_addressed_on_the_gpu():
     last = slice(rows - 64, rows)
     expected = reference.int8_addmm(a[last], a_scales[last] / 1000, b, b_scales)
     assert_bit_equal(out[last], expected.half())
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_fp8_gemm(dtype: torch.dtype, bias: bool = False) -> None:
+    a, b = empty(1024, 7168, dtype=dtype), empty(4096, 7168, dtype=dtype)
+    factors = empty(1024, dtype=torch.float32), empty(dtype=torch.float32).expand(4096)
+    ops.fp8_gemm(a, factors[0], b, factors[1], empty(4096) if bias else None, empty(1024, 4096))
+
+
+COMPILE_CASES = [
+    *cases(call_int8_addmm, {}, {"bias": False, "out_dtype": torch.float32}, {"out_dtype": INT8}),
+    *cases(call_int8_addmm, {"out_dtype": INT8, "out_block_size": 32}, {"out_dtype": INT8, "columns": 2880, "depth": 2880}),
+    *cases(call_fp8_gemm, {"dtype": E4M3}, {"dtype": FNUZ}, {"dtype": E4M3, "bias": True}),
+    # one row: sizes and strides of 1 are constants
+    *cases(call_int8_addmm, {"rows": 1, "depth": 128}, {"rows": 1, "out_dtype": INT8}, wide=False),
+    # rows that TMA cannot read
+    *cases(call_int8_addmm, {"depth": 2890}, wide=False, may_spill=True),
+]
+
+
+def int8_arguments(bias: bool, out_dtype: torch.dtype) -> tuple:
+    a, a_scales = act_quant(torch.randn(3, 140))
+    b, b_scales = weight_quant(torch.randn(150, 140))
+    arguments = a, a_scales, b, b_scales, torch.randn(150).half() if bias else None, torch.zeros(3, 150).to(out_dtype)
+    return (*arguments, torch.zeros(3, 5), 32) if out_dtype == torch.int8 else arguments
+
+
+def fp8_arguments(bias: bool) -> tuple:
+    a, b = torch.randn(3, 140).to(FP8), torch.randn(6, 140).to(FP8)
+    return a, torch.rand(3), b, torch.rand(()).expand(6), torch.randn(6) if bias else None, torch.zeros(3, 6)
+
+
+OPERATION_CASES = {
+    "int8_addmm": {
+        "float16": lambda: int8_arguments(False, torch.float16),
+        "quantized": lambda: int8_arguments(True, torch.int8),
+    },
+    "fp8_gemm": {"with bias": lambda: fp8_arguments(True), "without": lambda: fp8_arguments(False)},
+}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moequant import reference
+from compile_case import BF16, E4M3, cases, empty
+from moequant import ops, reference
 from moequant.kernels.dense.dequantize_tensor import dequantize_tensor
 from moequant.reference.dense import E4M3_MAX
 from moequant.testing import assert_bit_equal, poison
@@ -39,3 +40,23 @@ def test_codes_past_2_to_the_31_on_the_gpu():
     out = torch.empty(values.shape, dtype=torch.bfloat16, device="cuda")
     dequantize_tensor(values, torch.ones((), device="cuda"), out, max_value=E4M3_MAX)
     assert out[-1] == 448 and out[2**31] == 0
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_dequantize_tensor(dtype: torch.dtype, output_dtype: torch.dtype = BF16) -> None:
+    ops.dequantize_fp8(empty(2**20, dtype=dtype), empty(dtype=torch.float32), empty(2**20, dtype=output_dtype))
+
+
+COMPILE_CASES = cases(
+    call_dequantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, {"dtype": E4M3, "output_dtype": torch.float32}
+)
+
+
+OPERATION_CASES = {
+    "dequantize_fp8": {
+        "e4m3": lambda: (torch.randn(9).to(FP8), torch.full((), 20.0), torch.zeros(9)),
+        "offset": lambda: (torch.arange(9).to(torch.uint8), torch.full((), 20.0), torch.zeros(9).half()),
+    },
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compile_case import E4M3, E5M2, FNUZ, cases, empty
 from moequant import ops, reference
 from moequant.batch import ceil_div
 from moequant.formats import FORMATS
@@ -85,3 +86,49 @@ def test_offsets_past_2_to_the_31_count_on_the_gpu():
     values, scales, summed = run(x, torch.ones(7168, device="cuda"), x, None, torch.float8_e4m3fn)
     assert summed[-1, 0] == -8 and summed[-1, 1] == 2 and values[-1, 0].float() == -448 and (scales[0] == scales[-2]).all()
     assert scales[-1, 0] > 3.9 * scales[0, 0] and (values.view(torch.uint8)[:-1] == 0x7E).all()
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_fused_rms(dtype: torch.dtype, columns: int = 7168, residual: bool = False, gate: bool = False, rows: int = 256) -> None:
+    x, scales = empty(rows, columns), empty(rows, ceil_div(columns, 128), dtype=torch.float32)
+    optional = x if residual else None, x if gate else None, x if residual else None
+    ops.fused_rms_quantize(x, empty(columns), *optional, empty(rows, columns, dtype=dtype), scales)
+
+
+COMPILE_CASES = [
+    *cases(call_fused_rms, {"dtype": E4M3}, {"dtype": FNUZ}, {"dtype": E5M2, "columns": 1536, "residual": True}),
+    *cases(call_fused_rms, *({"dtype": dtype, "residual": True, "gate": True} for dtype in (E4M3, FNUZ))),
+    *cases(call_fused_rms, {"dtype": E4M3, "columns": 16384, "residual": True}),
+    *cases(call_fused_rms, {"dtype": FNUZ}, anywhere=True),
+    *cases(call_fused_rms, *({"dtype": E4M3, "columns": columns} for columns in (2890, 32768, 1)), wide=False, may_spill=True),
+    *cases(call_fused_rms, {"dtype": E4M3, "rows": 1, "residual": True}),
+]
+
+
+OPERATION_CASES = {
+    "fused_rms_quantize": {
+        "all inputs": lambda: (
+            torch.randn(4, 140).bfloat16(),
+            torch.randn(140),
+            torch.randn(4, 140).bfloat16(),
+            torch.randn(4, 140),
+            torch.zeros(4, 140).bfloat16(),
+            torch.zeros(4, 140).to(FP8),
+            torch.zeros(2, 4).T,
+        ),
+        "norm alone": lambda: (
+            torch.randn(4, 140),
+            torch.randn(140),
+            None,
+            None,
+            None,
+            torch.zeros(4, 140, dtype=torch.int8),
+            torch.zeros(4, 5),
+            1e-5,
+            32,
+            "ue8m0",
+        ),
+    },
+}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moequant import reference
+from compile_case import INT8, cases, empty
+from moequant import ops, reference
 from moequant.batch import ceil_div
 from moequant.kernels.dense.int8_gelu import int8_gelu
+from moequant.quantization import act_quant
 from moequant.testing import poison
 
 
@@ -78,3 +80,22 @@ def test_past_2_to_the_31_elements_on_the_gpu():
     expected_values, expected_scales = reference.int8_gelu(x[last], scales[last])
     assert (values[last].int() - expected_values.int()).abs().max() <= 1
     assert (new_scales[last].view(torch.int32) - expected_scales.view(torch.int32)).abs().max() <= 4
+
+
+def call_int8_gelu(block_size: int = 128, columns: int = 4096, rows: int = 256) -> None:
+    x, scales = empty(rows, columns, dtype=INT8), empty(rows, ceil_div(columns, block_size), dtype=torch.float32)
+    ops.int8_gelu(x, scales, torch.empty_like(x), torch.empty_like(scales), block_size)
+
+
+COMPILE_CASES = [
+    # a few rows: small tiles
+    *cases(call_int8_gelu, {}, {"block_size": 32}, {"rows": 4, "columns": 2048}),
+    *cases(call_int8_gelu, {"columns": 1445}, {"columns": 1, "rows": 1}, wide=False, may_spill=True),
+]
+
+
+OPERATION_CASES = {
+    "int8_gelu": {
+        "with a tail": lambda: (*act_quant(torch.randn(3, 140), 64), torch.zeros(3, 140, dtype=torch.int8), torch.zeros(3, 3), 64)
+    },
+}

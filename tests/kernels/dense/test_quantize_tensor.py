@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from moequant import reference
+from compile_case import BF16, E4M3, cases, empty
+from moequant import ops, reference
 from moequant.kernels.dense.quantize_tensor import quantize_tensor
 from moequant.reference.dense import E4M3_MAX, MIN_AMAX
 from moequant.testing import assert_bit_equal, poison
@@ -102,3 +103,27 @@ def test_numbers_past_2_to_the_31_count_on_the_gpu():
     x[-1], x[0] = -4.0, 1.0
     values, factor = run(x, None, torch.float8_e4m3fn)
     assert factor == 112 and values[-1].float() == -448 and values[0].float() == 112
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_quantize_tensor(dtype: torch.dtype, input_dtype: torch.dtype = BF16, computed: bool = True, count: int = 2**20) -> None:
+    ops.quantize_fp8(empty(count, dtype=input_dtype), empty(count, dtype=dtype), empty(dtype=torch.float32), computed)
+
+
+COMPILE_CASES = [
+    *cases(call_quantize_tensor, *({"dtype": dtype, "computed": False} for dtype in (E4M3, torch.uint8))),
+    *cases(call_quantize_tensor, {"dtype": E4M3, "computed": False, "input_dtype": torch.float32}),
+    # a maximum is one number
+    *cases(call_quantize_tensor, {"dtype": E4M3}, {"dtype": torch.uint8}, wide=False),
+    *cases(call_quantize_tensor, *({"dtype": dtype, "count": 7168} for dtype in (E4M3, torch.uint8))),
+]
+
+
+OPERATION_CASES = {
+    "quantize_fp8": {
+        "computed": lambda: (torch.randn(9).half(), torch.zeros(9).to(FP8), torch.zeros(()), True),
+        "given": lambda: (torch.randn(9), torch.zeros(9, dtype=torch.uint8), torch.full((), 20.0), False),
+    },
+}

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moequant import reference
+from compile_case import E4M3, cases, counted as no_rows, empty, quantized
+from moequant import ops, reference
 from moequant.batch import QuantizedTensor, empty_transposed_scales
 from moequant.formats import FORMATS, RECIPES
 from moequant.kernels.gemm.gemm1_swiglu_hopper import faster_apart, gemm1_swiglu_hopper, supports_gemm1_swiglu, takes_gemm1_swiglu
 from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
 from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize
+from product_calls import gemm1_arguments
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 hopper = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
@@ -256,3 +258,24 @@ def test_a_cpu_is_no_hopper() -> None:
 def test_what_is_faster_apart_was_measured(experts: int, inner: int, rows: int, apart: bool) -> None:
     # a CPU counts as an H200
     assert faster_apart(experts, inner, rows, torch.device("cpu")) is apart
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_gemm1_swiglu(dtype: torch.dtype, columns: int, recipe: str = "default") -> None:
+    a, a_scales = quantized(16, 256, 4096, dtype)
+    values, scales = quantized(16, 256, columns, dtype)
+    assert a_scales is not None and scales is not None
+    w13, w13_scales = empty(16, 2 * columns, 4096, dtype=dtype), empty(16, columns // 64, 32, dtype=torch.float32)
+    ops.gemm1_swiglu(a, a_scales, w13, w13_scales, no_rows(a), values, scales, recipe, 128)
+
+
+COMPILE_CASES = cases(
+    call_gemm1_swiglu, {"dtype": E4M3, "columns": 2048}, {"dtype": E4M3, "columns": 768, "recipe": "ue8m0"}, hopper=True
+)
+
+
+OPERATION_CASES = {
+    "gemm1_swiglu": {"int8": lambda: gemm1_arguments(torch.int8), "fp8": lambda: gemm1_arguments(FP8)},
+}

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compile_case import BF16, cases, each_format
 from moequant import reference
 from moequant.batch import QuantizedTensor
 from moequant.kernels.gemm.grouped_gemm import (
@@ -19,6 +20,7 @@ from moequant.kernels.gemm.grouped_gemm import (
     grouped_gemm_blockscale,
     locate_tile,
 )
+from product_calls import call_grouped_gemm, gemm_arguments
 
 Operand = QuantizedTensor | Tensor
 
@@ -361,26 +363,17 @@ def test_counts_do_not_recompile(device: str) -> None:
     assert len(compiled) == 1
 
 
-@pytest.mark.gpu
-def test_output_past_2_to_31_elements(device: str) -> None:
-    """Row offsets don't fit 32 bits: the last expert starts past 2**31 elements of `a` and of `out`."""
-    experts, rows, columns, depth = 5, 2**17, 4096, 4096
-    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free GPU memory")
-    assert (experts - 1) * rows * min(columns, depth) >= 2**31
-    num_tokens = torch.tensor([3, 0, 0, 0, 130], dtype=torch.int32, device=device)
-    x = torch.randn(experts, 130, depth, device=device, dtype=torch.bfloat16)
-    w = torch.randn(experts, columns, depth, device=device, dtype=torch.bfloat16)
-    small, b = reference.quantize_expert_batch(x), reference.quantize_weight(w)
-    values = torch.empty(experts, rows, depth, dtype=torch.float8_e4m3fn, device=device)
-    scales = torch.full((experts, depth // 128, rows), torch.nan, device=device).transpose(1, 2)
-    values.view(torch.uint8)[:, :130], scales[:, :130] = small.values.view(torch.uint8), small.scales
-    expected = reference.grouped_gemm_blockscale(small, b, num_tokens)
-    for config in PATHS.values():
-        out = torch.full((experts, rows, columns), torch.nan, dtype=torch.bfloat16, device=device)
-        launch(QuantizedTensor(values, scales, "transposed"), b, num_tokens, out, config)
-        assert relative_error(out[0, :3], expected[0, :3]) <= 3e-3
-        assert relative_error(out[4, :130], expected[4, :130]) <= 3e-3
-        assert out[:4, 3:].isnan().all()
-        assert out[4, 130:].isnan().all()
-        del out
+COMPILE_CASES = [
+    *cases(call_grouped_gemm, *(case for rows in (16, 1024) for case in each_format(BF16, expected_rows=rows))),
+    *cases(call_grouped_gemm, *each_format(out_dtype=torch.float32)),
+    # gpt-oss: a trailing half group
+    *cases(call_grouped_gemm, *each_format(BF16, columns=2880, depth=2880)),
+    *cases(call_grouped_gemm, *each_format(BF16, push=True)),
+    # rows that TMA cannot read
+    *cases(call_grouped_gemm, {"dtype": BF16, "depth": 2890}, wide=False, may_spill=True),
+]
+
+
+OPERATION_CASES = {
+    "grouped_gemm_blockscale": {"int8, counted": lambda: gemm_arguments(True), "bfloat16": lambda: gemm_arguments(False)},
+}

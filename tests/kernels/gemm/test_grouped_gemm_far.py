@@ -58,3 +58,27 @@ def test_scales_past_2_to_the_31_elements(dim: int, config: Config, device: str)
         outs.append(torch.empty(3, 5, 16, device=device))
         grouped_gemm_blockscale(a, a_scales.transpose(1, 2), b, b_scales, None, outs[-1], config=config)
     assert torch.equal(*outs)
+
+
+@paths
+@pytest.mark.gpu
+def test_output_past_2_to_31_elements(config: Config, device: str) -> None:
+    """Row offsets don't fit 32 bits: the last expert starts past 2**31 elements of `a` and of `out`."""
+    experts, rows, columns, depth = 5, 2**17, 4096, 4096
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    assert (experts - 1) * rows * min(columns, depth) >= 2**31
+    num_tokens = torch.tensor([3, 0, 0, 0, 130], dtype=torch.int32, device=device)
+    x = torch.randn(experts, 130, depth, device=device, dtype=torch.bfloat16)
+    w = torch.randn(experts, columns, depth, device=device, dtype=torch.bfloat16)
+    small, b = reference.quantize_expert_batch(x), reference.quantize_weight(w)
+    values = torch.empty(experts, rows, depth, dtype=torch.float8_e4m3fn, device=device)
+    scales = torch.full((experts, depth // 128, rows), torch.nan, device=device).transpose(1, 2)
+    values.view(torch.uint8)[:, :130], scales[:, :130] = small.values.view(torch.uint8), small.scales
+    expected = reference.grouped_gemm_blockscale(small, b, num_tokens)
+    out = torch.full((experts, rows, columns), torch.nan, dtype=torch.bfloat16, device=device)
+    grouped_gemm_blockscale(values, scales, b.values, b.scales, num_tokens, out, config=config)
+    assert relative_error(out[0, :3], expected[0, :3]) <= 3e-3
+    assert relative_error(out[4, :130], expected[4, :130]) <= 3e-3
+    assert out[:4, 3:].isnan().all()
+    assert out[4, 130:].isnan().all()

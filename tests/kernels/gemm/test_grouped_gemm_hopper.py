@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compile_case import BF16, E4M3, INT8, cases
 from moequant import reference
 from moequant.batch import QuantizedTensor, empty_transposed_scales
 from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale
@@ -25,6 +26,7 @@ from moequant.kernels.gemm.grouped_gemm_hopper import (
     grouped_gemm_blockscale_hopper,
 )
 from moequant.kernels.library.hopper import counters, supports, takes, too_small
+from product_calls import call_grouped_gemm, call_int8_addmm
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 hopper = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
@@ -365,3 +367,21 @@ def test_no_counter_is_freed_while_a_graph_may_hold_it(monkeypatch: pytest.Monke
     assert len(given) >= 12_000 and len(eager) == 2 and not given & eager
     # what was given during a capture without a supply is the graph's own
     assert len(given & addresses) >= 12_000
+
+
+COMPILE_CASES = [
+    *cases(call_grouped_gemm, *({"dtype": E4M3, "expected_rows": rows, "experts": 16} for rows in (16, 1024)), hopper=True),
+    *cases(call_grouped_gemm, {"dtype": E4M3, "out_dtype": torch.float32}, hopper=True),
+    *cases(call_grouped_gemm, *({"dtype": INT8, "out_dtype": dtype} for dtype in (BF16, torch.float32)), hopper=True),
+    *cases(call_int8_addmm, {"bias": False}, hopper=True),
+    # one address of a tile is spilled, outside the loop over groups; half a wide tile is left
+    *cases(
+        call_grouped_gemm,
+        *({"dtype": E4M3, "expected_rows": 1024, "experts": 16, **columns, "push": True} for columns in ({}, {"columns": 4224})),
+        hopper=True,
+        may_spill=True,
+    ),
+    *cases(call_grouped_gemm, *({"dtype": E4M3, "columns": columns, "push": True} for columns in (1024, 2880)), hopper=True),
+    # few columns: narrow tiles; gpt-oss: tails
+    *cases(call_grouped_gemm, *({"dtype": E4M3, "columns": n, "depth": k} for n, k in ((1024, 4096), (2880, 2880))), hopper=True),
+]

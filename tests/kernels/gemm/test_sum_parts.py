@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from compile_case import E4M3, INT8, cases
 from moequant.kernels.gemm.sum_parts import sum_parts
 from moequant.kernels.library.early import begins_early
 from moequant.testing import assert_bit_equal, poison
+from product_calls import call_grouped_gemm
 
 COUNTS = [3, 0, 5]
 
@@ -61,3 +63,10 @@ def test_without_counts_all_rows_are_added(device: str) -> None:
     out = poison(torch.empty(2, 3, 40, device=device))
     sum_parts(x, out, None, None, False)
     assert_bit_equal(out, in_order(x))
+
+
+# few tiles: several programs share one. On sm_80 int8 leaves no register for one scalar
+COMPILE_CASES = [
+    *cases(call_grouped_gemm, *({"dtype": E4M3, "experts": 1, "columns": 512, "push": push} for push in (False, True))),
+    *cases(call_grouped_gemm, {"dtype": INT8, "experts": 1, "columns": 512}, may_spill=True),
+]

@@ -126,6 +126,6 @@ def test_recorded_launches_are_made_again_with_the_values_that_are_given():
     assert [entry is None for entry in launches] == [False, True, False]
     assert launch.recording.launches is None
     for entry in (launches[0], launches[2]):
-        assert entry.values == [x.data_ptr(), 5] and entry.arguments[0] is x and entry.arguments[1] == 5
-        launch.start(entry, [1, 2], 7)
+        assert entry.arguments == {5: x, 6: 5} and entry.values[5:] == [x.data_ptr(), 5]
+        entry.start(*entry.grid, 7, *entry.values[:5], 1, 2)
     assert kernel.started[2:] == [(1, 2, 1, 1, (1, 2)), (2, 3, 1, 1, (1, 2))]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compile_case import BF16, E4M3, INT8, cases, empty
 from far_memory import far_along
-from moequant import reference
+from moequant import ops, reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.kernels.quantization.dequantize_blocks import dequantize_blocks
 from moequant.testing import assert_bit_equal, poison
@@ -66,3 +67,33 @@ def test_numbers_past_2_to_the_31_on_the_gpu():
     out = torch.empty(values.shape, dtype=torch.bfloat16, device="cuda")
     dequantize_blocks(values, scales, out, group_rows=1, group_size=128)
     assert values.numel() > 2**31 and (out[0, -1] == -50).all() and not out[0, :-1].any()
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_dequantize_blocks(
+    dtype: torch.dtype, output_dtype: torch.dtype = BF16, group: int = 128, weight: bool = False, columns: int = 7168
+) -> None:
+    rows = group if weight else 1
+    values, scales = empty(4, 256, columns, dtype=dtype), empty(4, 256 // rows, ceil_div(columns, group), dtype=torch.float32)
+    ops.dequantize_blocks(values, scales, empty(4, 256, columns, dtype=output_dtype), rows, group)
+
+
+COMPILE_CASES = [
+    *cases(call_dequantize_blocks, {"dtype": INT8}, {"dtype": INT8, "weight": True}, {"dtype": E4M3, "group": 32}),
+    *cases(call_dequantize_blocks, {"dtype": INT8, "output_dtype": torch.float32}),
+    *cases(call_dequantize_blocks, *({"dtype": INT8, "columns": columns} for columns in (2890, 1)), wide=False),
+]
+
+
+OPERATION_CASES = {
+    "dequantize_blocks": {
+        "int8, groups": lambda: (
+            torch.ones(2, 3, 140, dtype=torch.int8),
+            empty_transposed_scales(2, 3, 2, "cpu").fill_(2.0),
+            torch.zeros(2, 3, 140),
+        ),
+        "fp8, blocks": lambda: (torch.ones(1, 40, 70).to(FP8), torch.rand(1, 2, 3), torch.zeros(1, 40, 70).half(), 32, 32),
+    },
+}

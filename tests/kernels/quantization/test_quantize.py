@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from compile_case import E4M3, E5M2, FNUZ, INT8, cases, counted, each_format, empty, quantized
 from far_memory import far_along
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_scales, empty_transposed_scales
@@ -16,6 +17,7 @@ from moequant.kernels.library.common import convert_e4m3fnuz, round_e4m3fnuz
 from moequant.kernels.quantization.quantize import quantize_expert_batch
 from moequant.quantization import per_token_group_quant_fp8
 from moequant.testing import assert_bit_equal, poison
+from operation_case import COUNTS, quantize_outputs
 
 FORMAT_NAMES = list(FORMATS)
 
@@ -284,3 +286,51 @@ def test_the_fma_division_is_the_correctly_rounded_quotient_on_the_gpu():
     x = torch.randn(1, 4096, 16384, device="cuda")
     assert_same(quantize_both(x, None, torch.float8_e4m3fn))
     assert_same(quantize_both(x, None, torch.int8))
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_quantize(dtype: torch.dtype, columns: int = 7168, recipe: str = "default", rows: int = 256) -> None:
+    x = empty(4, rows, columns)
+    values, scales = quantized(4, rows, columns, dtype)
+    assert scales is not None
+    ops.quantize_expert_batch(x, counted(x), values, scales, recipe=recipe)
+
+
+def call_quantize_packed(dtype: torch.dtype) -> None:
+    outputs = empty(1, 256, 7168, dtype=dtype), empty_scales(1, 256, 56, "ue8m0_packed", "cpu")
+    ops.quantize_expert_batch(empty(1, 256, 7168), None, *outputs, recipe="ue8m0")
+
+
+COMPILE_CASES = [
+    *cases(call_quantize, *each_format(E5M2), *each_format(recipe="deepgemm"), *each_format(recipe="ue8m0")),
+    # rounded by hand, so that any GPU can do it
+    *cases(call_quantize, {"dtype": FNUZ}, anywhere=True),
+    # few numbers: small tiles
+    *cases(call_quantize, *each_format(columns=1024, rows=1)),
+    *cases(call_quantize_packed, {"dtype": E4M3}),
+    # H = 2890: few rows begin on a 16-byte boundary
+    *cases(call_quantize, {"dtype": INT8, "columns": 2890}, wide=False, may_spill=True),
+]
+
+
+def quantize_arguments(dtype: torch.dtype, counts: torch.Tensor | None) -> tuple:
+    return torch.randn(2, 4, 140), counts, *quantize_outputs(dtype), 128, "ue8m0", 1e-4
+
+
+OPERATION_CASES = {
+    "quantize_expert_batch": {
+        "int8, counted": lambda: quantize_arguments(torch.int8, COUNTS),
+        "fp8": lambda: quantize_arguments(FP8, None),
+        "packed exponents": lambda: (
+            torch.randn(2, 4, 140),
+            COUNTS,
+            quantize_outputs(FP8)[0],
+            empty_scales(2, 4, 2, "ue8m0_packed", "cpu").zero_(),
+            128,
+            "ue8m0",
+            None,
+        ),
+    },
+}

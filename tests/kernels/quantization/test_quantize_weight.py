@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from compile_case import E4M3, E5M2, FNUZ, INT8, cases, each_format, empty
 from far_memory import far_along
 from moequant import ops, reference
 from moequant.batch import ceil_div
@@ -106,3 +107,43 @@ def test_offsets_past_2_to_the_31_count_on_the_gpu():
     codes = values.view(torch.uint8)
     assert scales[0, -1, -1] == torch.tensor(4.0) / 448 and codes[0, -1, -1] == 0x7E
     assert (codes[0, -128:, -128:] == 0x6E).sum() == 128 * 128 - 1 and (codes[0, :-128] == 0x7E).all()
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_quantize_weight(
+    dtype: torch.dtype, recipe: str = "default", columns: int = 7168, segments: int = 1, block: int = 128
+) -> None:
+    shape = 4, segments * ceil_div(4096 // segments, block), ceil_div(columns, block)
+    outputs = empty(4, 4096, columns, dtype=dtype), empty(*shape, dtype=torch.float32)
+    ops.quantize_weight(empty(4, 4096, columns), *outputs, recipe, segments, block)
+
+
+COMPILE_CASES = [
+    *cases(call_quantize_weight, *each_format(E5M2), *each_format(recipe="ue8m0", segments=2), {"dtype": E4M3, "block": 32}),
+    *cases(call_quantize_weight, {"dtype": FNUZ}, anywhere=True),
+    *cases(call_quantize_weight, *({"dtype": INT8, "columns": columns} for columns in (2890, 1)), wide=False, may_spill=True),
+]
+
+
+OPERATION_CASES = {
+    "quantize_weight": {
+        "int8, two segments": lambda: (
+            torch.randn(2, 6, 140).half(),
+            torch.zeros(2, 6, 140, dtype=torch.int8),
+            torch.zeros(2, 2, 2),
+            "ue8m0",
+            2,
+            128,
+        ),
+        "fp8 in small blocks": lambda: (
+            torch.randn(1, 40, 70),
+            torch.zeros(1, 40, 70).to(FP8),
+            torch.zeros(1, 2, 3),
+            "default",
+            1,
+            32,
+        ),
+    },
+}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compile_case import FNUZ, INT8, cases, counted, each_format, empty, quantized
 from far_memory import far
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.formats import FORMATS
 from moequant.testing import assert_bit_equal, assert_nearly_quantized, poison
+from operation_case import COUNTS, quantize_outputs
 
 
 def run(x, num_tokens, dtype, kernel: bool):
@@ -95,3 +97,33 @@ def test_without_quantization_the_product_is_rounded_once(device):
 def test_a_large_batch_matches_the_reference_on_the_gpu():
     x = torch.randn(8, 500, 4096, dtype=torch.bfloat16, device="cuda") * 4
     assert_close(x, None, torch.float8_e4m3fn)
+
+
+FP8 = torch.float8_e4m3fn
+
+
+def call_silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "default") -> None:
+    x = empty(4, 256, 2 * columns)
+    values, scales = quantized(4, 256, columns, dtype)
+    assert scales is not None
+    ops.silu_mul_quantize(x, counted(x), values, scales, recipe=recipe)
+
+
+COMPILE_CASES = [
+    *cases(call_silu_mul_quantize, *each_format(), *each_format(recipe="ue8m0")),
+    *cases(call_silu_mul_quantize, {"dtype": FNUZ}, anywhere=True),
+    *cases(call_silu_mul_quantize, {"dtype": INT8, "columns": 1445}, {"dtype": INT8, "columns": 1}, wide=False, may_spill=True),
+]
+
+
+def silu_quantize_arguments(dtype: torch.dtype, counts: torch.Tensor | None) -> tuple:
+    return torch.randn(2, 4, 280).bfloat16(), counts, *quantize_outputs(dtype), "default", None
+
+
+OPERATION_CASES = {
+    "silu_mul_quantize": {
+        "int8, counted": lambda: silu_quantize_arguments(torch.int8, COUNTS),
+        "fp8": lambda: silu_quantize_arguments(FP8, None),
+    },
+    "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, torch.zeros(2, 4, 140).bfloat16())},
+}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moequant import reference
+import compile_peers
+from compile_case import BF16, cases, empty
+from moequant import ops, reference
 from moequant.testing import assert_bit_equal, poison
+from operation_case import integers
 
 
 def both(y, rows, weights, dtype):
@@ -84,3 +87,41 @@ def test_model_sizes_match_the_reference_on_the_gpu():
     y = torch.randn(30000, 7168, dtype=torch.bfloat16, device="cuda")
     rows = torch.randint(-1, 30000, (4096, 8), dtype=torch.int32, device="cuda")
     both(y, rows, torch.rand(4096, 8, device="cuda"), torch.bfloat16)
+
+
+def call_combine(weights: torch.dtype | None = torch.float32) -> None:
+    rows, topk_weights = empty(128, 8, dtype=torch.int32), None if weights is None else empty(128, 8, dtype=weights)
+    ops.combine(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
+
+
+def call_presum() -> None:
+    rows, topk_weights = empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.float32)
+    ops.presum(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
+
+
+COMPILE_CASES = [
+    *cases(call_combine, {}, {"weights": BF16}, {"weights": None}),
+    *cases(call_presum, {}),
+    *cases(compile_peers.combine_shared, {}),
+]
+
+
+OPERATION_CASES = {
+    "presum": {
+        "of one token": lambda: (
+            torch.randn(4, 5).bfloat16(),
+            integers([0, 3], [-1, -1]),
+            torch.rand(2, 2),
+            torch.zeros(2, 5).bfloat16(),
+        )
+    },
+    "combine": {
+        "with absent entries": lambda: (
+            torch.randn(4, 5).bfloat16(),
+            integers([0, 3], [-1, 1]),
+            torch.rand(2, 2),
+            torch.zeros(2, 5).bfloat16(),
+        ),
+        "without weights": lambda: (torch.randn(4, 5).bfloat16(), integers([0, 3]), None, torch.zeros(1, 5)),
+    },
+}

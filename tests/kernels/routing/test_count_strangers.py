@@ -7,8 +7,10 @@ import random
 import pytest
 import torch
 
-from moequant import reference
+from compile_case import cases, empty
+from moequant import ops, reference
 from moequant.transport.calls import Call, unlike
+from operation_case import integers
 
 
 def kernel(*args):
@@ -50,3 +52,18 @@ def test_words_may_lie_in_rows_of_a_table(device):
         status = torch.zeros(3, dtype=torch.int64, device=device)
         function(table[:, 1:3], 0, status)
         assert status.tolist() == [0, 0, 1]
+
+
+def call_count_strangers() -> None:
+    ops.count_strangers(empty(8, 2, dtype=torch.int32), 3, empty(3, dtype=torch.int64))
+
+
+COMPILE_CASES = cases(call_count_strangers, {}, wide=False)
+
+
+OPERATION_CASES = {
+    "count_strangers": {
+        "one": lambda: (integers([4, 9], [5, 9], [4, 9]), 0, torch.zeros(3, dtype=torch.int64)),
+        "another layer": lambda: (integers([4, 9], [4, 8]), 1, torch.zeros(3, dtype=torch.int64)),
+    },
+}

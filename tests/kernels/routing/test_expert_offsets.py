@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moequant import reference
+from compile_case import cases, empty
+from moequant import ops, reference
 from moequant.testing import assert_bit_equal, poison
+from operation_case import integers, small_counts
 
 
 def run_offsets(function, counts, first, local, capacity, limit):
@@ -41,3 +43,27 @@ def test_the_kernel_matches_the_reference(ranks, experts, device):
         results = [run_offsets(function, counts, first, local, capacity, limit) for function in (kernel, reference.expert_offsets)]
         for result, expected in zip(*results, strict=True):
             assert_bit_equal(result, expected)
+
+
+def call_expert_offsets() -> None:
+    counts, offsets = empty(8, 256, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    ops.expert_offsets(counts, 32, 1024, 128, offsets, empty(32, dtype=torch.int32), empty(3, dtype=torch.int64))
+
+
+COMPILE_CASES = cases(call_expert_offsets, {}, wide=False)
+
+
+OPERATION_CASES = {
+    "expert_offsets": {
+        "with status": lambda: (
+            integers([3, 1], [6, 0]),
+            0,
+            5,
+            4,
+            integers([0, 0], [0, 0]),
+            small_counts(),
+            torch.zeros(2, dtype=torch.int64),
+        ),
+        "without status": lambda: (integers([3, 1], [6, 0]), 1, 5, 4, integers([0, 0], [0, 0]), small_counts(1)),
+    },
+}

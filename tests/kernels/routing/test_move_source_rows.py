@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moequant import reference
+from compile_case import BF16, cases, each_format, empty, quantized
+from moequant import ops, reference
 from moequant.batch import empty_transposed_scales
 from moequant.testing import assert_bit_equal, poison
+from operation_case import integers
 
 
 def kernel(*args):
@@ -100,3 +102,31 @@ def test_the_worked_example(device):
         merged.zero_()
         function(padded, merged, offsets, counts, 0, True, None, None, None, None)
         assert merged.flatten().tolist() == [1.0, 2.0, 3.0, 0.0]
+
+
+def call_move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
+    padded, (merged, merged_scales) = empty(8, 32, 128, 7168, dtype=dtype), quantized(32, 1024, 7168, dtype)
+    offsets, counts = empty(8, 256, dtype=torch.int32), empty(8, 257, dtype=torch.int32)
+    if not to_merged:
+        ops.move_source_rows(padded, merged, offsets, counts, 32, False)
+        return
+    padded_scales = None if merged_scales is None else empty(8, 32, 128, 56, dtype=torch.float32)
+    sources, merged_sources = empty(8, 32, 128, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
+    ops.move_source_rows(padded, merged, offsets, counts, 32, True, padded_scales, merged_scales, sources, merged_sources)
+
+
+COMPILE_CASES = cases(call_move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True)
+
+
+def move_arguments(to_merged: bool) -> tuple:
+    padded, merged = torch.randn(2, 1, 3, 5), torch.randn(1, 4, 5)
+    arguments = padded, merged, integers([0], [2]), integers([2], [3]), 0, to_merged
+    if not to_merged:
+        return arguments
+    scales = torch.randn(2, 1, 1, 3).transpose(2, 3), torch.zeros(1, 1, 4).transpose(1, 2)
+    return *arguments, *scales, torch.ones(2, 1, 3, dtype=torch.int32), torch.zeros(1, 4, dtype=torch.int64)
+
+
+OPERATION_CASES = {
+    "move_source_rows": {"to merged": lambda: move_arguments(True), "to padded": lambda: move_arguments(False)},
+}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moequant import reference
+from compile_case import cases, empty
+from moequant import ops, reference
 from moequant.testing import assert_bit_equal, poison
+from operation_case import integers, small_counts
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,34 @@ def test_located_entries_match_the_reference(tokens, top_k, ranks, local, device
     reference.locate_entries(entries, offsets, local, 3, 8, *results[1])
     assert_bit_equal(results[0][0], results[1][0])
     assert_bit_equal(results[0][1], results[1][1])
+
+
+def call_partials(listed: bool) -> None:
+    ids, rows = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
+    starts = empty(8, dtype=torch.int32) if listed else None
+    ops.plan_partials(ids, rows, 32, 128, empty(128, 8, dtype=torch.int32), starts)
+    entries, offsets = empty(8, 3, 128, 8, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
+    shape = 8, 128, 8
+    ops.locate_entries(entries, offsets, 32, 128, 1024, empty(*shape, dtype=torch.int32), empty(*shape, dtype=torch.float32))
+
+
+COMPILE_CASES = cases(call_partials, {"listed": False}, {"listed": True}, wide=False)
+
+
+OPERATION_CASES = {
+    "plan_partials": {
+        "by rank": lambda: (integers([0, 1], [3, -1]), integers([0, -1], [7, -1]), 2, 5, integers([9, 9], [9, 9])),
+        "listed": lambda: (integers([0, 1], [3, 2]), integers([0, -1], [7, 1]), 2, 0, integers([9, 9], [9, 9]), small_counts()),
+    },
+    "locate_entries": {
+        "of one rank": lambda: (
+            integers([[[0, 1]], [[0, 0]], [[3, 4]]]),
+            integers([1]),
+            0,
+            2,
+            3,
+            integers([[9, 9]]),
+            torch.full((1, 1, 2), 9.0),
+        )
+    },
+}

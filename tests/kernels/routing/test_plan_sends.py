@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moequant import reference
+from compile_case import cases, empty
+from moequant import ops, reference
 from moequant.testing import assert_bit_equal, poison, routing
+from operation_case import integers, small_counts
 
 
 def kernels(name):
@@ -65,3 +67,36 @@ def test_the_kernels_match_the_reference(tokens, top_k, local_experts, ranks, de
         for function in (kernels("plan_returns"), reference.plan_returns)
     ]
     assert_bit_equal(returns[0], returns[1])
+
+
+def call_plan_sends() -> None:
+    topk_ids, slots, rows = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.int32)
+    counts, offsets = empty(8, dtype=torch.int32), empty(256, dtype=torch.int32)
+    ops.plan_sends(topk_ids, 32, empty(8, 128, dtype=torch.int32), counts)
+    ops.plan_returns(topk_ids, slots, offsets, 1024, 32, counts, rows)
+
+
+COMPILE_CASES = cases(call_plan_sends, {}, wide=False)
+
+
+OPERATION_CASES = {
+    "plan_sends": {
+        "one rank's list is empty": lambda: (
+            integers([0, 1], [3, -1], [1, 2]),
+            2,
+            torch.zeros(3, 4, dtype=torch.int32),
+            small_counts(3),
+        )
+    },
+    "plan_returns": {
+        "without room for one": lambda: (
+            integers([0, 1], [3, 1]),
+            integers([0, 0], [0, 1]),
+            small_counts(4),
+            1,
+            2,
+            torch.tensor([0, 2], dtype=torch.int32),
+            integers([9, 9], [9, 9]),
+        )
+    },
+}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from moequant import reference
+from compile_case import cases, empty
+from moequant import ops, reference
 from moequant.testing import assert_bit_equal, poison, routing
+from operation_case import integers, small_counts
 
 
 def run_route(function, ids, experts, capacity=None):
@@ -78,3 +82,24 @@ def test_large_routings_match_the_reference_on_the_gpu(tokens):
     ids = routing(tokens, 8, 256, "zipf:0.8")[0].cuda()
     for result, expected in zip(run_route(kernel, ids, 256, 999), run_route(reference.route, ids, 256, 999), strict=True):
         assert_bit_equal(result, expected)
+
+
+def call_route(ids: torch.dtype = torch.int64, capacity: int | None = None) -> None:
+    topk_ids, slots = empty(128, 8, dtype=ids), empty(128, 8, dtype=torch.int32)
+    counts, num_tokens = empty(256, dtype=torch.int32), empty(256, dtype=torch.int32)
+    ops.route(topk_ids, slots, counts, capacity, num_tokens, empty(2, dtype=torch.int64))
+
+
+COMPILE_CASES = cases(call_route, {}, {"ids": torch.int32}, {"capacity": 1024}, wide=False)
+
+
+def route_arguments(*optional: Any) -> tuple:
+    return integers([1, 0], [-1, 1], [9, 0]), torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), *optional
+
+
+OPERATION_CASES = {
+    "route": {
+        "all outputs": lambda: route_arguments(1, small_counts(), torch.zeros(2, dtype=torch.int64)),
+        "slots and counts": route_arguments,
+    },
+}

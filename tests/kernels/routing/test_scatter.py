@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compile_case import BF16, FNUZ, cases, each_format, empty, quantized
 from far_memory import far, far_along
 from moequant import ops, reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.formats import FORMATS
 from moequant.testing import assert_bit_equal, poison, routing
+from operation_case import integers, quantize_outputs
 
 SHAPES = [(1, 1, 1, 128), (9, 3, 4, 300), (33, 8, 10, 128), (20, 2, 3, 1100), (0, 2, 4, 64)]
 
@@ -143,3 +145,37 @@ def test_model_sizes_match_the_reference_on_the_gpu(tokens):
     x = torch.randn(tokens, 7168, dtype=torch.bfloat16, device="cuda")
     ids, slots = routed(tokens, 8, 64, "cuda")
     assert_same(x, ids, slots, 64, tokens, torch.float8_e4m3fn, True)
+
+
+def call_scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool = False) -> None:
+    values, scales = quantized(32, 1024, 7168, dtype)
+    x, x_scales = empty(tokens, 7168), None
+    if quantized_before:
+        x, x_scales = empty(tokens, 7168, dtype=dtype), empty(tokens, 56, dtype=torch.float32)
+    topk_ids = empty(tokens, 8, dtype=torch.int64)
+    slots, rows = empty(tokens, 8, dtype=torch.int32), empty(tokens, 8, dtype=torch.int32)
+    offsets, sources = empty(256, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
+    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, 0, offsets, 1024)
+
+
+COMPILE_CASES = [
+    *cases(call_scatter, *each_format(BF16)),
+    # few tokens: each is cut into parts, of which a thread stores 8 bytes
+    *cases(call_scatter, *each_format(BF16, tokens=4), wide=False),
+    *cases(call_scatter, {"dtype": FNUZ}, anywhere=True),
+    *cases(call_scatter, *each_format(quantized_before=True)),
+]
+
+
+def scatter_arguments(quantized: bool) -> tuple:
+    x, ids, slots = torch.randn(3, 140), integers([1, 0], [-1, 1], [2, 0]), integers([0, 0], [-1, 1], [0, 1])
+    if not quantized:
+        return x, ids, slots, torch.zeros(2, 4, 140).bfloat16()
+    rows, sources = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int64)
+    options = torch.arange(3), 0, integers(0, 1, 0), 4, "deepgemm"
+    return x, ids, slots, *quantize_outputs(), None, rows, sources, *options
+
+
+OPERATION_CASES = {
+    "scatter": {"quantizing": lambda: scatter_arguments(True), "converting": lambda: scatter_arguments(False)},
+}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import compile_peers
+from compile_case import cases
 from peer_blocks import EPOCHS, LONG, SHORT, PeerBlocks, assert_same_blocks, fault_word, following
 
 COUNTS = 0
@@ -178,3 +180,6 @@ def test_words_may_lie_two_gigabytes_away(device):
     blocks.peers -= shift
     run(blocks, 3, 99, shift=shift)
     assert_same_blocks(blocks, expected)
+
+
+COMPILE_CASES = cases(compile_peers.exchange_counts, {}, wide=False, may_spill=True, nvidia=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import compile_peers
+from compile_case import BF16, INT8, cases
 from moequant.batch import ceil_div
 from peer_blocks import NO_FAULT, PeerBlocks, assert_same_blocks, fault_word
 
@@ -211,3 +213,6 @@ def test_rows_past_2_to_the_31_elements(device):
     assert (scales[2, :2].cpu().view(torch.int32) == torch.arange(8)).all()
     assert sources[2, :2].tolist() == [entry] * 2
     assert destinations[2, :2].tolist() == [2**40 + 256 + entry * 2048] * 2
+
+
+COMPILE_CASES = cases(compile_peers.land_rows, {"dtype": INT8}, {"dtype": BF16})

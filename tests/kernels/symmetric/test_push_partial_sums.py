@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compile_case import cases, counted, empty
+from compile_peers import peer_arguments
 from moequant import reference
 from moequant.batch import ceil_div
 from peer_blocks import EPOCHS, LONG, NO_FAULT, SHORT, PeerBlocks, assert_same_blocks, fault_word, following, output_flag
@@ -250,3 +252,14 @@ def test_rows_past_2_to_the_31_elements(device):
     )
     assert (returns[-1] == y[2, 0] * 0.5).all()
     assert blocks["fault"].item() == NO_FAULT
+
+
+def call_push_partial_sums() -> None:
+    from moequant.kernels.symmetric.push_partial_sums import push_partial_sums as kernel
+
+    y, notes, ticket = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(1, dtype=torch.int32)
+    settings = {"returns_offset": 1024, "max_tokens": 128, "top_k": 8, "scale_words": 56, "wait": True}
+    kernel(y, notes, counted(y), ticket=ticket, **settings, **peer_arguments())
+
+
+COMPILE_CASES = cases(call_push_partial_sums, {}, nvidia=True)

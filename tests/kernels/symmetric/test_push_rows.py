@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compile_case import cases, counted, empty
 from moequant.testing import poison
 from peer_blocks import PeerBlocks, assert_same_blocks
 
@@ -83,3 +84,13 @@ def test_rows_past_2_to_the_31_elements(device):
     destinations[2, 0] = blocks["returns"].data_ptr()
     run(y, torch.tensor([0, 0, 1], dtype=torch.int32, device=device), None, destinations)
     assert_same_blocks(blocks, expected)
+
+
+def call_push_rows(remote: bool) -> None:
+    from moequant.kernels.symmetric.push_rows import push_rows as kernel
+
+    y, destinations = empty(32, 1024, 7168), empty(32, 1024, dtype=torch.int64)
+    kernel(y, counted(y), None if remote else y, destinations if remote else None)
+
+
+COMPILE_CASES = cases(call_push_rows, {"remote": False}, {"remote": True})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import compile_peers
+from compile_case import BF16, E4M3, cases, each_format
 from moequant import ops, reference
 from moequant.batch import ceil_div
 from peer_blocks import EPOCHS, LONG, SHORT, PeerBlocks, assert_same_blocks, fault_word, following
@@ -276,3 +278,10 @@ def test_rows_past_2_to_the_31_elements(device):
     assert (values[-1].cpu() == expected[0]).all()
     assert (notes[-1, :8].cpu() == expected[1].view(torch.int32)).all()
     assert notes[-1, 8:].tolist() == [0, 0, capacity - 1, 0]
+
+
+COMPILE_CASES = [
+    *cases(compile_peers.push_tokens, *each_format(BF16), nvidia=True),
+    *cases(compile_peers.push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, nvidia=True),
+    *cases(compile_peers.push_tokens, {"dtype": E4M3, "wave": 2}, nvidia=True),
+]

@@ -7,6 +7,8 @@ import time
 import pytest
 import torch
 
+import compile_peers
+from compile_case import cases
 from peer_blocks import EPOCHS, LONG, NO_FAULT, SHORT, PeerBlocks, assert_same_blocks, fault_word, following, output_flag
 
 ROWS, OUTPUTS = 1, 2
@@ -153,3 +155,6 @@ def test_the_time_limit_is_kept(ranks, device):
         assert blocks["record"][0].item() == fault_word(2, OUTPUTS, 1)
         # the first one compiles the kernel, too; what others have of a busy machine is no part of the wait
         assert not least or (least < time.monotonic() - start and time.process_time() - busy < 2.0)
+
+
+COMPILE_CASES = cases(compile_peers.signal_and_wait, {}, wide=False, nvidia=True)

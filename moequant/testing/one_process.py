@@ -1,0 +1,70 @@
+"""What several ranks together have to get, on one. T tokens, K top-k, E experts, M rows of an expert's buffer, H hidden size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moequant import reference
+from moequant.batch import ExpertBatch
+from moequant.checks import check_has_numbers, check_is, check_tensor, check_tokens
+from moequant.config import DispatcherConfig
+from moequant.transport.local import LocalTransport
+
+
+def in_one_process(
+    settings: Mapping[str, Any], inputs: Sequence[Sequence[Tensor]], experts: Callable[[ExpertBatch], Tensor]
+) -> tuple[ExpertBatch, list[Tensor], int]:
+    """What W ranks together have to get from a dispatch and a combine, computed on a CPU by one process with all ranks' tokens: what
+    any transport is compared with, bit for bit.
+
+    Args:
+        settings: of the dispatcher on W ranks; its transport, exchange and slots don't matter.
+        inputs: each rank's hidden states (T, H), ids and weights (T, K).
+        experts: from the batch of all E experts to their output (E, M, H).
+
+    Returns:
+        The batch, whose sources are entry numbers, token * K + k, of all ranks' tokens joined; each rank's output (T, H); and the
+        number of rows that had no room.
+
+    Raises:
+        InvalidExpertIdError: ids outside -1..E-1.
+        ValueError: other wrong settings and inputs.
+    """
+    check_is("settings", settings, Mapping)
+    if not callable(experts):
+        raise ValueError(f"experts must be callable with an ExpertBatch, got {type(experts).__name__}")
+    if not isinstance(inputs, (list, tuple)) or not inputs:
+        raise ValueError(f"inputs must be a list of each rank's hidden states, ids and weights, got {inputs!r}")
+    cpu, ignored = torch.device("cpu"), {"transport": "local", "exchange": "auto", "slots": 1, "reduce": "exact"}
+    each = DispatcherConfig(**{**settings, **ignored})
+    for rank, tensors in enumerate(inputs):
+        if not isinstance(tensors, (list, tuple)) or len(tensors) != 3:
+            raise ValueError(f"inputs[{rank}] must be the rank's hidden states, ids and weights, got {type(tensors).__name__}")
+        for tensor in tensors:
+            check_tensor(f"inputs[{rank}]", tensor)
+            check_has_numbers(f"inputs[{rank}]", tensor)
+        check_tokens(each, cpu, *(tensor.cpu() for tensor in tensors))
+    ranks = len(inputs)
+    most = ranks * each.max_tokens_per_rank
+    config = replace(each, max_tokens_per_rank=most, capacity=each.capacity or most)
+    status = torch.zeros(3, dtype=torch.int64, device="cpu")
+    transport = LocalTransport(config, 0, cpu, status)
+    hidden, ids, weights = (torch.cat([tensor.cpu() for tensor in tensors]) for tensors in zip(*inputs, strict=True))
+    slot = transport.allocate()
+    batch, slots, rows = transport.expert_batch(slot, len(ids)), slot["slots"][: len(ids)], slot["rows"][: len(ids)]
+    # the specification's own steps, where the transport would take kernels, if interpreted
+    reference.route(ids, slots, slot["counts"], config.max_rows, slot["num_tokens"], status)
+    reference.scatter(hidden, ids, slots, batch.values, batch.scales, rows=rows, sources=batch.sources, recipe=config.recipe)
+    output, out = experts(batch), torch.empty_like(hidden)
+    check_tensor("what experts return", output, shape=tuple(batch.values.shape))
+    output = output.flatten(0, 1)
+    if settings.get("reduce", "exact") == "per_rank":
+        reference.combine_per_rank(output, rows, weights, output.shape[0] // ranks, out)
+    else:
+        reference.combine(output, rows, weights, out)
+    return batch, list(out.split([len(tensors[0]) for tensors in inputs])), int(status[1])
