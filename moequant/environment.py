@@ -8,6 +8,7 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from moequant import ops
 
@@ -70,7 +71,7 @@ def nccl_version() -> str | None:
     """
     if not torch.cuda.is_available() or not dist.is_available() or not dist.is_nccl_available():
         return None
-    return ".".join(map(str, torch.cuda.nccl.version()))
+    return ".".join(map(str, nccl.version()))
 
 
 def gpus() -> str:

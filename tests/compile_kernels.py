@@ -181,7 +181,7 @@ def compile_operation(name: str) -> None:
             print(json.dumps(report), flush=True)
             launched.clear()
             common.converts_fnuz = lambda device, native=target_name == "gfx942": native
-            common.runs_gluon = lambda device, wanted=case.hopper: wanted
+            common.why_no_gluon = lambda device, wanted=case.hopper: None if wanted else "another kernel is compiled"
             knows_early = target.gpu.backend == "cuda" and int(target.gpu.arch) >= 90
             for module in EARLY_MODULES:
                 module.begins_early = lambda device, knows=knows_early: knows
