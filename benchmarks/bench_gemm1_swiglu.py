@@ -29,6 +29,7 @@ from moequant.formats import FORMATS, RECIPES
 from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper, supports_gemm1_swiglu
 from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
 from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize
+from moequant.ops import quant_spec
 
 QUANT = "fp8_e4m3fn"
 # (E, I, H): DeepSeek-V3 on 8 GPUs, Qwen3-235B and Qwen3-30B on 8 and 4
@@ -41,6 +42,7 @@ ARITHMETIC: dict[str, Any] = {
     "power_of_two": RECIPE.power_of_two,
     "reciprocal": RECIPE.reciprocal,
 }
+SPEC = quant_spec(FORMATS[QUANT].dtype, RECIPE.name)
 
 
 def outputs(p: Problem) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,7 @@ def calls(p: Problem, a: QuantizedTensor, b: QuantizedTensor) -> dict[str, Calla
 
     def unfused(target: tuple[Tensor, Tensor] = expected) -> None:
         gemm1()
-        silu_mul_quantize(gate_up, p.num_tokens, *target, **ARITHMETIC)
+        silu_mul_quantize(gate_up, p.num_tokens, *target, SPEC)
 
     assert supports_gemm1_swiglu(*left, *right, *out), p.case
     fused()
@@ -85,7 +87,7 @@ def calls(p: Problem, a: QuantizedTensor, b: QuantizedTensor) -> dict[str, Calla
 
         def peer(target: tuple[Tensor, Tensor] = expected) -> None:
             product(left, right, gate_up, p.num_tokens, p.rows)
-            silu_mul_quantize(gate_up, p.num_tokens, *target, **ARITHMETIC)
+            silu_mul_quantize(gate_up, p.num_tokens, *target, SPEC)
 
         timed["peer"] = peer
     return timed

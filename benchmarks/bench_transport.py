@@ -26,7 +26,7 @@ from benchmarks.common import Bench, OneLineParser, Timing, process_group, progr
 from moequant import MoEQuantDispatcher
 from moequant.batch import DispatchHandle, ExpertBatch
 from moequant.kernels.library.symmetric import NO_FAULT
-from moequant.kernels.routing.combine import combine_shared
+from moequant.kernels.routing.combine import Remote, combine_shared
 from moequant.kernels.symmetric.push_rows import push_rows
 from moequant.models import MODELS, model_shape
 from moequant.testing import assert_bit_equal, routing
@@ -64,8 +64,10 @@ def wire_ceilings(rank: int, ranks: int, device: torch.device) -> dict[str, tupl
     flat = (peers * rows + row).int().view(rows // 8, 8)
     well = torch.full((1,), NO_FAULT.value, dtype=torch.int32, device=device)
 
+    remote = Remote(memory.pointers, 0, rows, ranks)
+
     def pull() -> None:
-        combine_shared(mine, flat, None, mine[0, : rows // 8], well, peers=memory.pointers, rows_of_rank=rows)
+        combine_shared(mine, flat, None, mine[0, : rows // 8], well, remote=remote)
 
     ceilings = {}
     for way, step in (("push", lambda: push_rows(mine, counts, None, addresses)), ("pull", pull)):

@@ -24,7 +24,8 @@ from moequant.batch import ceil_div
 from moequant.config import DispatcherConfig
 from moequant.testing import routing
 from moequant.transport.base import Stage
-from moequant.transport.collective import CollectiveTransport, choose_exchange, message_bytes
+from moequant.transport.collective import CollectiveTransport, choose_exchange
+from moequant.transport.packed import message_bytes
 
 # in the order of the table
 STEPS = (
@@ -231,7 +232,7 @@ class Layer:
         steps["gemm2"] = lambda: experts.gemm2(inner, batch)
         steps["combine"] = combine
         if config.pushes:
-            destinations = slot["destinations"]
+            destinations = slot.buffers.destinations
 
             def combine_pushed() -> None:
                 slot.stage, slot.pushing = Stage.LANDED, torch.bfloat16

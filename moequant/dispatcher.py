@@ -289,7 +289,7 @@ class MoEQuantDispatcher(Lifecycle):
         self._come_again(buffers)
         inputs = expert_output, handle.topk_weights, out
         # which needs no copy
-        settings = "combine", "output" in buffers.buffers and expert_output.data_ptr() == buffers["output"].data_ptr()
+        settings = "combine", buffers.output is not None and expert_output.data_ptr() == buffers.output.data_ptr()
         self._repeated(buffers, inputs, settings, lambda: self._transport.combine(*inputs, buffers, handle.state))
         buffers.done("combine")
         return out
@@ -506,7 +506,7 @@ class MoEQuantDispatcher(Lifecycle):
         slot: int,
         layer: int | None,
         first_experts: int = 0,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Slot]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
         """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
         self._check_open()
         try:
@@ -547,7 +547,7 @@ class MoEQuantDispatcher(Lifecycle):
             self._transport.again(slot)
             slot.stage = Stage.LANDED
 
-    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Slot:
+    def _slot_of(self, handle: DispatchHandle, step: str | None = None) -> Any:
         """The slot of a handle that is still good, and ready for a step."""
         self._check_open()
         if not isinstance(handle, DispatchHandle):

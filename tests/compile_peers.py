@@ -5,13 +5,12 @@ T tokens, K top-k, E experts in all, W ranks, H hidden size.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from compile_case import BF16, counted, empty, quantized
 from moequant import ops
 from moequant.batch import ceil_div
+from moequant.kernels.library.symmetric import Peers, notes_of
 from moequant.kernels.routing import combine as combine_module
 from moequant.kernels.symmetric import (
     exchange_counts as exchange_counts_module,
@@ -21,19 +20,10 @@ from moequant.kernels.symmetric import (
 )
 
 
-def peer_arguments(ranks: int = 8) -> dict[str, Any]:
+def peers_of(ranks: int = 8) -> Peers:
     """What every kernel of the symmetric transport is told of the others."""
-    integer = empty(1, dtype=torch.int32)
-    return {
-        "peers": empty(ranks, dtype=torch.int64),
-        "epoch": integer,
-        "fault": integer,
-        "record": integer,
-        "flags_offset": 4096,
-        "abort_offset": 8192,
-        "rank": ranks // 2,
-        "limit": 1000,
-    }
+    word = empty(1, dtype=torch.int32)
+    return Peers(empty(ranks, dtype=torch.int64), word, word, word, word, 4096, 8192, ranks // 2, ranks, 1000)
 
 
 def push_tokens(
@@ -46,27 +36,26 @@ def push_tokens(
     experts: int = 256,
     ranks: int = 8,
 ) -> None:
-    entries = empty(tokens, top_k, dtype=torch.int32)
+    entries, offsets = empty(tokens, top_k, dtype=torch.int32), empty(experts, dtype=torch.int32)
     push_tokens_module.push_tokens(
         empty(tokens, columns),
         entries,
-        entries,
         empty(tokens, top_k, dtype=torch.float32) if per_rank else None,
-        empty(experts, dtype=torch.int32),
-        entries,
-        entries if per_rank else None,
-        ticket=empty(1, dtype=torch.int32),
-        values_offset=256,
-        notes_offset=1024,
-        max_tokens=128,
-        local_experts=experts // ranks,
-        capacity=1024,
-        dtype=dtype,
+        push_tokens_module.Entries(entries, offsets, entries, entries if per_rank else None),
+        push_tokens_module.Landing(
+            rows=256,
+            notes=1024,
+            experts=experts,
+            local_experts=experts // ranks,
+            capacity=1024,
+            columns=columns,
+            max_tokens=128,
+            spec=None if dtype == BF16 else ops.quant_spec(dtype, "default"),
+        ),
+        peers_of(ranks),
+        dtype,
         wait=True,
-        wave=wave,
-        first_experts=8,
-        **peer_arguments(ranks),
-        **({} if dtype == BF16 else ops.quantize_settings(empty(1, dtype=dtype), "default", None)),
+        wave=(wave, 8),
     )
 
 
@@ -74,11 +63,10 @@ def land_rows(dtype: torch.dtype, expected_rows: int = 128, columns: int = 7168,
     values, scales = quantized(experts, 1024, columns, dtype)
     groups = 0 if scales is None else ceil_div(columns, 128)
     notes = empty(experts, 1024, 4 * ceil_div(groups, 4) + 4, dtype=torch.int32)
-    sources, fault = empty(experts, 1024, dtype=torch.int64), empty(1, dtype=torch.int32)
-    peers = empty(ranks, dtype=torch.int64)
-    land_rows_module.land_rows(
-        values, notes, counted(values), scales, sources, sources, peers, fault, 1024, 1024, 2 * columns, expected_rows
-    )
+    sources = empty(experts, 1024, dtype=torch.int64)
+    batch = land_rows_module.Landed(values.view(torch.uint8), scales, counted(values), sources)
+    returns = land_rows_module.Returns(sources, 1024, 1024, 2 * columns)
+    land_rows_module.land_rows(batch, notes_of(notes, groups), peers_of(ranks), returns, dtype.itemsize, expected_rows)
 
 
 def combine_shared(
@@ -88,27 +76,17 @@ def combine_shared(
     entries = ranks if way == "summed" else top_k
     rows = empty(tokens, entries, dtype=torch.int32)
     weights = None if way == "summed" else empty(tokens, entries, dtype=torch.float32)
-    peers = {"peers": empty(ranks, dtype=torch.int64), "peer_offset": 256, "rows_of_rank": 32768} if way == "pulled" else {}
+    remote = combine_module.Remote(empty(ranks, dtype=torch.int64), 256, 32768, ranks) if way == "pulled" else None
     out, fault = empty(tokens, columns, dtype=dtype), empty(1, dtype=torch.int32)
-    combine_module.combine_shared(empty(1, columns), rows, weights, out, fault, in_order=way == "pushed", **peers)
+    combine_module.combine_shared(empty(1, columns), rows, weights, out, fault, in_order=way == "pushed", remote=remote)
 
 
 def exchange_counts(experts: int = 256, ranks: int = 8) -> None:
     counts, num_tokens = empty(experts, dtype=torch.int32), empty(experts // ranks, dtype=torch.int32)
-    arguments = peer_arguments(ranks)
-    del arguments["flags_offset"]
-    exchange_counts_module.exchange_counts(
-        counts,
-        counts,
-        num_tokens,
-        empty(3, dtype=torch.int64),
-        calls=empty(1, dtype=torch.int32),
-        words_offset=1024,
-        capacity=1024,
-        call=7,
-        **arguments,
-    )
+    calls, status = empty(1, dtype=torch.int32), empty(3, dtype=torch.int64)
+    slot = exchange_counts_module.Counts(counts, counts, num_tokens, calls, status, 1024)
+    exchange_counts_module.exchange_counts(slot, peers_of(ranks), 1024, 7)
 
 
 def signal_and_wait() -> None:
-    signal_and_wait_module.signal_and_wait(phase=2, status=empty(3, dtype=torch.int64), way=2, **peer_arguments())
+    signal_and_wait_module.signal_and_wait(peers_of(), empty(3, dtype=torch.int64), 2, way=2)

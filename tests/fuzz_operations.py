@@ -184,7 +184,6 @@ class FusedGemm1:
     def check(self, rng: random.Random) -> None:
         from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper, supports_gemm1_swiglu
         from moequant.kernels.gemm.grouped_gemm_hopper import NARROW, WIDE, grouped_gemm_blockscale_hopper
-        from moequant.ops.quantization import quantize_settings
 
         device, experts, inner = self.place.device, self.experts, self.inner
         rows = 16 * rng.randint(1, 20)
@@ -201,7 +200,8 @@ class FusedGemm1:
             by_row = scales.tensor.transpose(1, 2)
             if fused:
                 assert supports_gemm1_swiglu(*operands, values.tensor, by_row)
-                settings = quantize_settings(values.tensor, self.recipe, None)
+                spec = ops.quant_spec(values.tensor.dtype, self.recipe)
+                settings = {name: getattr(number, "value", number) for name, number in spec._asdict().items()}
                 gemm1_swiglu_hopper(*operands, num_tokens, values.tensor, by_row, num_sms=rng.choice([None, 7]), **settings)
             else:
                 gate_up = Guarded(experts, rows, 2 * inner, dtype=torch.bfloat16, device=device)

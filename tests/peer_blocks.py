@@ -7,6 +7,7 @@ import copy
 import torch
 
 from moequant.config import round_up
+from moequant.kernels.library.symmetric import Peers
 from moequant.testing import assert_bit_equal
 
 NO_FAULT = 0x7FFFFFFF
@@ -63,6 +64,12 @@ class PeerBlocks:
         shape, dtype = self.buffers[name]
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         return self.memory[:, self.offsets[name] :][:, :nbytes].view(dtype).view(len(self.memory), *shape)
+
+    def peers_of(self, rank: int, limit: int = LONG, shift: int = 0) -> Peers:
+        """What a kernel of that rank is told. shift: of all offsets."""
+        words = (self[name][rank] for name in ("epoch", "ticket", "fault", "record"))
+        flags, abort = self.offsets["flags"] + shift, self.offsets["abort"] + shift
+        return Peers(self.peers, *words, flags=flags, abort=abort, rank=rank, ranks=len(self.peers), limit=limit)
 
     def snapshot(self) -> PeerBlocks:
         """The same bytes elsewhere, for a test to do to them what the kernel has to do to the original."""

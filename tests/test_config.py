@@ -11,6 +11,7 @@ import torch
 
 from moequant import MoEQuantDispatcher
 from moequant.config import CHOICES, POSITIVE, QUANT_DTYPES, DispatcherConfig, round_up
+from moequant.transport.buffers import named
 
 SIZES: dict[str, Any] = {"num_experts": 8, "top_k": 2, "hidden_size": 300, "max_tokens_per_rank": 20}
 
@@ -143,7 +144,7 @@ def test_buffer_bytes_is_what_a_local_dispatcher_allocates(quant, changes):
     expected = size.slots * (batch + 2 * 4 * tokens + 4 * 8)
     assert MoEQuantDispatcher.buffer_bytes(**settings) == expected
     with MoEQuantDispatcher(**settings, transport="local", device="cpu") as dispatcher:
-        buffers = [buffer for slot in dispatcher._slots for buffer in slot.buffers.values()]
+        buffers = [buffer for slot in dispatcher._slots for buffer in named(slot.buffers).values()]
     assert sum(buffer.untyped_storage().nbytes() for buffer in buffers) == expected
 
 

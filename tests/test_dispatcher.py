@@ -18,6 +18,7 @@ from moequant import (
 )
 from moequant.batch import ExpertBatch
 from moequant.testing import assert_bit_equal, in_one_process, poison, relative_error, routing
+from moequant.transport.buffers import named
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 6, 3, 200, 20
 SETTINGS: dict[str, Any] = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
@@ -63,7 +64,7 @@ def expected_output(hidden, ids, weights, quant_dtype=torch.float8_e4m3fn):
 
 def poison_buffers(dispatcher: MoEQuantDispatcher) -> None:
     for slot in dispatcher._slots:
-        for buffer in slot.buffers.values():
+        for buffer in named(slot.buffers).values():
             buffer.view(torch.uint8).fill_(0xFF)
 
 
@@ -313,7 +314,7 @@ def test_waves_and_pushed_rows_are_for_the_symmetric_transport():
 
 def test_buffer_bytes_is_what_a_dispatcher_allocates():
     with MoEQuantDispatcher(**SETTINGS, slots=2, device="cpu") as dispatcher:
-        allocated = sum(buffer.nbytes for slot in dispatcher._slots for buffer in slot.buffers.values())
+        allocated = sum(buffer.nbytes for slot in dispatcher._slots for buffer in named(slot.buffers).values())
     assert MoEQuantDispatcher.buffer_bytes(**SETTINGS, slots=2) == allocated
     assert MoEQuantDispatcher.buffer_bytes(**{**SETTINGS, "num_experts": 8}, world_size=4, exchange="packed") > 0
 

@@ -78,20 +78,12 @@ def test_the_plain_function_writes_the_operations_bits(name, case):
             assert_bit_equal(left, right)
 
 
-def test_quantize_settings_are_the_formats_and_recipes_numbers():
-    values = torch.empty(1, dtype=torch.float8_e5m2)
-    assert ops.quantize_settings(values, "ue8m0", None) == {
-        "max_value": 57344.0,
-        "eps": 1e-10,
-        "power_of_two": True,
-        "reciprocal": False,
-    }
-    assert ops.quantize_settings(values, "deepgemm", 0.5) == {
-        "max_value": 57344.0,
-        "eps": 0.5,
-        "power_of_two": False,
-        "reciprocal": True,
-    }
+def test_a_quant_spec_has_the_formats_and_recipes_numbers():
+    def numbers(*arguments) -> list[Any]:
+        return [getattr(number, "value", number) for number in ops.quant_spec(torch.float8_e5m2, *arguments)]
+
+    assert numbers("ue8m0") == [57344.0, 1e-10, True, False]
+    assert numbers("deepgemm", 0.5) == [57344.0, 0.5, False, True]
 
 
 def test_the_gemm_operation_takes_bare_tensors_for_the_quantized_operands():

@@ -84,13 +84,13 @@ def test_scatter_quantizes_rows_or_copies_quantized_ones_with_their_scales():
 
 
 def test_scatter_skips_other_ranks_experts_full_buffers_and_rows_past_capacity():
-    x, ids = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2, 0], [3, 2], [2, 4]])
+    x, ids = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0, -2], [1, 0], [0, 2]])
     slots = torch.tensor([[0, 0], [0, 1], [2, 0]], dtype=torch.int32)
     values, rows = torch.zeros(2, 2, 1), torch.empty(3, 2, dtype=torch.int32)
-    reference.scatter(x, ids, slots, values, rows=rows, first_expert=2)
+    reference.scatter(x, ids, slots, values, rows=rows)
     assert rows.tolist() == [[0, -1], [2, 1], [-1, -1]] and values.flatten().tolist() == [1, 2, 2, 0]
-    offsets = torch.tensor([0, 0, 3, 4, 0], dtype=torch.int32)
-    reference.scatter(x, ids, slots, values.zero_(), rows=rows, first_expert=2, offsets=offsets, capacity=4)
+    offsets = torch.tensor([3, 4, 0], dtype=torch.int32)
+    reference.scatter(x, ids, slots, values.zero_(), rows=rows, offsets=offsets, capacity=4)
     assert rows.tolist() == [[0, -1], [-1, -1], [-1, -1]] and values.flatten().tolist() == [1, 0, 0, 0]
 
 
@@ -110,7 +110,7 @@ def test_moving_source_rows_closes_the_gaps_and_opens_them_again():
     merged_sources = torch.zeros(1, 4, dtype=torch.int64)
     sources = torch.arange(10, 16, dtype=torch.int32).view(2, 1, 3)
     scales = torch.arange(6.0).view(2, 1, 3, 1)
-    arguments = offsets, counts, 1
+    arguments = offsets[:, 1:], counts[:, 1:]
     reference.move_source_rows(padded, merged, *arguments, True, scales, merged_scales, sources, merged_sources)
     assert merged.flatten().tolist() == [0, 1, 3, 4] and merged_scales.flatten().tolist() == [0, 1, 3, 4]
     assert merged_sources.flatten().tolist() == [10, 11, (1 << 32) + 13, (1 << 32) + 14]

@@ -14,7 +14,9 @@ from moequant.formats import RECIPES
 from moequant.testing import assert_bit_equal, routing
 from moequant.transport import symmetric as symmetric_module
 from moequant.transport.base import STEPS, Slot, Stage
-from moequant.transport.collective import PackedTransport, PaddedTransport
+from moequant.transport.buffers import Buffers
+from moequant.transport.packed import PackedTransport
+from moequant.transport.padded import PaddedTransport
 from moequant.transport.symmetric import SymmetricTransport
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 144, "max_tokens_per_rank": 9}
@@ -70,11 +72,11 @@ def test_the_padded_exchange_keeps_its_float32_buffer(one_rank):
     with dispatcher(transport="collective", exchange="padded") as layer:
         for _ in range(2):
             layer.dispatch(*inputs())
-            assert "routed_float32" not in layer._slots[0].buffers
+            assert layer._slots[0].buffers.routed_float32 is None
         kept = []
         for _ in range(3):
             layer.dispatch(*inputs(dtype=torch.float32))
-            kept.append(layer._slots[0]["routed_float32"])
+            kept.append(layer._slots[0].buffers.routed_float32)
         assert kept[0] is kept[1] is kept[2]
 
 
@@ -82,7 +84,7 @@ def test_a_padded_dispatch_of_fewer_tokens_forgets_the_entries_of_earlier_ones(o
     with dispatcher(transport="collective", exchange="padded", reduce="per_rank") as layer:
         for tokens in (9, 4, 0):
             batch, _ = layer.dispatch(*inputs(tokens))
-            received = layer._slots[0]["received_rows"][0]
+            received = layer._slots[0].buffers.received_rows[0]
             assert bool((received[:tokens] >= 0).all()) and bool((received[tokens:] == -1).all())
             assert int(batch.num_tokens.sum()) == 2 * tokens
 
@@ -125,8 +127,9 @@ def test_addresses_of_a_new_slot_may_be_stored_to(one_rank):
     transport = symmetric(one_rank)
     for number in range(2):
         slot = transport.allocate(number)
-        assert slot["destinations"].unique().tolist() == [slot["returns"].data_ptr()]
-    assert "destinations" not in symmetric(one_rank, reduce="per_rank").allocate().buffers
+        assert slot.buffers.destinations is not None
+        assert slot.buffers.destinations.unique().tolist() == [slot.buffers.returns.data_ptr()]
+    assert symmetric(one_rank, reduce="per_rank").allocate().buffers.destinations is None
 
 
 def test_ranks_wait_for_each_other_when_abort_words_and_flags_are_set(one_rank, monkeypatch):
@@ -159,9 +162,9 @@ def test_a_dispatch_in_waves_sets_the_second_waves_flags_before_anybody_can_rais
     """Flags of 2**31 calls ago seem to be ahead."""
     transport = symmetric(one_rank)
     slot, seen = transport.allocate(), []
-    slot["epochs"][0] = 41
-    slot["flags"][2].fill_(-(2**31) + 7)
-    monkeypatch.setattr(transport, "_exchange", lambda ids, slot: seen.append(slot["flags"][2].tolist()))
+    slot.buffers.epochs[0] = 41
+    slot.buffers.flags[2].fill_(-(2**31) + 7)
+    monkeypatch.setattr(transport, "_exchange", lambda ids, slot: seen.append(slot.buffers.flags[2].tolist()))
     monkeypatch.setattr(transport, "_push", lambda *arguments, **options: None)
     monkeypatch.setattr(transport, "_land", lambda *arguments: None)
     transport.dispatch_first(*inputs(), slot, 2)
@@ -198,7 +201,8 @@ FOLLOWING: list[tuple[Stage, list[str], set[str]]] = [
     ("stage", "before", "allowed"), FOLLOWING, ids=lambda x: x.name if isinstance(x, Stage) else ",".join(sorted(x)) or "nothing"
 )
 def test_each_step_follows_those_that_it_needs_and_comes_once(stage, before, allowed):
-    slot = Slot(1, {})
+    empty = torch.empty(0)
+    slot = Slot(1, Buffers(values=empty, num_tokens=empty, sources=empty, slots=empty, rows=empty, counts=empty))
     slot.stage = stage
     for step in before:
         slot.check_step(step)

@@ -5,6 +5,8 @@ Letters: M rows, N columns, K_dim contraction, G = ceil(K_dim / 128) groups of i
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +23,7 @@ from moequant.kernels.gemm.grouped_gemm import (
     few_tiles,
     tma_readable,
 )
+from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import quantize_group
 from moequant.kernels.library.launch import launchable
 
@@ -39,42 +42,72 @@ CANDIDATES = (
 )
 
 
+class Scales(NamedTuple):
+    """Of both operands, and the elements from one to the next."""
+
+    a: Tensor
+    b: Tensor
+    a_row: int
+    a_group: int
+    b_column: int
+
+
+class Requantize(NamedTuple):
+    """How the result becomes int8: scales (M, ceil(N / group)) float32 contiguous, group a power of two up to 128."""
+
+    scales: Tensor
+    group: int
+    spec: QuantSpec
+
+
+class Out(NamedTuple):
+    numbers: Tensor
+    scales: Tensor | None
+    spec: QuantSpec | None
+
+
+class Tile(NamedTuple):
+    """m, n, k: of a tile. band: row tiles of a band. grouped: scales are of groups. out_group: columns that share a scale of the
+    result."""
+
+    m: int
+    n: int
+    k: int
+    band: int
+    tma: bool
+    stages: int
+    grouped: bool
+    out_group: int
+
+
 @launchable
 @triton.jit
 def dense_gemm_kernel(
     a,
     b,
-    out,
-    a_scales,
-    b_scales,
+    scales,
     bias,
-    out_scales,
+    out,
     M,
-    a_scale_stride_row,
-    a_scale_stride_group,
-    b_scale_stride,
-    eps,
     N: tl.constexpr,
     K_DIM: tl.constexpr,
-    GROUPED: tl.constexpr,
-    OUT_GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BAND: tl.constexpr,
-    TMA: tl.constexpr,
-    STAGES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Each program computes a tile (BLOCK_M, BLOCK_N).
 
     a, b: descriptors of (M, K_DIM) and (N, K_DIM) if TMA, else pointers.
-    GROUPED: a_scales (M, G) and b_scales (ceil(N / 128), G) contiguous: each BLOCK_K of K_DIM is scaled and added in float32. Else
-    a_scales (M,) and b_scales (N,) scale the sum.
-    out_scales: contiguous (M, ceil(N / OUT_GROUP)), then the result leaves as int8; or None.
+    TILE.grouped: scales.a (M, G) and scales.b (ceil(N / 128), G) contiguous: each BLOCK_K of K_DIM is scaled and added in float32. Else
+    scales.a (M,) and scales.b (N,) scale the sum.
+    out.scales: contiguous (M, ceil(N / TILE.out_group)), then the result leaves as int8; or None.
 
     Tiles are numbered by bands of BAND row tiles, column by column, the rows of a band fastest. Example: 5 row tiles by 2 column tiles,
     BAND=4: tiles 0..3 are rows 0..3 of column 0, tiles 4..7 those of column 1; tile 8 is row 4 of column 0, tile 9 of column 1.
     """
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_K: tl.constexpr = TILE.k
+    BAND: tl.constexpr = TILE.band
+    OUT_GROUP: tl.constexpr = TILE.out_group
     STEPS: tl.constexpr = (K_DIM + BLOCK_K - 1) // BLOCK_K
     COLUMN_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
@@ -91,14 +124,14 @@ def dense_gemm_kernel(
     valid_row = rows < M
     valid_column = columns < N
     rows64 = rows.to(tl.int64)
-    a_scale_pointers = a_scales + rows64 * a_scale_stride_row
-    if not TMA:
+    a_scale_pointers = scales.a + rows64 * scales.a_row
+    if not TILE.tma:
         a_pointers = a + rows64[:, None] * K_DIM + depth[None, :]
         b_pointers = b + columns.to(tl.int64)[:, None] * K_DIM + depth[None, :]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        if TMA:
+    for step in tl.range(0, STEPS, num_stages=TILE.stages):
+        if TILE.tma:
             x = a.load([first_row, step * BLOCK_K])
             w = b.load([first_column, step * BLOCK_K])
         else:
@@ -110,33 +143,33 @@ def dense_gemm_kernel(
                 b_mask = b_mask & in_k
             x = tl.load(a_pointers + step * BLOCK_K, mask=a_mask, other=0.0)
             w = tl.load(b_pointers + step * BLOCK_K, mask=b_mask, other=0.0)
-        if GROUPED:
-            a_scale = tl.load(a_scale_pointers + step * tl.cast(a_scale_stride_group, tl.int64), mask=valid_row, other=0.0)
-            scale = a_scale * tl.load(b_scales + first_column // 128 * STEPS + step)
+        if TILE.grouped:
+            a_scale = tl.load(a_scale_pointers + step * tl.cast(scales.a_group, tl.int64), mask=valid_row, other=0.0)
+            scale = a_scale * tl.load(scales.b + first_column // 128 * STEPS + step)
             acc = tl.fma(tl.dot(x, w.T).to(tl.float32), tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_N)), acc)
         else:
             # Hopper's tensor cores add float8 products with about 14 bits: each block's sum is added in float32
             acc = tl.dot(x, w.T, acc, max_num_imprecise_acc=BLOCK_K)
-    if not GROUPED:
+    if not TILE.grouped:
         a_scale = tl.load(a_scale_pointers, mask=valid_row, other=0.0)
-        b_scale = tl.load(b_scales + columns.to(tl.int64) * b_scale_stride, mask=valid_column, other=0.0)
+        b_scale = tl.load(scales.b + columns.to(tl.int64) * scales.b_column, mask=valid_column, other=0.0)
         acc = acc * a_scale[:, None] * b_scale[None, :]
     if bias is not None:
         acc += tl.load(bias + columns, mask=valid_column, other=0.0).to(tl.float32)[None, :]
 
-    pointers = out + rows64[:, None] * N + columns[None, :]
+    pointers = out.numbers + rows64[:, None] * N + columns[None, :]
     mask = valid_row[:, None] & valid_column[None, :]
-    if out_scales is None:
-        tl.store(pointers, acc.to(out.dtype.element_ty), mask=mask)
+    if out.scales is None:
+        tl.store(pointers, acc.to(out.numbers.dtype.element_ty), mask=mask)
     else:
         # columns past the last are zeros, and change no maximum
         grouped = tl.reshape(acc, (BLOCK_M, BLOCK_N // OUT_GROUP, OUT_GROUP))
-        values, scales = quantize_group(grouped, eps, 2, 127.0, False, False, tl.int8)
+        values, out_scales = quantize_group(grouped, out.spec, 2, tl.int8)
         tl.store(pointers, tl.reshape(values, (BLOCK_M, BLOCK_N)), mask=mask)
         OUT_GROUPS: tl.constexpr = (N + OUT_GROUP - 1) // OUT_GROUP
         groups = column_tile * (BLOCK_N // OUT_GROUP) + tl.arange(0, BLOCK_N // OUT_GROUP)
         scale_mask = valid_row[:, None] & (groups < OUT_GROUPS)[None, :]
-        tl.store(out_scales + rows64[:, None] * OUT_GROUPS + groups[None, :], scales, mask=scale_mask)
+        tl.store(out.scales + rows64[:, None] * OUT_GROUPS + groups[None, :], out_scales, mask=scale_mask)
 
 
 def dense_gemm(
@@ -146,10 +179,7 @@ def dense_gemm(
     b_scales: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    out_scales: Tensor | None = None,
-    *,
-    out_group: int = GROUP_SIZE,
-    eps: float = 0.0,
+    requantize: Requantize | None = None,
     config: Config | None = None,
 ) -> None:
     """Writes a @ b.T, scaled, plus bias, into out, on arguments that the public functions have checked.
@@ -158,9 +188,7 @@ def dense_gemm(
     a_scales, b_scales: float32. For groups (M, G) of any strides and (ceil(N / 128), G) contiguous; for rows and columns (M,) and (N,) of
         any strides, a stride of 0 too, float8 only.
     bias: (N,) float, or None.
-    out: (M, N) contiguous, float; int8 with out_scales.
-    out_scales: (M, ceil(N / out_group)) float32 contiguous, or None. out_group: a power of two up to 128. eps: floor of a group's
-        absolute maximum.
+    out: (M, N) contiguous, float; int8 with requantize.
     config: instead of the configuration that is chosen.
     """
     rows, depth = a.shape
@@ -171,31 +199,33 @@ def dense_gemm(
     limits = grouped_gemm.device_limits(a.device)
     if config is None:
         few = few_tiles(1, rows, triton.cdiv(columns, GROUP_SIZE), limits.sms)
-        config = NARROW_TILES if few and (out_scales is None or out_group <= NARROW_TILES.block_n) else SMALL_TILES
+        config = NARROW_TILES if few and (requantize is None or requantize.group <= NARROW_TILES.block_n) else SMALL_TILES
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
     dense_gemm_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
         descriptor(a, config.block_m, GROUP_SIZE) if tma else a,
         descriptor(b, config.block_n, GROUP_SIZE) if tma else b,
-        out,
-        a_scales,
-        b_scales,
+        Scales(
+            a_scales,
+            b_scales,
+            a_row=a_scales.stride(0),
+            a_group=a_scales.stride(1) if grouped else 0,
+            b_column=0 if grouped else b_scales.stride(0),
+        ),
         bias,
-        out_scales,
-        rows,
-        a_scales.stride(0),
-        a_scales.stride(1) if grouped else 0,
-        0 if grouped else b_scales.stride(0),
-        eps,
+        Out(out, None, None) if requantize is None else Out(out, requantize.scales, requantize.spec),
+        M=rows,
         N=columns,
         K_DIM=depth,
-        GROUPED=grouped,
-        OUT_GROUP=out_group,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=GROUP_SIZE,
-        BAND=BAND,
-        TMA=tma,
-        STAGES=grouped_gemm.fitting_stages(config, limits, 0),
+        TILE=Tile(
+            m=config.block_m,
+            n=config.block_n,
+            k=GROUP_SIZE,
+            band=BAND,
+            tma=tma,
+            stages=grouped_gemm.fitting_stages(config, limits, 0),
+            grouped=grouped,
+            out_group=GROUP_SIZE if requantize is None else requantize.group,
+        ),
         num_warps=config.warps,
         # quantization rounds each step by itself; where a product and a sum are to be one, it says so
         enable_fp_fusion=False,

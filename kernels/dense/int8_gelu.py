@@ -5,12 +5,24 @@ M rows, N columns, G = ceil(N / GROUP) groups of them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group, quotient
 from moequant.kernels.library.launch import launchable
+
+
+class Tile(NamedTuple):
+    """rows, groups: of a program's tile. group: columns of one. even: the tiles divide the columns."""
+
+    rows: int
+    groups: int
+    group: int
+    even: bool
 
 
 @triton.jit
@@ -52,45 +64,43 @@ def int8_gelu_kernel(
     scales_ptr,
     rows,
     columns,
-    eps,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    EVEN: tl.constexpr,
+    spec,
+    TILE: tl.constexpr,
 ):
-    """Each program has a tile of BLOCK_M rows by BLOCK_G groups. EVEN: BLOCK_G groups divide the columns.
+    """Each program has a tile.
 
-    Example: 20 rows of 5 groups, BLOCK_M=8, BLOCK_G=4: 3 row blocks by 2 group blocks; tile 3 is rows 8..15 and groups 4..7, of which 4
-    exists.
+    Example: 20 rows of 5 groups, tiles of 8 rows by 4 groups: 3 row blocks by 2 group blocks; tile 3 is rows 8..15 and groups 4..7,
+    of which 4 exists.
     """
+    GROUP: tl.constexpr = TILE.group
     groups = tl.cdiv(columns, GROUP)
-    group_blocks = tl.cdiv(groups, BLOCK_G)
+    group_blocks = tl.cdiv(groups, TILE.groups)
     tile = tl.program_id(0)
-    row = tile // group_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    group = tile % group_blocks * BLOCK_G + tl.arange(0, BLOCK_G)
+    row = tile // group_blocks * TILE.rows + tl.arange(0, TILE.rows)
+    group = tile % group_blocks * TILE.groups + tl.arange(0, TILE.groups)
     column = group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     row64 = row.to(tl.int64)
     at = row64[:, None, None] * columns + column
     mask = (row < rows)[:, None, None]
-    if not EVEN:
+    if not TILE.even:
         mask = mask & (column < columns)
     scale_at = row64[:, None] * groups + group[None, :]
     scale_mask = (row < rows)[:, None] & (group < groups)[None, :]
 
     half_scales = tl.load(x_scales_ptr + scale_at, mask=scale_mask, other=0.0) * 0.5
     half = tl.load(x_ptr + at, mask=mask, other=0).to(tl.float32) * half_scales[:, :, None]
-    values, scales = quantize_group(gelu_of_twice(half), eps, 2, 127.0, False, False, tl.int8)
+    values, scales = quantize_group(gelu_of_twice(half), spec, 2, tl.int8)
     tl.store(values_ptr + at, values, mask=mask)
     tl.store(scales_ptr + scale_at, scales, mask=scale_mask)
 
 
 def int8_gelu(
-    x: torch.Tensor, x_scales: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *, group_size: int, eps: float
+    x: torch.Tensor, x_scales: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, spec: QuantSpec, *, group_size: int
 ) -> None:
     """Writes GELU of x * x_scales as values and scales.
 
     x, values: (M, N) int8 contiguous. x_scales, scales: (M, ceil(N / group_size)) float32 contiguous. group_size: a power of two, at most
-    512. eps: floor of a group's absolute maximum.
+    512. spec: of int8.
     """
     rows, columns = x.shape
     if x.numel() == 0:
@@ -105,13 +115,10 @@ def int8_gelu(
         x_scales,
         values,
         scales,
-        rows,
-        columns,
-        eps,
-        GROUP=group_size,
-        BLOCK_M=block_m,
-        BLOCK_G=block_g,
-        EVEN=columns % (group_size * block_g) == 0,
+        rows=rows,
+        columns=columns,
+        spec=spec,
+        TILE=Tile(block_m, block_g, group_size, even=columns % (group_size * block_g) == 0),
         num_warps=4 if large else 1,
         # the roundings of gelu and of the quantization are each their own
         enable_fp_fusion=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,21 @@ from moequant.kernels.library.launch import launchable
 BLOCK = 4096
 # up to so many numbers every program finds the maximum of all of them by itself: no launch before it
 SCANNED = 2**16
+
+
+class Largest(NamedTuple):
+    """What `amax_kernel` has found: one number of each of so many parts. lanes: parts, rounded up to a power of two, a constant."""
+
+    pointer: torch.Tensor | None
+    parts: int
+    lanes: tl.constexpr
+
+
+class Range(NamedTuple):
+    """floor: of the absolute maximum. most: what it becomes."""
+
+    floor: float
+    most: float
 
 
 @triton.jit
@@ -43,36 +60,34 @@ def amax_kernel(x_ptr, largest_ptr, count, EARLY: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def quantize_tensor_kernel(
     x_ptr,
-    largest_ptr,
+    largest,
     scale_ptr,
     values_ptr,
     count,
-    parts,
+    RANGE: tl.constexpr,
     COMPUTED: tl.constexpr,
-    FLOOR: tl.constexpr,
-    MAX: tl.constexpr,
     EARLY: tl.constexpr,
-    LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """values = x * scale, clamped and rounded. A program has BLOCK numbers.
 
-    scale_ptr is read, or, if COMPUTED, written: MAX / amax, 1 for zeros, NaN for Inf and NaN. amax: of `parts` numbers in largest_ptr, or
-    without it of x. LANES: parts, rounded up to a power of two.
+    scale_ptr is read, or, if COMPUTED, written: MAX / amax, 1 for zeros, NaN for Inf and NaN. amax: of the numbers in largest, or without
+    them of x.
     Example: 10 numbers, BLOCK=4: program 2 has numbers 8..9.
     """
+    MAX: tl.constexpr = RANGE.most
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     # before the kernel that finds the maximum has ended: it writes no x, and began when x was there
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if COMPUTED:
-        if largest_ptr is None:
+        if largest.pointer is None:
             bits = largest_bits(x_ptr, 0, 1, count, BLOCK)
         else:
             await_previous(EARLY)
-            lane = tl.arange(0, LANES)
-            bits = tl.max(tl.load(largest_ptr + lane, mask=lane < parts, other=0), axis=0)
-        amax = tl.maximum(bits.to(tl.float32, bitcast=True), FLOOR)
+            lane = tl.arange(0, largest.lanes)
+            bits = tl.max(tl.load(largest.pointer + lane, mask=lane < largest.parts, other=0), axis=0)
+        amax = tl.maximum(bits.to(tl.float32, bitcast=True), RANGE.floor)
         scale = tl.where(bits == 0, 1.0, tl.div_rn(tl.full([], MAX, tl.float32), amax))
         scale = tl.where(bits >= INF_BITS, float("nan"), scale)
         if tl.program_id(0) == 0:
@@ -115,16 +130,13 @@ def quantize_tensor(
         amax_kernel[(parts,)](x, largest, count, EARLY=early, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     quantize_tensor_kernel[(blocks,)](
         x,
-        largest,
+        Largest(largest, parts, tl.constexpr(triton.next_power_of_2(parts))),
         scale,
         values,
         count,
-        parts,
+        RANGE=Range(floor, max_value),
         COMPUTED=computed,
-        FLOOR=floor,
-        MAX=max_value,
         EARLY=early,
-        LANES=triton.next_power_of_2(parts),
         BLOCK=BLOCK,
         num_warps=4,
         # a product that is rounded to an integer by an addition must be rounded by itself first

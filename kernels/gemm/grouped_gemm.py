@@ -22,6 +22,47 @@ from moequant.kernels.library.launch import launchable
 GROUP_SIZE = 128
 
 
+class Scales(NamedTuple):
+    """Of both operands, or None, and the elements between a's experts and groups."""
+
+    a: Tensor | None
+    b: Tensor | None
+    a_expert: int
+    a_group: int
+
+
+class Output(NamedTuple):
+    rows: Tensor | None
+    partials: Tensor | None
+
+
+class Product(NamedTuple):
+    """experts: rounded up to a power of two."""
+
+    columns: int
+    depth: int
+    segments: int
+    experts: int
+
+
+class Tile(NamedTuple):
+    """m, n, k: of a tile. band: row tiles of a band. parts: programs that share a tile.
+
+    flatten: one loop over the steps of all tiles, so that the loads of a tile start while the one before is being finished.
+    early: the next launch may begin while this one runs.
+    """
+
+    m: int
+    n: int
+    k: int
+    band: int
+    tma: bool
+    stages: int
+    flatten: bool
+    parts: int
+    early: bool
+
+
 @triton.jit
 def locate_tile(tile, ends, counts, BLOCK_M: tl.constexpr, BAND: tl.constexpr, COLUMN_TILES: tl.constexpr):
     """The expert, its valid rows, the row tile and the column tile of a tile number: see `grouped_gemm_kernel`.
@@ -47,34 +88,18 @@ def grouped_gemm_kernel(
     b,
     out,
     destinations,
-    partials,
-    a_scales,
-    b_scales,
+    scales,
     num_tokens,
-    experts,
-    M,
-    scale_stride_expert,
-    scale_stride_group,
-    N: tl.constexpr,
-    K_DIM: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BAND: tl.constexpr,
-    TMA: tl.constexpr,
-    STAGES: tl.constexpr,
-    FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
+    size,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Each program computes every num_programs-th tile (BLOCK_M, BLOCK_N) of the valid output. Only counts are read to find them.
 
-    a, b: descriptors of (L*M, K_DIM) and (L*N, K_DIM) if TMA, else pointers. EXPERTS: L, rounded up to a power of two.
-    destinations: the address for each row, or None: then out holds them.
-    partials: None, or (PARTS, L, M, N) float32: PARTS programs share a tile, each sums a part of the steps. `sum_parts` does the rest.
-    FLATTEN: one loop over the steps of all tiles, so that the loads of a tile start while the one before is being finished.
+    a, b: descriptors of (L*M, K_DIM) and (L*N, K_DIM) if TILE.tma, else pointers. size: L and M.
+    destinations: the address for each row, or None: then out.rows holds them.
+    out.partials: None, or (PARTS, L, M, N) float32: PARTS programs share a tile, each sums a part of the steps, and `sum_parts` does the
+    rest.
     Tiles are numbered expert by expert; within an expert by bands of BAND row tiles, column by column, the rows of a band fastest: CTAs
     that run at the same time then read the same weights, and in a tall expert not more than BAND different tiles of activations.
     A column tile never crosses from one segment to the next, nor from one block of 128 columns to the next: it has one row of b_scales.
@@ -87,13 +112,21 @@ def grouped_gemm_kernel(
         row tile             0  1  0  1  0  1  0  1   0  1  0  1  0  1  0  1   2  2  2  2
         column tile          0  0  1  1  2  2  3  3   0  0  1  1  2  2  3  3   0  1  2  3
     """
+    N: tl.constexpr = SHAPE.columns
+    K_DIM: tl.constexpr = SHAPE.depth
+    SEGMENTS: tl.constexpr = SHAPE.segments
+    BLOCK_M: tl.constexpr = TILE.m
+    BLOCK_N: tl.constexpr = TILE.n
+    BLOCK_K: tl.constexpr = TILE.k
+    PARTS: tl.constexpr = TILE.parts
     SEGMENT_N: tl.constexpr = N // SEGMENTS
     SEGMENT_TILES: tl.constexpr = (SEGMENT_N + BLOCK_N - 1) // BLOCK_N
     SEGMENT_BLOCKS: tl.constexpr = (SEGMENT_N + 127) // 128
     COLUMN_TILES: tl.constexpr = SEGMENTS * SEGMENT_TILES
     STEPS: tl.constexpr = (K_DIM + BLOCK_K - 1) // BLOCK_K
 
-    index = tl.arange(0, EXPERTS)
+    experts, M = size
+    index = tl.arange(0, SHAPE.experts)
     if num_tokens is None:
         counts = tl.where(index < experts, M, 0)
     else:
@@ -101,12 +134,12 @@ def grouped_gemm_kernel(
         counts = tl.minimum(tl.maximum(counts, 0), M)
     ends = tl.cumsum(tl.cdiv(counts, BLOCK_M) * COLUMN_TILES, 0)
     tiles = tl.max(ends, 0)
-    group_stride = tl.cast(scale_stride_group, tl.int64)
+    group_stride = tl.cast(scales.a_group, tl.int64)
 
-    let_next_begin(EARLY)
-    for unit in tl.range(tl.program_id(0), tiles * PARTS, tl.num_programs(0), flatten=FLATTEN):
+    let_next_begin(TILE.early)
+    for unit in tl.range(tl.program_id(0), tiles * PARTS, tl.num_programs(0), flatten=TILE.flatten):
         tile = unit // PARTS
-        expert, count, row_tile, column_tile = locate_tile(tile, ends, counts, BLOCK_M, BAND, COLUMN_TILES)
+        expert, count, row_tile, column_tile = locate_tile(tile, ends, counts, BLOCK_M, TILE.band, COLUMN_TILES)
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         first_column = column_tile // SEGMENT_TILES * SEGMENT_N + column_tile % SEGMENT_TILES * BLOCK_N
         columns_left = SEGMENT_N - column_tile % SEGMENT_TILES * BLOCK_N
@@ -118,21 +151,21 @@ def grouped_gemm_kernel(
         a_row = expert * M + row_tile * BLOCK_M
         b_row = expert * N + first_column
         # rows and columns that are not stored may hold anything: no product mixes them with the others
-        if not TMA:
+        if not TILE.tma:
             a_pointers = a + (a_row.to(tl.int64) + tl.arange(0, BLOCK_M))[:, None] * K_DIM + depth[None, :]
             b_pointers = b + (b_row.to(tl.int64) + in_tile)[:, None] * K_DIM + depth[None, :]
-        if a_scales is not None:
-            a_scale_pointers = a_scales + expert.to(tl.int64) * scale_stride_expert + rows
+        if scales.a is not None:
+            a_scale_pointers = scales.a + expert.to(tl.int64) * scales.a_expert + rows
             block = column_tile // SEGMENT_TILES * SEGMENT_BLOCKS + column_tile % SEGMENT_TILES * BLOCK_N // 128
-            b_scale_pointer = b_scales + (expert * (SEGMENTS * SEGMENT_BLOCKS) + block) * STEPS
+            b_scale_pointer = scales.b + (expert * (SEGMENTS * SEGMENT_BLOCKS) + block) * STEPS
 
         first_step, last_step = 0, STEPS
         if PARTS > 1:
             first_step = unit % PARTS * STEPS // PARTS
             last_step = (unit % PARTS + 1) * STEPS // PARTS
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in tl.range(first_step, last_step, num_stages=STAGES):
-            if TMA:
+        for step in tl.range(first_step, last_step, num_stages=TILE.stages):
+            if TILE.tma:
                 x = a.load([a_row, step * BLOCK_K])
                 w = b.load([b_row, step * BLOCK_K])
             else:
@@ -144,7 +177,7 @@ def grouped_gemm_kernel(
                     b_mask = b_mask & in_k
                 x = tl.load(a_pointers + step * BLOCK_K, mask=a_mask, other=0.0)
                 w = tl.load(b_pointers + step * BLOCK_K, mask=b_mask, other=0.0)
-            if a_scales is None:
+            if scales.a is None:
                 acc = tl.dot(x, w.T, acc)
             else:
                 a_scale = tl.load(a_scale_pointers + step * group_stride, mask=valid_row, other=0.0)
@@ -153,9 +186,9 @@ def grouped_gemm_kernel(
 
         mask = valid_row[:, None] & valid_column[None, :]
         if destinations is None or PARTS > 1:
-            output = out
+            output = out.rows
             if PARTS > 1:
-                output = partials + tl.cast(unit % PARTS, tl.int64) * experts * M * N
+                output = out.partials + tl.cast(unit % PARTS, tl.int64) * experts * M * N
             output_rows = output + (expert.to(tl.int64) * M + rows)[:, None] * N
             tl.store(output_rows + first_column + in_tile[None, :], acc.to(output.dtype.element_ty), mask=mask)
         else:
@@ -316,29 +349,23 @@ def grouped_gemm_blockscale(
     grouped_gemm_kernel[(programs,)](
         descriptor(a, config.block_m, block_k) if tma else a,
         descriptor(b, config.block_n, block_k) if tma else b,
-        out,
+        Output(out, partials),
         destinations,
-        partials,
-        a_scales,
-        b_scales,
+        Scales(None, None, 0, 0) if a_scales is None else Scales(a_scales, b_scales, a_scales.stride(0), a_scales.stride(2)),
         num_tokens,
-        experts,
-        rows,
-        0 if a_scales is None else a_scales.stride(0),
-        0 if a_scales is None else a_scales.stride(2),
-        N=columns,
-        K_DIM=depth,
-        SEGMENTS=segments,
-        EXPERTS=triton.next_power_of_2(experts),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=block_k,
-        BAND=BAND,
-        TMA=tma,
-        STAGES=fitting_stages(config, limits, 2 if out is None else out.element_size()),
-        FLATTEN=config.flatten and depth > 0,
-        PARTS=config.parts,
-        EARLY=early,
+        size=(experts, rows),
+        SHAPE=Product(columns, depth, segments, triton.next_power_of_2(experts)),
+        TILE=Tile(
+            m=config.block_m,
+            n=config.block_n,
+            k=block_k,
+            band=BAND,
+            tma=tma,
+            stages=fitting_stages(config, limits, 2 if out is None else out.element_size()),
+            flatten=config.flatten and depth > 0,
+            parts=config.parts,
+            early=early,
+        ),
         num_warps=config.warps,
         # as the Hopper kernels
         enable_fp_fusion=True,

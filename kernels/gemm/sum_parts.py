@@ -13,7 +13,7 @@ from moequant.kernels.library.early import await_previous, launch_option
 from moequant.kernels.library.launch import launchable
 
 # Columns of a program.
-BLOCK = 512
+BLOCK = tl.constexpr(512)
 
 
 @launchable
@@ -23,19 +23,18 @@ def sum_parts_kernel(
     out,
     destinations,
     num_tokens,
-    M,
-    N,
-    part_stride,
+    size,
     PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     EARLY: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Program (i, j) adds columns j * BLOCK.. of row i of all experts' rows, part after part. ALIGNED: rows of 16 bytes each.
+    """Program (i, j) adds columns j * BLOCK.. of row i of all experts' rows, part after part. size: M, N, and the
+    elements from one part to the next. ALIGNED: rows of 16 bytes each.
 
     Example: M=2, N=600, PARTS=3, counts [1, 2]: program (3, 1) adds columns 512..599 of the second expert's row 1, of three parts;
     program (1, 0) has nothing to do, as the first expert has one row.
     """
+    M, N, part_stride = size
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
@@ -66,18 +65,15 @@ def sum_parts(partials: Tensor, out: Tensor | None, destinations: Tensor | None,
     early: this launch may begin while the one before it, the grouped GEMM, still runs.
     """
     parts, experts, rows, columns = partials.shape
-    sum_parts_kernel[(experts * rows, triton.cdiv(columns, BLOCK))](
+    sum_parts_kernel[(experts * rows, triton.cdiv(columns, BLOCK.value))](
         partials,
         out,
         destinations,
         num_tokens,
-        rows,
-        columns,
-        experts * rows * columns,
+        size=(rows, columns, experts * rows * columns),
         PARTS=parts,
         ALIGNED=columns % 8 == 0,
         EARLY=early,
-        BLOCK=BLOCK,
         # 8 columns a thread
         num_warps=2,
         **launch_option(early),

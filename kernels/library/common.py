@@ -67,16 +67,17 @@ def converts_e4m3():
 
 
 @triton.jit
-def group_scale(bits, eps, MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+def group_scale(bits, spec):
     """The scale of groups whose absolute maximum has these float32 bits: floor, divide, round up; NaN for Inf and NaN.
 
-    amax / MAX by a product and its remainder: right for all 2**23 mantissas and each MAX, which a test runs through.
+    amax / max_value by a product and its remainder: right for all 2**23 mantissas and each max_value, which a test runs through.
     """
-    amax = tl.maximum(bits.to(tl.float32, bitcast=True), eps)
+    amax = tl.maximum(bits.to(tl.float32, bitcast=True), spec.eps)
+    MAX: tl.constexpr = spec.max_value
     RECIPROCAL_MAX: tl.constexpr = 1.0 / MAX
     q = amax * RECIPROCAL_MAX
     scale = tl.fma(tl.fma(q, tl.full(q.shape, -MAX, tl.float32), amax), tl.full(q.shape, RECIPROCAL_MAX, tl.float32), q)
-    if POWER_OF_TWO:
+    if spec.power_of_two:
         # a mantissa that is not zero carries into the exponent
         scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & INF_BITS).to(tl.float32, bitcast=True)
     return tl.where(bits >= INF_BITS, float("nan"), scale)
@@ -136,20 +137,18 @@ def convert_e4m3fnuz(doubled):
 
 
 @triton.jit
-def quantize_group(
-    x, eps, AXIS: tl.constexpr, MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, RECIPROCAL: tl.constexpr, target: tl.constexpr
-):
+def quantize_group(x, spec, AXIS: tl.constexpr, target: tl.constexpr):
     """Quantizes float32 x in groups along AXIS, its last one. Returns values of the element type target, and scales without AXIS.
 
     x / scale is correctly rounded at the cost of a product: with r the correctly rounded 1 / scale, q = x * r is off by at most a few
     units in the last place, the fma gives its remainder exactly, and the second fma corrects it (Markstein, IBM J. R&D 34-1, 1990).
-    The clamp of the recipes needs no instruction: |x| <= amax, so the quotient exceeds MAX by rounding alone, and rounds to MAX.
+    The clamp of the recipes needs no instruction: |x| <= amax, so the quotient exceeds max_value by rounding alone, and rounds to it.
     """
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
-    scale = group_scale(bits, eps, MAX, POWER_OF_TWO)
+    scale = group_scale(bits, spec)
     reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     bits, wide_scale, reciprocal = tl.expand_dims(bits, AXIS), tl.expand_dims(scale, AXIS), tl.expand_dims(reciprocal, AXIS)
-    return divide_and_round(x, bits, wide_scale, reciprocal, RECIPROCAL, target), scale
+    return divide_and_round(x, bits, wide_scale, reciprocal, spec.reciprocal, target), scale
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Device functions of the symmetric transport: addresses in other ranks' memory, flags, and waits that end.
 
-W ranks. Every rank has one block of memory of the same layout, which all of them can address; `peers` is a (W,) int64 table of where
-each rank's block lies in this rank's address space, and an offset counts bytes from the beginning of a block.
+W ranks. Every rank has one block of memory of the same layout, which all of them can address, and an offset counts bytes from the
+beginning of a block. `Peers` says where the blocks lie, and what else a kernel has to know of the ranks.
 
 Flags are int32 words, W of them for the rows, for the outputs and for the rows of a second wave of a call, in the memory of the rank that
 waits: word r belongs to rank r, which writes the number of the call (the epoch) into it; into that of the outputs 4 * epoch + way, where
@@ -18,8 +18,11 @@ counts as well.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
 # The abort word while all is well. A fault is a smaller number: step << 8 | rank, where step is (epoch * 4 + phase) modulo 2**22. Ranks
@@ -32,6 +35,41 @@ COUNTS, ROWS, OUTPUTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WAYS = tl.constexpr(4)
 
 
+class Peers(NamedTuple):
+    """What a kernel is told of the ranks: one argument of it and of what it calls. Kernels don't specialize on it.
+
+    pointers: (W,) int64, where each rank's block lies in this rank's address space.
+    epoch, ticket: (1,) int32, the number of the last call, and how many programs of a launch are done.
+    fault, record: (1,) int32, what the last wait found, for the kernels that follow, and in the host's memory.
+    flags, abort: offsets of the flags of a phase and of the abort word.
+    limit: of a wait, in units of 2**20 ns.
+    """
+
+    pointers: Tensor
+    epoch: Tensor
+    ticket: Tensor
+    fault: Tensor
+    record: Tensor
+    flags: int
+    abort: int
+    rank: int
+    ranks: int
+    limit: int
+
+
+class Notes(NamedTuple):
+    """The notes of a rank's rows (`push_tokens.py`), (L, M, words) int32, of which the first scale_words hold scales: two constants."""
+
+    pointer: Tensor
+    words: tl.constexpr
+    scale_words: tl.constexpr
+
+
+def notes_of(notes: Tensor, groups: int) -> Notes:
+    """groups: 0 where rows have no scales."""
+    return Notes(notes, tl.constexpr(notes.shape[2]), tl.constexpr(triton.cdiv(groups, 4) * 4))
+
+
 @triton.jit
 def first_flag(epoch, PHASE: tl.constexpr):
     """The least flag of an epoch."""
@@ -39,9 +77,9 @@ def first_flag(epoch, PHASE: tl.constexpr):
 
 
 @triton.jit
-def peer_block(peers_ptr, rank, offset, element: tl.constexpr):
+def peer_block(peers, rank, offset, element: tl.constexpr):
     """The address of byte `offset` of a rank's block, a multiple of 16, which the compiler can't know of an address from a table."""
-    return tl.multiple_of((tl.load(peers_ptr + rank) + offset).to(tl.pointer_type(element)), 16)
+    return tl.multiple_of((tl.load(peers.pointers + rank) + offset).to(tl.pointer_type(element)), 16)
 
 
 @triton.jit
@@ -52,71 +90,55 @@ def agreed(x):
 
 
 @triton.jit
-def signal_peers(peers_ptr, flags_offset, flag, rank, ranks, LANES: tl.constexpr):
+def signal_peers(peers, flag, LANES: tl.constexpr):
     """Tells all ranks that this one's stores for a phase are done: those of this program, and those of programs that this one has
     synchronised with."""
     lane = tl.arange(0, LANES)
-    inside = lane < ranks
-    flags = (tl.load(peers_ptr + lane, mask=inside, other=0) + flags_offset).to(tl.pointer_type(tl.int32)) + rank
+    inside = lane < peers.ranks
+    flags = (tl.load(peers.pointers + lane, mask=inside, other=0) + peers.flags).to(tl.pointer_type(tl.int32)) + peers.rank
     # every warp's stores are issued before one lane for each peer releases them
     tl.debug_barrier()
     tl.atomic_xchg(flags, tl.zeros((LANES,), tl.int32) + flag, mask=inside, sem="release", scope="sys")
 
 
 @triton.jit
-def end_wait(
-    peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, PHASE: tl.constexpr, LANES: tl.constexpr
-):
-    """After a wait: where rank `missing` did not come, and nobody has said so yet, tells all ranks. Returns the fault, or NO_FAULT.
-
-    It is left in fault_ptr, for the kernels that follow, and in record_ptr, in the host's memory.
-    """
-    if (missing < ranks) & (fault == NO_FAULT):
+def end_wait(peers, epoch, missing, fault, PHASE: tl.constexpr, LANES: tl.constexpr):
+    """After a wait: where rank `missing` did not come, and nobody has said so yet, tells all ranks. Returns the fault, or NO_FAULT, and
+    leaves it in peers.fault and peers.record."""
+    if (missing < peers.ranks) & (fault == NO_FAULT):
         fault = (((epoch * 4 + PHASE) & STEP_MASK) << 8) | missing
         lane = tl.arange(0, LANES)
-        inside = lane < ranks
-        aborts = (tl.load(peers_ptr + lane, mask=inside, other=0) + abort_offset).to(tl.pointer_type(tl.int32))
+        inside = lane < peers.ranks
+        aborts = (tl.load(peers.pointers + lane, mask=inside, other=0) + peers.abort).to(tl.pointer_type(tl.int32))
         tl.atomic_min(aborts, tl.zeros((LANES,), tl.int32) + fault, mask=inside, sem="release", scope="sys")
-    tl.store(fault_ptr, fault)
+    tl.store(peers.fault, fault)
     if fault != NO_FAULT:
-        tl.store(record_ptr, fault)
+        tl.store(peers.record, fault)
     # loads of what the peers stored come after the wait in every warp
     tl.debug_barrier()
     return fault
 
 
 @triton.jit
-def wait_for_peers(
-    peers_ptr,
-    flags_offset,
-    abort_offset,
-    fault_ptr,
-    record_ptr,
-    epoch,
-    way,
-    limit,
-    rank,
-    ranks,
-    PHASE: tl.constexpr,
-    LANES: tl.constexpr,
-):
+def wait_for_peers(peers, epoch, way, PHASE: tl.constexpr, LANES: tl.constexpr):
     """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT, and how many ranks' outputs come in another way
     than this rank's; of one that is an epoch ahead that can't be seen any more.
 
-    Ends as well when a fault is known, or after `limit` units of 2**20 ns: then the first rank that is missing is the culprit, and every
-    rank is told. A fault stays, so that later waits end at once.
+    Ends as well when a fault is known, or after peers.limit: then the first rank that is missing is the culprit, and every rank is told.
+    A fault stays, so that later waits end at once.
     """
     lane = tl.arange(0, 2 * LANES)
-    mine = tl.load(peers_ptr + rank)
+    ranks = peers.ranks
+    mine = tl.load(peers.pointers + peers.rank)
     # the abort word is looked at together with the flags: one way to memory and back, not two
-    words = mine + tl.where(lane == ranks, abort_offset, flags_offset + 4 * lane)
+    words = mine + tl.where(lane == ranks, peers.abort, peers.flags + 4 * lane)
     words = words.to(tl.pointer_type(tl.int32))
     started = globaltimer()
     waited = started - started
     missing = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
     strangers = tl.zeros((), tl.int32)
-    while (missing < ranks) & (fault == NO_FAULT) & (waited < limit):
+    while (missing < ranks) & (fault == NO_FAULT) & (waited < peers.limit):
         # what an atomic operation returns is the same in all warps
         seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
         ahead = seen - first_flag(epoch, PHASE)
@@ -125,7 +147,7 @@ def wait_for_peers(
             strangers = tl.sum(((lane < ranks) & (ahead < WAYS) & (ahead != way)).to(tl.int32), axis=0)
         fault = tl.sum(tl.where(lane == ranks, seen, 0), axis=0)
         waited = agreed((globaltimer() - started) >> 20)
-    fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, PHASE, LANES)
+    fault = end_wait(peers, epoch, missing, fault, PHASE, LANES)
     return fault, strangers
 
 

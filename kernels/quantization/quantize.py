@@ -5,12 +5,34 @@ L experts, M rows of an expert's buffer, H columns, G groups of GROUP columns.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.arguments import QuantSpec, Shape, Strided, strided
 from moequant.kernels.library.common import locate_block, num_sms, quantize_group, row_blocks, silu_mul_product, storable
 from moequant.kernels.library.launch import launchable
+
+
+class Cut(NamedTuple):
+    """How a launch cuts an expert batch: rows and groups of a tile, warps of a program, programs for each multiprocessor."""
+
+    rows: int
+    groups: int
+    warps: int
+    programs_per_sm: int
+
+
+class Tile(NamedTuple):
+    """rows, groups: of a tile. group: columns of one. experts: rounded up to a power of two. even: the tiles divide the columns."""
+
+    rows: int
+    groups: int
+    group: int
+    experts: int
+    even: bool
 
 
 @triton.jit
@@ -24,16 +46,14 @@ def tile_mask(first_row, first_column, row, column, count, columns, EVEN: tl.con
 
 
 @triton.jit
-def load_tile(
-    x_ptr, expert, first_row, first_column, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED: tl.constexpr
-):
+def load_tile(x, expert, first_row, first_column, in_tile, mask, columns, GATED: tl.constexpr):
     """The tile's numbers, in their own type, and for SwiGLU the ones that they gate, `columns` further on."""
-    at = x_ptr + expert.to(tl.int64) * x_stride_l + first_row.to(tl.int64) * x_stride_m + first_column.to(tl.int64) * x_stride_h
-    x = tl.load(at + in_tile, mask=mask, other=0.0)
-    up = x
+    at = x.pointer + expert.to(tl.int64) * x.matrix + first_row.to(tl.int64) * x.row + first_column.to(tl.int64) * x.column
+    gate = tl.load(at + in_tile, mask=mask, other=0.0)
+    up = gate
     if GATED:
-        up = tl.load(at + tl.cast(columns, tl.int64) * x_stride_h + in_tile, mask=mask, other=0.0)
-    return x, up
+        up = tl.load(at + tl.cast(columns, tl.int64) * x.column + in_tile, mask=mask, other=0.0)
+    return gate, up
 
 
 @triton.jit
@@ -52,46 +72,33 @@ def locate_rows(block, counts, ends, experts, rows, BLOCK: tl.constexpr, EXPERTS
 @launchable
 @triton.jit
 def quantize_kernel(
-    x_ptr,
     num_tokens_ptr,
-    values_ptr,
-    scales_ptr,
-    experts,
-    rows,
-    columns,
-    x_stride_l,
-    x_stride_m,
-    x_stride_h,
-    v_stride_l,
-    v_stride_m,
-    v_stride_h,
-    s_stride_l,
-    s_stride_m,
-    s_stride_g,
-    eps,
+    x,
+    values,
+    scales,
+    shape,
+    spec,
     GATED: tl.constexpr,
-    MAX: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
     PACKED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    EVEN: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Each tile is BLOCK_M rows of one expert by BLOCK_G groups of the output's columns; tiles cover valid rows only and are dealt to
     the programs in turn. A program loads its next tile before it works on the present one.
 
-    GATED: column i of the output is silu(x[i]) * x[columns + i]. Without scales_ptr the product is stored as it is.
-    PACKED: scales_ptr takes exponents, a byte each; four groups lie side by side, s_stride_g bytes from the next four. BLOCK_G is then a
+    GATED: column i of the output is silu(x[i]) * x[columns + i]. Without scales the product is stored as it is.
+    PACKED: scales are exponents, a byte each; four groups lie side by side, scales.column bytes from the next four. BLOCK_G is then a
     multiple of 4.
-    EVEN: BLOCK_G groups divide the columns.
 
     Example: counts [9, 0, 3], BLOCK_M=8, G=3, BLOCK_G=2: 3 row blocks by 2 group blocks are 6 tiles; tile 3 is row block 1 (rows 8..15
     of expert 0, of which row 8 is valid) and groups 2..3 (of which 2 exists).
     """
+    COUNTED: tl.constexpr = num_tokens_ptr is not None
+    GROUP: tl.constexpr = TILE.group
+    BLOCK_M: tl.constexpr = TILE.rows
+    BLOCK_G: tl.constexpr = TILE.groups
+    EXPERTS: tl.constexpr = TILE.experts
+    EVEN: tl.constexpr = TILE.even
+    experts, rows, columns = shape
     counts, ends = row_blocks(num_tokens_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED)
     groups = tl.cdiv(columns, GROUP)
     group_blocks = tl.cdiv(groups, BLOCK_G)
@@ -102,18 +109,16 @@ def quantize_kernel(
     group = tl.arange(0, BLOCK_G)
     column = group[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     row64 = row.to(tl.int64)[:, None, None]
-    in_tile = row64 * x_stride_m + column.to(tl.int64) * x_stride_h
-    out_in_tile = row64 * v_stride_m + column.to(tl.int64) * v_stride_h
-    scale_in_group = group // 4 * tl.cast(s_stride_g, tl.int64) + group % 4 if PACKED else group.to(tl.int64) * s_stride_g
-    scale_in_tile = row.to(tl.int64)[:, None] * s_stride_m + scale_in_group[None, :]
+    in_tile = row64 * x.row + column.to(tl.int64) * x.column
+    out_in_tile = row64 * values.row + column.to(tl.int64) * values.column
+    scale_in_group = group // 4 * tl.cast(scales.column, tl.int64) + group % 4 if PACKED else group.to(tl.int64) * scales.column
+    scale_in_tile = row.to(tl.int64)[:, None] * scales.row + scale_in_group[None, :]
 
     tile = tl.program_id(0)
     expert, first_row, count = locate_rows(tile // group_blocks, counts, ends, experts, rows, BLOCK_M, EXPERTS, COUNTED)
     first_group = tile % group_blocks * BLOCK_G
     mask = tile_mask(first_row, first_group * GROUP, row, column, count, columns, EVEN)
-    x, up = load_tile(
-        x_ptr, expert, first_row, first_group * GROUP, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED
-    )
+    gate, up = load_tile(x, expert, first_row, first_group * GROUP, in_tile, mask, columns, GATED)
     while tile < tiles:
         next_tile = tile + tl.num_programs(0)
         # past the last tile there is no valid row
@@ -121,33 +126,31 @@ def quantize_kernel(
         next_expert, next_row, next_count = locate_rows(next_block, counts, ends, experts, rows, BLOCK_M, EXPERTS, COUNTED)
         next_group = next_tile % group_blocks * BLOCK_G
         mask = tile_mask(next_row, next_group * GROUP, row, column, next_count, columns, EVEN)
-        next_x, next_up = load_tile(
-            x_ptr, next_expert, next_row, next_group * GROUP, x_stride_l, x_stride_m, x_stride_h, in_tile, mask, columns, GATED
-        )
+        next_gate, next_up = load_tile(x, next_expert, next_row, next_group * GROUP, in_tile, mask, columns, GATED)
 
         e = expert.to(tl.int64)
         m = first_row.to(tl.int64)
         g = first_group.to(tl.int64)
         mask = tile_mask(first_row, first_group * GROUP, row, column, count, columns, EVEN)
-        numbers = silu_mul_product(x.to(tl.float32), up.to(tl.float32)) if GATED else x.to(tl.float32)
-        values_at = values_ptr + e * v_stride_l + m * v_stride_m + g * GROUP * v_stride_h
-        if scales_ptr is None:
-            tl.store(values_at + out_in_tile, numbers.to(values_ptr.dtype.element_ty), mask=mask)
+        numbers = silu_mul_product(gate.to(tl.float32), up.to(tl.float32)) if GATED else gate.to(tl.float32)
+        values_at = values.pointer + e * values.matrix + m * values.row + g * GROUP * values.column
+        if scales.pointer is None:
+            tl.store(values_at + out_in_tile, numbers.to(values.pointer.dtype.element_ty), mask=mask)
         else:
-            values, scales = quantize_group(numbers, eps, 2, MAX, POWER_OF_TWO, RECIPROCAL, values_ptr.dtype.element_ty)
-            tl.store(values_at + out_in_tile, values, mask=mask)
+            narrow, factors = quantize_group(numbers, spec, 2, values.pointer.dtype.element_ty)
+            tl.store(values_at + out_in_tile, narrow, mask=mask)
             valid = (first_row + row < count)[:, None]
             in_group = (first_group + group)[None, :]
             if PACKED:
-                scales_at = scales_ptr + e * s_stride_l + m * s_stride_m + g // 4 * s_stride_g
-                exponents = tl.where(in_group < groups, scales.to(tl.int32, bitcast=True) >> 23, 0).to(tl.uint8)
+                scales_at = scales.pointer + e * scales.matrix + m * scales.row + g // 4 * scales.column
+                exponents = tl.where(in_group < groups, factors.to(tl.int32, bitcast=True) >> 23, 0).to(tl.uint8)
                 tl.store(scales_at + scale_in_tile, exponents, mask=valid & (in_group < tl.cdiv(groups, 4) * 4))
             else:
-                scales_at = scales_ptr + e * s_stride_l + m * s_stride_m + g * s_stride_g
-                tl.store(scales_at + scale_in_tile, scales, mask=valid & (in_group < groups))
+                scales_at = scales.pointer + e * scales.matrix + m * scales.row + g * scales.column
+                tl.store(scales_at + scale_in_tile, factors, mask=valid & (in_group < groups))
 
         tile, expert, first_row, first_group, count = next_tile, next_expert, next_row, next_group, next_count
-        x, up = next_x, next_up
+        gate, up = next_gate, next_up
 
 
 def launch_quantize(
@@ -155,55 +158,43 @@ def launch_quantize(
     num_tokens: torch.Tensor | None,
     values: torch.Tensor,
     scales: torch.Tensor | None,
-    gated: bool,
+    spec: QuantSpec | None,
+    cut: Cut,
     *,
+    gated: bool,
     group_size: int = 128,
-    max_value: float = 0.0,
-    eps: float = 0.0,
-    power_of_two: bool = False,
-    reciprocal: bool = False,
-    block_m: int,
-    block_g: int,
-    num_warps: int,
-    programs_per_sm: int,
 ) -> None:
-    """Launches the kernel on the valid rows of values (L, M, columns)."""
-    experts, rows, columns = values.shape
+    """Launches the kernel on the valid rows of values (L, M, columns). spec: None without scales."""
+    shape = Shape(*values.shape)
     if values.numel() == 0:
         return
-    worst = experts * triton.cdiv(rows, block_m) * triton.cdiv(columns, group_size * block_g)
+    worst = shape.experts * triton.cdiv(shape.rows, cut.rows) * triton.cdiv(shape.columns, group_size * cut.groups)
     packed = scales is not None and scales.dtype == torch.int32
-    strides = (0, 0, 0) if scales is None else scales.stride()
-    if packed:
-        # bytes, of which the first row's are what the kernel has to be told
-        scales, strides = scales.transpose(1, 2).view(torch.uint8), tuple(4 * stride for stride in strides)
-    quantize_kernel[(min(worst, num_sms(x.device) * programs_per_sm),)](
-        x,
+    quantize_kernel[(min(worst, num_sms(x.device) * cut.programs_per_sm),)](
         num_tokens,
-        storable(values),
-        scales,
-        experts,
-        rows,
-        columns,
-        *x.stride(),
-        *values.stride(),
-        *strides,
-        eps,
+        strided(x),
+        strided(storable(values)),
+        packed_bytes(scales) if packed else strided(scales),
+        shape,
+        spec,
         GATED=gated,
-        MAX=max_value,
-        POWER_OF_TWO=power_of_two,
-        RECIPROCAL=reciprocal,
         PACKED=packed,
-        COUNTED=num_tokens is not None,
-        GROUP=group_size,
-        BLOCK_M=block_m,
-        BLOCK_G=block_g,
-        EVEN=columns % (group_size * block_g) == 0,
-        EXPERTS=triton.next_power_of_2(experts),
-        num_warps=num_warps,
+        TILE=Tile(
+            rows=cut.rows,
+            groups=cut.groups,
+            group=group_size,
+            experts=triton.next_power_of_2(shape.experts),
+            even=shape.columns % (group_size * cut.groups) == 0,
+        ),
+        num_warps=cut.warps,
         # a product that is rounded to an integer by an addition must be rounded by itself first
         enable_fp_fusion=False,
     )
+
+
+def packed_bytes(scales: torch.Tensor) -> Strided:
+    """Packed scales as bytes, of which the first row's are what the kernel has to be told."""
+    return Strided(scales.transpose(1, 2).view(torch.uint8), *(4 * stride for stride in scales.stride()))
 
 
 def quantize_expert_batch(
@@ -211,18 +202,14 @@ def quantize_expert_batch(
     num_tokens: torch.Tensor | None,
     values: torch.Tensor,
     scales: torch.Tensor,
+    spec: QuantSpec,
     *,
-    group_size: int,
-    max_value: float,
-    eps: float,
-    power_of_two: bool,
-    reciprocal: bool,
+    group_size: int = 128,
 ) -> None:
     """Writes values and scales of the valid rows.
 
     x: (L, M, H) float, any strides. num_tokens: (L,) int32 or None. values: (L, M, H), any strides. scales: (L, M, G) float32, any
     strides; or (L, M, ceil(G / 4)) int32 of strides (any, 1, any), for exponents of powers of two, four in each.
-    max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`.
     """
     groups_there = triton.next_power_of_2(triton.cdiv(x.shape[2], group_size))
     # no tile is wider than the rows
@@ -231,19 +218,5 @@ def quantize_expert_batch(
     block_m = 4096 // (group_size * block_g)
     tiles = values.shape[0] * triton.cdiv(values.shape[1], block_m) * triton.cdiv(groups_there, block_g)
     small = tiles < 6 * num_sms(x.device)
-    launch_quantize(
-        x,
-        num_tokens,
-        values,
-        scales,
-        False,
-        group_size=group_size,
-        max_value=max_value,
-        eps=eps,
-        power_of_two=power_of_two,
-        reciprocal=reciprocal,
-        block_m=block_m // 4 if small else block_m,
-        block_g=block_g,
-        num_warps=2,
-        programs_per_sm=24 if small else 6,
-    )
+    cut = Cut(block_m // 4, block_g, 2, 24) if small else Cut(block_m, block_g, 2, 6)
+    launch_quantize(x, num_tokens, values, scales, spec, cut, gated=False, group_size=group_size)

@@ -5,6 +5,8 @@ T tokens, K top-k, R rows in all, H hidden size.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,34 @@ from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.symmetric import NO_FAULT
 
 
+class Remote(NamedTuple):
+    """Rows that lie with other ranks: row i is row i % rows_of_rank of rank i // rows_of_rank.
+
+    pointers: (W,) int64, where each rank's block of memory begins (`symmetric.py`); its rows begin `offset` bytes further on.
+    """
+
+    pointers: torch.Tensor
+    offset: int
+    rows_of_rank: int
+    ranks: int
+
+
+class Tile(NamedTuple):
+    """How a launch is compiled.
+
+    columns: of a program. lanes, ranks: top-k and ranks, rounded up to powers of two. early: the launch before may still run.
+    skips: tokens without any row are not written. in_order: the row of entry (t, k) is t * K + k, if rows[t, k] is not negative.
+    """
+
+    columns: int
+    top_k: int
+    lanes: int
+    ranks: int
+    early: bool
+    skips: bool
+    in_order: bool
+
+
 @launchable
 @triton.jit
 def combine_kernel(
@@ -22,54 +52,46 @@ def combine_kernel(
     rows_ptr,
     weights_ptr,
     out_ptr,
-    peers_ptr,
+    remote,
     fault_ptr,
-    peer_offset,
-    rows_of_rank,
-    num_peers,
-    columns,
-    out_stride_t,
-    PEERS: tl.constexpr,
-    SKIPS: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    EARLY: tl.constexpr,
-    K: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    size,
+    TILE: tl.constexpr,
 ):
     """Program (t, b) sums columns b * BLOCK.. of token t over k in order. The launch forbids fused multiply-add: the product is rounded
-    before the addition. SKIPS: tokens without any row are not written. IN_ORDER: the row of entry (t, k) is t * K + k, if rows[t, k] is
-    not negative.
+    before the addition.
 
-    With peers_ptr, row i is row i % rows_of_rank of rank i // rows_of_rank, whose rows begin at byte peer_offset of its block of memory
-    (`symmetric.py`); y_ptr tells their type alone. With fault_ptr, every sum is NaN after a fault.
+    size: columns, and out's elements from one token to the next. With remote the rows are other ranks', and y_ptr tells their type
+    alone. With fault_ptr, every sum is NaN after a fault.
 
     Example: K=3, rows[t] [7, -1, 2]: acc = (0 + weights[t, 0] * y[7]) + weights[t, 2] * y[2]. With rows_of_rank=4, y[7] is row 3 of
     rank 1.
     """
+    K: tl.constexpr = TILE.top_k
+    BLOCK: tl.constexpr = TILE.columns
+    columns, out_stride = size
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    lane = tl.arange(0, LANES)
+    lane = tl.arange(0, TILE.lanes)
     rows = tl.load(rows_ptr + token * K + lane, mask=lane < K, other=-1)
     if weights_ptr is not None:
         weights = tl.load(weights_ptr + token * K + lane, mask=lane < K, other=0.0).to(tl.float32)
-    if IN_ORDER:
+    if TILE.in_order:
         rows = tl.where(rows >= 0, tl.program_id(0) * K + lane, -1)
-    if peers_ptr is not None:
+    if remote is not None:
         # the table is loaded while the rows are, not after them
-        peer = tl.arange(0, PEERS)
-        table = tl.load(peers_ptr + peer, mask=peer < num_peers, other=0) + peer_offset
-        ranks = tl.maximum(rows, 0) // rows_of_rank
+        peer = tl.arange(0, TILE.ranks)
+        table = tl.load(remote.pointers + peer, mask=peer < remote.ranks, other=0) + remote.offset
+        ranks = tl.maximum(rows, 0) // remote.rows_of_rank
         blocks = tl.sum(tl.where(ranks[:, None] == peer[None, :], table[None, :], 0), axis=1)
-        rows = tl.where(rows >= 0, rows - ranks * rows_of_rank, -1)
+        rows = tl.where(rows >= 0, rows - ranks * remote.rows_of_rank, -1)
     # the rows are those of others, who may still be writing them; what says where they lie is older
-    await_previous(EARLY)
+    await_previous(TILE.early)
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         row = tl.sum(tl.where(lane == k, rows, 0), axis=0)
         present = row >= 0
         first = y_ptr
-        if peers_ptr is not None:
+        if remote is not None:
             block = tl.sum(tl.where(lane == k, blocks, 0), axis=0)
             # which the compiler can't know of an address from a table
             first = tl.multiple_of(block.to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
@@ -80,9 +102,9 @@ def combine_kernel(
     if fault_ptr is not None:
         acc = tl.where(tl.load(fault_ptr) == NO_FAULT, acc, float("nan"))
     written = column < columns
-    if SKIPS:
+    if TILE.skips:
         written = written & (tl.max(rows, axis=0) >= 0)
-    tl.store(out_ptr + token * out_stride_t + column, acc.to(out_ptr.dtype.element_ty), mask=written)
+    tl.store(out_ptr + token * out_stride + column, acc.to(out_ptr.dtype.element_ty), mask=written)
 
 
 def combine(expert_output: torch.Tensor, rows: torch.Tensor, topk_weights: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -103,28 +125,15 @@ def combine_shared(
     fault: torch.Tensor,
     *,
     in_order: bool = False,
-    peers: torch.Tensor | None = None,
-    peer_offset: int = 0,
-    rows_of_rank: int = 0,
+    remote: Remote | None = None,
 ) -> None:
     """`combine` of rows that other ranks stored, or that lie with them; out is NaN after a fault.
 
     fault: (1,) int32, what the last wait left (`symmetric.py`).
     in_order: the row of entry (t, k) is t * K + k, if rows[t, k] is not negative.
-    peers: (W,) int64, where each rank's block of memory begins; its rows_of_rank rows begin peer_offset bytes further on, and row i is
-        row i % rows_of_rank of rank i // rows_of_rank. Of expert_output only the type counts then.
+    remote: where the rows lie. Of expert_output only the type counts then.
     """
-    launch_combine(
-        expert_output,
-        rows,
-        topk_weights,
-        out,
-        fault=fault,
-        in_order=in_order,
-        peers=peers,
-        peer_offset=peer_offset,
-        rows_of_rank=rows_of_rank,
-    )
+    launch_combine(expert_output, rows, topk_weights, out, fault=fault, in_order=in_order, remote=remote)
 
 
 # Registers of a thread where a launch begins early.
@@ -151,34 +160,30 @@ def launch_combine(
     skips: bool = False,
     in_order: bool = False,
     fault: torch.Tensor | None = None,
-    peers: torch.Tensor | None = None,
-    peer_offset: int = 0,
-    rows_of_rank: int = 0,
+    remote: Remote | None = None,
 ) -> None:
     tokens, columns = out.shape
     if tokens == 0:
         return
-    top_k, ranks = rows.shape[1], 1 if peers is None else peers.shape[0]
+    top_k = rows.shape[1]
     block, warps, early = program_of(tokens, columns, fault is not None, out.device)
     combine_kernel[(tokens, triton.cdiv(columns, block))](
         expert_output,
         rows,
         topk_weights,
         out,
-        peers,
+        remote,
         fault,
-        peer_offset,
-        rows_of_rank,
-        ranks,
-        columns,
-        out.stride(0),
-        PEERS=triton.next_power_of_2(ranks),
-        SKIPS=skips,
-        IN_ORDER=in_order,
-        EARLY=early,
-        K=top_k,
-        LANES=triton.next_power_of_2(top_k),
-        BLOCK=block,
+        size=(columns, out.stride(0)),
+        TILE=Tile(
+            columns=block,
+            top_k=top_k,
+            lanes=triton.next_power_of_2(top_k),
+            ranks=1 if remote is None else triton.next_power_of_2(remote.ranks),
+            early=early,
+            skips=skips,
+            in_order=in_order,
+        ),
         num_warps=warps,
         enable_fp_fusion=False,
         **launch_option(early, REGISTERS),

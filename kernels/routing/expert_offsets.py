@@ -9,23 +9,21 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
 
 
 @launchable
 @triton.jit
 def expert_offsets_kernel(
-    counts_ptr,
+    counts,
     offsets_ptr,
     num_tokens_ptr,
     status_ptr,
     ranks,
     experts,
-    local_experts,
-    first_expert,
     capacity,
     rows_per_source,
-    counts_stride,
     BLOCK: tl.constexpr,
 ):
     """Each program adds up BLOCK experts' counts over the ranks, in rank order.
@@ -34,17 +32,17 @@ def expert_offsets_kernel(
     all 9 rows 4 have no place.
     """
     expert = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = expert < experts
+    inside = expert < experts.all
     arrived = tl.zeros((BLOCK,), tl.int32)
     wanted = tl.zeros((BLOCK,), tl.int32)
     for rank in range(ranks):
-        count = tl.load(counts_ptr + rank * counts_stride + expert, mask=inside, other=0)
-        tl.store(offsets_ptr + rank * experts + expert, arrived, mask=inside)
+        count = tl.load(counts.pointer + rank * counts.stride + expert, mask=inside, other=0)
+        tl.store(offsets_ptr + rank * experts.all + expert, arrived, mask=inside)
         arrived += tl.minimum(count, rows_per_source)
         wanted += count
     placed = tl.minimum(arrived, capacity)
-    local = expert - first_expert
-    tl.store(num_tokens_ptr + local, placed, mask=(local >= 0) & (local < local_experts))
+    local = expert - experts.first
+    tl.store(num_tokens_ptr + local, placed, mask=(local >= 0) & (local < experts.local))
     if status_ptr is not None:
         dropped = tl.sum((wanted - placed).to(tl.int64), axis=0)
         if dropped > 0:
@@ -64,17 +62,14 @@ def expert_offsets(
     ranks, experts = offsets.shape
     block = 128
     expert_offsets_kernel[(triton.cdiv(experts, block),)](
-        counts,
+        rows_of(counts),
         offsets,
         num_tokens,
         status,
-        ranks,
-        experts,
-        num_tokens.shape[0],
-        first_expert,
-        capacity,
-        rows_per_source,
-        counts.stride(0),
+        ranks=ranks,
+        experts=Experts(experts, num_tokens.shape[0], first_expert),
+        capacity=capacity,
+        rows_per_source=rows_per_source,
         BLOCK=block,
         num_warps=4,
     )

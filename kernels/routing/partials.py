@@ -10,7 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
+
+# of a program that finds rows
+ENTRIES = tl.constexpr(1024)
 
 
 @launchable
@@ -25,14 +29,14 @@ def plan_partials_kernel(
     stride,
     ranks,
     K: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """Program w walks the tokens in order and says where rank w's sum of each lies, or -1.
 
     Example: L=2, ids [[0, 1], [3, -1], [1, 2]], of which [1, 2]'s first has no row: program 1 finds tokens 1 and 2 and writes
     stride + 1 and stride + 2, or starts[1] and starts[1] + 1; program 0 writes -1 to both.
     """
+    LANES: tl.constexpr = triton.next_power_of_2(K)
+    BLOCK: tl.constexpr = 4096 // LANES if LANES < 4096 else 1
     rank = tl.program_id(0)
     lane = tl.arange(0, LANES)[None, :]
     seen = tl.zeros((), tl.int32)
@@ -56,33 +60,29 @@ def plan_partials_kernel(
 @launchable
 @triton.jit
 def locate_entries_kernel(
-    entries_ptr,
+    entries,
     offsets_ptr,
     rows_ptr,
     weights_ptr,
     rank_entries,
-    entries_stride,
     experts,
-    local_experts,
-    first_expert,
     limit,
     capacity,
-    BLOCK: tl.constexpr,
 ):
-    """Program (w, b) finds the rows of BLOCK entries of rank w's tokens.
+    """Program (w, b) finds the rows of ENTRIES entries of rank w's tokens.
 
     Example: L=2, first_expert=2, C=2, M=4, of rank 0 ids [3, 0], slots [1, 0], offsets[0, 3] 2: rows [4 + 2 + 1, -1] = [7, -1].
     """
     source = tl.program_id(0)
-    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entry < rank_entries
-    at = entries_ptr + source.to(tl.int64) * entries_stride + entry
+    at = entries.pointer + source.to(tl.int64) * entries.stride + entry
     slots = tl.load(at, mask=inside, other=-1)
     ids = tl.load(at + rank_entries, mask=inside, other=-1)
     weights = tl.load(at + 2 * rank_entries, mask=inside, other=0)
-    local = ids - first_expert
-    placed = (slots >= 0) & (slots < limit) & (local >= 0) & (local < local_experts)
-    row = tl.load(offsets_ptr + source * experts + ids, mask=placed, other=0) + slots
+    local = ids - experts.first
+    placed = (slots >= 0) & (slots < limit) & (local >= 0) & (local < experts.local)
+    row = tl.load(offsets_ptr + source * experts.all + ids, mask=placed, other=0) + slots
     to = source.to(tl.int64) * rank_entries + entry
     tl.store(rows_ptr + to, tl.where(placed & (row < capacity), local * capacity + row, -1), mask=inside)
     tl.store(weights_ptr + to, weights.to(tl.float32, bitcast=True), mask=inside)
@@ -98,19 +98,16 @@ def plan_partials(
 ) -> None:
     """As `moequant.reference.plan_partials`. All tensors contiguous."""
     (tokens, top_k), ranks = topk_ids.shape, partials.shape[1]
-    lanes = triton.next_power_of_2(top_k)
     plan_partials_kernel[(ranks,)](
         topk_ids,
         rows,
         starts,
         partials,
         tokens,
-        local_experts,
-        stride,
-        ranks,
+        local_experts=local_experts,
+        stride=stride,
+        ranks=ranks,
         K=top_k,
-        LANES=lanes,
-        BLOCK=max(1, 4096 // lanes),
         num_warps=8,
     )
 
@@ -126,19 +123,15 @@ def locate_entries(
 ) -> None:
     """As `moequant.reference.locate_entries`. Each rank's entries contiguous, at any stride; the others contiguous."""
     ranks, experts = offsets.shape
-    rank_entries, block = rows[0].numel(), 1024
-    locate_entries_kernel[(ranks, triton.cdiv(rank_entries, block))](
-        entries,
+    rank_entries = rows[0].numel()
+    locate_entries_kernel[(ranks, triton.cdiv(rank_entries, ENTRIES.value))](
+        rows_of(entries),
         offsets,
         rows,
         weights,
-        rank_entries,
-        entries.stride(0),
-        experts,
-        experts // ranks,
-        first_expert,
-        limit,
-        capacity,
-        BLOCK=block,
+        rank_entries=rank_entries,
+        experts=Experts(experts, experts // ranks, first_expert),
+        limit=limit,
+        capacity=capacity,
         num_warps=4,
     )

@@ -11,6 +11,9 @@ import triton.language as tl
 
 from moequant.kernels.library.launch import launchable
 
+# of which `plan_returns` numbers so many at a time
+ENTRIES = tl.constexpr(4096)
+
 
 @launchable
 @triton.jit(do_not_specialize=["tokens"])
@@ -36,9 +39,7 @@ def plan_sends_kernel(
 
 @launchable
 @triton.jit(do_not_specialize=["entries"])
-def plan_returns_kernel(
-    ids_ptr, slots_ptr, offsets_ptr, starts_ptr, rows_ptr, entries, local_experts, ranks, capacity, BLOCK: tl.constexpr
-):
+def plan_returns_kernel(ids_ptr, slots_ptr, offsets_ptr, starts_ptr, rows_ptr, entries, local_experts, ranks, capacity):
     """Program w < W numbers the placed entries of rank w's experts in their order, from starts[w] on; program W marks those that were
     placed nowhere.
 
@@ -48,8 +49,8 @@ def plan_returns_kernel(
     rank = tl.program_id(0)
     seen = tl.zeros((), tl.int32)
     start_row = tl.load(starts_ptr + rank, mask=rank < ranks, other=0)
-    for start in range(0, entries, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
+    for start in range(0, entries, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
         inside = entry < entries
         ids = tl.load(ids_ptr + entry, mask=inside, other=-1).to(tl.int64)
         slots = tl.load(slots_ptr + entry, mask=inside, other=-1)
@@ -60,7 +61,7 @@ def plan_returns_kernel(
             tl.store(rows_ptr + entry, start_row + seen + tl.cumsum(mine, axis=0) - 1, mask=mine > 0)
             seen += tl.sum(mine, axis=0)
         else:
-            tl.store(rows_ptr + entry, tl.full((BLOCK,), -1, tl.int32), mask=inside & (placed == 0))
+            tl.store(rows_ptr + entry, tl.full((ENTRIES,), -1, tl.int32), mask=inside & (placed == 0))
 
 
 def plan_sends(topk_ids: torch.Tensor, local_experts: int, send_tokens: torch.Tensor, send_counts: torch.Tensor) -> None:
@@ -71,9 +72,9 @@ def plan_sends(topk_ids: torch.Tensor, local_experts: int, send_tokens: torch.Te
         topk_ids,
         send_tokens,
         send_counts,
-        tokens,
-        local_experts,
-        send_tokens.shape[1],
+        tokens=tokens,
+        local_experts=local_experts,
+        most=send_tokens.shape[1],
         K=top_k,
         LANES=lanes,
         BLOCK=max(1, 4096 // lanes),
@@ -98,10 +99,9 @@ def plan_returns(
         offsets,
         starts,
         rows,
-        topk_ids.numel(),
-        local_experts,
-        ranks,
-        capacity,
-        BLOCK=4096,
+        entries=topk_ids.numel(),
+        local_experts=local_experts,
+        ranks=ranks,
+        capacity=capacity,
         num_warps=8,
     )

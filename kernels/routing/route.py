@@ -23,13 +23,12 @@ def route_kernel(
     num_tokens_ptr,
     status_ptr,
     entries,
-    experts,
-    capacity,
-    LIMITED: tl.constexpr,
+    size,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Program e < E reads all entries and numbers those of expert e; program E marks those of no expert, and counts the invalid ones.
+    size: E, and the rows that an expert has room for, or None.
 
     Each program walks the entries in order, so the numbers are deterministic without atomics, scratch memory or a second launch; E
     reads of the ids come from the cache.
@@ -38,6 +37,7 @@ def route_kernel(
     writes slot -1 to entry 3.
     """
     let_next_begin(EARLY)
+    experts, capacity = size
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     seen = tl.zeros((), tl.int32)
@@ -57,11 +57,11 @@ def route_kernel(
     if expert < experts:
         tl.store(counts_ptr + expert, seen)
         if num_tokens_ptr is not None:
-            if LIMITED:
+            if capacity is not None:
                 tl.store(num_tokens_ptr + expert, tl.minimum(seen, capacity))
             else:
                 tl.store(num_tokens_ptr + expert, seen)
-        if LIMITED and status_ptr is not None:
+        if capacity is not None and status_ptr is not None:
             if seen > capacity:
                 tl.atomic_add(status_ptr + 1, (seen - capacity).to(tl.int64), sem="relaxed")
     elif status_ptr is not None:
@@ -87,10 +87,8 @@ def route(
         counts,
         num_tokens,
         status,
-        entries,
-        experts,
-        0 if capacity is None else capacity,
-        LIMITED=capacity is not None,
+        entries=entries,
+        size=(experts, capacity),
         BLOCK=block,
         EARLY=early and begins_early(topk_ids.device),
         num_warps=block // 512,

@@ -5,6 +5,8 @@ W ranks, E experts, L local experts, M rows of an expert's buffer. Memory and fl
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from triton.language.extra.cuda import globaltimer
 from moequant.kernels.library.common import takes_ptx, unlike
 from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.symmetric import COUNTS, NO_FAULT, agreed, end_wait, peer_block
+from moequant.kernels.library.symmetric import COUNTS, NO_FAULT, Peers, agreed, end_wait, peer_block
 
 EXPIRED = tl.constexpr(1 << 16)
 
@@ -34,27 +36,30 @@ def store_word(pointers, word, mask):
         tl.store(pointers, word, mask=mask)
 
 
+class Counts(NamedTuple):
+    """What a slot has for its counts; all but counts are written. words: the offset of the words that travel.
+
+    counts: (E,) int32, rows of this rank for each expert. offsets: (E,) int32. num_tokens: (L,) int32. calls: (1,) int32, how many the
+    slot has seen. status: (3,) int64.
+    """
+
+    counts: torch.Tensor
+    offsets: torch.Tensor
+    num_tokens: torch.Tensor
+    calls: torch.Tensor
+    status: torch.Tensor
+    words: int
+
+
 @launchable
-@triton.jit(do_not_specialize=["call", "limit"])
+@triton.jit(do_not_specialize=["call", "peers"])
 def exchange_counts_kernel(
-    counts_ptr,
-    offsets_ptr,
-    num_tokens_ptr,
-    status_ptr,
-    peers_ptr,
-    epoch_ptr,
-    calls_ptr,
-    fault_ptr,
-    record_ptr,
-    words_offset,
-    abort_offset,
-    rank,
-    ranks,
+    slot,
+    peers,
     experts,
     local_experts,
     capacity,
     call,
-    limit,
     EXPERTS: tl.constexpr,
     LANES: tl.constexpr,
     EARLY: tl.constexpr,
@@ -70,8 +75,9 @@ def exchange_counts_kernel(
     """
     let_next_begin(EARLY)
     await_previous(EARLY)
-    epoch = tl.load(epoch_ptr) + 1
-    number = tl.load(calls_ptr) + 1
+    rank, ranks = peers.rank, peers.ranks
+    epoch = tl.load(peers.epoch) + 1
+    number = tl.load(slot.calls) + 1
     expert = tl.arange(0, EXPERTS)
     inside = expert < experts
     peer = tl.arange(0, LANES)
@@ -80,8 +86,8 @@ def exchange_counts_kernel(
     # what the call is travels behind the counts: its number and its word
     width = experts + 2
     upper = epoch.to(tl.int64) << 32
-    mine = upper | tl.load(counts_ptr + expert, mask=inside, other=0)
-    theirs = tl.load(peers_ptr + peer, mask=present, other=0) + words_offset + (8 * rank * width).to(tl.int64)
+    mine = upper | tl.load(slot.counts + expert, mask=inside, other=0)
+    theirs = tl.load(peers.pointers + peer, mask=present, other=0) + slot.words + (8 * rank * width).to(tl.int64)
     theirs = theirs.to(tl.pointer_type(tl.int64))
     # all stores, and later all loads, are in flight at once
     store_word(theirs[:, None] + expert[None, :], tl.broadcast_to(mine[None, :], (LANES, EXPERTS)), everyone)
@@ -91,9 +97,9 @@ def exchange_counts_kernel(
         theirs[:, None] + experts + place[None, :], tl.broadcast_to(said[None, :], (LANES, 2)), (present[:, None] & (place >= 0))
     )
 
-    words = peer_block(peers_ptr, rank, words_offset, tl.int64) + peer * width
+    words = peer_block(peers, rank, slot.words, tl.int64) + peer * width
     calls = words[:, None] + experts + place[None, :]
-    abort_ptr = peer_block(peers_ptr, rank, abort_offset, tl.int32)
+    abort_ptr = peer_block(peers, rank, peers.abort, tl.int32)
     started = globaltimer()
     # of the first rank that is late: its distance from the last; from EXPIRED on, the time is over
     state = tl.full((), 1, tl.int32)
@@ -109,13 +115,13 @@ def exchange_counts_kernel(
         late = behind(tl.load(calls, mask=present[:, None], other=0, volatile=True), epoch)
         late = tl.max(tl.max(tl.where(present[:, None] & (late > 0), ranks - peer[:, None], 0), axis=1), axis=0)
         missing = tl.maximum(missing, late)
-        over = (globaltimer() - started) >> 20 >= limit
+        over = (globaltimer() - started) >> 20 >= peers.limit
         state = agreed(missing + tl.where(over & (missing > 0), EXPIRED, 0))
     missing = ranks - state % EXPIRED
-    fault = end_wait(peers_ptr, abort_offset, fault_ptr, record_ptr, epoch, missing, fault, ranks, COUNTS, LANES)
+    fault = end_wait(peers, epoch, missing, fault, COUNTS, LANES)
     # behind a barrier: every warp has read the old ones
-    tl.store(epoch_ptr, epoch)
-    tl.store(calls_ptr, number)
+    tl.store(peers.epoch, epoch)
+    tl.store(slot.calls, number)
 
     # read anew, behind the barrier: several threads may hold one word, and what a wait looks at is one thread's view of it
     counts = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True).to(tl.int32)
@@ -130,63 +136,34 @@ def exchange_counts_kernel(
     local = expert - rank * local_experts
     is_local = (local >= 0) & (local < local_experts)
     well = fault == NO_FAULT
-    tl.store(offsets_ptr + expert, tl.where(well, before, capacity), mask=inside)
-    tl.store(num_tokens_ptr + local, tl.where(well, placed, 0), mask=is_local)
+    tl.store(slot.offsets + expert, tl.where(well, before, capacity), mask=inside)
+    tl.store(slot.num_tokens + local, tl.where(well, placed, 0), mask=is_local)
     dropped = tl.sum(tl.where(inside, (wanted - placed).to(tl.int64), 0), axis=0)
     if well & (strangers > 0):
-        tl.atomic_add(status_ptr + 2, strangers.to(tl.int64), sem="relaxed")
+        tl.atomic_add(slot.status + 2, strangers.to(tl.int64), sem="relaxed")
     if well & (dropped > 0):
-        tl.atomic_add(status_ptr + 1, dropped, sem="relaxed")
+        tl.atomic_add(slot.status + 1, dropped, sem="relaxed")
 
 
-def exchange_counts(
-    counts: torch.Tensor,
-    offsets: torch.Tensor,
-    num_tokens: torch.Tensor,
-    status: torch.Tensor,
-    peers: torch.Tensor,
-    epoch: torch.Tensor,
-    calls: torch.Tensor,
-    fault: torch.Tensor,
-    record: torch.Tensor,
-    words_offset: int,
-    abort_offset: int,
-    rank: int,
-    capacity: int,
-    call: int,
-    limit: int,
-) -> None:
-    """counts: (E,) int32, rows of this rank for each expert. Written: offsets (E,) int32, num_tokens (L,) int32, status (3,) int64, epoch
-    and calls (1,) int32.
+def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int) -> None:
+    """Writes offsets, num_tokens, status, peers' epoch and calls.
 
     The launch before is `route`, which began when all before it had ended: `push_tokens` may begin early behind this one, and reads then
     what was there before `route`.
-    calls: how many the slot has seen. call: the word of this one (`moequant.transport.calls`), the same on all ranks that are in step.
-    The ranks where either differs are added to status[2]. limit: of the wait, in units of 2**20 ns.
+    capacity: M. call: the word of this call (`moequant.transport.calls`), the same on all ranks that are in step; the ranks where it or
+    the number of calls differs are added to status[2].
     """
-    experts, ranks = counts.shape[0], peers.shape[0]
-    early = begins_early(counts.device)
+    experts = slot.counts.shape[0]
+    early = begins_early(slot.counts.device)
     exchange_counts_kernel[(1,)](
-        counts,
-        offsets,
-        num_tokens,
-        status,
+        slot,
         peers,
-        epoch,
-        calls,
-        fault,
-        record,
-        words_offset,
-        abort_offset,
-        rank,
-        ranks,
-        experts,
-        num_tokens.shape[0],
-        capacity,
-        call,
-        limit,
+        experts=experts,
+        local_experts=slot.num_tokens.shape[0],
+        capacity=capacity,
+        call=call,
         EXPERTS=triton.next_power_of_2(experts),
-        LANES=triton.next_power_of_2(ranks),
+        LANES=triton.next_power_of_2(peers.ranks),
         EARLY=early,
         num_warps=8,
         # 8 warps of so many fit in `early.ROOM`

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import locate_block, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 
@@ -20,9 +21,7 @@ def push_rows_kernel(
     num_tokens_ptr,
     out_ptr,
     destinations_ptr,
-    local_experts,
-    capacity,
-    columns,
+    shape,
     BLOCK: tl.constexpr,
     BLOCK_H: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -31,14 +30,15 @@ def push_rows_kernel(
 
     Example: M=8, L=2, counts [3, 1]: row 0 of expert 1 is flat row 8, and goes to the address destinations[8].
     """
-    counts, ends = row_blocks(num_tokens_ptr, local_experts, capacity, BLOCK, EXPERTS, True)
+    columns = shape.columns
+    counts, ends = row_blocks(num_tokens_ptr, shape.experts, shape.rows, BLOCK, EXPERTS, True)
     column_blocks = tl.cdiv(columns, BLOCK_H)
     for tile in range(tl.program_id(0), tl.max(ends, axis=0) * column_blocks, tl.num_programs(0)):
         expert, first_row, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
         row = first_row + tl.arange(0, BLOCK)
         column = tile % column_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
         there = row < count
-        flat = expert.to(tl.int64) * capacity + row
+        flat = expert.to(tl.int64) * shape.rows + row
         inside = there[:, None] & (column < columns)[None, :]
         y = tl.load(y_ptr + flat[:, None] * columns + column[None, :], mask=inside)
         if destinations_ptr is None:
@@ -55,19 +55,17 @@ def push_rows_kernel(
 def push_rows(y: torch.Tensor, num_tokens: torch.Tensor, out: torch.Tensor | None, destinations: torch.Tensor | None) -> None:
     """y: (L, M, H) of 2 bytes a number, contiguous. num_tokens: (L,) int32. One of out (L, M, H) and destinations (L, M) int64,
     addresses, says where the valid rows go."""
-    local_experts, capacity, columns = y.shape
+    shape = Shape(*y.shape)
     block, block_h = 8, 512
-    worst = local_experts * triton.cdiv(capacity, block) * triton.cdiv(columns, block_h)
+    worst = shape.experts * triton.cdiv(shape.rows, block) * triton.cdiv(shape.columns, block_h)
     push_rows_kernel[(min(worst, 8 * num_sms(y.device)),)](
         y,
         num_tokens,
         out,
         destinations,
-        local_experts,
-        capacity,
-        columns,
+        shape=shape,
         BLOCK=block,
         BLOCK_H=block_h,
-        EXPERTS=triton.next_power_of_2(local_experts),
+        EXPERTS=triton.next_power_of_2(shape.experts),
         num_warps=4,
     )

@@ -20,10 +20,11 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin, may_begin_early
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.symmetric import ROWS, last_program, peer_block, signal_peers, wait_for_peers
+from moequant.kernels.library.symmetric import ROWS, Peers, last_program, peer_block, signal_peers, wait_for_peers
 
 
 def note_words(groups: int, top_k: int, per_rank: bool) -> int:
@@ -31,78 +32,95 @@ def note_words(groups: int, top_k: int, per_rank: bool) -> int:
     return 4 * (triton.cdiv(groups, 4) + 1 + (2 * triton.cdiv(top_k, 4) if per_rank else 0))
 
 
+class Entries(NamedTuple):
+    """What a slot has for the entries of a call: as `exchange_counts` left them, and what is written.
+
+    slots: (T, K) int32. offsets: (E,) int32.
+    rows: (T, K) int32, written: the flat row of each entry among all ranks' E * M rows, -1 where there is none.
+    partials: (T, W) int32, written with reduce="per_rank": r * max_tokens + t for each rank r that holds rows of token t, otherwise -1.
+    """
+
+    slots: torch.Tensor
+    offsets: torch.Tensor
+    rows: torch.Tensor
+    partials: torch.Tensor | None
+
+
+class Landing(NamedTuple):
+    """Where rows land: the offsets of a slot's rows and notes in every rank's block, and how large all is. spec: of the format and the
+    recipe; None for bfloat16."""
+
+    rows: int
+    notes: int
+    experts: int
+    local_experts: int
+    capacity: int
+    columns: int
+    max_tokens: int
+    spec: QuantSpec | None
+
+
+class Tile(NamedTuple):
+    """How a launch is compiled.
+
+    element: the type of what is stored. groups: of a program. note_words: of a note, of which the first scale_words hold scales.
+    top_k_lanes, lanes: top-k and ranks, rounded up to powers of two. early: the launch before may still run.
+    wave: 0 for all rows, 1 for those of each rank's first experts, 2 for the others. waits: the last program, for all ranks' rows.
+    """
+
+    element: tl.dtype
+    groups: int
+    note_words: int
+    scale_words: int
+    top_k: int
+    top_k_lanes: int
+    lanes: int
+    early: bool
+    wave: int
+    waits: bool
+
+
 @launchable
-@triton.jit(do_not_specialize=["tokens", "limit"])
+@triton.jit(do_not_specialize=["tokens", "peers"])
 def push_tokens_kernel(
     x_ptr,
     ids_ptr,
-    slots_ptr,
     weights_ptr,
-    offsets_ptr,
-    rows_ptr,
-    partials_ptr,
-    peers_ptr,
-    epoch_ptr,
-    ticket_ptr,
-    fault_ptr,
-    record_ptr,
-    values_offset,
-    notes_offset,
-    flags_offset,
-    abort_offset,
-    rank,
-    ranks,
+    entries,
+    peers,
+    landing,
     tokens,
-    max_tokens,
-    experts,
-    local_experts,
-    first_experts,
-    capacity,
-    columns,
-    x_stride_t,
-    limit,
-    eps,
-    QUANTIZED: tl.constexpr,
-    VALUE: tl.constexpr,
-    MAX: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
-    NOTE: tl.constexpr,
-    SCALES: tl.constexpr,
-    K: tl.constexpr,
-    TOPK_LANES: tl.constexpr,
-    PER_RANK: tl.constexpr,
-    WAVE: tl.constexpr,
-    WAIT: tl.constexpr,
-    EARLY: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    LANES: tl.constexpr,
+    given,
+    TILE: tl.constexpr,
 ):
-    """Program (t, b) does groups b * BLOCK_G.. of token t. The last program tells all ranks, and, with WAIT, waits for them.
+    """Program (t, b) does groups b * TILE.groups.. of token t. The last program tells all ranks. given: x's
+    elements from one token to the next, and how many experts of a rank are its first.
 
     Only the first row of a token on a rank, the leader, gets its values and scales; `land_rows` copies them to the others.
-    NOTE: words of a note, of which the first SCALES hold scales.
-    WAVE: 0 for all rows, 1 for those of each rank's first first_experts experts, 2 for the others.
 
     Example: W=2, L=2, M=8, ids[t] [3, 0, 2], slots[t] [0, 1, 0], offsets [4, 0, 8, 5]. Entry 0 goes to row 5 of expert 3, row
     1 * 8 + 5 = 13 of rank 1; entry 1 to row 5 of expert 0 on rank 0; entry 2 would be row 8 of expert 2, for which there is no room.
     rows[t] is [3 * 8 + 5, 0 * 8 + 5, -1].
     """
+    K: tl.constexpr = TILE.top_k
+    x_stride, first_experts = given
+    experts, local_experts, capacity = landing.experts, landing.local_experts, landing.capacity
     token = tl.program_id(0)
     # a launch has a program even where there is no token
     here = token < tokens
-    group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
+    group = tl.program_id(1) * TILE.groups + tl.arange(0, TILE.groups)
+    columns = landing.columns
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     inside = column < columns
-    x = tl.load(x_ptr + token.to(tl.int64) * x_stride_t + column, mask=inside & here, other=0.0)
-    if QUANTIZED:
-        values, scales = quantize_group(x.to(tl.float32), eps, 1, MAX, POWER_OF_TWO, RECIPROCAL, VALUE)
+    x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=inside & here, other=0.0)
+    if TILE.scale_words > 0:
+        values, scales = quantize_group(x.to(tl.float32), landing.spec, 1, TILE.element)
     else:
-        values = x.to(VALUE)
-    await_previous(EARLY)
+        values = x.to(TILE.element)
+    await_previous(TILE.early)
     # not before: behind the wait for counts stands this launch alone
-    let_next_begin(EARLY)
-    epoch = tl.load(epoch_ptr)
+    let_next_begin(TILE.early)
+    epoch = tl.load(peers.epoch)
     if here:
         rows = ()
         owners = ()
@@ -111,9 +129,9 @@ def push_tokens_kernel(
         firsts = ()
         for k in tl.static_range(K):
             expert = tl.load(ids_ptr + token * K + k).to(tl.int64)
-            slot = tl.load(slots_ptr + token * K + k)
+            slot = tl.load(entries.slots + token * K + k)
             named = (slot >= 0) & (expert >= 0) & (expert < experts)
-            place = tl.load(offsets_ptr + expert, mask=named, other=capacity) + slot
+            place = tl.load(entries.offsets + expert, mask=named, other=capacity) + slot
             placed = named & (place >= 0) & (place < capacity)
             # int32 holds a row's number, not its offset in elements
             row = tl.where(placed, expert * capacity + place, -1).to(tl.int32)
@@ -127,51 +145,53 @@ def push_tokens_kernel(
             firsts = firsts + (expert % local_experts < first_experts,)
         first_block = tl.program_id(1) == 0
         # the second wave would write the same
-        if first_block & (WAVE != 2):
+        if first_block & (TILE.wave != 2):
             for k in tl.static_range(K):
-                tl.store(rows_ptr + token * K + k, rows[k])
-            if PER_RANK:
-                for peer in range(ranks):
+                tl.store(entries.rows + token * K + k, rows[k])
+            if weights_ptr is not None:
+                for peer in range(peers.ranks):
                     present = owners[0] == peer
                     for k in tl.static_range(1, K):
                         present = present | (owners[k] == peer)
-                    tl.store(partials_ptr + token * ranks + peer, tl.where(present, peer * max_tokens + token, -1))
+                    tl.store(
+                        entries.partials + token * peers.ranks + peer, tl.where(present, peer * landing.max_tokens + token, -1)
+                    )
 
         word = tl.arange(0, 4)
-        lane = tl.arange(0, TOPK_LANES)
+        lane = tl.arange(0, TILE.top_k_lanes)
         rows_of_rank = local_experts * capacity
         for k in tl.static_range(K):
             leader = leaders[k]
-            if WAVE > 0:
+            if TILE.wave > 0:
                 for back in tl.static_range(K):
                     ahead = firsts[K - 1 - back] & (owners[K - 1 - back] == owners[k])
                     leader = tl.where(ahead, rows[K - 1 - back], leader)
-            if (rows[k] >= 0) & ((WAVE == 0) | (firsts[k] == (WAVE == 1))):
+            if (rows[k] >= 0) & ((TILE.wave == 0) | (firsts[k] == (TILE.wave == 1))):
                 owner = owners[k]
                 local_row = (rows[k] - owner * rows_of_rank).to(tl.int64)
                 leads = leader == rows[k]
-                note = peer_block(peers_ptr, owner, notes_offset, tl.int32)
-                note = tl.multiple_of(note + local_row * NOTE, 16)
+                note = peer_block(peers, owner, landing.notes, tl.int32)
+                note = tl.multiple_of(note + local_row * TILE.note_words, 16)
                 if leads:
-                    block = peer_block(peers_ptr, owner, values_offset, VALUE)
+                    block = peer_block(peers, owner, landing.rows, TILE.element)
                     tl.store(block + local_row * columns + column, values, mask=inside)
-                    if QUANTIZED:
+                    if TILE.scale_words > 0:
                         tl.store(note + group, scales.to(tl.int32, bitcast=True), mask=group * 128 < columns)
                 if first_block:
                     led_by = leader - owner * rows_of_rank
-                    words = tl.where(word == 0, token * K + k, tl.where(word == 1, rank, tl.where(word == 2, led_by, 0)))
-                    tl.store(note + SCALES + word, words)
-                    if PER_RANK and leads:
+                    words = tl.where(word == 0, token * K + k, tl.where(word == 1, peers.rank, tl.where(word == 2, led_by, 0)))
+                    tl.store(note + TILE.scale_words + word, words)
+                    if weights_ptr is not None and leads:
                         for other in tl.static_range(K):
                             theirs = tl.where(owners[other] == owner, rows[other] - owner * rows_of_rank, -1)
-                            tl.store(note + SCALES + 4 + other, theirs)
+                            tl.store(note + TILE.scale_words + 4 + other, theirs)
                         weights = tl.load(weights_ptr + token * K + lane, mask=lane < K, other=0.0).to(tl.float32)
-                        at = note + (SCALES + 4 + (K + 3) // 4 * 4) + lane
+                        at = note + (TILE.scale_words + 4 + (K + 3) // 4 * 4) + lane
                         tl.store(at, weights.to(tl.int32, bitcast=True), mask=lane < K)
-    if last_program(ticket_ptr):
-        signal_peers(peers_ptr, flags_offset, epoch, rank, ranks, LANES)
-        if WAIT:
-            wait_for_peers(peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, 0, limit, rank, ranks, ROWS, LANES)
+    if last_program(peers.ticket):
+        signal_peers(peers, epoch, TILE.lanes)
+        if TILE.waits:
+            wait_for_peers(peers, epoch, 0, ROWS, TILE.lanes)
 
 
 # Triton's name of each type that rows travel in; e4m3fnuz travels as the bytes that quantize_group makes of it.
@@ -212,92 +232,43 @@ def parts_of_tokens(tokens: int, groups: int, wave: int, device: torch.device) -
 def push_tokens(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
-    slots: torch.Tensor,
     topk_weights: torch.Tensor | None,
-    offsets: torch.Tensor,
-    rows: torch.Tensor,
-    partials: torch.Tensor | None,
-    peers: torch.Tensor,
-    epoch: torch.Tensor,
-    ticket: torch.Tensor,
-    fault: torch.Tensor,
-    record: torch.Tensor,
-    values_offset: int,
-    notes_offset: int,
-    flags_offset: int,
-    abort_offset: int,
-    rank: int,
-    max_tokens: int,
-    local_experts: int,
-    capacity: int,
+    entries: Entries,
+    landing: Landing,
+    peers: Peers,
     dtype: torch.dtype,
     wait: bool,
-    limit: int,
-    *,
-    wave: int = 0,
-    first_experts: int = 0,
-    max_value: float = 0.0,
-    eps: float = 0.0,
-    power_of_two: bool = False,
-    reciprocal: bool = False,
+    wave: tuple[int, int] = (0, 0),
 ) -> None:
-    """x: (T, H) with contiguous rows. topk_ids (T, K), slots (T, K), offsets (E,): as `exchange_counts` left them.
-
-    topk_weights: (T, K), for reduce="per_rank"; otherwise None. Written: rows (T, K) int32, the flat row of each entry among all ranks'
-    E * M rows, -1 where there is none; and, with weights, partials (T, W) int32: r * max_tokens + t for each rank r that holds rows of
-    token t, otherwise -1. wave, first_experts: 1, and then 2, with the number of each rank's experts whose rows go first; 0: all at once.
-    dtype: of the values; max_value, eps, power_of_two, reciprocal: of the format and the recipe.
-    """
+    """x: (T, H) with contiguous rows. topk_ids: (T, K). topk_weights: (T, K), for reduce="per_rank"; otherwise None. dtype: of the values
+    that are stored. peers: with the flags of the rows, or of a second wave's. wait: for all ranks' rows. wave: its number, 1 and then 2,
+    and the number of each rank's experts whose rows go first; 0 for all at once."""
     (tokens, columns), top_k = x.shape, topk_ids.shape[1]
-    ranks, experts = peers.shape[0], offsets.shape[0]
-    quantized = dtype != torch.bfloat16
-    groups = triton.cdiv(columns, 128)
-    parts = parts_of_tokens(tokens, groups, wave, x.device)
-    words = note_words(groups if quantized else 0, top_k, topk_weights is not None)
+    groups, quantized = triton.cdiv(columns, 128), landing.spec is not None
+    number, first_experts = wave
+    parts = parts_of_tokens(tokens, groups, number, x.device)
+    tile = Tile(
+        element=VALUE_TYPES[dtype],
+        groups=parts.groups,
+        note_words=note_words(groups if quantized else 0, top_k, topk_weights is not None),
+        scale_words=triton.cdiv(groups, 4) * 4 if quantized else 0,
+        top_k=top_k,
+        top_k_lanes=triton.next_power_of_2(top_k),
+        lanes=triton.next_power_of_2(peers.ranks),
+        early=begins_early(x.device),
+        wave=number,
+        waits=wait,
+    )
     push_tokens_kernel[(max(tokens, 1), triton.cdiv(groups, parts.groups))](
         x,
         topk_ids,
-        slots,
         topk_weights,
-        offsets,
-        rows,
-        partials,
+        entries,
         peers,
-        epoch,
-        ticket,
-        fault,
-        record,
-        values_offset,
-        notes_offset,
-        flags_offset,
-        abort_offset,
-        rank,
-        ranks,
-        tokens,
-        max_tokens,
-        experts,
-        local_experts,
-        first_experts,
-        capacity,
-        columns,
-        x.stride(0),
-        limit,
-        eps,
-        QUANTIZED=quantized,
-        VALUE=VALUE_TYPES[dtype],
-        MAX=max_value,
-        POWER_OF_TWO=power_of_two,
-        RECIPROCAL=reciprocal,
-        NOTE=words,
-        SCALES=triton.cdiv(groups, 4) * 4 if quantized else 0,
-        K=top_k,
-        TOPK_LANES=triton.next_power_of_2(top_k),
-        PER_RANK=topk_weights is not None,
-        WAVE=wave,
-        WAIT=wait,
-        EARLY=begins_early(x.device),
-        BLOCK_G=parts.groups,
-        LANES=triton.next_power_of_2(ranks),
+        landing,
+        tokens=tokens,
+        given=(x.stride(0), first_experts),
+        TILE=tile,
         num_warps=parts.warps,
         # as in the quantize kernel
         enable_fp_fusion=False,

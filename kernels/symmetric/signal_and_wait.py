@@ -8,23 +8,15 @@ import triton.language as tl
 
 from moequant.kernels.library.early import begins_early, let_next_begin
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.symmetric import NO_FAULT, first_flag, signal_peers, wait_for_peers
+from moequant.kernels.library.symmetric import NO_FAULT, Peers, first_flag, signal_peers, wait_for_peers
 
 
 @launchable
-@triton.jit(do_not_specialize=["limit", "way"])
+@triton.jit(do_not_specialize=["peers", "way"])
 def signal_and_wait_kernel(
-    peers_ptr,
-    epoch_ptr,
-    fault_ptr,
-    record_ptr,
+    peers,
     status_ptr,
-    flags_offset,
-    abort_offset,
-    rank,
-    ranks,
     way,
-    limit,
     PHASE: tl.constexpr,
     SIGNAL: tl.constexpr,
     WAIT: tl.constexpr,
@@ -38,54 +30,29 @@ def signal_and_wait_kernel(
     of its own are at least 28. If rank 1's is 28, it does this in way 0, and status[2] grows by 1.
     """
     let_next_begin(EARLY)
-    epoch = tl.load(epoch_ptr)
+    epoch = tl.load(peers.epoch)
     if SIGNAL:
         epoch += 1
-        signal_peers(peers_ptr, flags_offset, first_flag(epoch, PHASE) + way, rank, ranks, LANES)
+        signal_peers(peers, first_flag(epoch, PHASE) + way, LANES)
         # behind a barrier: every warp has read the old one
-        tl.store(epoch_ptr, epoch)
+        tl.store(peers.epoch, epoch)
     if WAIT:
-        fault, strangers = wait_for_peers(
-            peers_ptr, flags_offset, abort_offset, fault_ptr, record_ptr, epoch, way, limit, rank, ranks, PHASE, LANES
-        )
+        fault, strangers = wait_for_peers(peers, epoch, way, PHASE, LANES)
         if (fault == NO_FAULT) & (strangers > 0):
             tl.atomic_add(status_ptr + 2, strangers.to(tl.int64), sem="relaxed")
 
 
-def signal_and_wait(
-    peers: torch.Tensor,
-    epoch: torch.Tensor,
-    fault: torch.Tensor,
-    record: torch.Tensor,
-    status: torch.Tensor,
-    flags_offset: int,
-    abort_offset: int,
-    rank: int,
-    limit: int,
-    phase: int,
-    signal: bool = True,
-    wait: bool = True,
-    way: int = 0,
-) -> None:
-    """phase: whose flags these are, one of `symmetric`'s. limit: of the wait, in units of 2**20 ns. way: of outputs, below `WAYS`; the
-    ranks that have another are added to status[2], (3,) int64."""
-    ranks = peers.shape[0]
+def signal_and_wait(peers: Peers, status: torch.Tensor, phase: int, signal: bool = True, wait: bool = True, way: int = 0) -> None:
+    """peers: with the flags of the phase, one of `symmetric`'s. way: of outputs, below `WAYS`; the ranks that have another are added to
+    status[2], (3,) int64."""
     signal_and_wait_kernel[(1,)](
         peers,
-        epoch,
-        fault,
-        record,
         status,
-        flags_offset,
-        abort_offset,
-        rank,
-        ranks,
-        way,
-        limit,
+        way=way,
         PHASE=phase,
         SIGNAL=signal,
         WAIT=wait,
-        LANES=triton.next_power_of_2(ranks),
-        EARLY=begins_early(peers.device),
+        LANES=triton.next_power_of_2(peers.ranks),
+        EARLY=begins_early(peers.pointers.device),
         num_warps=1,
     )

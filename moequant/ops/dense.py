@@ -7,8 +7,8 @@ from torch import Tensor
 
 from moequant import reference
 from moequant.checks import check_format
-from moequant.formats import RECIPES
 from moequant.ops.gemm import gemm_kernel, rows_side_by_side
+from moequant.ops.quantization import quant_spec
 from moequant.ops.registration import registered, uses_kernels
 from moequant.reference.dense import E4M3_MAX, MIN_AMAX
 
@@ -19,8 +19,6 @@ __all__ = [
     "int8_gelu",
     "quantize_fp8",
 ]
-
-EPS = RECIPES["default"].eps
 
 
 @registered(mutates=("out", "out_scales"))
@@ -43,9 +41,11 @@ def int8_addmm(
             kernel = gemm_kernel(left, left_scales, right, right_scales, result)
             kernel(left, left_scales, right, right_scales, None, result)
             return
-        from moequant.kernels.dense.dense_gemm import dense_gemm
+        from moequant.kernels.dense.dense_gemm import Requantize, dense_gemm
 
-        dense_gemm(a, a_scales, b, b_scales, bias, out, out_scales, out_group=out_block_size, eps=EPS)
+        spec = quant_spec(torch.int8, "default")
+        requantize = None if out_scales is None else Requantize(out_scales, out_block_size, spec)
+        dense_gemm(a, a_scales, b, b_scales, bias, out, requantize)
         return
     wide = reference.int8_addmm(a, a_scales, b, b_scales, bias)
     if out_scales is None:
@@ -62,7 +62,7 @@ def int8_gelu(x: Tensor, x_scales: Tensor, values: Tensor, scales: Tensor, block
     if uses_kernels(x):
         from moequant.kernels.dense.int8_gelu import int8_gelu as kernel
 
-        kernel(x, x_scales, values, scales, group_size=block_size, eps=EPS)
+        kernel(x, x_scales, values, scales, quant_spec(torch.int8, "default"), group_size=block_size)
         return
     new_values, new_scales = reference.int8_gelu(x, x_scales, block_size)
     values.copy_(new_values)

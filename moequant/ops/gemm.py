@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moequant.batch import ceil_div
 from moequant.ops import on_cpu
-from moequant.ops.quantization import quantize_settings, silu_mul_quantize
+from moequant.ops.quantization import quant_spec, silu_mul_quantize
 from moequant.ops.registration import registered, uses_kernels
 
 __all__ = [
@@ -155,8 +155,21 @@ def gemm1_swiglu(
     if uses_kernels(a) and fuses_gemm1(a, a_scales, w13, w13_scales, values, scales, rows):
         from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel
 
-        settings = quantize_settings(values, recipe, None)
-        kernel(a, a_scales, w13, w13_scales, num_tokens, values, scales, num_sms=num_sms, **settings)
+        spec = quant_spec(values.dtype, recipe)
+        kernel(
+            a,
+            a_scales,
+            w13,
+            w13_scales,
+            num_tokens,
+            values,
+            scales,
+            max_value=spec.max_value.value,
+            eps=spec.eps,
+            power_of_two=spec.power_of_two.value,
+            reciprocal=spec.reciprocal.value,
+            num_sms=num_sms,
+        )
         return
     gate_up = torch.empty(*a.shape[:2], w13.shape[1], dtype=torch.bfloat16, device=a.device)
     grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, gate_up, 2, expected_rows, num_sms)

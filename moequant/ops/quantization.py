@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,26 +12,27 @@ from moequant import reference
 from moequant.formats import max_of, recipe_of
 from moequant.ops.registration import registered, uses_kernels
 
+if TYPE_CHECKING:
+    from moequant.kernels.library.arguments import QuantSpec
+
 __all__ = [
     "dequantize_blocks",
     "fused_rms_quantize",
+    "quant_spec",
     "quantize_expert_batch",
-    "quantize_settings",
     "quantize_weight",
     "silu_mul",
     "silu_mul_quantize",
 ]
 
 
-def quantize_settings(values: Tensor, recipe: str, eps: float | None) -> dict[str, Any]:
-    """A format and a recipe as the plain numbers that the kernels take."""
+@functools.lru_cache(256)
+def quant_spec(dtype: torch.dtype, recipe: str, eps: float | None = None) -> QuantSpec:
+    """A format and a recipe as the plain numbers that the kernels take. eps: instead of the recipe's."""
+    from moequant.kernels.library.arguments import quant_spec as spec
+
     rule = recipe_of(recipe)
-    return {
-        "max_value": max_of(values.dtype, recipe),
-        "eps": rule.eps if eps is None else eps,
-        "power_of_two": rule.power_of_two,
-        "reciprocal": rule.reciprocal,
-    }
+    return spec(max_of(dtype, recipe), rule.eps if eps is None else eps, rule.power_of_two, rule.reciprocal)
 
 
 @registered(mutates=("values", "scales"))
@@ -49,7 +51,7 @@ def quantize_expert_batch(
         return
     from moequant.kernels.quantization.quantize import quantize_expert_batch as kernel
 
-    kernel(x, num_tokens, values, scales, group_size=group_size, **quantize_settings(values, recipe, eps))
+    kernel(x, num_tokens, values, scales, quant_spec(values.dtype, recipe, eps), group_size=group_size)
 
 
 @registered(mutates=("values", "scales"))
@@ -67,7 +69,7 @@ def silu_mul_quantize(
         return
     from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize as kernel
 
-    kernel(x, num_tokens, values, scales, **quantize_settings(values, recipe, eps))
+    kernel(x, num_tokens, values, scales, quant_spec(values.dtype, recipe, eps))
 
 
 @registered(mutates=("values", "scales"))
@@ -79,7 +81,7 @@ def quantize_weight(
     if uses_kernels(w) and block_size in (32, 64, 128):
         from moequant.kernels.quantization.quantize_weight import quantize_weight as kernel
 
-        kernel(w, values, scales, segments=segments, block_size=block_size, **quantize_settings(values, recipe, None))
+        kernel(w, values, scales, quant_spec(values.dtype, recipe), segments=segments, block_size=block_size)
         return
     # one expert after the other: the float32 copies in between take several times a weight's memory
     for expert in range(w.shape[0]):
@@ -110,8 +112,8 @@ def fused_rms_quantize(
         return
     from moequant.kernels.dense.fused_rms_quantize import fused_rms_quantize as kernel
 
-    settings = quantize_settings(values, recipe, None)
-    kernel(x, weight, residual, gate, summed, values, scales, norm_eps=norm_eps, group_size=group_size, **settings)
+    spec = quant_spec(values.dtype, recipe)
+    kernel(x, weight, residual, gate, summed, values, scales, spec, norm_eps=norm_eps, group_size=group_size)
 
 
 @registered(mutates=("out",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moequant import reference
-from moequant.ops.quantization import quantize_settings
+from moequant.ops.quantization import quant_spec
 from moequant.ops.registration import registered, uses_kernels
 
 __all__ = [
@@ -106,21 +106,18 @@ def scatter(
     rows: Tensor | None = None,
     sources: Tensor | None = None,
     row_sources: Tensor | None = None,
-    first_expert: int = 0,
     offsets: Tensor | None = None,
     capacity: int | None = None,
     recipe: str = "default",
 ) -> None:
     """`reference.scatter`."""
     if not uses_kernels(x):
-        reference.scatter(
-            x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, recipe
-        )
+        reference.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, offsets, capacity, recipe)
         return
     from moequant.kernels.routing.scatter import scatter as kernel
 
-    settings = quantize_settings(values, recipe, None) if scales is not None else {}
-    kernel(x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, first_expert, offsets, capacity, **settings)
+    spec = quant_spec(values.dtype, recipe) if scales is not None else None
+    kernel(x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, offsets, capacity, spec)
 
 
 @registered(mutates=("padded", "merged", "merged_scales", "merged_sources"))
@@ -129,7 +126,6 @@ def move_source_rows(
     merged: Tensor,
     offsets: Tensor,
     counts: Tensor,
-    first_expert: int,
     to_merged: bool,
     padded_scales: Tensor | None = None,
     merged_scales: Tensor | None = None,
@@ -147,7 +143,6 @@ def move_source_rows(
         merged,
         offsets,
         counts,
-        first_expert,
         to_merged,
         padded_scales,
         merged_scales,

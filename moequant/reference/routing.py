@@ -142,15 +142,14 @@ def scatter(
     rows: Tensor | None = None,
     sources: Tensor | None = None,
     row_sources: Tensor | None = None,
-    first_expert: int = 0,
     offsets: Tensor | None = None,
     capacity: int | None = None,
     recipe: str = "default",
 ) -> None:
     """Places each token's row into the buffer of each of its experts, quantizing it on the way where scales are wanted.
 
-    x: (T, H), any row stride. topk_ids, slots: (T, K); ids count from first_expert, others than first_expert..first_expert+L-1 are
-        skipped, as is a slot of -1 or one not less than the buffers' M.
+    x: (T, H), any row stride. topk_ids, slots: (T, K); others than 0..L-1 are skipped, as is a slot of -1 or one not less than the
+        buffers' M.
     values: (L, M, H), written. Its type says what happens: bfloat16 etc.: x is converted; quantized, with x_scales None: x is quantized
         by recipe; quantized, with x_scales (T, G) float32: x is quantized already and is copied.
     scales: (L, M, G) float32 of any strides, written, if values are quantized.
@@ -160,10 +159,10 @@ def scatter(
     """
     experts, limit = values.shape[:2]
     tokens, top_k = topk_ids.shape
-    local = topk_ids.long() - first_expert
+    local = topk_ids.long()
     placed = (local >= 0) & (local < experts) & (slots >= 0) & (slots < limit)
     if offsets is not None and capacity is not None:
-        start = offsets.long()[topk_ids.long().clamp(0, offsets.shape[0] - 1)]
+        start = offsets.long()[local.clamp(0, offsets.shape[0] - 1)]
         placed &= start + slots < capacity
     flat = torch.where(placed, local * limit + slots, -1)
     if rows is not None:
@@ -186,7 +185,6 @@ def move_source_rows(
     merged: Tensor,
     offsets: Tensor,
     counts: Tensor,
-    first_expert: int,
     to_merged: bool,
     padded_scales: Tensor | None = None,
     merged_scales: Tensor | None = None,
@@ -195,17 +193,16 @@ def move_source_rows(
 ) -> None:
     """Moves rows between buffers padded for each source rank and expert buffers with the sources' rows side by side.
 
-    Row c of (source w, local expert l) is row offsets[w, first_expert + l] + c of expert l, for c below counts, C and the end of M.
+    Row c of (source w, local expert l) is row offsets[w, l] + c of expert l, for c below counts, C and the end of M.
     padded: (W, L, C, H). merged: (L, M, H), same type. to_merged: the direction; the other side is written.
+    offsets, counts: (W, L) int32, of this rank's experts; any row stride.
     *_scales: (W, L, C, G) and (L, M, G) float32, any strides. *_sources: (W, L, C) int32, each a token * K + k, and (L, M) int64,
         into which the source's rank goes too. Both only with to_merged.
 
     Example: W=2, L=1, C=2, M=4, counts [1, 2], offsets [0, 1]: merged rows 0, 1, 2 are padded (0, 0), (1, 0), (1, 1).
     """
-    ranks, experts, limit = padded.shape[:3]
-    capacity = merged.shape[1]
-    start = offsets[:, first_expert : first_expert + experts].long().unsqueeze(-1)
-    count = counts[:, first_expert : first_expert + experts].unsqueeze(-1)
+    limit, capacity = padded.shape[2], merged.shape[1]
+    start, count = offsets.long().unsqueeze(-1), counts.unsqueeze(-1)
     c = torch.arange(limit, device=padded.device)
     source, expert, row = ((c < count) & (start + c < capacity)).nonzero(as_tuple=True)
     target = start[source, expert, 0] + row

@@ -56,10 +56,11 @@ def in_one_process(
     transport = LocalTransport(config, 0, cpu, status)
     hidden, ids, weights = (torch.cat([tensor.cpu() for tensor in tensors]) for tensors in zip(*inputs, strict=True))
     slot = transport.allocate()
-    batch, slots, rows = transport.expert_batch(slot, len(ids)), slot["slots"][: len(ids)], slot["rows"][: len(ids)]
+    batch, taken = transport.expert_batch(slot, len(ids)), slot.take(len(ids))
     # the specification's own steps, where the transport would take kernels, if interpreted
-    reference.route(ids, slots, slot["counts"], config.max_rows, slot["num_tokens"], status)
-    reference.scatter(hidden, ids, slots, batch.values, batch.scales, rows=rows, sources=batch.sources, recipe=config.recipe)
+    reference.route(ids, taken.slots, slot.buffers.counts, config.max_rows, slot.buffers.num_tokens, status)
+    rows, outputs = taken.rows, (batch.values, batch.scales)
+    reference.scatter(hidden, ids, taken.slots, *outputs, rows=rows, sources=batch.sources, recipe=config.recipe)
     output, out = experts(batch), torch.empty_like(hidden)
     check_tensor("what experts return", output, shape=tuple(batch.values.shape))
     output = output.flatten(0, 1)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,18 +14,10 @@ from moequant.batch import ExpertBatch, Owner, ceil_div
 from moequant.config import DispatcherConfig
 from moequant.errors import CallOrderError, PeerTimeoutError
 from moequant.repeats import Repeats
+from moequant.transport.buffers import Buffers, BufferSpec
 from moequant.transport.calls import Call
 
-
-class BufferSpec(NamedTuple):
-    """A buffer before it exists: what `buffer_bytes` adds up and `allocate` makes."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+Held = TypeVar("Held", bound=Buffers[Tensor])
 
 
 class Stage(Enum):
@@ -69,14 +60,28 @@ BEFORE = {
 NEXT = {Stage.SENT: "dispatch_recv", Stage.FIRST: "dispatch_second", Stage.RETURNING: "combine_recv"}
 
 
-class Slot:
-    """One slot's buffers, by name, how many dispatches it has served, and how far the last one has come."""
+class Taken(NamedTuple):
+    """The part of a slot's buffers that so many tokens take: slots and rows (T, K), partials (T, W) where there are any."""
 
-    def __init__(self, number: int, buffers: dict[str, Tensor], calls: Tensor | None = None) -> None:
+    tokens: int
+    slots: Tensor
+    rows: Tensor
+    partials: Tensor
+
+
+class Slot(Generic[Held]):
+    """One slot's buffers, how many dispatches it has served, and how far the last one has come."""
+
+    def __init__(self, number: int, buffers: Held, calls: Tensor | None = None) -> None:
         """calls: (1,) int32 on the device, how many dispatches the slot has seen; None where no other rank asks."""
         self.number = number
         self.buffers = buffers
         self.calls = calls
+        # as the batch has them, (L, M, G)
+        self.scales = None if buffers.scales is None else buffers.scales.transpose(1, 2)
+        # where expert output is best written; made when it is asked for
+        self.output: Tensor | None = None
+        self._taken = self._take(0)
         self.call = Call(0, number)
         # by the guess of their rows: the same views, so that what was found out about a batch holds for the next one
         self.batches: dict[int, ExpertBatch] = {}
@@ -114,11 +119,24 @@ class Slot:
         if self.stage is Stage.COMBINED:
             self.pushing = self.pending = None
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.buffers[name]
+    def take(self, tokens: int) -> Taken:
+        """Kept from call to call while tokens are as many."""
+        if self._taken.tokens != tokens:
+            # kept, so that they have to be no inference tensors
+            with torch.inference_mode(False):
+                self._taken = self._take(tokens)
+        return self._taken
+
+    def _take(self, tokens: int) -> Taken:
+        buffers = self.buffers
+        partials = buffers.slots if buffers.partials is None else buffers.partials
+        return Taken(tokens, buffers.slots[:tokens], buffers.rows[:tokens], partials[:tokens])
 
 
-class Transport(ABC):
+AnySlot = TypeVar("AnySlot", bound=Slot[Any])
+
+
+class Transport(ABC, Generic[AnySlot]):
     """Moves rows to their experts and back. One instance serves one dispatcher; `slot` says whose buffers a call uses."""
 
     # whether the steps' launches are all that they do, from call to call the same
@@ -137,69 +155,70 @@ class Transport(ABC):
 
     @staticmethod
     @abstractmethod
-    def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
-        """The buffers of one slot."""
+    def buffer_specs(config: DispatcherConfig) -> Buffers[BufferSpec]:
+        """The buffers of one slot. `buffer_bytes` adds them up without a GPU."""
 
     @abstractmethod
-    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Any]:
+    def allocate(self, number: int = 0) -> AnySlot:
+        """A slot's buffers on the device, uninitialised."""
+
+    @abstractmethod
+    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: AnySlot) -> tuple[ExpertBatch, Any]:
         """hidden_states (T, H) with contiguous rows, topk_ids and topk_weights (T, K) contiguous. Returns the batch, and what `combine`
         needs. Weights travel with `reduce="per_rank"` alone."""
 
     @abstractmethod
-    def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Any) -> None:
+    def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: AnySlot, state: Any) -> None:
         """expert_output (L, M, H) contiguous, topk_weights (T, K) contiguous. Writes out (T, H)."""
 
-    def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> Any:
+    def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: AnySlot) -> Any:
         """`dispatch` without waiting for the other ranks' rows, where that can be. Returns what `dispatch_recv` and `combine` need."""
         _, state = self.dispatch(hidden_states, topk_ids, topk_weights, slot)
         return state
 
-    def dispatch_recv(self, tokens: int, slot: Slot) -> ExpertBatch:
+    def dispatch_recv(self, tokens: int, slot: AnySlot) -> ExpertBatch:
         """The batch of the slot's last `dispatch_send`, which had so many tokens."""
         return self.expert_batch(slot, tokens)
 
-    def combine_send(self, expert_output: Tensor, slot: Slot) -> None:
+    def combine_send(self, expert_output: Tensor, slot: AnySlot) -> None:
         """`combine` without waiting for the other ranks' rows, where that can be."""
         slot.pending = expert_output
 
-    def combine_recv(self, topk_weights: Tensor, out: Tensor, slot: Slot, state: Any) -> None:
+    def combine_recv(self, topk_weights: Tensor, out: Tensor, slot: AnySlot, state: Any) -> None:
         """The rest of `combine` after `combine_send`. Writes out (T, H)."""
         assert slot.pending is not None
         self.combine(slot.pending, topk_weights, out, slot, state)
 
-    def output_buffer(self, slot: Slot) -> Tensor:
+    def output_buffer(self, slot: AnySlot) -> Tensor:
         """(L, M, H) bfloat16, where expert output is best written."""
-        if "output" not in slot.buffers:
+        if slot.output is None:
             config = self.config
             shape = config.num_local_experts, config.max_rows, config.hidden_size
             # kept, so that it has to be no inference tensor
             with torch.inference_mode(False):
-                slot.buffers["output"] = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        return slot["output"]
+                slot.output = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return slot.output
 
-    def again(self, slot: Slot) -> None:  # noqa: B027 (most transports have nothing to do)
+    def again(self, slot: AnySlot) -> None:
         """Before a second combine of one dispatch, which must not write what a slower rank still reads for the first."""
 
-    def check_guards(self) -> None:  # noqa: B027 (most transports have nothing to do)
+    def check_guards(self) -> None:
         """Waits for the device. Raises GuardError if something was stored between the buffers that other ranks store to."""
 
-    def close(self) -> None:  # noqa: B027 (most transports have nothing to do)
+    def close(self) -> None:
         """Lets go of memory that other ranks map. Not collective."""
 
-    def start(self) -> None:  # noqa: B027 (most transports have nothing to do)
+    def start(self) -> None:
         """Called once, on all ranks, when the kernels are compiled and before the first call."""
 
     def fault(self) -> PeerTimeoutError | None:
         """What went wrong on the device since the start, without waiting for it."""
         return None
 
-    def allocate(self, number: int = 0) -> Slot:
-        """A slot's buffers on the device, uninitialised."""
-        specs = self.buffer_specs(self.config)
+    def make_buffers(self, specs: Mapping[str, BufferSpec]) -> dict[str, Tensor]:
+        """On the device, uninitialised."""
         try:
-            return Slot(
-                number, {name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()}
-            )
+            return {name: torch.empty(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in specs.items()}
         except RuntimeError as error:
             size = sum(spec.nbytes for spec in specs.values()) / 2**30
             raise RuntimeError(
@@ -207,39 +226,14 @@ class Transport(ABC):
                 "max_tokens_per_rank (MoEQuantDispatcher.buffer_bytes says what settings need)"
             ) from error
 
-    def expert_batch(self, slot: Slot, tokens: int) -> ExpertBatch:
+    def expert_batch(self, slot: AnySlot, tokens: int) -> ExpertBatch:
         """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
-        config = self.config
+        config, buffers = self.config, slot.buffers
         mean = ceil_div(tokens * config.top_k * config.world_size, config.num_experts)
         rows = min(max(mean, 1), config.max_rows)
         batch = slot.batches.get(rows)
         if batch is None:
-            scales = slot["scales"].transpose(1, 2) if config.quantized else None
             batch = slot.batches[rows] = ExpertBatch(
-                slot["values"], scales, slot["num_tokens"], slot["sources"], config.recipe, rows, slot.number, self.owner
+                buffers.values, slot.scales, buffers.num_tokens, buffers.sources, config.recipe, rows, slot.number, self.owner
             )
         return batch
-
-
-def batch_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
-    """The expert batch: every transport has one."""
-    experts, rows = config.num_local_experts, config.max_rows
-    specs = {
-        "values": BufferSpec((experts, rows, config.hidden_size), config.dtype),
-        "num_tokens": BufferSpec((experts,), torch.int32),
-        "sources": BufferSpec((experts, rows), torch.int64),
-    }
-    if config.quantized:
-        specs["scales"] = BufferSpec((experts, config.num_groups, rows), torch.float32)
-    return specs
-
-
-def routing_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
-    """What `route` and `scatter` write for the tokens of this rank."""
-    tokens, top_k = config.max_tokens_per_rank, config.top_k
-    return {
-        "slots": BufferSpec((tokens, top_k), torch.int32),
-        "rows": BufferSpec((tokens, top_k), torch.int32),
-        # where `plan_partials` says that the ranks' partial sums lie
-        **({"partials": BufferSpec((tokens, config.world_size), torch.int32)} if config.per_rank else {}),
-    }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moequant.config import round_up
 from moequant.errors import GuardError
-from moequant.transport.base import BufferSpec
+from moequant.transport.buffers import BufferSpec
 
 # at least so many before and behind each buffer
 GUARD_BYTES = 256

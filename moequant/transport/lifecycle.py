@@ -15,7 +15,7 @@ from moequant.checks import check_counted, check_is
 from moequant.config import DispatcherConfig
 from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError
 from moequant.transport import guards
-from moequant.transport.base import Slot, Transport
+from moequant.transport.base import Transport
 from moequant.transport.peer_memory import host_words, view_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Lifecycle:
 
     config: DispatcherConfig
     _transport: Transport
-    _slots: list[Slot]
+    # of the transport's own kind
+    _slots: list[Any]
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -173,7 +174,7 @@ class Lifecycle:
         if self._fault is not None:
             raise self._fault
 
-    def _slot(self, slot: int) -> Slot:
+    def _slot(self, slot: int) -> Any:
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < len(self._slots):
             raise ValueError(
                 f"slot must be in 0..{len(self._slots) - 1}, got {slot}; the constructor's slots says how many there are"

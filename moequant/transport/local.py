@@ -5,7 +5,7 @@ T tokens, K top-k, L local experts (here all), M rows of an expert's buffer, H h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,42 +13,55 @@ from torch import Tensor
 from moequant import ops
 from moequant.batch import ExpertBatch
 from moequant.config import DispatcherConfig
-from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
+from moequant.transport.base import Slot, Transport
+from moequant.transport.buffers import Buffers, BufferSpec, T, named, shared_by_all
 
 
-class LocalTransport(Transport):
+@dataclass(kw_only=True, eq=False)
+class LocalBuffers(Buffers[T]):
+    # per_rank
+    sums: T | None = None
+
+
+LocalSlot = Slot[LocalBuffers[Tensor]]
+
+
+class LocalTransport(Transport[LocalSlot]):
     repeats = True
 
     @staticmethod
-    def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
-        specs = {**batch_specs(config), **routing_specs(config), "counts": BufferSpec((config.num_experts,), torch.int32)}
-        if config.per_rank:
-            specs["sums"] = BufferSpec((config.max_tokens_per_rank, config.hidden_size), torch.bfloat16)
-        return specs
+    def buffer_specs(config: DispatcherConfig) -> LocalBuffers[BufferSpec]:
+        sums = BufferSpec((config.max_tokens_per_rank, config.hidden_size), torch.bfloat16) if config.per_rank else None
+        return LocalBuffers(**shared_by_all(config), sums=sums)
 
-    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
-        tokens = hidden_states.shape[0]
-        slots, rows = slot["slots"][:tokens], slot["rows"][:tokens]
-        batch = self.expert_batch(slot, tokens)
-        ops.route(topk_ids, slots, slot["counts"], self.config.max_rows, slot["num_tokens"], self.status)
+    def allocate(self, number: int = 0) -> LocalSlot:
+        return Slot(number, LocalBuffers(**self.make_buffers(named(self.buffer_specs(self.config)))))
+
+    def dispatch(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: LocalSlot
+    ) -> tuple[ExpertBatch, Tensor]:
+        tokens, buffers = hidden_states.shape[0], slot.buffers
+        taken, batch = slot.take(tokens), self.expert_batch(slot, tokens)
+        ops.route(topk_ids, taken.slots, buffers.counts, self.config.max_rows, buffers.num_tokens, self.status)
         ops.scatter(
             hidden_states,
             topk_ids,
-            slots,
+            taken.slots,
             batch.values,
             batch.scales,
-            rows=rows,
+            rows=taken.rows,
             sources=batch.sources,
             recipe=self.config.recipe,
         )
         if self.config.per_rank:
-            ops.plan_partials(topk_ids, rows, self.config.num_experts, tokens, slot["partials"][:tokens])
-        return batch, rows
+            ops.plan_partials(topk_ids, taken.rows, self.config.num_experts, tokens, taken.partials)
+        return batch, taken.rows
 
-    def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
-        if not self.config.per_rank:
+    def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: LocalSlot, state: Tensor) -> None:
+        sums = slot.buffers.sums
+        if sums is None:
             ops.combine(expert_output.flatten(0, 1), state, topk_weights, out)
             return
         tokens = out.shape[0]
-        ops.presum(expert_output.flatten(0, 1), state, topk_weights, slot["sums"][:tokens])
-        ops.combine(slot["sums"], slot["partials"][:tokens], None, out)
+        ops.presum(expert_output.flatten(0, 1), state, topk_weights, sums[:tokens])
+        ops.combine(sums, slot.take(tokens).partials, None, out)

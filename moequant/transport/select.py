@@ -13,8 +13,11 @@ from torch import Tensor
 from moequant.config import DispatcherConfig
 from moequant.errors import UnreachableError
 from moequant.transport.base import Transport
-from moequant.transport.collective import CollectiveTransport, PackedTransport, PaddedTransport, choose_exchange
+from moequant.transport.buffers import named
+from moequant.transport.collective import CollectiveTransport, choose_exchange
 from moequant.transport.local import LocalTransport
+from moequant.transport.packed import PackedTransport
+from moequant.transport.padded import PaddedTransport
 from moequant.transport.peer_memory import why_unreachable
 from moequant.transport.symmetric import SymmetricTransport
 
@@ -77,7 +80,7 @@ def buffer_bytes(
         shared = config.exchange == "auto" and torch.cuda.is_available()
         transport = "local" if config.world_size == 1 else "symmetric" if shared else "collective"
         config = dataclasses.replace(config, transport=transport)
-    specs = transport_class(config).buffer_specs(config)
+    specs = named(transport_class(config).buffer_specs(config))
     return config.slots * sum(spec.nbytes for spec in specs.values())
 
 

@@ -16,21 +16,26 @@ T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an exp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import ExpertBatch
-from moequant.config import DispatcherConfig, round_up
+from moequant.config import DispatcherConfig
 from moequant.errors import PeerTimeoutError
-from moequant.ops import quantize_settings
-from moequant.transport.base import BufferSpec, Slot, Transport, batch_specs, routing_specs
+from moequant.ops import quant_spec
+from moequant.transport.base import Slot, Transport
+from moequant.transport.buffers import Buffers, BufferSpec, T, named, shared_by_all
 from moequant.transport.calls import Call
 from moequant.transport.guards import Guards, offsets_of
 from moequant.transport.peer_memory import PeerMemory, host_words, view_of
 from moequant.transport.rendezvous import exchange
+
+if TYPE_CHECKING:
+    from moequant.kernels.library.symmetric import Peers
 
 # of a phase that is not done in time: what the culprit did not do
 PHASES = ("say how many rows it sends", "send its rows", "finish its experts' output")
@@ -58,7 +63,74 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     }
 
 
-class SymmetricTransport(Transport):
+@dataclass(kw_only=True, eq=False)
+class SymmetricBuffers(Buffers[T]):
+    # those of `shared_specs`, besides values
+    flags: T
+    count_words: T
+    notes: T
+    output: T
+    returns: T
+    # no tensor: what lies between those that are shared
+    guards: T | None = None
+    row_offsets: T
+    # how many dispatches and combines the slot has seen; and how many dispatches were called, with those that raised; how many programs
+    # of a kernel are done; what the last wait found
+    epochs: T
+    calls: T
+    ticket: T
+    fault: T
+    # where rows that are pushed back go, unless sums are
+    destinations: T | None = None
+
+
+class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
+    """With what its kernels are told in every call. peers: with the flags of the rows, the outputs, and the rows of a second wave."""
+
+    def __init__(self, number: int, buffers: SymmetricBuffers[Tensor], peers: list[Peers], transport: SymmetricTransport) -> None:
+        from moequant.kernels.library.symmetric import notes_of
+        from moequant.kernels.routing.combine import Remote
+        from moequant.kernels.symmetric.exchange_counts import Counts
+        from moequant.kernels.symmetric.land_rows import Landed, Returns
+        from moequant.kernels.symmetric.push_partial_sums import Sums
+        from moequant.kernels.symmetric.push_tokens import Landing
+
+        super().__init__(number, buffers, buffers.calls)
+        config, offsets = transport.config, transport.offsets_of(number)
+        self.output = buffers.output
+        self.peers = peers
+        self.exchanged = Counts(
+            buffers.counts,
+            buffers.row_offsets,
+            buffers.num_tokens,
+            buffers.calls,
+            transport.status,
+            words=offsets["count_words"],
+        )
+        self.landing = Landing(
+            rows=offsets["values"],
+            notes=offsets["notes"],
+            experts=config.num_experts,
+            local_experts=config.num_local_experts,
+            capacity=config.max_rows,
+            columns=config.hidden_size,
+            max_tokens=config.max_tokens_per_rank,
+            spec=quant_spec(config.dtype, config.recipe) if config.quantized else None,
+        )
+        self.landed = Landed(buffers.values.view(torch.uint8), self.scales, buffers.num_tokens, buffers.sources)
+        self.notes = notes_of(buffers.notes, config.num_groups if config.quantized else 0)
+        self.returns = Returns(
+            buffers.destinations,
+            offset=offsets["returns"],
+            entries=config.max_tokens_per_rank * config.top_k,
+            row_bytes=2 * config.hidden_size,
+        )
+        self.sums = Sums(offsets["returns"], config.max_tokens_per_rank)
+        rows_of_rank = config.num_local_experts * config.max_rows
+        self.remote = Remote(peers[0].pointers, offsets["output"], rows_of_rank, config.world_size)
+
+
+class SymmetricTransport(Transport[SymmetricSlot]):
     repeats = True
 
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup) -> None:
@@ -81,44 +153,62 @@ class SymmetricTransport(Transport):
         self._barrier(config.timeout)
 
     @staticmethod
-    def buffer_specs(config: DispatcherConfig) -> Mapping[str, BufferSpec]:
-        experts, shared = config.num_experts, shared_specs(config)
-        specs = {
-            **batch_specs(config),
-            **routing_specs(config),
-            **shared,
-            # not a tensor: what lies between those that are shared
-            "guards": BufferSpec((offsets_of(shared)[1] - sum(spec.nbytes for spec in shared.values()),), torch.uint8),
-            "counts": BufferSpec((experts,), torch.int32),
-            "row_offsets": BufferSpec((experts,), torch.int32),
-            # how many dispatches and combines the slot has seen; and how many dispatches were called, with those that raised; how many
-            # programs of a kernel are done
-            "epochs": BufferSpec((2,), torch.int32),
-            "calls": BufferSpec((1,), torch.int32),
-            "ticket": BufferSpec((1,), torch.int32),
-            # what the last wait found
-            "fault": BufferSpec((1,), torch.int32),
-        }
-        if not config.per_rank:
-            specs["destinations"] = BufferSpec((config.num_local_experts, config.max_rows), torch.int64)
-        return specs
+    def buffer_specs(config: DispatcherConfig) -> SymmetricBuffers[BufferSpec]:
+        shared, one = shared_specs(config), BufferSpec((1,), torch.int32)
+        guards = offsets_of(shared)[1] - sum(spec.nbytes for spec in shared.values())
+        addresses = BufferSpec((config.num_local_experts, config.max_rows), torch.int64)
+        return SymmetricBuffers(
+            **{**shared_by_all(config), **shared},
+            guards=BufferSpec((guards,), torch.uint8),
+            row_offsets=BufferSpec((config.num_experts,), torch.int32),
+            epochs=BufferSpec((2,), torch.int32),
+            calls=one,
+            ticket=one,
+            fault=one,
+            destinations=None if config.per_rank else addresses,
+        )
 
-    def allocate(self, number: int = 0) -> Slot:
-        begin = number * self.slot_bytes
-        buffers = {}
-        for name, spec in self.buffer_specs(self.config).items():
-            if name in self.offsets:
-                block = self.memory.local[begin + self.offsets[name] :][: spec.nbytes]
-                buffers[name] = block.view(spec.dtype).view(spec.shape)
-            elif name != "guards":
-                buffers[name] = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
-        for name in ("epochs", "calls", "ticket"):
-            buffers[name].zero_()
-        buffers["fault"].fill_(self.no_fault)
-        if "destinations" in buffers:
+    def allocate(self, number: int = 0) -> SymmetricSlot:
+        specs, offsets = self.buffer_specs(self.config), self.offsets_of(number)
+        shared = {}
+        for name in self.offsets:
+            spec = named(specs)[name]
+            shared[name] = self.memory.local[offsets[name] :][: spec.nbytes].view(spec.dtype).view(spec.shape)
+        own = {name: spec for name, spec in named(specs).items() if name not in shared and name != "guards"}
+        buffers = SymmetricBuffers(**shared, **self.make_buffers(own))
+        for counter in (buffers.epochs, buffers.calls, buffers.ticket):
+            counter.zero_()
+        buffers.fault.fill_(self.no_fault)
+        if buffers.destinations is not None:
             # addresses that may be stored to, whatever happens in the first dispatch
-            buffers["destinations"].fill_(buffers["returns"].data_ptr())
-        return Slot(number, buffers, buffers["calls"])
+            buffers.destinations.fill_(buffers.returns.data_ptr())
+        return SymmetricSlot(number, buffers, [self._peers_of(offsets, buffers, phase) for phase in (1, 2, 3)], self)
+
+    def offsets_of(self, number: int) -> dict[str, int]:
+        """Of a slot's buffers in every rank's memory."""
+        return {name: number * self.slot_bytes + offset for name, offset in self.offsets.items()}
+
+    def _peers_of(self, offsets: dict[str, int], buffers: SymmetricBuffers[Tensor], phase: int) -> Peers:
+        """phase: of the flags, 1 for rows, 2 for outputs, 3 for the rows of a second wave."""
+        from moequant.kernels.library.symmetric import Peers
+
+        return Peers(
+            self.memory.pointers,
+            buffers.epochs[1:] if phase == 2 else buffers.epochs,
+            buffers.ticket,
+            buffers.fault,
+            self.record,
+            flags=offsets["flags"] + 4 * self.config.world_size * (phase - 1),
+            abort=self.abort_offset,
+            rank=self.rank,
+            ranks=self.config.world_size,
+            limit=self.limit,
+        )
+
+    def _peers(self, slot: SymmetricSlot, phase: int) -> Peers:
+        if slot.peers[0].limit != self.limit:
+            slot.peers = [peers._replace(limit=self.limit) for peers in slot.peers]
+        return slot.peers[phase - 1]
 
     def check_guards(self) -> None:
         self.guards.check(self.memory.local, self.rank)
@@ -133,50 +223,52 @@ class SymmetricTransport(Transport):
             raise fault
         self._barrier(WARM_UP_SECONDS)
 
-    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> tuple[ExpertBatch, Tensor]:
+    def dispatch(
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: SymmetricSlot
+    ) -> tuple[ExpertBatch, Tensor]:
         self._exchange(topk_ids, slot)
         rows = self._push(hidden_states, topk_ids, topk_weights, slot, wait=True)
         return self._land(slot, hidden_states.shape[0]), rows
 
-    def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot) -> Tensor:
+    def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: SymmetricSlot) -> Tensor:
         self._exchange(topk_ids, slot)
         return self._push(hidden_states, topk_ids, topk_weights, slot, wait=False)
 
-    def dispatch_recv(self, tokens: int, slot: Slot) -> ExpertBatch:
+    def dispatch_recv(self, tokens: int, slot: SymmetricSlot) -> ExpertBatch:
         self._flag_round(slot, 1, signal=False)
         return self._land(slot, tokens)
 
     def dispatch_first(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: Slot, experts: int
+        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: SymmetricSlot, experts: int
     ) -> tuple[ExpertBatch, Tensor]:
         """`dispatch` of the rows of each rank's first `experts` experts; the batch is theirs."""
         local = self.config.num_local_experts
         if not 1 <= experts < local:
             raise ValueError(f"experts must be from 1 to {local - 1}, as a rank has {local}, got {experts}")
         # the flags of the second wave may be so old that they seem to be ahead; nobody signals before it has this call's counts
-        slot["flags"][2].copy_(slot["epochs"][0].expand(self.config.world_size))
+        slot.buffers.flags[2].copy_(slot.buffers.epochs[0].expand(self.config.world_size))
         self._exchange(topk_ids, slot)
-        rows = self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=1, first_experts=experts)
+        rows = self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=(1, experts))
         slot.second = hidden_states, topk_ids, topk_weights, experts
         return self._land(slot, hidden_states.shape[0], (0, experts)), rows
 
-    def dispatch_second(self, slot: Slot) -> ExpertBatch:
+    def dispatch_second(self, slot: SymmetricSlot) -> ExpertBatch:
         """`dispatch` of the rows of the other experts, after `dispatch_first`."""
         assert slot.second is not None
         hidden_states, topk_ids, topk_weights, experts = slot.second
         slot.second = None
-        self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=2, first_experts=experts)
+        self._push(hidden_states, topk_ids, topk_weights, slot, wait=True, wave=(2, experts))
         return self._land(slot, len(hidden_states), (experts, self.config.num_local_experts))
 
-    def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
+    def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, state: Tensor) -> None:
         self._return(expert_output, slot, wait=True)
         self._sum(expert_output.dtype, topk_weights, out, slot, state)
 
-    def combine_send(self, expert_output: Tensor, slot: Slot) -> None:
+    def combine_send(self, expert_output: Tensor, slot: SymmetricSlot) -> None:
         self._return(expert_output, slot, wait=False)
         slot.pending = expert_output
 
-    def combine_recv(self, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
+    def combine_recv(self, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, state: Tensor) -> None:
         assert slot.pending is not None
         self._flag_round(slot, 2, signal=False, way=self._way(slot, slot.pending.dtype))
         self._sum(slot.pending.dtype, topk_weights, out, slot, state)
@@ -192,197 +284,93 @@ class SymmetricTransport(Transport):
             culprit,
         )
 
-    def _exchange(self, topk_ids: Tensor, slot: Slot) -> None:
+    def _exchange(self, topk_ids: Tensor, slot: SymmetricSlot) -> None:
         """From this rank's ids to the places of its rows, and the rows of this rank's experts."""
         from moequant.kernels.routing.route import route
         from moequant.kernels.symmetric.exchange_counts import exchange_counts
 
-        route(topk_ids, slot["slots"][: len(topk_ids)], slot["counts"], status=self.status, early=True)
-        exchange_counts(
-            slot["counts"],
-            slot["row_offsets"],
-            slot["num_tokens"],
-            self.status,
-            self.memory.pointers,
-            slot["epochs"],
-            slot["calls"],
-            slot["fault"],
-            self.record,
-            self._offset(slot, "count_words"),
-            self.abort_offset,
-            self.rank,
-            self.config.max_rows,
-            slot.call.word,
-            self.limit,
-        )
+        route(topk_ids, slot.take(len(topk_ids)).slots, slot.buffers.counts, status=self.status, early=True)
+        exchange_counts(slot.exchanged, self._peers(slot, 1), self.config.max_rows, slot.call.word)
 
     def _push(
         self,
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        slot: Slot,
+        slot: SymmetricSlot,
         wait: bool,
-        wave: int = 0,
-        first_experts: int = 0,
+        wave: tuple[int, int] = (0, 0),
     ) -> Tensor:
         """Stores this rank's rows, or those of a wave, at their places. Returns rows (T, K) int32: the row of each entry among all ranks'
         E * M rows, -1 where there is none."""
-        from moequant.kernels.symmetric.push_tokens import push_tokens
+        from moequant.kernels.symmetric.push_tokens import Entries, push_tokens
 
-        config, tokens = self.config, len(topk_ids)
-        rows = slot["rows"][:tokens]
-        settings = quantize_settings(slot["values"], config.recipe, None) if config.quantized else {}
-        push_tokens(
-            hidden_states,
-            topk_ids,
-            slot["slots"][:tokens],
-            topk_weights if config.per_rank else None,
-            slot["row_offsets"],
-            rows,
-            slot["partials"] if config.per_rank else None,
-            self.memory.pointers,
-            slot["epochs"],
-            slot["ticket"],
-            slot["fault"],
-            self.record,
-            self._offset(slot, "values"),
-            self._offset(slot, "notes"),
-            self._flags(slot, 3 if wave == 2 else 1),
-            self.abort_offset,
-            self.rank,
-            config.max_tokens_per_rank,
-            config.num_local_experts,
-            config.max_rows,
-            config.dtype,
-            wait,
-            self.limit,
-            wave=wave,
-            first_experts=first_experts,
-            **settings,
-        )
-        return rows
+        config, buffers, taken = self.config, slot.buffers, slot.take(len(topk_ids))
+        entries = Entries(taken.slots, buffers.row_offsets, taken.rows, buffers.partials)
+        weights = topk_weights if config.per_rank else None
+        peers = self._peers(slot, 3 if wave[0] == 2 else 1)
+        push_tokens(hidden_states, topk_ids, weights, entries, slot.landing, peers, config.dtype, wait, wave)
+        return taken.rows
 
-    def _land(self, slot: Slot, tokens: int, part: tuple[int, int] | None = None) -> ExpertBatch:
+    def _land(self, slot: SymmetricSlot, tokens: int, part: tuple[int, int] | None = None) -> ExpertBatch:
         from moequant.kernels.symmetric.land_rows import land_rows
 
-        config, batch = self.config, self.expert_batch(slot, tokens)
-        land_rows(
-            batch.values,
-            slot["notes"],
-            batch.num_tokens,
-            batch.scales,
-            batch.sources,
-            slot.buffers.get("destinations"),
-            self.memory.pointers,
-            slot["fault"],
-            self._offset(slot, "returns"),
-            config.max_tokens_per_rank * config.top_k,
-            2 * config.hidden_size,
-            batch.expected_rows,
-            part,
-        )
+        batch, width = self.expert_batch(slot, tokens), self.config.dtype.itemsize
+        land_rows(slot.landed, slot.notes, self._peers(slot, 1), slot.returns, width, batch.expected_rows, part)
         return batch if part is None else batch.part(*part)
 
-    def _return(self, expert_output: Tensor, slot: Slot, wait: bool) -> None:
+    def _return(self, expert_output: Tensor, slot: SymmetricSlot, wait: bool) -> None:
         """Makes the experts' output available to the tokens' ranks."""
         from moequant.kernels.symmetric.push_partial_sums import push_partial_sums
         from moequant.kernels.symmetric.push_rows import push_rows
 
-        config = self.config
-        if config.per_rank:
-            groups = config.num_groups if config.quantized else 0
-            push_partial_sums(
-                expert_output,
-                slot["notes"],
-                slot["num_tokens"],
-                self.memory.pointers,
-                slot["epochs"][1:],
-                slot["ticket"],
-                slot["fault"],
-                self.record,
-                self._offset(slot, "returns"),
-                self._flags(slot, 2),
-                self.abort_offset,
-                self.rank,
-                config.max_tokens_per_rank,
-                config.top_k,
-                round_up(groups, 4),
-                wait,
-                self.limit,
-            )
+        buffers = slot.buffers
+        if self.config.per_rank:
+            peers = self._peers(slot, 2)
+            push_partial_sums(expert_output, slot.notes, buffers.num_tokens, peers, slot.sums, self.config.top_k, wait)
             return
-        output = slot["output"]
-        if expert_output.data_ptr() != output.data_ptr():
-            push_rows(expert_output, slot["num_tokens"], output.view(expert_output.dtype), None)
+        if expert_output.data_ptr() != buffers.output.data_ptr():
+            push_rows(expert_output, buffers.num_tokens, buffers.output.view(expert_output.dtype), None)
         self._flag_round(slot, 2, wait=wait, way=self._way(slot, expert_output.dtype))
 
-    def destinations(self, slot: Slot) -> Tensor:
+    def destinations(self, slot: SymmetricSlot) -> Tensor:
         """Where the rows of a slot's batch go back to: (L, M) int64, addresses."""
-        return slot["destinations"]
+        assert slot.buffers.destinations is not None
+        return slot.buffers.destinations
 
-    def push(self, expert_output: Tensor, slot: Slot) -> None:
+    def push(self, expert_output: Tensor, slot: SymmetricSlot) -> None:
         from moequant.kernels.symmetric.push_rows import push_rows
 
-        push_rows(expert_output, slot["num_tokens"], None, slot["destinations"])
+        push_rows(expert_output, slot.buffers.num_tokens, None, self.destinations(slot))
 
-    def combine_pushed(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, state: Tensor) -> None:
+    def combine_pushed(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, state: Tensor) -> None:
         from moequant.kernels.routing.combine import combine_shared
 
         self._flag_round(slot, 2, way=self._way(slot, dtype))
-        combine_shared(slot["returns"].view(dtype), state, topk_weights, out, slot["fault"], in_order=True)
+        combine_shared(slot.buffers.returns.view(dtype), state, topk_weights, out, slot.buffers.fault, in_order=True)
 
-    def _sum(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: Slot, rows: Tensor) -> None:
+    def _sum(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, rows: Tensor) -> None:
         from moequant.kernels.routing.combine import combine_shared
 
-        config = self.config
-        if config.per_rank:
-            combine_shared(slot["returns"], slot["partials"][: out.shape[0]], None, out, slot["fault"])
-            return
-        combine_shared(
-            slot["output"].view(dtype),
-            rows,
-            topk_weights,
-            out,
-            slot["fault"],
-            peers=self.memory.pointers,
-            peer_offset=self._offset(slot, "output"),
-            rows_of_rank=config.num_local_experts * config.max_rows,
-        )
+        buffers = slot.buffers
+        if self.config.per_rank:
+            combine_shared(buffers.returns, slot.take(out.shape[0]).partials, None, out, buffers.fault)
+        else:
+            combine_shared(buffers.output.view(dtype), rows, topk_weights, out, buffers.fault, remote=slot.remote)
 
-    def _way(self, slot: Slot, dtype: torch.dtype) -> int:
+    def _way(self, slot: SymmetricSlot, dtype: torch.dtype) -> int:
         """What this rank's combine says of its rows; sums of a rank are always bfloat16."""
         if self.config.per_rank:
             return 0
         return Call(0, 0, float16=dtype == torch.float16, pushed=slot.pushing is not None).way
 
-    def _flag_round(self, slot: Slot, phase: int, signal: bool = True, wait: bool = True, way: int = 0) -> None:
+    def _flag_round(self, slot: SymmetricSlot, phase: int, signal: bool = True, wait: bool = True, way: int = 0) -> None:
         from moequant.kernels.symmetric.signal_and_wait import signal_and_wait
 
-        signal_and_wait(
-            self.memory.pointers,
-            slot["epochs"][phase - 1 :],
-            slot["fault"],
-            self.record,
-            self.status,
-            self._flags(slot, phase),
-            self.abort_offset,
-            self.rank,
-            self.limit,
-            phase,
-            signal,
-            wait,
-            way,
-        )
+        signal_and_wait(self._peers(slot, phase), self.status, phase, signal, wait, way)
 
-    def again(self, slot: Slot) -> None:
+    def again(self, slot: SymmetricSlot) -> None:
         self._flag_round(slot, 2)
-
-    def _offset(self, slot: Slot, name: str) -> int:
-        return slot.number * self.slot_bytes + self.offsets[name]
-
-    def _flags(self, slot: Slot, phase: int) -> int:
-        return self._offset(slot, "flags") + 4 * self.config.world_size * (phase - 1)
 
     def _barrier(self, seconds: float) -> None:
         if self.device.type == "cuda":

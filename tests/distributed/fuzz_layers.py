@@ -26,6 +26,7 @@ from moequant.config import DispatcherConfig
 from moequant.kernels.library import hopper
 from moequant.testing import assert_bit_equal, in_one_process, relative_error
 from moequant.transport import symmetric
+from moequant.transport.buffers import named
 from moequant.transport.symmetric import SymmetricTransport
 
 # seconds that a rank may be late
@@ -139,7 +140,7 @@ class Layers:
         slot, local = rng.randrange(settings["slots"]), settings["num_experts"] // ranks
         expected, outputs, dropped = from_one_process(settings, inputs)
         for buffers in dispatcher._slots:
-            poison(buffers.buffers)
+            poison(named(buffers.buffers))
         mine = [tensor.to(device) for tensor in inputs[rank]]
         self._together()
         batch, handle = self._dispatch(rng, mine, slot)
@@ -332,10 +333,10 @@ class PeersOnOneGPU:
             transport.record.fill_(transport.no_fault)
             status.zero_()
             for slot in slots:
-                poison(slot.buffers)
+                poison(named(slot.buffers))
                 for name in ("flags", "count_words", "epochs", "calls", "ticket"):
-                    slot[name].zero_()
-                slot["fault"].fill_(transport.no_fault)
+                    getattr(slot.buffers, name).zero_()
+                slot.buffers.fault.fill_(transport.no_fault)
         torch.cuda.synchronize()
 
     def _call(self, rank: int, number: int, mine: list[Tensor], outs: list[Tensor], way: str, first: int) -> Any:
@@ -353,7 +354,7 @@ class PeersOnOneGPU:
         if way == "experts":
             transport.combine(self.experts[rank](batch), weights, outs[0], slot, state)
             batch, state = transport.dispatch(hidden, ids, weights, slot)
-            self.experts[rank].push(batch, slot["destinations"])
+            self.experts[rank].push(batch, transport.destinations(slot))
             transport.combine_pushed(torch.bfloat16, weights, outs[1], slot, state)
             return batch
         y = stand_in(batch, rank * self.config.num_local_experts)

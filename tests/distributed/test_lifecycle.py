@@ -15,6 +15,7 @@ from trials import install_interpreter, stand_in
 
 from moequant import CallOrderError, MoEQuantDispatcher
 from moequant.testing import assert_bit_equal, run_ranks
+from moequant.transport.buffers import named
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}
 SMALL: dict[str, Any] = SETTINGS | {"hidden_size": 16}
@@ -218,7 +219,7 @@ def test_close_lets_go_of_shared_memory_while_the_object_lives(interpreted):
 
 def test_close_frees_the_buffers_while_the_object_lives():
     dispatcher = MoEQuantDispatcher(**SETTINGS, device="cpu")
-    buffers = [weakref.ref(buffer) for buffer in dispatcher._slots[0].buffers.values()]
+    buffers = [weakref.ref(buffer) for buffer in named(dispatcher._slots[0].buffers).values()]
     dispatcher.close()
     assert not any(buffer() is not None for buffer in buffers)
 

@@ -99,7 +99,7 @@ def run_hostile_ids(rank: int, ranks: int, trials: int) -> None:
         dispatcher = MoEQuantDispatcher(**settings_for(ranks), transport="symmetric", slots=2)
         # canaries: rows of the other slot, and rows that are not valid
         for slot in dispatcher._slots:
-            slot["values"].view(torch.uint8).fill_(0x55)
+            slot.buffers.values.view(torch.uint8).fill_(0x55)
         dist.barrier()
         batch, handle = dispatcher.dispatch(hidden.to(device), ids.to(device), weights.to(device))
         out = dispatcher.combine(stand_in(batch, local * rank), handle)
@@ -109,7 +109,7 @@ def run_hostile_ids(rank: int, ranks: int, trials: int) -> None:
         expected, outputs, _ = in_one_process(settings_for(ranks), everyone, stand_in)
         assert_bit_equal(batch.num_tokens.cpu(), expected.num_tokens[local * rank : local * (rank + 1)])
         assert_bit_equal(out.cpu(), outputs[rank])
-        assert bool((dispatcher._slots[1]["values"].view(torch.uint8) == 0x55).all())
+        assert bool((dispatcher._slots[1].buffers.values.view(torch.uint8) == 0x55).all())
         rows = torch.arange(batch.values.shape[1], device=device)
         assert bool((batch.values.view(torch.uint8)[rows >= batch.num_tokens[:, None]] == 0x55).all())
         dispatcher.close()

@@ -12,6 +12,7 @@ from trials import install_interpreter, stand_in
 from moequant import GuardError, MoEQuantDispatcher
 from moequant.testing import run_ranks
 from moequant.transport.base import BufferSpec
+from moequant.transport.buffers import named
 from moequant.transport.guards import GUARD_BYTES, Guards, offsets_of
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 40, "max_tokens_per_rank": 3, "transport": "symmetric"}
@@ -132,11 +133,11 @@ def run_without_the_switch(rank: int, ranks: int) -> int:
     assert dispatcher.check() == 0
     with pytest.raises(GuardError, match=f'rank {rank}: 1 bytes between the beginning and "flags" of slot 0'):
         transport.check_guards()
-    specs = transport.buffer_specs(dispatcher.config)
+    specs = named(transport.buffer_specs(dispatcher.config))
     shared = sum(specs[name].nbytes for name in [*transport.offsets, "guards"])
     # the abort word has 256 bytes of its own
     assert transport.memory.local.numel() == shared + 256
-    made = dispatcher._slots[0].buffers.values()
+    made = named(dispatcher._slots[0].buffers).values()
     assert sum(x.numel() * x.itemsize for x in made) == sum(spec.nbytes for spec in specs.values()) - specs["guards"].nbytes
     dispatcher.close()
     return shared

@@ -68,7 +68,7 @@ def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, bool, int, Any, An
             hidden, ids, weights = inputs[rank]
             if waves:
                 # as the flags of a call in waves look 2**31 calls later
-                dispatcher._slots[slot]["flags"][2].fill_(2**30)
+                dispatcher._slots[slot].buffers.flags[2].fill_(2**30)
                 _, handle = dispatcher.dispatch_first(hidden, ids, weights, slot, 1)
                 dispatcher.dispatch_second(handle)
                 batch = dispatcher._transport.expert_batch(dispatcher._slots[slot], len(hidden))
@@ -97,11 +97,11 @@ def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
         for number in range(1, rounds + 1):
             ids = torch.arange(4).repeat_interleave((torch.arange(4) + rank + number) % 4)
             transport._exchange(ids.view(3, 2), slot)
-            assert slot["num_tokens"].tolist() == [sum((rank + peer + number) % 4 for peer in range(ranks))]
+            assert slot.buffers.num_tokens.tolist() == [sum((rank + peer + number) % 4 for peer in range(ranks))]
             offsets = [sum((expert + peer + number) % 4 for peer in range(rank)) for expert in range(4)]
-            assert slot["row_offsets"].tolist() == offsets, number
+            assert slot.buffers.row_offsets.tolist() == offsets, number
             transport._flag_round(slot, 2)
-            flags = slot["flags"][1].tolist()
+            flags = slot.buffers.flags[1].tolist()
             assert all(number <= flag // 4 <= number + 1 for flag in flags), flags
             # the exchange's own guard: nobody sends counts again before all rows are in
             transport._push(hidden, torch.zeros(0, 2, dtype=torch.int64), weights, slot, wait=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from moequant import MoEQuantDispatcher
 from moequant.batch import ExpertBatch
 from moequant.testing import assert_bit_equal, in_one_process
+from moequant.transport.buffers import named
 
 Way = Callable[[MoEQuantDispatcher, list[torch.Tensor], int], tuple[ExpertBatch, torch.Tensor]]
 SHAPES = 12
@@ -104,7 +105,7 @@ def check_trial(
     settings, inputs = draw(trial, ranks, tokens)
     expected, outputs, dropped = in_one_process(settings, inputs, stand_in)
     with MoEQuantDispatcher(group, **settings, **transport, device=device) as dispatcher:
-        for name, buffer in dispatcher._slots[0].buffers.items():
+        for name, buffer in named(dispatcher._slots[0].buffers).items():
             if name not in KEPT:
                 buffer.view(torch.uint8).fill_(0xFF)
         # a faster rank's first rows must not be overwritten

@@ -9,8 +9,9 @@ from torch import Tensor
 from compile_case import E4M3, FNUZ, INT8, cases, empty
 from moequant import ops, reference
 from moequant.batch import ceil_div
-from moequant.kernels.dense.dense_gemm import dense_gemm
+from moequant.kernels.dense.dense_gemm import Requantize, dense_gemm
 from moequant.kernels.gemm.grouped_gemm import LARGE_TILES, SMALL_TILES
+from moequant.ops import quant_spec
 from moequant.quantization import act_quant, weight_quant
 from moequant.testing import assert_bit_equal, poison, relative_error
 from product_calls import call_int8_addmm
@@ -23,6 +24,7 @@ SHAPES = {
     "rows TMA can't read": (3, 129, 131),
     "bands": (1100, 130, 16),
 }
+SPEC = quant_spec(torch.int8, "default")
 FP8 = torch.float8_e4m3fnuz if torch.version.hip else torch.float8_e4m3fn
 
 
@@ -114,7 +116,7 @@ def test_a_quantized_result_is_the_float32_result_quantized(shape, group, with_b
     dense_gemm(*pair, bias, wide)
     values = torch.full((rows, columns), 0x55, dtype=torch.int8, device=device)
     scales = poison(torch.empty(rows, ceil_div(columns, group), device=device))
-    dense_gemm(*pair, bias, values, scales, out_group=group, eps=1e-10)
+    dense_gemm(*pair, bias, values, Requantize(scales, group, SPEC))
     expected_values, expected_scales = reference.quantize_groups(wide, group, torch.int8, "default", None)
     assert_bit_equal(values, expected_values, "values")
     assert_bit_equal(scales, expected_scales, "scales")
@@ -125,7 +127,7 @@ def test_zero_rows_get_the_floor_and_bad_scales_a_nan_scale(device):
     a[1] = 0
     a_scales[2, 1], b_scales[0, 0] = float("nan"), 1.0
     values, scales = torch.empty(4, 128, dtype=torch.int8, device=device), torch.empty(4, 1, device=device)
-    dense_gemm(a, a_scales, b, b_scales, None, values, scales, eps=1e-10)
+    dense_gemm(a, a_scales, b, b_scales, None, values, Requantize(scales, 128, SPEC))
     floor = (torch.tensor(1e-10) / torch.tensor(127.0)).item()
     assert scales[1].item() == floor and not values[1].any()
     assert scales.isnan().flatten().tolist() == [False, False, True, False] and not values[2].any()

@@ -18,8 +18,8 @@ def run(x, weight, residual, gate, dtype, recipe="default", group_size=128):
     values = torch.full(x.shape, 0x55, dtype=torch.uint8, device=x.device).view(dtype)
     scales = poison(torch.empty(ceil_div(x.shape[1], group_size), x.shape[0], device=x.device)).T
     summed = None if residual is None else poison(torch.empty(x.shape, dtype=x.dtype, device=x.device))
-    settings = ops.quantize_settings(values, recipe, None)
-    fused_rms_quantize(x, weight, residual, gate, summed, values, scales, norm_eps=1e-6, group_size=group_size, **settings)
+    spec = ops.quant_spec(dtype, recipe)
+    fused_rms_quantize(x, weight, residual, gate, summed, values, scales, spec, norm_eps=1e-6, group_size=group_size)
     return values, scales, x if summed is None else summed
 
 

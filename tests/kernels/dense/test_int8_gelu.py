@@ -9,13 +9,14 @@ from compile_case import INT8, cases, empty
 from moequant import ops, reference
 from moequant.batch import ceil_div
 from moequant.kernels.dense.int8_gelu import int8_gelu
+from moequant.ops import quant_spec
 from moequant.quantization import act_quant
 from moequant.testing import poison
 
 
 def run(x: torch.Tensor, x_scales: torch.Tensor, block_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
     values, scales = torch.full_like(x, 0x55), poison(torch.empty_like(x_scales))
-    int8_gelu(x, x_scales, values, scales, group_size=block_size, eps=1e-10)
+    int8_gelu(x, x_scales, values, scales, quant_spec(torch.int8, "default"), group_size=block_size)
     return values, scales
 
 

@@ -71,7 +71,7 @@ def unfused(a: QuantizedTensor, w13: QuantizedTensor, num_tokens: Tensor | None,
     values, scales = poisoned(a, w13)
     gate_up = torch.full((*a.shape[:2], w13.shape[1]), torch.nan, dtype=torch.bfloat16, device="cuda")
     grouped_gemm_blockscale_hopper(a.values, a.scales, w13.values, w13.scales, num_tokens, gate_up, segments=2)
-    silu_mul_quantize(gate_up, num_tokens, values, scales, **arithmetic(recipe))
+    silu_mul_quantize(gate_up, num_tokens, values, scales, ops.quant_spec(values.dtype, recipe))
     return values, scales
 
 

@@ -31,8 +31,7 @@ def quantize_both(x, num_tokens, dtype, recipe="default", group_size=128, eps=No
         scales = empty_transposed_scales(experts, rows, ceil_div(columns, group_size), x.device)
         scales = poison(scales.contiguous() if row_scales else scales)
         if use_kernel:
-            settings = ops.quantize_settings(values, recipe, eps)
-            quantize_expert_batch(x, num_tokens, values, scales, group_size=group_size, **settings)
+            quantize_expert_batch(x, num_tokens, values, scales, ops.quant_spec(dtype, recipe, eps), group_size=group_size)
         else:
             reference.quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
         results.append((values, scales))
@@ -234,9 +233,8 @@ def test_packed_exponents_are_those_of_the_scales(columns, group_size, device):
     groups = ceil_div(columns, group_size)
     for scales in (empty_scales(2, 11, groups, "ue8m0_packed", device), empty_transposed_scales(2, 11, groups, device)):
         values = torch.full(x.shape, 0x55, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-        quantize_expert_batch(
-            x, num_tokens, values, scales.fill_(7), group_size=group_size, **ops.quantize_settings(values, "ue8m0", None)
-        )
+        spec = ops.quant_spec(values.dtype, "ue8m0")
+        quantize_expert_batch(x, num_tokens, values, scales.fill_(7), spec, group_size=group_size)
         results.append((values, scales))
     (values, packed), (plain_values, scales) = results
     assert_bit_equal(values, plain_values)
@@ -257,7 +255,7 @@ def test_tensors_of_any_strides_past_2_to_the_31_match_the_reference(name, dim, 
     expected = reference.quantize_expert_batch(tensors["x"], dtype=torch.int8)
     tensors[name] = far_along(dim, tensors[name])
     x, values, scales = tensors.values()
-    quantize_expert_batch(x, None, values, scales, group_size=128, **ops.quantize_settings(values, "default", None))
+    quantize_expert_batch(x, None, values, scales, ops.quant_spec(values.dtype, "default"))
     assert_bit_equal(values.contiguous(), expected.values)
     assert_bit_equal(scales.contiguous(), expected.scales.contiguous())
 

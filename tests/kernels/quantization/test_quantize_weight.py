@@ -23,7 +23,7 @@ def assert_same(w: torch.Tensor, dtype: torch.dtype, recipe: str = "default", se
     values = torch.full(w.shape, 0x55, dtype=torch.uint8, device=w.device).view(dtype)
     shape = experts, segments * ceil_div(rows // segments, block_size), ceil_div(columns, block_size)
     scales = poison(torch.empty(shape, device=w.device))
-    quantize_weight(w, values, scales, segments=segments, block_size=block_size, **ops.quantize_settings(values, recipe, None))
+    quantize_weight(w, values, scales, ops.quant_spec(dtype, recipe), segments=segments, block_size=block_size)
     expected = reference.quantize_weight(w, dtype=dtype, recipe=recipe, segments=segments, group_size=block_size)
     assert_bit_equal(values, expected.values, "values")
     assert_bit_equal(scales, expected.scales, "scales")
@@ -103,7 +103,7 @@ def test_offsets_past_2_to_the_31_count_on_the_gpu():
     w[0, -1, -1] = 4.0
     values = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device="cuda")
     scales = torch.empty(1, 2344, 56, device="cuda")
-    quantize_weight(w, values, scales, segments=1, block_size=128, **ops.quantize_settings(values, "default", None))
+    quantize_weight(w, values, scales, ops.quant_spec(values.dtype, "default"), segments=1, block_size=128)
     codes = values.view(torch.uint8)
     assert scales[0, -1, -1] == torch.tensor(4.0) / 448 and codes[0, -1, -1] == 0x7E
     assert (codes[0, -128:, -128:] == 0x6E).sum() == 128 * 128 - 1 and (codes[0, :-128] == 0x7E).all()

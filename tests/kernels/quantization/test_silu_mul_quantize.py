@@ -21,7 +21,7 @@ def run(x, num_tokens, dtype, kernel: bool):
     if kernel:
         from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize
 
-        silu_mul_quantize(x, num_tokens, values, scales, **ops.quantize_settings(values, "default", None))
+        silu_mul_quantize(x, num_tokens, values, scales, ops.quant_spec(dtype, "default"))
     else:
         reference.quantize_rows(reference.swiglu(x), num_tokens, values, scales)
     return values, scales

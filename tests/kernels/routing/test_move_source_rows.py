@@ -49,11 +49,13 @@ def test_both_directions_match_the_reference(ranks, experts, limit, capacity, co
     scales = meta[:, :, :-1].view(torch.float32).transpose(2, 3)
     merged_scales = poison(empty_transposed_scales(experts, capacity, groups, device))
     sources = poison(torch.empty(experts, capacity, dtype=torch.int64, device=device))
-    moved = both((padded, merged, offsets, counts, first, True, scales, merged_scales, meta[:, :, -1], sources), written=(1, 7, 9))
+    # of this rank's experts
+    offsets, counts = offsets[:, first:], counts[:, first:]
+    moved = both((padded, merged, offsets, counts, True, scales, merged_scales, meta[:, :, -1], sources), written=(1, 6, 8))
     for expert, count in enumerate(num_tokens.tolist()):
         assert (moved[2][expert, count:] == sources[expert, count:]).all()
     back = poison(torch.empty_like(padded))
-    both((back, moved[0], offsets, counts, first, False, None, None, None, None), written=(0,))
+    both((back, moved[0], offsets, counts, False, None, None, None, None), written=(0,))
 
 
 @pytest.mark.parametrize("limit", [1, 20, 32])
@@ -64,11 +66,11 @@ def test_a_source_that_has_more_rows_than_its_part_moves_what_the_part_holds(lim
     offsets = torch.arange(0, ranks * limit, limit, dtype=torch.int32, device=device)[:, None].repeat(1, experts)
     padded = torch.randn(ranks, experts, limit, columns, device=device)
     merged = poison(torch.empty(experts, ranks * limit + 40, columns, device=device))
-    moved = both((padded, merged, offsets, counts, 0, True, None, None, None, None), written=(1,))[0]
+    moved = both((padded, merged, offsets, counts, True, None, None, None, None), written=(1,))[0]
     assert_bit_equal(moved[:, : ranks * limit], padded.transpose(0, 1).flatten(1, 2))
     assert moved[:, ranks * limit :].isnan().all()
     more = poison(torch.empty(ranks * experts + 1, limit, columns, device=device))
-    kernel(more[:-1].view_as(padded), moved, offsets, counts, 0, False, None, None, None, None)
+    kernel(more[:-1].view_as(padded), moved, offsets, counts, False, None, None, None, None)
     assert_bit_equal(more[:-1].view_as(padded), padded)
     assert more[-1].isnan().all()
 
@@ -86,7 +88,7 @@ def test_the_stride_of_a_single_local_expert_does_not_matter(device):
         odd_scales = scales.as_strided((2, 1, 2, 3), (6, stride, 1, 2))
         odd_sources = sources.as_strided((2, 1, 2), (2, stride, 1))
         rows = torch.ones(2, 1, 2, 8, device=device), torch.zeros(1, 16, 8, device=device)
-        kernel(*rows, offsets, counts, 0, True, odd_scales, merged_scales, odd_sources, merged_sources)
+        kernel(*rows, offsets, counts, True, odd_scales, merged_scales, odd_sources, merged_sources)
         results.append((merged_scales, merged_sources))
     for result, expected in zip(*results, strict=True):
         assert_bit_equal(result, expected)
@@ -100,19 +102,19 @@ def test_the_worked_example(device):
     merged = torch.zeros(1, 4, 1, device=device)
     for function in (kernel, reference.move_source_rows):
         merged.zero_()
-        function(padded, merged, offsets, counts, 0, True, None, None, None, None)
+        function(padded, merged, offsets, counts, True, None, None, None, None)
         assert merged.flatten().tolist() == [1.0, 2.0, 3.0, 0.0]
 
 
 def call_move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
     padded, (merged, merged_scales) = empty(8, 32, 128, 7168, dtype=dtype), quantized(32, 1024, 7168, dtype)
-    offsets, counts = empty(8, 256, dtype=torch.int32), empty(8, 257, dtype=torch.int32)
+    offsets, counts = empty(8, 256, dtype=torch.int32)[:, 32:64], empty(8, 257, dtype=torch.int32)[:, 32:64]
     if not to_merged:
-        ops.move_source_rows(padded, merged, offsets, counts, 32, False)
+        ops.move_source_rows(padded, merged, offsets, counts, False)
         return
     padded_scales = None if merged_scales is None else empty(8, 32, 128, 56, dtype=torch.float32)
     sources, merged_sources = empty(8, 32, 128, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
-    ops.move_source_rows(padded, merged, offsets, counts, 32, True, padded_scales, merged_scales, sources, merged_sources)
+    ops.move_source_rows(padded, merged, offsets, counts, True, padded_scales, merged_scales, sources, merged_sources)
 
 
 COMPILE_CASES = cases(call_move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True)
@@ -120,7 +122,7 @@ COMPILE_CASES = cases(call_move_source_rows, *each_format(BF16), {"dtype": BF16,
 
 def move_arguments(to_merged: bool) -> tuple:
     padded, merged = torch.randn(2, 1, 3, 5), torch.randn(1, 4, 5)
-    arguments = padded, merged, integers([0], [2]), integers([2], [3]), 0, to_merged
+    arguments = padded, merged, integers([0], [2]), integers([2], [3]), to_merged
     if not to_merged:
         return arguments
     scales = torch.randn(2, 1, 1, 3).transpose(2, 3), torch.zeros(1, 1, 4).transpose(1, 2)

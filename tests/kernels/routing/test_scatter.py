@@ -35,10 +35,8 @@ def run_scatter(kernel, x, ids, slots, experts, limit, dtype, quantized, recipe=
     if kernel:
         from moequant.kernels.routing.scatter import scatter
 
-        settings = ops.quantize_settings(values, recipe, None) if quantized else {}
-        names = ("x_scales", "row_sources", "first_expert", "offsets", "capacity")
-        x_scales, row_sources, first, offsets, capacity = (options.get(n, 0 if n == "first_expert" else None) for n in names)
-        scatter(x, ids, slots, values, scales, x_scales, rows, sources, row_sources, first, offsets, capacity, **settings)
+        spec = ops.quant_spec(dtype, recipe) if quantized else None
+        scatter(x, ids, slots, values, scales, rows=rows, sources=sources, spec=spec, **options)
     else:
         reference.scatter(x, ids, slots, values, scales, rows=rows, sources=sources, recipe=recipe, **options)
     return [t for t in (values, scales, rows, sources) if t is not None]
@@ -74,11 +72,12 @@ def test_plain_rows_are_converted(dtype, device):
 
 def test_small_buffers_and_other_ranks_experts_are_skipped(device):
     ids, slots = routed(40, 3, 8, device)
-    _, _, rows, _ = assert_same(
-        torch.randn(40, 130, dtype=torch.bfloat16, device=device), ids, slots, 3, 4, torch.float8_e4m3fn, True, first_expert=2
-    )
+    # counted from this rank's first expert
+    local = ids - 2
+    x = torch.randn(40, 130, dtype=torch.bfloat16, device=device)
+    _, _, rows, _ = assert_same(x, local, slots, 3, 4, torch.float8_e4m3fn, True)
     assert rows.max() < 3 * 4
-    assert ((rows >= 0) <= ((ids >= 2) & (ids < 5) & (slots < 4))).all()
+    assert ((rows >= 0) == ((local >= 0) & (local < 3) & (slots >= 0) & (slots < 4))).all()
 
 
 def test_rows_past_the_capacity_behind_an_offset_are_skipped(device):
@@ -128,8 +127,7 @@ def test_tokens_rows_and_scales_past_2_to_the_31_elements(dtype, device):
     scales = far((experts, limit, 1), (2**30, 1, 2**30), torch.float32, device) if dtype == torch.int8 else None
     ids = torch.tensor([[2], [-1], [2]], dtype=torch.int32, device=device)
     slots = torch.tensor([[0], [-1], [limit - 1]], dtype=torch.int32, device=device)
-    settings = {} if scales is None else ops.quantize_settings(values, "default", None)
-    scatter(far_along(0, x), ids, slots, values, scales, None, None, None, None, 0, None, None, **settings)
+    scatter(far_along(0, x), ids, slots, values, scales, spec=None if scales is None else ops.quant_spec(dtype, "default"))
     written = values[2, [0, limit - 1]]
     if scales is None:
         assert_bit_equal(written, x[::2])
@@ -155,7 +153,7 @@ def call_scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool =
     topk_ids = empty(tokens, 8, dtype=torch.int64)
     slots, rows = empty(tokens, 8, dtype=torch.int32), empty(tokens, 8, dtype=torch.int32)
     offsets, sources = empty(256, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
-    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, 0, offsets, 1024)
+    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, offsets, 1024)
 
 
 COMPILE_CASES = [
@@ -172,7 +170,7 @@ def scatter_arguments(quantized: bool) -> tuple:
     if not quantized:
         return x, ids, slots, torch.zeros(2, 4, 140).bfloat16()
     rows, sources = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, 4, dtype=torch.int64)
-    options = torch.arange(3), 0, integers(0, 1, 0), 4, "deepgemm"
+    options = torch.arange(3), integers(0, 1, 0), 4, "deepgemm"
     return x, ids, slots, *quantize_outputs(), None, rows, sources, *options
 
 

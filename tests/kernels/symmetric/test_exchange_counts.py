@@ -40,25 +40,17 @@ def make_blocks(counts: torch.Tensor, rank: int, epoch: int, device: str) -> Pee
 
 
 def run(blocks: PeerBlocks, rank: int, capacity: int, limit: int = LONG, shift: int = 0) -> None:
-    from moequant.kernels.symmetric.exchange_counts import exchange_counts
+    from moequant.kernels.symmetric.exchange_counts import Counts, exchange_counts
 
-    exchange_counts(
-        blocks["counts"][rank],
-        blocks["offsets"][rank],
-        blocks["num_tokens"][rank],
-        blocks["status"][rank],
-        blocks.peers,
-        blocks["epoch"][rank],
-        blocks["calls"][rank],
-        blocks["fault"][rank],
-        blocks["record"][rank],
-        blocks.offsets["words"] + shift,
-        blocks.offsets["abort"] + shift,
-        rank,
-        capacity,
-        CALL,
-        limit,
+    slot = Counts(
+        counts=blocks["counts"][rank],
+        offsets=blocks["offsets"][rank],
+        num_tokens=blocks["num_tokens"][rank],
+        calls=blocks["calls"][rank],
+        status=blocks["status"][rank],
+        words=blocks.offsets["words"] + shift,
     )
+    exchange_counts(slot, blocks.peers_of(rank, limit, shift), capacity, CALL)
 
 
 def expect_words(blocks: PeerBlocks, rank: int, epoch: int, counts: torch.Tensor) -> PeerBlocks:

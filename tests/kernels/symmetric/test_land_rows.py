@@ -8,7 +8,7 @@ import torch
 import compile_peers
 from compile_case import BF16, INT8, cases
 from moequant.batch import ceil_div
-from peer_blocks import NO_FAULT, PeerBlocks, assert_same_blocks, fault_word
+from peer_blocks import PeerBlocks, assert_same_blocks, fault_word
 
 FP8 = torch.float8_e4m3fn
 RANKS, ENTRIES = 3, 1000
@@ -64,25 +64,28 @@ class Landing:
     def run(
         self,
         expected_rows: int = 4,
-        entries: int = ENTRIES,
-        returns_offset: int | None = None,
         part: tuple[int, int] | None = None,
     ) -> None:
-        from moequant.kernels.symmetric.land_rows import land_rows
+        from moequant.kernels.library.symmetric import notes_of
+        from moequant.kernels.symmetric.land_rows import Landed, Returns, land_rows
 
         blocks = self.blocks
         land_rows(
-            blocks["values"][1],
-            blocks["notes"][1],
-            self.counts,
-            blocks["scales"][1].transpose(1, 2) if self.groups else None,
-            blocks["sources"][1],
-            blocks["destinations"][1] if self.pushed else None,
-            blocks.peers,
-            blocks["fault"][1],
-            blocks.offsets["returns"] if returns_offset is None else returns_offset,
-            entries,
-            self.return_bytes,
+            Landed(
+                blocks["values"][1].view(torch.uint8),
+                blocks["scales"][1].transpose(1, 2) if self.groups else None,
+                self.counts,
+                blocks["sources"][1],
+            ),
+            notes_of(blocks["notes"][1], self.groups),
+            blocks.peers_of(1),
+            Returns(
+                blocks["destinations"][1] if self.pushed else None,
+                blocks.offsets["returns"],
+                ENTRIES,
+                self.return_bytes,
+            ),
+            blocks["values"].itemsize,
             expected_rows,
             part,
         )
@@ -192,7 +195,8 @@ def test_hostile_notes_become_no_address(word, hostile, dtype, device):
 
 def test_rows_past_2_to_the_31_elements(device):
     """Memory that is reserved, but on a CPU not filled: only the last of three experts has rows, of which the second follows."""
-    from moequant.kernels.symmetric.land_rows import land_rows
+    from moequant.kernels.library.symmetric import notes_of
+    from moequant.kernels.symmetric.land_rows import Landed, Returns, land_rows
 
     capacity, columns, entry = 2**20 + 1, 1024, 2**21 + 5
     values = torch.empty(3, capacity, columns, dtype=torch.int8, device=device)
@@ -206,9 +210,9 @@ def test_rows_past_2_to_the_31_elements(device):
     notes[2, :2, 9] = 0
     notes[2, :2, 10] = 2 * capacity
     counts = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
-    peers = torch.tensor([2**40], device=device)
-    fault = torch.tensor([NO_FAULT], dtype=torch.int32, device=device)
-    land_rows(values, notes, counts, scales, sources, destinations, peers, fault, 256, 2**22, 2048, 4)
+    peers = PeerBlocks(1, device).peers_of(0)._replace(pointers=torch.tensor([2**40], device=device))
+    batch, returns = Landed(values.view(torch.uint8), scales, counts, sources), Returns(destinations, 256, 2**22, 2048)
+    land_rows(batch, notes_of(notes, 8), peers, returns, 1, 4)
     assert (values[2, 1] == values[2, 0]).all()
     assert (scales[2, :2].cpu().view(torch.int32) == torch.arange(8)).all()
     assert sources[2, :2].tolist() == [entry] * 2

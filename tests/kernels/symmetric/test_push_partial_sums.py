@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compile_case import cases, counted, empty
-from compile_peers import peer_arguments
+from compile_peers import peers_of
 from moequant import reference
 from moequant.batch import ceil_div
 from peer_blocks import EPOCHS, LONG, NO_FAULT, SHORT, PeerBlocks, assert_same_blocks, fault_word, following, output_flag
@@ -73,27 +73,18 @@ class Sums:
         return self.blocks["notes"][RANK].flatten(0, 1)[flat]
 
     def run(self, wait: bool = True, limit: int = LONG) -> None:
-        from moequant.kernels.symmetric.push_partial_sums import push_partial_sums
+        from moequant.kernels.library.symmetric import notes_of
+        from moequant.kernels.symmetric.push_partial_sums import Sums as Place, push_partial_sums
 
         blocks = self.blocks
         push_partial_sums(
             self.y.to(self.device).view(self.experts, self.capacity, self.columns),
-            blocks["notes"][RANK],
+            notes_of(blocks["notes"][RANK], self.scale_words),
             self.counts.to(self.device),
-            blocks.peers,
-            blocks["epoch"][RANK],
-            blocks["ticket"][RANK],
-            blocks["fault"][RANK],
-            blocks["record"][RANK],
-            blocks.offsets["returns"],
-            blocks.offsets["flags"],
-            blocks.offsets["abort"],
-            RANK,
-            MAX_TOKENS,
+            blocks.peers_of(RANK, limit),
+            Place(blocks.offsets["returns"], MAX_TOKENS),
             self.top_k,
-            self.scale_words,
             wait,
-            limit,
         )
 
     def expected_signal(self) -> PeerBlocks:
@@ -221,7 +212,8 @@ def test_a_negative_entry_is_of_no_token(entry, device):
 
 def test_rows_past_2_to_the_31_elements(device):
     """Memory that is reserved, but on a CPU not filled: only the last of three experts has a row, for the last of 2**21 tokens."""
-    from moequant.kernels.symmetric.push_partial_sums import push_partial_sums
+    from moequant.kernels.library.symmetric import notes_of
+    from moequant.kernels.symmetric.push_partial_sums import Sums as Place, push_partial_sums
 
     capacity, columns, max_tokens = 2**20 + 1, 1024, 2**21 + 1
     y = torch.empty(3, capacity, columns, dtype=torch.bfloat16, device=device)
@@ -231,35 +223,19 @@ def test_rows_past_2_to_the_31_elements(device):
     notes[2, 0, 8] = torch.tensor([0.5]).view(torch.int32)[0]
     returns = torch.zeros(1, dtype=torch.bfloat16, device=device).new_empty(max_tokens, columns)
     blocks = PeerBlocks(1, device)
-    push_partial_sums(
-        y,
-        notes,
-        torch.tensor([0, 0, 1], dtype=torch.int32, device=device),
-        blocks.peers,
-        blocks["epoch"][0],
-        blocks["ticket"][0],
-        blocks["fault"][0],
-        blocks["record"][0],
-        returns.data_ptr() - blocks.memory.data_ptr(),
-        blocks.offsets["flags"],
-        blocks.offsets["abort"],
-        0,
-        max_tokens,
-        1,
-        0,
-        True,
-        LONG,
-    )
+    counts = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
+    place = Place(returns.data_ptr() - blocks.memory.data_ptr(), max_tokens)
+    push_partial_sums(y, notes_of(notes, 0), counts, blocks.peers_of(0), place, 1, True)
     assert (returns[-1] == y[2, 0] * 0.5).all()
     assert blocks["fault"].item() == NO_FAULT
 
 
 def call_push_partial_sums() -> None:
-    from moequant.kernels.symmetric.push_partial_sums import push_partial_sums as kernel
+    from moequant.kernels.library.symmetric import notes_of
+    from moequant.kernels.symmetric.push_partial_sums import Sums, push_partial_sums as kernel
 
-    y, notes, ticket = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(1, dtype=torch.int32)
-    settings = {"returns_offset": 1024, "max_tokens": 128, "top_k": 8, "scale_words": 56, "wait": True}
-    kernel(y, notes, counted(y), ticket=ticket, **settings, **peer_arguments())
+    y, notes = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32)
+    kernel(y, notes_of(notes, 56), counted(y), peers_of(), Sums(1024, 128), 8, True)
 
 
 COMPILE_CASES = cases(call_push_partial_sums, {}, nvidia=True)

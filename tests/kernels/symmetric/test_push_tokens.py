@@ -62,37 +62,33 @@ class Push:
         wave: int = 0,
         first_experts: int = 0,
     ) -> None:
-        from moequant.kernels.symmetric.push_tokens import push_tokens
+        from moequant.kernels.symmetric.push_tokens import Entries, Landing, push_tokens
 
         blocks, rank = self.blocks, self.rank
-        settings = ops.quantize_settings(torch.empty(0, dtype=self.dtype), self.recipe, None) if self.groups else {}
         push_tokens(
             self.x,
             self.ids.to(self.device),
-            self.slots.to(self.device),
             None if self.weights is None else self.weights.to(self.device),
-            self.offsets.to(self.device),
-            blocks["rows"][rank],
-            None if self.weights is None else blocks["partials"][rank],
-            blocks.peers,
-            blocks["epoch"][rank],
-            blocks["ticket"][rank],
-            blocks["fault"][rank],
-            blocks["record"][rank],
-            blocks.offsets["values"] if values_offset is None else values_offset,
-            blocks.offsets["notes"] if notes_offset is None else notes_offset,
-            blocks.offsets["flags"],
-            blocks.offsets["abort"],
-            rank,
-            self.max_tokens,
-            self.local_experts,
-            self.capacity,
+            Entries(
+                self.slots.to(self.device),
+                self.offsets.to(self.device),
+                blocks["rows"][rank],
+                None if self.weights is None else blocks["partials"][rank],
+            ),
+            Landing(
+                rows=blocks.offsets["values"] if values_offset is None else values_offset,
+                notes=blocks.offsets["notes"] if notes_offset is None else notes_offset,
+                experts=self.ranks * self.local_experts,
+                local_experts=self.local_experts,
+                capacity=self.capacity,
+                columns=self.x.shape[1],
+                max_tokens=self.max_tokens,
+                spec=ops.quant_spec(self.dtype, self.recipe) if self.groups else None,
+            ),
+            blocks.peers_of(rank, limit),
             self.dtype,
             wait,
-            limit,
-            wave=wave,
-            first_experts=first_experts,
-            **settings,
+            (wave, first_experts),
         )
 
     def places(self) -> list[list[int]]:

@@ -28,21 +28,7 @@ def run(
 ) -> None:
     from moequant.kernels.symmetric.signal_and_wait import signal_and_wait
 
-    signal_and_wait(
-        blocks.peers,
-        blocks["epoch"][rank],
-        blocks["fault"][rank],
-        blocks["record"][rank],
-        blocks["status"][rank],
-        blocks.offsets["flags"],
-        blocks.offsets["abort"],
-        rank,
-        limit,
-        phase,
-        signal,
-        wait,
-        way,
-    )
+    signal_and_wait(blocks.peers_of(rank, limit), blocks["status"][rank], phase, signal, wait, way)
 
 
 def expect_signal(blocks: PeerBlocks, rank: int, epoch: int, way: int = 0) -> PeerBlocks:
