@@ -8,6 +8,7 @@ from collections import Counter
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from moequant import ops
 
@@ -70,8 +71,6 @@ def nccl_version() -> str | None:
     """
     if not torch.cuda.is_available() or not dist.is_available() or not dist.is_nccl_available():
         return None
-    from torch.cuda import nccl
-
     return ".".join(map(str, nccl.version()))
 
 

@@ -39,6 +39,7 @@ from moequant.kernels.symmetric import (
     push_tokens as push_tokens_module,
     signal_and_wait as signal_and_wait_module,
 )
+from sass import INSTRUCTION, spills_beside_products
 
 EARLY_MODULES: Any = (
     early,
@@ -124,7 +125,6 @@ WIDE_STORE = re.compile(
     r"\bst\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)|cp\.async\.bulk\.tensor[.\w]*\.global\.shared"
     r"|\b(?:global|buffer)_store_dwordx4"
 )
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)")
 
 
 def measure(asm: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +134,7 @@ def measure(asm: dict[str, Any]) -> dict[str, Any]:
         spills = sum(int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
         registers = max(int(count) for count in re.findall(r"\.vgpr_count:\s+(\d+)", text))
         instructions = Counter(re.findall(r"^\s+(v_mfma\w*|v_cvt_pk_fp8\w*)", text, re.M))
+        beside_products = 0
     else:
         text = asm["ptx"]
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -143,10 +144,12 @@ def measure(asm: dict[str, Any]) -> dict[str, Any]:
             dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
-        instructions = Counter(INSTRUCTION.findall(dump))
+        instructions = Counter(name for _, name, _ in INSTRUCTION.findall(dump))
+        beside_products = spills_beside_products(dump)
     return {
         "registers": registers,
         "spills": spills,
+        "spills_beside_products": beside_products,
         "wide_loads": len(WIDE_LOAD.findall(text)),
         "wide_stores": len(WIDE_STORE.findall(text)),
         "instructions": dict(instructions),
@@ -178,7 +181,7 @@ def compile_operation(name: str) -> None:
             print(json.dumps(report), flush=True)
             launched.clear()
             common.converts_fnuz = lambda device, native=target_name == "gfx942": native
-            common.runs_gluon = lambda device, wanted=case.hopper: wanted
+            common.why_no_gluon = lambda device, wanted=case.hopper: None if wanted else "another kernel is compiled"
             knows_early = target.gpu.backend == "cuda" and int(target.gpu.arch) >= 90
             for module in EARLY_MODULES:
                 module.begins_early = lambda device, knows=knows_early: knows

@@ -79,7 +79,7 @@ def run_stray_stores(rank: int, ranks: int, device: str) -> list[str]:
     dispatcher.combine(stand_in(batch), handle)
     assert dispatcher.check() == 0
     transport: Any = dispatcher._transport
-    specs, heard = transport.buffer_specs(dispatcher.config), []
+    specs, heard = named(transport.buffer_specs(dispatcher.config)), []
     # of each buffer the byte before it, and the one behind it
     begins = {name: transport.slot_bytes + offset for name, offset in transport.offsets.items()}
     places = [place for name, begin in begins.items() for place in (begin - 1, begin + specs[name].nbytes)]
