@@ -1,4 +1,4 @@
-"""A call whose launches are compiled ahead of time. `compile_cases.py` lists them."""
+"""A call whose launches are compiled ahead of time. Each kernel's test lists them in its COMPILE_CASES."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
     python tests/compile_kernels.py quantize
 
+Without an operation it reads from its input which ones (`serve`).
+
 A program of its own, because the tests' process has asked for Triton's interpreter, and because a failing compiler may abort.
 What is compiled, the kernel's test says in its COMPILE_CASES.
 """
@@ -17,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -127,8 +130,9 @@ WIDE_STORE = re.compile(
 )
 
 
-def measure(asm: dict[str, Any]) -> dict[str, Any]:
-    """What the compiler made of a kernel: registers, bytes of spilled registers (AMD: registers), 16-byte loads and stores."""
+def measure(asm: dict[str, Any], disassemble: bool = True) -> dict[str, Any]:
+    """What the compiler made of a kernel: registers, bytes of spilled registers (AMD: registers), 16-byte loads and stores, and, of the
+    kinds that are looked for, its instructions. disassemble: NVIDIA's too, which takes longer than compiling."""
     if "amdgcn" in asm:
         text = asm["amdgcn"]
         spills = sum(int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
@@ -140,7 +144,7 @@ def measure(asm: dict[str, Any]) -> dict[str, Any]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(asm["cubin"])
             cubin.flush()
-            command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", cubin.name]
+            command = [knobs.nvidia.cuobjdump.path, *(["-sass"] if disassemble else []), "-res-usage", cubin.name]
             dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
@@ -156,7 +160,7 @@ def measure(asm: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def compile_operation(name: str) -> None:
+def compile_operation(name: str, disassemble: bool = True) -> None:
     launched: list[tuple[str, Any]] = []
     run = JITFunction.run
 
@@ -189,8 +193,28 @@ def compile_operation(name: str) -> None:
             assert launched, f"{case.call.__name__} launched no kernel"
             assert all(("hopper" in kernel) == case.hopper for kernel, _ in launched), f"{launched} for {case}"
             for kernel, compiled in launched:
-                print(json.dumps({**report, "kernel": kernel, **measure(compiled.asm)}), flush=True)
+                print(json.dumps({**report, "kernel": kernel, **measure(compiled.asm, disassemble)}), flush=True)
+
+
+def serve() -> None:
+    """Compiles what the lines of the standard input ask for, an operation and whether to disassemble, each in a process of its own that
+    has imported all there is, and says after each how that process ended."""
+    for line in sys.stdin:
+        name, disassemble = json.loads(line)
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                compile_operation(name, disassemble)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}), flush=True)
 
 
 if __name__ == "__main__":
-    compile_operation(sys.argv[1])
+    compile_operation(sys.argv[1]) if len(sys.argv) > 1 else serve()

@@ -9,6 +9,8 @@ of `tl.dot` as integers, and rounds the product in `tl.fma`. `install()` replace
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import inspect
 import time
@@ -100,6 +102,53 @@ def install() -> None:
         setattr(Builder, name, lambda self, value, target: self.cast_impl(value, target))
     _accept_one_element_bounds()
     _give_a_clock()
+    _remember_what_does_not_change()
+
+
+def _remember_what_does_not_change() -> None:
+    """Half of an interpreted kernel's time goes into a search for the language's builtins at each call of a device function, a table of
+    NumPy's types at each operation, and sums in int64 for an assertion of overflow that is made with `debug` alone."""
+    shipped_patch_lang, shipped_np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    builtins = {
+        package: [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+        for package in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+    }
+    launch = interpreter.GridExecutor.__call__
+    patched: set[str] = set()
+
+    def patch_builtin(package, builder, scope):
+        for name in builtins[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    @functools.cache
+    def languages(fn) -> set[str]:
+        return {value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core}
+
+    def patch_lang(fn):
+        # a device function's language is its kernel's, which is patched for the whole launch
+        if languages(fn) and languages(fn) <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(languages(fn))
+        return shipped_patch_lang(fn)
+
+    def begin(self, *args, **kwargs):
+        patched.clear()
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            # the language is restored, which another thread's kernel has to notice
+            patched.clear()
+
+    np_dtype = functools.cache(shipped_np_dtype)
+    interpreter.GridExecutor.__call__ = begin
+    interpreter._patch_lang = patch_lang
+    interpreter._patch_builtin = patch_builtin
+    # pointers' types have no hash
+    interpreter._get_np_dtype = lambda dtype: np_dtype(dtype.scalar) if dtype.scalar.__hash__ else shipped_np_dtype(dtype)
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _give_a_clock() -> None:

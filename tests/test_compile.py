@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from kernel_tests import SUBJECTS, compile_cases
 
+Compiler = Callable[[str], list[dict[str, Any]]]
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942", "gfx950"}
 # the tensor cores' fastest way, where a GEMM must take it
@@ -27,20 +29,43 @@ MATRIX_INSTRUCTIONS = {
 NATIVE_FNUZ = {"quantize", "silu_mul_quantize", "quantize_weight", "fused_rms_quantize"}
 
 
-def compiled(operation: str) -> list[dict[str, Any]]:
-    """What tests/compile_kernels.py reports of one operation's kernels."""
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
+    """Compiles an operation's kernels: what tests/compile_kernels.py, which starts once, reports of each."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py"), operation]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = result.stdout.splitlines()
-    assert result.returncode == 0, f"failed at {lines[-1] if lines else 'the start'}\n{result.stderr[-4000:]}"
-    return [report for report in map(json.loads, lines) if "kernel" in report]
+    errors = tmp_path_factory.mktemp("compile") / "stderr"
+    command = [sys.executable, str(ROOT / "tests" / "compile_kernels.py")]
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process,
+    ):
+        asked, told = process.stdin, process.stdout
+        assert asked is not None and told is not None
+
+        def compiled(operation: str) -> list[dict[str, Any]]:
+            # of the others no instruction is looked for
+            asked.write(json.dumps([operation, "gemm" in operation]) + "\n")
+            asked.flush()
+            reports: list[dict[str, Any]] = []
+            for report in map(json.loads, told):
+                if "status" not in report:
+                    reports.append(report)
+                    continue
+                last = reports[-1] if reports else "the start"
+                assert report["status"] == 0, f"failed at {last}\n{errors.read_text()[-4000:]}"
+                return [report for report in reports if "kernel" in report]
+            raise AssertionError(f"the compiler ended\n{errors.read_text()[-4000:]}")
+
+        yield compiled
+        asked.close()
 
 
 @pytest.mark.parametrize("operation", SUBJECTS)
-def test_builds_without_spills(operation):
-    reports = compiled(operation)
+def test_builds_without_spills(operation, compiler):
+    reports = compiler(operation)
     declared = compile_cases(operation)
     # written for Hopper, or for NVLink
     hopper, nvidia = (all(getattr(case, only) for case in declared) for only in ("hopper", "nvidia"))

@@ -87,3 +87,22 @@ def test_dot_multiplies_numbers(dtype):
     out = torch.empty(32, 32)
     dot_kernel[(1,)](x, y, out)
     assert torch.equal(out, x.float() @ y.float())
+
+
+@triton.jit
+def doubled(x):
+    return tl.math.abs(x) * 2
+
+
+@triton.jit
+def doubling_kernel(x_ptr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    tl.store(x_ptr + index, doubled(tl.load(x_ptr + index)))
+
+
+def test_device_functions_have_their_kernel_s_language_and_leave_the_language_as_it_was():
+    x = torch.tensor([-1.0, 2.0])
+    for _ in range(2):
+        doubling_kernel[(1,)](x, SIZE=2)
+        assert tl.core.is_builtin(tl.load) and tl.core.is_builtin(tl.math.abs) and tl.core.is_builtin(tl.tensor.to)
+    assert x.tolist() == [4.0, 8.0]
