@@ -334,9 +334,9 @@ class GroupedExperts:
         check_no_grad(w2=parts_of(self.w2)[0])
         if not ops.uses_kernels(batch.values):
             raise RuntimeError("rows are pushed by kernels alone, and this batch is on a CPU; call the experts, and use combine")
-        ops.grouped_gemm_push(
-            *parts_of(inner), *parts_of(self.w2), batch.num_tokens, destinations.contiguous(), batch.expected_rows, num_sms
-        )
+        # asked first: what torch may copy is not repeated
+        side_by_side = destinations if destinations.is_contiguous() else destinations.contiguous()
+        ops.grouped_gemm_push(*parts_of(inner), *parts_of(self.w2), batch.num_tokens, side_by_side, batch.expected_rows, num_sms)
 
     def _product(self, a: QuantizedTensor | Tensor, w: Weight, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
         return grouped_gemm_blockscale(a, w, batch.num_tokens, out=out, expected_rows=batch.expected_rows, num_sms=num_sms)

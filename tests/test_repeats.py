@@ -193,6 +193,25 @@ def test_repeated_layers_have_the_bits_of_new_ones(quant, reduce):
 
 
 @pytest.mark.gpu
+def test_repeated_rows_are_pushed_to_the_addresses_of_each_call():
+    settings: dict[str, Any] = {"num_experts": 16, "top_k": 4, "hidden_size": 256, "max_tokens_per_rank": 64, "quant": "int8"}
+    weights = (torch.randn(16, *shape).bfloat16().cuda() / 16 for shape in ((256, 256), (256, 128)))
+    experts = GroupedExperts.from_weights(*weights, quant="int8")
+    with MoEQuantDispatcher(**settings) as dispatcher:
+        for seed in range(5):
+            batch, _ = dispatcher.dispatch(*inputs_of(64, seed))
+            pushed = torch.full(batch.values.shape, torch.nan, dtype=torch.bfloat16, device="cuda")
+            rows = torch.arange(batch.num_tokens.numel() * batch.values.shape[1], device="cuda").view(batch.sources.shape)
+            experts.push(batch, pushed.data_ptr() + rows * 2 * 256)
+            expected = experts(batch)
+            for expert, count in enumerate(batch.num_tokens.tolist()):
+                assert_bit_equal(pushed[expert, :count], expected[expert, :count])
+                assert pushed[expert, count:].isnan().all()
+        (repeats,) = experts._repeats.values()
+        assert len(repeats._steps) == 2 and None not in repeats._steps.values()
+
+
+@pytest.mark.gpu
 def test_experts_of_one_s_own_are_called_each_time():
     calls = []
 
