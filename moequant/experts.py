@@ -267,8 +267,12 @@ class GroupedExperts:
         Returns:
             (L, M, 2I) bfloat16.
         """
-        self._check_batch(batch)
-        return self._product(batch.activations, self.w13, batch, self._workspace(batch).gate_up, num_sms)
+
+        def run() -> Tensor:
+            self._check_batch(batch)
+            return self._product(batch.activations, self.w13, batch, self._workspace(batch).gate_up, num_sms)
+
+        return self._repeated("gemm1", batch, (), num_sms, run)
 
     def activation(self, gate_up: Tensor, batch: ExpertBatch) -> QuantizedTensor | Tensor:
         """SwiGLU, quantized by the batch's recipe.

@@ -11,7 +11,8 @@ of the same make-up has its inputs at 0x500, 0x600 and 0x700, and launches with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -55,6 +56,15 @@ class Watch(TorchFunctionMode):
         return function(*arguments, **(named or {}))
 
 
+class Recording(threading.local):
+    """Whether this thread records a step."""
+
+    on = False
+
+
+recording = Recording()
+
+
 class Repeats:
     """What was recorded of some steps. It goes with what owns the tensors that are not inputs: launches hold those."""
 
@@ -69,7 +79,8 @@ class Repeats:
         depends on and that may change. call: the step. It allocates no result.
         """
         device = self.device(x)
-        if device is None:
+        # what is part of a step that is being recorded is launched as it is
+        if device is None or recording.on:
             return call()
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -105,8 +116,12 @@ class Repeats:
         """The step itself, recorded if its launches are all that it does."""
         from moequant.kernels.library.launch import record
 
-        with record() as launches, Watch() as watch:
-            result = call()
+        recording.on = True
+        try:
+            with record() as launches, Watch() as watch:
+                result = call()
+        finally:
+            recording.on = False
         # a kernel's first launch of a kind is Triton's: the next time, then
         if None not in launches:
             repeated = [placed(launch, inputs, addresses) for launch in launches]
@@ -124,8 +139,7 @@ def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> 
     storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     places, held = [], {}
     for place, argument in launch.arguments.items():
-        parts = argument if isinstance(argument, tuple) else (argument,)
-        for part in parts:
+        for part in parts_of(argument):
             # a TMA descriptor has an address as well
             base = getattr(part, "base", part)
             if not hasattr(base, "data_ptr"):
@@ -137,6 +151,15 @@ def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> 
             else:
                 held[place] = argument
     return Repeated(launch._replace(arguments=held), tuple(places))
+
+
+def parts_of(argument: Any) -> Iterator[Any]:
+    """An argument, or what is in a tuple, and in tuples in it."""
+    if not isinstance(argument, tuple):
+        yield argument
+        return
+    for part in argument:
+        yield from parts_of(part)
 
 
 def is_of(base: Any, inputs: tuple[Tensor, ...], storages: set[int]) -> bool:

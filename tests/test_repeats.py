@@ -98,6 +98,8 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "part of an input": lambda x, y: (x[4:], y),
     "torch's own work": lambda x, y: (x, y.add_(1)),
     "a copy": lambda x, y: (x, y.clone()),
+    "an input in a tuple": lambda x, y: (x, (y, 1)),
+    "an input in a tuple in a tuple": lambda x, y: (x, (1, (y,))),
     "a descriptor of an input": lambda x, y: (x, SimpleNamespace(base=y, block_shape=[1], padding="zero")),
 }
 

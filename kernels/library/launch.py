@@ -125,6 +125,16 @@ def unfolded(values: list[Any], prepared: Prepared) -> tuple[list[Any], list[int
     return flat, places
 
 
+def addressed(value: Any) -> Any:
+    """An argument with addresses in place of tensors, those in tuples too."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if not isinstance(value, tuple):
+        return value
+    parts = map(addressed, value)
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
 def described(value: Any) -> Any:
     """What tells apart the kernels that are compiled for a tensor, a tuple or a TMA descriptor, and other values themselves."""
     kind = type(value)
@@ -169,9 +179,12 @@ class Launchable:
                 key.append(value.dtype)
                 key.append(address & 15 == 0)
                 values.append(address)
-            else:
-                key.append(value if kind in PLAIN else described(value))
+            elif kind in PLAIN:
+                key.append(value)
                 values.append(value)
+            else:
+                key.append(described(value))
+                values.append(addressed(value))
         for value in named.values():
             key.append(value if type(value) in PLAIN else described(value))
         prepared = self.prepared.get(tuple(key))
@@ -179,7 +192,7 @@ class Launchable:
             return self._first(tuple(key), grid, arguments, named)
         for name in prepared.named:
             value = named[name] if name in named else prepared.defaults[name]
-            values.append(value.data_ptr() if type(value) is Tensor else value)
+            values.append(value if type(value) in PLAIN else addressed(value))
         places: Sequence[int] = range(len(values))
         if prepared.encodings:
             values, places = unfolded(values, prepared)

@@ -45,6 +45,15 @@ class Pair(NamedTuple):
     n: int
 
 
+def test_a_tensor_in_a_tuple_starts_by_its_address_too():
+    kernel = Kernel("pair", "size")
+    wrapped, pairs = launchable(kernel), [Pair(torch.zeros(8), 5) for _ in range(3)]
+    for pair in pairs:
+        wrapped[(1,)](pair, size=(pair, 2, None))
+    expected = [((pair.x.data_ptr(), 5), ((pair.x.data_ptr(), 5), 2, None)) for pair in pairs[1:]]
+    assert kernel.compiled == 1 and [start[-1] for start in kernel.started] == expected
+
+
 BASE = torch.zeros(64)
 KINDS = [
     (BASE, BASE[1:]),
