@@ -21,7 +21,7 @@ from moequant.formats import FLOAT_DTYPES
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
 from moequant.repeats import Repeats
-from moequant.weights import Weight, check_alike, check_batch, check_weights, dtype_of, parts_of, some_of
+from moequant.weights import Weight, addresses_of, check_alike, check_batch, check_weights, dtype_of, parts_of, some_of
 from moequant.workspaces import Workspace, Workspaces
 
 Result = TypeVar("Result")
@@ -130,9 +130,9 @@ class GroupedExperts:
             ValueError: a batch of other experts, or another wrong argument.
             RuntimeError: a tensor requires grad under grad mode.
         """
-        check_num_sms(num_sms)
 
         def run() -> Tensor:
+            check_num_sms(num_sms)
             self._check_batch(batch)
             checked = self._output(batch, out)
             return self.gemm2(self.gemm1_swiglu(batch, num_sms=num_sms), batch, out=checked, num_sms=num_sms)
@@ -164,21 +164,15 @@ class GroupedExperts:
         self, name: str, batch: ExpertBatch, inputs: tuple[Tensor, ...], num_sms: int | None, call: Callable[[], Result]
     ) -> Result:
         """The result of a call's steps. Those of a dispatcher's batch are repeated when the batch is, with the same weights."""
+        check_num_sms(num_sms)
         if not isinstance(batch, ExpertBatch) or batch.owner is None or _overridden(self):
             return call()
-        w13, w2 = self.w13, self.w2
-        addresses: list[int] = []
-        refused = False
-        for w in (w13, w2):
-            if isinstance(w, QuantizedTensor):
-                addresses += w.values.data_ptr(), w.scales.data_ptr()
-            else:
-                addresses.append(w.data_ptr())
-                refused |= w.requires_grad and torch.is_grad_enabled()
         repeats = self._repeats.get(batch)
         if repeats is None:
             repeats = self._repeats[batch] = Repeats()
-        return repeats.run(batch.values, inputs, (name, num_sms, refused, batch.values.data_ptr(), *addresses), call)
+        # with what may be refused: weights that require grad
+        weights = *addresses_of(self.w13), *addresses_of(self.w2), torch.is_grad_enabled()
+        return repeats.run(batch.values, inputs, (name, num_sms, batch.values.data_ptr(), *weights), call)
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
         """GEMM 1, SwiGLU and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same

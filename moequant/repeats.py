@@ -89,7 +89,7 @@ class Repeats:
         addresses = [tensor.data_ptr() for tensor in inputs]
         key: list[Any] = [stream, *settings]
         for tensor, address in zip(inputs, addresses, strict=True):
-            key += tensor.dtype, tensor.shape, tensor.stride(), address & 15 == 0, tensor.requires_grad
+            key += tensor.dtype, tensor.shape, tensor.stride(), address & 15 == 0, tensor.requires_grad, tensor.get_device()
         found = tuple(key)
         if found not in self._steps:
             return self._first(found, inputs, addresses, call)
@@ -139,7 +139,7 @@ def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> 
     storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     places, held = [], {}
     for place, argument in launch.arguments.items():
-        for part in parts_of(argument):
+        for part in members_of(argument):
             # a TMA descriptor has an address as well
             base = getattr(part, "base", part)
             if not hasattr(base, "data_ptr"):
@@ -153,13 +153,13 @@ def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> 
     return Repeated(launch._replace(arguments=held), tuple(places))
 
 
-def parts_of(argument: Any) -> Iterator[Any]:
+def members_of(argument: Any) -> Iterator[Any]:
     """An argument, or what is in a tuple, and in tuples in it."""
     if not isinstance(argument, tuple):
         yield argument
         return
     for part in argument:
-        yield from parts_of(part)
+        yield from members_of(part)
 
 
 def is_of(base: Any, inputs: tuple[Tensor, ...], storages: set[int]) -> bool:

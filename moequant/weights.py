@@ -52,6 +52,13 @@ def check_weights(w13: Weight, w2: Weight, activation: str) -> None:
         raise ValueError(f"w13 and w2 must have one dtype, got {dtype_of(w13)} and {dtype_of(w2)}")
 
 
+def addresses_of(w: Weight) -> tuple[int, ...]:
+    """Where a weight lies, and whether it requires grad, for which its use may be refused."""
+    if isinstance(w, QuantizedTensor):
+        return w.values.data_ptr(), w.scales.data_ptr()
+    return w.data_ptr(), w.requires_grad
+
+
 def parts_of(x: QuantizedTensor | Tensor) -> tuple[Tensor, Tensor | None]:
     """A weight's or an activation's values, and its scales if it has any.
 
