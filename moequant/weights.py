@@ -53,7 +53,14 @@ def check_weights(w13: Weight, w2: Weight, activation: str) -> None:
 
 
 def addresses_of(w: Weight) -> tuple[int, ...]:
-    """Where a weight lies, and whether it requires grad, for which its use may be refused."""
+    """Where a weight lies, and whether it requires grad, for which its use may be refused.
+
+    Args:
+        w: the weight.
+
+    Returns:
+        The addresses of values and scales, or of a plain weight and 1 if it requires grad.
+    """
     if isinstance(w, QuantizedTensor):
         return w.values.data_ptr(), w.scales.data_ptr()
     return w.data_ptr(), w.requires_grad

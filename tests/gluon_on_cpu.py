@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from gluon_names import Language, Matrix, Memory, Pointer, hopper_names
+from moequant.kernels.library.launch import Launchable
 
 
 class Source(ast.NodeTransformer):
@@ -46,7 +47,8 @@ def plain(module: ModuleType, names: dict[str, Any], made: dict[str, dict[str, A
     if module.__name__ in made:
         return made[module.__name__]
     namespace = made[module.__name__] = {**vars(module), **names}
-    for name, value in vars(module).items():
+    for name, found in vars(module).items():
+        value = found.kernel if isinstance(found, Launchable) else found
         if isinstance(value, gl.constexpr):
             namespace[name] = value.value
         elif type(value).__name__ == "GluonJITFunction" and name not in names:

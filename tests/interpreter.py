@@ -93,7 +93,15 @@ def install() -> None:
             odd = np.where(even, bits + np.where((lost > 0) == (total > 0), 1, -1), bits)
             return Handle(odd.view(np.float64).reshape(product.shape).astype(x.data.dtype), z.dtype.scalar)
 
+    shipped_splat = Builder.create_splat
+
+    def splat(self, shape, value):
+        # a comparison's handle has the type of what it compares: of its truth values Triton 3.9 would make integers, which are no mask
+        made = shipped_splat(self, shape, value)
+        return Handle(made.data.astype(value.data.dtype), made.dtype)
+
     interpreter._convert_float = convert_float
+    Builder.create_splat = splat
     Builder.cast_impl = cast
     Builder.create_fp_to_fp = fp_to_fp
     Builder.create_dot = dot

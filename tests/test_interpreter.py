@@ -33,6 +33,12 @@ def dot_kernel(x_ptr, y_ptr, out_ptr):
     tl.store(out_ptr + square, tl.dot(tl.load(x_ptr + square), tl.load(y_ptr + square)))
 
 
+@triton.jit
+def masked_kernel(x_ptr, limit_ptr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    tl.store(x_ptr + index, 1, mask=(index < 5) & (tl.program_id(0) < tl.load(limit_ptr)))
+
+
 def every_bfloat16() -> torch.Tensor:
     return torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
 
@@ -106,3 +112,10 @@ def test_device_functions_have_their_kernel_s_language_and_leave_the_language_as
         doubling_kernel[(1,)](x, SIZE=2)
         assert tl.core.is_builtin(tl.load) and tl.core.is_builtin(tl.math.abs) and tl.core.is_builtin(tl.tensor.to)
     assert x.tolist() == [4.0, 8.0]
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_one_truth_value_masks_a_block(limit):
+    x = torch.zeros(8)
+    masked_kernel[(1,)](x, torch.tensor(limit), 8)
+    assert x.tolist() == [float(limit)] * 5 + [0.0] * 3

@@ -22,6 +22,7 @@ Example: I = 384, so that w13 has 768 rows. Tile 1 of an expert's first row tile
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,10 +34,22 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from moequant.kernels.library.common import INF_BITS, multiprocessors, runs_gluon
 from moequant.kernels.library.gluon import barrier, reinterpret, store_block
 from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_matrix, takes
-from moequant.kernels.library.hopper_ring import SCALAR, TILE_WORDS, advance, load_tiles, next_tile, product, release
+from moequant.kernels.library.hopper_ring import SCALAR, TILE_WORDS, Ring, advance, load_tiles, next_tile, product, release
 from moequant.kernels.library.launch import launchable
 
 STAGES = 4
+
+
+class Output(NamedTuple):
+    """Where a tile's numbers go. matrix: the descriptor of values. pointer: of the first of them. shared: 64 rows for each warpgroup, on
+    their way. scales: the first of them, which lie stride_l from one expert to the next, and stride_g from one group to the next."""
+
+    matrix: Any
+    pointer: Any
+    shared: Any
+    scales: Any
+    stride_l: Any
+    stride_g: Any
 
 
 @gluon.jit
@@ -113,9 +126,8 @@ def store_values(pointer, values_s, row, rows_left, column, I: gl.constexpr):  #
 @gluon.jit
 def store_scales(output, scale, expert, row, rows_left, column_tile):
     """Writes the first rows_left of 64 scales. row: within the expert."""
-    pointer, stride_l, stride_g = output
     rows = gl.arange(0, 64, scale.type.layout)
-    at = pointer + expert.to(gl.int64) * stride_l + column_tile.to(gl.int64) * stride_g + row
+    at = output.scales + expert.to(gl.int64) * output.stride_l + column_tile.to(gl.int64) * output.stride_g + row
     gl.store(at + rows, scale, mask=rows < rows_left)
 
 
@@ -138,8 +150,7 @@ def release_part(empty, both):
 def multiply_tiles(
     W: gl.constexpr,
     ring,
-    values_output,
-    scales_output,
+    output,
     go,
     b_scales,
     M,
@@ -149,12 +160,10 @@ def multiply_tiles(
     ARITHMETIC: gl.constexpr,
 ):
     """Warpgroup W: multiplies, scales and adds the groups of its tiles, and stores SwiGLU of its part of them."""
-    a_s, b_s, a_scales_s, tile_s, full, empty = ring
-    values, values_pointer, values_s = values_output
-    STAGES: gl.constexpr = full.shape[0]
+    STAGES: gl.constexpr = ring.full.shape[0]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    my_values_s = values_s.index(W)
+    values_s = output.shared.index(W)
     # zeros that the compiler can't see through: they keep b's scales out of the uniform registers, which the products would wait for
     zero = (gl.program_id(0) + gl.arange(0, 64, ROWS)) >> 28
     stage = 0
@@ -162,7 +171,7 @@ def multiply_tiles(
     # whose turn the next short tile is
     turn = 0
     go_phase = 0
-    row, rows_left, column_tile, expert = next_tile(tile_s, full, stage, phase)
+    row, rows_left, column_tile, expert = next_tile(ring, stage, phase)
     scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, N, G)
     s0 = gl.load(scales0)
     s1 = gl.load(scales1)
@@ -172,14 +181,14 @@ def multiply_tiles(
         turn ^= short.to(gl.int32)
         if short and not mine:
             # what its first stage says of the tile has been read; the other warpgroup releases the rest
-            release(empty.index(stage))
+            release(ring.empty.index(stage))
             passed = stage + G
             stage = passed % STAGES
             phase ^= (passed // STAGES) & 1
             # until then a barrier's phase could be taken for the one before the last
             mbarrier.wait(go.index(W), go_phase)
             go_phase ^= 1
-            row, rows_left, column_tile, expert = next_tile(tile_s, full, stage, phase)
+            row, rows_left, column_tile, expert = next_tile(ring, stage, phase)
             scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, N, G)
             s0 = gl.load(scales0)
             s1 = gl.load(scales1)
@@ -189,30 +198,30 @@ def multiply_tiles(
             acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
             acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
             for k in range(G - 1):
-                mbarrier.wait(full.index(stage), phase)
-                t = product(a_s.index(stage * 2 + half), b_s.index(stage * 2), t)
-                s = a_scales_s.index(stage * 2 + half).load(ROWS)
+                mbarrier.wait(ring.full.index(stage), phase)
+                t = product(ring.a.index(stage * 2 + half), ring.b.index(stage * 2), t)
+                s = ring.a_scales.index(stage * 2 + half).load(ROWS)
                 scale0 = s * s0
                 scale1 = s * s1
                 s0 = gl.load(scales0 + k + 1)
                 s1 = gl.load(scales1 + k + 1)
                 t = warpgroup_mma_wait(0, deps=(t,))
                 acc0 = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
-                t = product(a_s.index(stage * 2 + half), b_s.index(stage * 2 + 1), t)
+                t = product(ring.a.index(stage * 2 + half), ring.b.index(stage * 2 + 1), t)
                 t = warpgroup_mma_wait(0, deps=(t,))
-                release_part(empty.index(stage), short & (k > 0))
+                release_part(ring.empty.index(stage), short & (k > 0))
                 acc1 = gl.fma(t, gl.expand_dims(scale1, 1), acc1)
                 stage, phase = advance(stage, phase, STAGES)
-            mbarrier.wait(full.index(stage), phase)
-            t = product(a_s.index(stage * 2 + half), b_s.index(stage * 2), t)
-            s = a_scales_s.index(stage * 2 + half).load(ROWS)
+            mbarrier.wait(ring.full.index(stage), phase)
+            t = product(ring.a.index(stage * 2 + half), ring.b.index(stage * 2), t)
+            s = ring.a_scales.index(stage * 2 + half).load(ROWS)
             scale0 = s * s0
             scale1 = s * s1
             t = warpgroup_mma_wait(0, deps=(t,))
             acc0 = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
-            t = product(a_s.index(stage * 2 + half), b_s.index(stage * 2 + 1), t)
+            t = product(ring.a.index(stage * 2 + half), ring.b.index(stage * 2 + 1), t)
             t = warpgroup_mma_wait(0, deps=(t,))
-            release_part(empty.index(stage), short & (G > 1))
+            release_part(ring.empty.index(stage), short & (G > 1))
             mbarrier.arrive(go.index(1 - W), count=1, pred=short)
             acc1 = gl.fma(t, gl.expand_dims(scale1, 1), acc1)
             x = silu(rounded(acc0)) * rounded(acc1)
@@ -222,18 +231,18 @@ def multiply_tiles(
             my_expert = expert
             my_column_tile = column_tile
             stage, phase = advance(stage, phase, STAGES)
-            row, rows_left, column_tile, expert = next_tile(tile_s, full, stage, phase)
+            row, rows_left, column_tile, expert = next_tile(ring, stage, phase)
             scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, N, G)
             s0 = gl.load(scales0)
             s1 = gl.load(scales1)
             tma.store_wait(pendings=0)
-            my_values_s.store(fp8)
+            values_s.store(fp8)
             if my_rows_left >= 64:
                 fence_async_shared()
-                store_block(values, [my_row, my_column_tile * 128], my_values_s)
+                store_block(output.matrix, [my_row, my_column_tile * 128], values_s)
             else:
-                store_values(values_pointer, my_values_s, my_row, my_rows_left, my_column_tile * 128, N // 2)
-            store_scales(scales_output, scale, my_expert, my_row - my_expert * M, my_rows_left, my_column_tile)
+                store_values(output.pointer, values_s, my_row, my_rows_left, my_column_tile * 128, N // 2)
+            store_scales(output, scale, my_expert, my_row - my_expert * M, my_rows_left, my_column_tile)
     tma.store_wait(pendings=0)
 
 
@@ -278,14 +287,13 @@ def gemm1_swiglu_hopper_kernel(
     for w in gl.static_range(2):
         mbarrier.init(go.index(w), count=1)
     fence_async_shared()
-    ring = (a_s, b_s, a_scales_s, tile_s, full, empty)
-    load_ring = (a_s, b_s, scales_block, tile_s, full, empty)
-    values_output = (values, values_pointer, values_s)
-    scales_output = (scales, scales_stride_l, scales_stride_g)
+    ring = Ring(a_s, b_s, a_scales_s, tile_s, full, empty)
+    load_ring = Ring(a_s, b_s, scales_block, tile_s, full, empty)
+    output = Output(values, values_pointer, values_s, scales, scales_stride_l, scales_stride_g)
     gl.warp_specialize(
         [
-            (multiply_tiles, (0, ring, values_output, scales_output, go, b_scales, M, eps, N, G, ARITHMETIC)),
-            (multiply_tiles, (1, ring, values_output, scales_output, go, b_scales, M, eps, N, G, ARITHMETIC)),
+            (multiply_tiles, (0, ring, output, go, b_scales, M, eps, N, G, ARITHMETIC)),
+            (multiply_tiles, (1, ring, output, go, b_scales, M, eps, N, G, ARITHMETIC)),
             (load_tiles, ((a, b, a_scales), load_ring, counter, num_tokens, experts, M, scale_rows, N, G, EXPERTS, True)),
         ],
         [4, 1],

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +42,7 @@ from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_m
 from moequant.kernels.library.hopper_ring import (
     SCALAR,
     TILE_WORDS,
+    Ring,
     advance,
     load_tiles,
     next_tile,
@@ -50,6 +51,16 @@ from moequant.kernels.library.hopper_ring import (
     scale_pointers,
 )
 from moequant.kernels.library.launch import launchable
+
+
+class Output(NamedTuple):
+    """Where rows go. matrix: the descriptor of out. pointer: of its first number. destinations: instead of these an address for each row.
+    shared: 64 rows and 256 columns on their way."""
+
+    matrix: Any
+    pointer: Any
+    destinations: Any
+    shared: Any
 
 
 @gluon.jit
@@ -95,35 +106,33 @@ def store_rows(chunk_s, pointer, destinations, row, rows_left, column, N: gl.con
 def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.constexpr, TILE: gl.constexpr):
     """Writes the first rows_left rows of a chunk of 64 rows, 64 or 128 columns: all of it by TMA, which cuts columns past N off, fewer
     rows, or rows that go to addresses of their own, by masked stores."""
-    out, out_pointer, destinations, out_s = output
+    out_s = output.shared
     COLUMNS: gl.constexpr = acc.shape[1]
     PIECES: gl.constexpr = COLUMNS // 64
     tma.store_wait(pendings=0)
     # warpgroup W's half of out_s, as one block and as the 64 columns that TMA moves at a time
     whole = reinterpret(out_s, out_s.dtype, [256 // COLUMNS, 64, COLUMNS], out_s.layout).index(W * 128 // COLUMNS)
     whole.store(acc.to(out_s.dtype))
-    if destinations is not None:
+    if output.destinations is not None:
         # half of them at a time: the products have no registers to spare
         for half in gl.static_range(2):
             part = whole.slice(half * 32, 32, 0)
-            store_rows(part, None, destinations, row + half * 32, rows_left - half * 32, column, N, TILE)
+            store_rows(part, None, output.destinations, row + half * 32, rows_left - half * 32, column, N, TILE)
         barrier()
     elif rows_left >= 64:
         fence_async_shared()
         for piece in gl.static_range(PIECES):
-            store_block(out, [row, column + piece * 64], out_s.index(W * 2 + piece))
+            store_block(output.matrix, [row, column + piece * 64], out_s.index(W * 2 + piece))
     else:
-        store_rows(whole, out_pointer, None, row, rows_left, column, N, TILE)
+        store_rows(whole, output.pointer, None, row, rows_left, column, N, TILE)
         barrier()
 
 
 @gluon.jit
 def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: gl.constexpr):
     """Warpgroup W: multiplies, scales and adds the groups of each tile, and stores its part of it."""
-    a_s, b_s, a_scales_s, tile_s, full, empty = ring
-    destinations = output[2]
-    STAGES: gl.constexpr = full.shape[0]
-    HALVES: gl.constexpr = b_s.shape[0] // STAGES
+    STAGES: gl.constexpr = ring.full.shape[0]
+    HALVES: gl.constexpr = ring.b.shape[0] // STAGES
     SHORT: gl.constexpr = 64 * HALVES
     TILE: gl.constexpr = 128 * HALVES
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
@@ -131,14 +140,14 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     SHORT_ROWS: gl.constexpr = gl.SliceLayout(1, SHORT_LAYOUT)
     # what the tensor cores add in: int8 exactly
-    SUM: gl.constexpr = gl.int32 if a_s.dtype == gl.int8 else gl.float32
+    SUM: gl.constexpr = gl.int32 if ring.a.dtype == gl.int8 else gl.float32
     # in a short tile of narrow ones each warpgroup has 64 columns
-    b_short_s = reinterpret(b_s, b_s.dtype, [STAGES * 2, SHORT, 128], b_s.layout)
+    b_short_s = reinterpret(ring.b, ring.b.dtype, [STAGES * 2, SHORT, 128], ring.b.layout)
     # zeros that the compiler can't see through: they keep b's scales out of the uniform registers, which the products would wait for
     zero = (gl.program_id(0) + gl.arange(0, 64, ROWS)) >> 28
     stage = 0
     phase = 0
-    row, rows_left, column_tile, expert = next_tile(tile_s, full, stage, phase)
+    row, rows_left, column_tile, expert = next_tile(ring, stage, phase)
     scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, HALVES, N, G)
     s0 = gl.load(scales0)
     s1 = gl.load(scales1)
@@ -147,14 +156,14 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
         my_row = row + W * 64
         my_rows_left = rows_left - W * 64
         if rows_left > 64:
-            prefetch_addresses(destinations, my_row, my_rows_left)
+            prefetch_addresses(output.destinations, my_row, my_rows_left)
             t = gl.zeros((64, 128), SUM, LAYOUT)
             acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
             acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
             for k in range(G - 1):
-                mbarrier.wait(full.index(stage), phase)
-                t = product(a_s.index(stage * 2 + W), b_s.index(stage * HALVES), t)
-                s = a_scales_s.index(stage * 2 + W).load(ROWS)
+                mbarrier.wait(ring.full.index(stage), phase)
+                t = product(ring.a.index(stage * 2 + W), ring.b.index(stage * HALVES), t)
+                s = ring.a_scales.index(stage * 2 + W).load(ROWS)
                 scale0 = s * s0
                 scale1 = s * s1
                 s0 = gl.load(scales0 + k + 1)
@@ -163,28 +172,28 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
                 t = warpgroup_mma_wait(0, deps=(t,))
                 if HALVES == 2:
                     acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
-                    t = product(a_s.index(stage * 2 + W), b_s.index(stage * HALVES + 1), t)
+                    t = product(ring.a.index(stage * 2 + W), ring.b.index(stage * HALVES + 1), t)
                     t = warpgroup_mma_wait(0, deps=(t,))
-                    release(empty.index(stage))
+                    release(ring.empty.index(stage))
                     acc1 += t.to(gl.float32) * gl.expand_dims(scale1, 1)
                 else:
-                    release(empty.index(stage))
+                    release(ring.empty.index(stage))
                     acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                 stage, phase = advance(stage, phase, STAGES)
-            mbarrier.wait(full.index(stage), phase)
-            t = product(a_s.index(stage * 2 + W), b_s.index(stage * HALVES), t)
-            s = a_scales_s.index(stage * 2 + W).load(ROWS)
+            mbarrier.wait(ring.full.index(stage), phase)
+            t = product(ring.a.index(stage * 2 + W), ring.b.index(stage * HALVES), t)
+            s = ring.a_scales.index(stage * 2 + W).load(ROWS)
             scale0 = s * s0
             scale1 = s * s1
             t = warpgroup_mma_wait(0, deps=(t,))
             if HALVES == 2:
                 acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
-                started = product(a_s.index(stage * 2 + W), b_s.index(stage * HALVES + 1), t)
+                started = product(ring.a.index(stage * 2 + W), ring.b.index(stage * HALVES + 1), t)
                 store_chunk(W, output, acc0, my_row, my_rows_left, column, N, TILE)
                 t = warpgroup_mma_wait(0, deps=(started,))
-            release(empty.index(stage))
+            release(ring.empty.index(stage))
             stage, phase = advance(stage, phase, STAGES)
-            row, rows_left, column_tile, expert = next_tile(tile_s, full, stage, phase)
+            row, rows_left, column_tile, expert = next_tile(ring, stage, phase)
             scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, HALVES, N, G)
             s0 = gl.load(scales0)
             s1 = gl.load(scales1)
@@ -195,23 +204,23 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
                 acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                 store_chunk(W, output, acc0, my_row, my_rows_left, column, N, TILE)
         else:
-            prefetch_addresses(destinations, row, rows_left)
+            prefetch_addresses(output.destinations, row, rows_left)
             u = gl.zeros((64, SHORT), SUM, SHORT_LAYOUT)
             acc = gl.zeros((64, SHORT), gl.float32, SHORT_LAYOUT)
             my_scales = scales1 if W * HALVES == 2 else scales0
             b_scale = s1 if W * HALVES == 2 else s0
             for k in range(G):
-                mbarrier.wait(full.index(stage), phase)
-                u = product(a_s.index(stage * 2), b_short_s.index(stage * 2 + W), u)
-                scale = a_scales_s.index(stage * 2).load(SHORT_ROWS) * gl.convert_layout(b_scale, SHORT_ROWS)
+                mbarrier.wait(ring.full.index(stage), phase)
+                u = product(ring.a.index(stage * 2), b_short_s.index(stage * 2 + W), u)
+                scale = ring.a_scales.index(stage * 2).load(SHORT_ROWS) * gl.convert_layout(b_scale, SHORT_ROWS)
                 b_scale = gl.load(my_scales + gl.minimum(k + 1, G - 1))
                 u = warpgroup_mma_wait(0, deps=(u,))
-                release(empty.index(stage))
+                release(ring.empty.index(stage))
                 acc += u.to(gl.float32) * gl.expand_dims(scale, 1)
                 stage, phase = advance(stage, phase, STAGES)
             past_row = row
             past_rows_left = rows_left
-            row, rows_left, column_tile, expert = next_tile(tile_s, full, stage, phase)
+            row, rows_left, column_tile, expert = next_tile(ring, stage, phase)
             scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, HALVES, N, G)
             s0 = gl.load(scales0)
             s1 = gl.load(scales1)
@@ -257,9 +266,9 @@ def grouped_gemm_hopper_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
-    ring = (a_s, b_s, a_scales_s, tile_s, full, empty)
-    load_ring = (a_s, b_s, scales_block, tile_s, full, empty)
-    output = (out, out_pointer, destinations, out_s)
+    ring = Ring(a_s, b_s, a_scales_s, tile_s, full, empty)
+    load_ring = Ring(a_s, b_s, scales_block, tile_s, full, empty)
+    output = Output(out, out_pointer, destinations, out_s)
     gl.warp_specialize(
         [
             (multiply_tiles, (0, ring, output, b_scales, N, G)),

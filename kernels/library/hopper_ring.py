@@ -6,6 +6,8 @@ Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
@@ -17,6 +19,18 @@ BAND = gl.constexpr(16)
 # Scalars that a tile's first stage carries: row in out, valid rows from there on, column tile, expert (-1: no more tiles).
 TILE_WORDS = gl.constexpr(4)
 SCALAR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+class Ring(NamedTuple):
+    """The stages in shared memory. a, b: tiles of the operands, of a two a stage and of b one or two. a_scales: those of a's tiles. tile:
+    what a stage says of the tile that begins in it, TILE_WORDS scalars. full, empty: barriers, of a stage that is loaded, and free."""
+
+    a: Any
+    b: Any
+    a_scales: Any
+    tile: Any
+    full: Any
+    empty: Any
 
 
 @gluon.jit
@@ -92,9 +106,8 @@ def load_tiles(
     GATED: of a tile's two halves of 128 columns the second lies N / 2 columns after the first, not beside it.
     """
     a, b, a_scales = descriptors
-    a_s, b_s, a_scales_s, tile_s, full, empty = ring
-    STAGES: gl.constexpr = full.shape[0]
-    HALVES: gl.constexpr = b_s.shape[0] // STAGES
+    STAGES: gl.constexpr = ring.full.shape[0]
+    HALVES: gl.constexpr = ring.b.shape[0] // STAGES
     COLUMN_TILES: gl.constexpr = (N + 128 * HALVES - 1) // (128 * HALVES)
     A_BYTES: gl.constexpr = 64 * 128 + 64 * 4
     B_BYTES: gl.constexpr = HALVES * 128 * 128
@@ -115,48 +128,48 @@ def load_tiles(
         scale_row = expert * scale_rows
         both = count - row > 64
         for k in range(G):
-            mbarrier.wait(empty.index(stage), phase)
-            loaded = full.index(stage)
+            mbarrier.wait(ring.empty.index(stage), phase)
+            loaded = ring.full.index(stage)
             if k == 0:
-                write_scalar(tile_s.index(stage * TILE_WORDS), a_row)
-                write_scalar(tile_s.index(stage * TILE_WORDS + 1), count - row)
-                write_scalar(tile_s.index(stage * TILE_WORDS + 2), column_tile)
-                write_scalar(tile_s.index(stage * TILE_WORDS + 3), expert)
+                write_scalar(ring.tile.index(stage * TILE_WORDS), a_row)
+                write_scalar(ring.tile.index(stage * TILE_WORDS + 1), count - row)
+                write_scalar(ring.tile.index(stage * TILE_WORDS + 2), column_tile)
+                write_scalar(ring.tile.index(stage * TILE_WORDS + 3), expert)
                 barrier()
             # only constants can be expected
             mbarrier.expect(loaded, 2 * A_BYTES + B_BYTES, pred=both)
             mbarrier.expect(loaded, A_BYTES + B_BYTES, pred=both == 0)
-            load_block(b, [b_row, k * 128], loaded, b_s.index(stage * HALVES))
-            load_block(a, [a_row, k * 128], loaded, a_s.index(stage * 2))
-            load_block(a_scales, [scale_row + k, row], loaded, a_scales_s.index(stage * 2))
+            load_block(b, [b_row, k * 128], loaded, ring.b.index(stage * HALVES))
+            load_block(a, [a_row, k * 128], loaded, ring.a.index(stage * 2))
+            load_block(a_scales, [scale_row + k, row], loaded, ring.a_scales.index(stage * 2))
             if HALVES == 2:
-                load_block(b, [b_row + SECOND, k * 128], loaded, b_s.index(stage * HALVES + 1))
-            load_block(a, [a_row + 64, k * 128], loaded, a_s.index(stage * 2 + 1), pred=both)
-            load_block(a_scales, [scale_row + k, row + 64], loaded, a_scales_s.index(stage * 2 + 1), pred=both)
+                load_block(b, [b_row + SECOND, k * 128], loaded, ring.b.index(stage * HALVES + 1))
+            load_block(a, [a_row + 64, k * 128], loaded, ring.a.index(stage * 2 + 1), pred=both)
+            load_block(a_scales, [scale_row + k, row + 64], loaded, ring.a_scales.index(stage * 2 + 1), pred=both)
             stage, phase = advance(stage, phase, STAGES)
             # the ring is full by now, so that the answer is there before it is wanted
             if k == G // 2:
                 drawn = programs + gl.atomic_add(counter, 1, sem="relaxed")
         expert, count, row_tile, column_tile = locate_tile(drawn, counts, ends, num_tokens, experts, M, COLUMN_TILES)
-    mbarrier.wait(empty.index(stage), phase)
-    write_scalar(tile_s.index(stage * TILE_WORDS + 2), 0)
-    write_scalar(tile_s.index(stage * TILE_WORDS + 3), -1)
+    mbarrier.wait(ring.empty.index(stage), phase)
+    write_scalar(ring.tile.index(stage * TILE_WORDS + 2), 0)
+    write_scalar(ring.tile.index(stage * TILE_WORDS + 3), -1)
     barrier()
-    mbarrier.arrive(full.index(stage), count=1)
+    mbarrier.arrive(ring.full.index(stage), count=1)
     if gl.atomic_add(counter + 1, 1, sem="acq_rel") == programs - 1:
         gl.store(counter, 0)
         gl.store(counter + 1, 0)
 
 
 @gluon.jit
-def next_tile(tile_s, full, stage, phase):
+def next_tile(ring, stage, phase):
     """What the TMA warp says of the tile whose first group is in a stage."""
-    mbarrier.wait(full.index(stage), phase)
+    mbarrier.wait(ring.full.index(stage), phase)
     word = stage * TILE_WORDS
-    row = read_scalar(tile_s.index(word))
-    rows_left = read_scalar(tile_s.index(word + 1))
-    column_tile = read_scalar(tile_s.index(word + 2))
-    expert = read_scalar(tile_s.index(word + 3))
+    row = read_scalar(ring.tile.index(word))
+    rows_left = read_scalar(ring.tile.index(word + 1))
+    column_tile = read_scalar(ring.tile.index(word + 2))
+    expert = read_scalar(ring.tile.index(word + 3))
     return row, rows_left, column_tile, expert
 
 

@@ -79,6 +79,9 @@ def probe(device: torch.device) -> str | None:
             grouped_gemm_blockscale_hopper(values, scales, weights, weight_scales, None, out, num_sms=0)
             gemm1_swiglu_hopper(values, scales, weights, weight_scales, None, values, scales, num_sms=0, **recipe)
     except Exception as error:
-        # a compiler's message may be of many lines
-        return f"{type(error).__name__}: {error}".strip().splitlines()[-1][:200]
+        cause: BaseException = error
+        # where in the source it was is of no use to a user
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())[-200:]}"
     return None

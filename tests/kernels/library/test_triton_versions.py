@@ -92,7 +92,7 @@ def test_a_newer_triton_is_tried_once(machine, monkeypatch):
 
 def test_a_kernel_that_does_not_compile_is_a_reason_and_no_error(monkeypatch):
     def fail(*args, **kwargs):
-        raise AttributeError("module 'gl' has no attribute 'barrier'\n")
+        raise RuntimeError("at 12:4:\n    barrier()\n    ^") from AttributeError("module 'gl' has no\n attribute 'barrier'\n")
 
     monkeypatch.setattr(grouped_gemm_hopper, "grouped_gemm_blockscale_hopper", fail)
     assert triton_versions.probe(CPU) == "AttributeError: module 'gl' has no attribute 'barrier'"
