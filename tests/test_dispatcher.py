@@ -319,7 +319,7 @@ def test_buffer_bytes_is_what_a_dispatcher_allocates():
     assert MoEQuantDispatcher.buffer_bytes(**{**SETTINGS, "num_experts": 8}, world_size=4, exchange="packed") > 0
 
 
-def test_torch_compile_breaks_the_graph_and_gives_the_same_bits():
+def test_a_compiled_layer_of_experts_of_one_s_own_has_the_same_bits():
     with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
 
         def layer(hidden, ids, weights):

@@ -33,7 +33,8 @@ def arguments_of(name: str, case: str) -> tuple:
 
 def test_every_registered_operation_has_cases():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moequant::")}
-    assert registered == {f"moequant::{name}" for name in CASES}
+    # a whole layer, which `tests/test_traced.py` has
+    assert registered - {"moequant::layer"} == {f"moequant::{name}" for name in CASES}
 
 
 @every_case

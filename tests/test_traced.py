@@ -1,0 +1,75 @@
+"""A layer inside a module that is compiled whole, and the numbers by which a graph names its dispatcher and experts."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moequant import GroupedExperts, MoEQuantDispatcher
+from moequant.testing import assert_bit_equal
+from moequant.traced import Numbered
+
+
+class Layer(torch.nn.Module):
+    """A router, a layer on a dispatcher, and something around it."""
+
+    def __init__(self, device: str, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        w13, w2, gate = (torch.randn(s, generator=generator).bfloat16() / 8 for s in ((4, 64, 128), (4, 128, 32), (4, 128)))
+        settings: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 128, "max_tokens_per_rank": 8, "quant": "int8"}
+        self.dispatcher = MoEQuantDispatcher(**settings, device=device)
+        self.experts = GroupedExperts.from_weights(w13.to(device), w2.to(device), quant="int8")
+        self.register_buffer("gate", gate.to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = torch.topk((x @ self.gate.T).float().softmax(-1), 2)
+        return self.dispatcher(x * 2, ids, weights, self.experts) + 1
+
+
+def check_compiled(device: str, backend: str) -> None:
+    torch._dynamo.reset()
+    layers = torch.nn.Sequential(Layer(device), Layer(device, 1))
+    compiled = torch.compile(layers, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for tokens in (5, 3, 8):
+            x = torch.randn(tokens, 128).bfloat16().to(device)
+            assert_bit_equal(compiled(x), layers(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_module_with_a_dispatcher_is_compiled_whole_with_the_same_bits(backend):
+    check_compiled("cpu", backend)
+
+
+@pytest.mark.gpu
+def test_a_module_with_a_dispatcher_is_compiled_whole_on_a_gpu():
+    check_compiled("cuda", "aot_eager")
+
+
+def test_a_layer_in_a_graph_has_the_shape_and_the_type_of_its_tokens():
+    module = Layer("cpu")
+    with torch.no_grad():
+        exported = torch.export.export(module, (torch.zeros(5, 128).bfloat16(),))
+    (node,) = (node for node in exported.graph.nodes if "moequant.layer" in str(node.target))
+    assert node.meta["val"].shape == (5, 128) and node.meta["val"].dtype == torch.bfloat16
+
+
+class Thing:
+    pass
+
+
+def test_an_object_keeps_its_number_and_no_other_gets_it():
+    numbered, things = Numbered(), [Thing() for _ in range(3)]
+    numbers = [numbered.number(thing) for thing in things]
+    assert len(set(numbers)) == 3 and [numbered.number(thing) for thing in things] == numbers
+    assert [numbered[number] for number in numbers] == things
+    del things[1]
+    gc.collect()
+    assert numbered.number(Thing()) not in numbers
+    with pytest.raises(RuntimeError, match="calls a dispatcher or experts that are gone; keep them as long as the graph"):
+        numbered[numbers[1]]
