@@ -27,6 +27,7 @@ from moequant.kernels.gemm.grouped_gemm_hopper import (
 )
 from moequant.kernels.library.hopper import counters, supports, takes, too_small
 from product_calls import call_grouped_gemm, call_int8_addmm
+from written_launches import install_gpu
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 hopper = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")]
@@ -349,14 +350,14 @@ def test_few_tiles_are_left_to_the_plain_kernel(experts: int, rows: int, columns
 
 def test_no_counter_is_freed_while_a_graph_may_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager calls on two streams with captures between them, until several chunks have been used up."""
-    capturing, stream = [False], SimpleNamespace(cuda_stream=1, synchronize=lambda: None)
+    capturing, active = [False], install_gpu(monkeypatch)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device=None: zeros(*shape, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
     own, device, given = type(counters)(), torch.device("cuda", 0), set()
     for _ in range(3):
-        for stream.cuda_stream in (1, 2):
+        for active.stream in (1, 2):
             capturing[0] = False
             own.get(device)
             capturing[0] = True
