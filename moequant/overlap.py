@@ -21,7 +21,7 @@ Why two streams can't deadlock:
 2. A step depends on earlier steps alone.
 3. What can hold up a step until other ranks come is an earlier step, or the step itself. Later ones only delay it: they are GEMMs, which
    end. What waits for other ranks are single programs with a time limit, and kernels that use programmatic dependent launch behind a
-   wait leave GEMMs some SMs (`kernels/library/early.py`).
+   wait leave GEMMs some SMs (`kernels/library/pdl.py`).
 4. So of the steps that are not done on some rank, the first can go on. This holds as well where both streams share one hardware queue,
    since events point back in that order alone.
 

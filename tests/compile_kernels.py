@@ -36,7 +36,7 @@ from kernel_tests import compile_cases
 from moequant.kernels.dense import quantize_tensor as quantize_tensor_module
 from moequant.kernels.gemm import grouped_gemm as grouped_gemm_module
 from moequant.kernels.gemm.grouped_gemm import Limits
-from moequant.kernels.library import common, early
+from moequant.kernels.library import common, pdl
 from moequant.kernels.symmetric import (
     exchange_counts as exchange_counts_module,
     push_tokens as push_tokens_module,
@@ -44,8 +44,8 @@ from moequant.kernels.symmetric import (
 )
 from sass import INSTRUCTION, spills_beside_products
 
-EARLY_MODULES: Any = (
-    early,
+PDL_MODULES: Any = (
+    pdl,
     exchange_counts_module,
     grouped_gemm_module,
     push_tokens_module,
@@ -186,9 +186,9 @@ def compile_operation(name: str, disassemble: bool = True) -> None:
             launched.clear()
             common.converts_fnuz = lambda device, native=target_name == "gfx942": native
             common.why_no_gluon = lambda device, wanted=case.hopper: None if wanted else "another kernel is compiled"
-            knows_early = target.gpu.backend == "cuda" and int(target.gpu.arch) >= 90
-            for module in EARLY_MODULES:
-                module.begins_early = lambda device, knows=knows_early: knows
+            knows_pdl = target.gpu.backend == "cuda" and int(target.gpu.arch) >= 90
+            for module in PDL_MODULES:
+                module.uses_pdl = lambda device, knows=knows_pdl: knows
             case.call(**case.arguments)
             assert launched, f"{case.call.__name__} launched no kernel"
             assert all(("hopper" in kernel) == case.hopper for kernel, _ in launched), f"{launched} for {case}"

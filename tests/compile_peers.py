@@ -1,4 +1,4 @@
-"""Calls of the symmetric transport's kernels that begin early, for any shape: what the kernels' tests and `test_early.py` compile.
+"""Calls of the symmetric transport's kernels that begin early, for any shape: what the kernels' tests and `test_pdl.py` compile.
 
 T tokens, K top-k, E experts in all, W ranks, H hidden size.
 """
@@ -14,9 +14,9 @@ from moequant.kernels.library.symmetric import Peers, notes_of
 from moequant.kernels.routing import combine as combine_module
 from moequant.kernels.symmetric import (
     exchange_counts as exchange_counts_module,
-    land_rows as land_rows_module,
     push_tokens as push_tokens_module,
     signal_and_wait as signal_and_wait_module,
+    unpack_rows as unpack_rows_module,
 )
 
 
@@ -59,14 +59,14 @@ def push_tokens(
     )
 
 
-def land_rows(dtype: torch.dtype, expected_rows: int = 128, columns: int = 7168, experts: int = 32, ranks: int = 8) -> None:
+def unpack_rows(dtype: torch.dtype, expected_rows: int = 128, columns: int = 7168, experts: int = 32, ranks: int = 8) -> None:
     values, scales = quantized(experts, 1024, columns, dtype)
     groups = 0 if scales is None else ceil_div(columns, 128)
     notes = empty(experts, 1024, 4 * ceil_div(groups, 4) + 4, dtype=torch.int32)
     sources = empty(experts, 1024, dtype=torch.int64)
-    batch = land_rows_module.Landed(values.view(torch.uint8), scales, counted(values), sources)
-    returns = land_rows_module.Returns(sources, 1024, 1024, 2 * columns)
-    land_rows_module.land_rows(batch, notes_of(notes, groups), peers_of(ranks), returns, dtype.itemsize, expected_rows)
+    batch = unpack_rows_module.Landed(values.view(torch.uint8), scales, counted(values), sources)
+    returns = unpack_rows_module.Returns(sources, 1024, 1024, 2 * columns)
+    unpack_rows_module.unpack_rows(batch, notes_of(notes, groups), peers_of(ranks), returns, dtype.itemsize, expected_rows)
 
 
 def combine_shared(

@@ -34,11 +34,11 @@ def test_batches_of_two_slots_go_through_memory_of_their_own():
 
 def test_parts_made_before_workspaces_were_shared_share_them_too():
     first, second = experts(), experts()
-    early = second.part(1, 3)
+    pdl = second.part(1, 3)
     second.share_workspaces(first)
     with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
         batch = batch_of(dispatcher, 0).part(1, 3)
-        expected = early(batch).clone()
+        expected = pdl(batch).clone()
         shared = first.part(1, 3)(batch).data_ptr()
         assert second.part(1, 3)(batch).data_ptr() == shared
         for expert, count in enumerate(batch.num_tokens.tolist()):

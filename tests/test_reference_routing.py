@@ -154,10 +154,10 @@ def test_partial_sums_lie_by_rank_and_token_or_in_the_order_of_those_that_travel
     ids = torch.tensor([[0, 1], [3, -1], [1, 2], [9, -5]])
     rows = torch.tensor([[5, -1], [0, -1], [-1, 2], [-1, -1]], dtype=torch.int32)
     partials = poison(torch.empty(4, 2, dtype=torch.int32))
-    reference.plan_partials(ids, rows, 2, 10, partials)
+    reference.plan_rank_sums(ids, rows, 2, 10, partials)
     assert partials.tolist() == [[0, -1], [-1, 11], [-1, 12], [-1, -1]]
     # token 2 travels to rank 0 as well, where its row had no room
-    reference.plan_partials(ids, rows, 2, 0, partials, torch.tensor([0, 2], dtype=torch.int32))
+    reference.plan_rank_sums(ids, rows, 2, 0, partials, torch.tensor([0, 2], dtype=torch.int32))
     assert partials.tolist() == [[0, -1], [-1, 2], [-1, 3], [-1, -1]]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moequant.kernels.gemm import grouped_gemm
 from moequant.kernels.gemm.grouped_gemm import (
-    BAND,
+    GROUP_M,
     GROUP_SIZE,
     LARGE_TILES,
     SMALL_TILES,
@@ -100,21 +100,21 @@ def dense_gemm_kernel(
     scales.a (M,) and scales.b (N,) scale the sum.
     out.scales: contiguous (M, ceil(N / TILE.out_group)), then the result leaves as int8; or None.
 
-    Tiles are numbered by bands of BAND row tiles, column by column, the rows of a band fastest. Example: 5 row tiles by 2 column tiles,
-    BAND=4: tiles 0..3 are rows 0..3 of column 0, tiles 4..7 those of column 1; tile 8 is row 4 of column 0, tile 9 of column 1.
+    Tiles are numbered by bands of GROUP_M row tiles, column by column, the rows of a band fastest. Example: 5 row tiles by 2 column
+    tiles, GROUP_M=4: tiles 0..3 are rows 0..3 of column 0, tiles 4..7 those of column 1; tile 8 is row 4 of column 0, tile 9 of column 1.
     """
     BLOCK_M: tl.constexpr = TILE.m
     BLOCK_N: tl.constexpr = TILE.n
     BLOCK_K: tl.constexpr = TILE.k
-    BAND: tl.constexpr = TILE.band
+    GROUP_M: tl.constexpr = TILE.band
     OUT_GROUP: tl.constexpr = TILE.out_group
     STEPS: tl.constexpr = (K_DIM + BLOCK_K - 1) // BLOCK_K
     COLUMN_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
-    band = tile // (BAND * COLUMN_TILES)
-    inside = tile % (BAND * COLUMN_TILES)
-    height = tl.minimum(tl.cdiv(M, BLOCK_M) - band * BAND, BAND)
-    first_row = (band * BAND + inside % height) * BLOCK_M
+    band = tile // (GROUP_M * COLUMN_TILES)
+    inside = tile % (GROUP_M * COLUMN_TILES)
+    height = tl.minimum(tl.cdiv(M, BLOCK_M) - band * GROUP_M, GROUP_M)
+    first_row = (band * GROUP_M + inside % height) * BLOCK_M
     column_tile = inside // height
     first_column = column_tile * BLOCK_N
 
@@ -220,7 +220,7 @@ def dense_gemm(
             m=config.block_m,
             n=config.block_n,
             k=GROUP_SIZE,
-            band=BAND,
+            band=GROUP_M,
             tma=tma,
             stages=grouped_gemm.fitting_stages(config, limits, 0),
             grouped=grouped,

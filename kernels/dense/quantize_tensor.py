@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import INF_BITS, num_sms
-from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.pdl import launch_dependents, pdl_option, uses_pdl, wait_for_previous
 
 # numbers of a program's block
 BLOCK = 4096
@@ -50,9 +50,9 @@ def largest_bits(x_ptr, block, step, count, BLOCK: tl.constexpr):
 
 @launchable
 @triton.jit
-def amax_kernel(x_ptr, largest_ptr, count, EARLY: tl.constexpr, BLOCK: tl.constexpr):
+def amax_kernel(x_ptr, largest_ptr, count, PDL: tl.constexpr, BLOCK: tl.constexpr):
     """Each program has the blocks that are its turn, and one number in largest_ptr, their `largest_bits`."""
-    let_next_begin(EARLY)
+    launch_dependents(PDL)
     tl.store(largest_ptr + tl.program_id(0), largest_bits(x_ptr, tl.program_id(0), tl.num_programs(0), count, BLOCK))
 
 
@@ -66,7 +66,7 @@ def quantize_tensor_kernel(
     count,
     RANGE: tl.constexpr,
     COMPUTED: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """values = x * scale, clamped and rounded. A program has BLOCK numbers.
@@ -84,7 +84,7 @@ def quantize_tensor_kernel(
         if largest.pointer is None:
             bits = largest_bits(x_ptr, 0, 1, count, BLOCK)
         else:
-            await_previous(EARLY)
+            wait_for_previous(PDL)
             lane = tl.arange(0, largest.lanes)
             bits = tl.max(tl.load(largest.pointer + lane, mask=lane < largest.parts, other=0), axis=0)
         amax = tl.maximum(bits.to(tl.float32, bitcast=True), RANGE.floor)
@@ -123,11 +123,11 @@ def quantize_tensor(
     count = x.numel()
     blocks = max(1, triton.cdiv(count, BLOCK))
     largest, parts = None, 1
-    early = computed and count > SCANNED and begins_early(x.device)
+    pdl = computed and count > SCANNED and uses_pdl(x.device)
     if computed and count > SCANNED:
         parts = min(blocks, num_sms(x.device) * 4)
         largest = torch.empty(parts, dtype=torch.int32, device=x.device)
-        amax_kernel[(parts,)](x, largest, count, EARLY=early, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
+        amax_kernel[(parts,)](x, largest, count, PDL=pdl, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     quantize_tensor_kernel[(blocks,)](
         x,
         Largest(largest, parts, tl.constexpr(triton.next_power_of_2(parts))),
@@ -136,10 +136,10 @@ def quantize_tensor(
         count,
         RANGE=Range(floor, max_value),
         COMPUTED=computed,
-        EARLY=early,
+        PDL=pdl,
         BLOCK=BLOCK,
         num_warps=4,
         # a product that is rounded to an integer by an addition must be rounded by itself first
         enable_fp_fusion=False,
-        **launch_option(early),
+        **pdl_option(pdl),
     )

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moequant.kernels.gemm.sum_parts import sum_parts
-from moequant.kernels.library.early import begins_early, let_next_begin
+from moequant.kernels.gemm.reduce_split_k import reduce_split_k
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.pdl import launch_dependents, uses_pdl
 
 # The width of b's blocks and of the groups: a column tile of at most as many columns has one scale for each group.
 GROUP_SIZE = 128
@@ -49,7 +49,7 @@ class Tile(NamedTuple):
     """m, n, k: of a tile. band: row tiles of a band. parts: programs that share a tile.
 
     flatten: one loop over the steps of all tiles, so that the loads of a tile start while the one before is being finished.
-    early: the next launch may begin while this one runs.
+    pdl: the next launch may begin while this one runs.
     """
 
     m: int
@@ -60,11 +60,11 @@ class Tile(NamedTuple):
     stages: int
     flatten: bool
     parts: int
-    early: bool
+    pdl: bool
 
 
 @triton.jit
-def locate_tile(tile, ends, counts, BLOCK_M: tl.constexpr, BAND: tl.constexpr, COLUMN_TILES: tl.constexpr):
+def locate_tile(tile, ends, counts, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_TILES: tl.constexpr):
     """The expert, its valid rows, the row tile and the column tile of a tile number: see `grouped_gemm_kernel`.
 
     ends: (EXPERTS,) for each expert the number of tiles of the experts up to it. counts: (EXPERTS,) valid rows.
@@ -75,10 +75,10 @@ def locate_tile(tile, ends, counts, BLOCK_M: tl.constexpr, BAND: tl.constexpr, C
     start = tl.max(tl.where(passed, ends, 0), 0)
     count = tl.sum(tl.where(experts == expert, counts, 0), 0)
     row_tiles = tl.cdiv(count, BLOCK_M)
-    band = (tile - start) // (BAND * COLUMN_TILES)
-    inside = (tile - start) % (BAND * COLUMN_TILES)
-    height = tl.minimum(row_tiles - band * BAND, BAND)
-    return expert, count, band * BAND + inside % height, inside // height
+    band = (tile - start) // (GROUP_M * COLUMN_TILES)
+    inside = (tile - start) % (GROUP_M * COLUMN_TILES)
+    height = tl.minimum(row_tiles - band * GROUP_M, GROUP_M)
+    return expert, count, band * GROUP_M + inside % height, inside // height
 
 
 @launchable
@@ -98,13 +98,14 @@ def grouped_gemm_kernel(
 
     a, b: descriptors of (L*M, K_DIM) and (L*N, K_DIM) if TILE.tma, else pointers. size: L and M.
     destinations: the address for each row, or None: then out.rows holds them.
-    out.partials: None, or (PARTS, L, M, N) float32: PARTS programs share a tile, each sums a part of the steps, and `sum_parts` does the
-    rest.
-    Tiles are numbered expert by expert; within an expert by bands of BAND row tiles, column by column, the rows of a band fastest: CTAs
-    that run at the same time then read the same weights, and in a tall expert not more than BAND different tiles of activations.
-    A column tile never crosses from one segment to the next, nor from one block of 128 columns to the next: it has one row of b_scales.
+    out.partials: None, or (SPLIT_K, L, M, N) float32: SPLIT_K programs share a tile, each sums a part of the steps, and
+    `reduce_split_k` does the rest.
+    Tiles are numbered expert by expert; within an expert by bands of GROUP_M row tiles, column by column, the rows of a band
+    fastest: CTAs that run at the same time then read the same weights, and in a tall expert not more than GROUP_M different tiles
+    of activations. A column tile never crosses from one segment to the next, nor from one block of 128 columns to the next: it has
+    one row of b_scales.
 
-    Example: BLOCK_M=64, BLOCK_N=128, BAND=2, SEGMENTS=2, N=400 (segments of 200 columns: 128 + 72), so 4 column tiles, which start at
+    Example: BLOCK_M=64, BLOCK_N=128, GROUP_M=2, SEGMENTS=2, N=400 (segments of 200 columns: 128 + 72), so 4 column tiles, which start at
     columns 0, 128, 200, 328. Counts [70, 0, 130] need 2, 0, 3 row tiles, 8 + 0 + 12 tiles in all, ends [8, 8, 20]:
 
         tile                 0  1  2  3  4  5  6  7   8  9 10 11 12 13 14 15  16 17 18 19
@@ -118,7 +119,7 @@ def grouped_gemm_kernel(
     BLOCK_M: tl.constexpr = TILE.m
     BLOCK_N: tl.constexpr = TILE.n
     BLOCK_K: tl.constexpr = TILE.k
-    PARTS: tl.constexpr = TILE.parts
+    SPLIT_K: tl.constexpr = TILE.parts
     SEGMENT_N: tl.constexpr = N // SEGMENTS
     SEGMENT_TILES: tl.constexpr = (SEGMENT_N + BLOCK_N - 1) // BLOCK_N
     SEGMENT_BLOCKS: tl.constexpr = (SEGMENT_N + 127) // 128
@@ -136,9 +137,9 @@ def grouped_gemm_kernel(
     tiles = tl.max(ends, 0)
     group_stride = tl.cast(scales.a_group, tl.int64)
 
-    let_next_begin(TILE.early)
-    for unit in tl.range(tl.program_id(0), tiles * PARTS, tl.num_programs(0), flatten=TILE.flatten):
-        tile = unit // PARTS
+    launch_dependents(TILE.pdl)
+    for unit in tl.range(tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0), flatten=TILE.flatten):
+        tile = unit // SPLIT_K
         expert, count, row_tile, column_tile = locate_tile(tile, ends, counts, BLOCK_M, TILE.band, COLUMN_TILES)
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         first_column = column_tile // SEGMENT_TILES * SEGMENT_N + column_tile % SEGMENT_TILES * BLOCK_N
@@ -160,9 +161,9 @@ def grouped_gemm_kernel(
             b_scale_pointer = scales.b + (expert * (SEGMENTS * SEGMENT_BLOCKS) + block) * STEPS
 
         first_step, last_step = 0, STEPS
-        if PARTS > 1:
-            first_step = unit % PARTS * STEPS // PARTS
-            last_step = (unit % PARTS + 1) * STEPS // PARTS
+        if SPLIT_K > 1:
+            first_step = unit % SPLIT_K * STEPS // SPLIT_K
+            last_step = (unit % SPLIT_K + 1) * STEPS // SPLIT_K
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in tl.range(first_step, last_step, num_stages=TILE.stages):
             if TILE.tma:
@@ -185,10 +186,10 @@ def grouped_gemm_kernel(
                 acc = tl.fma(tl.dot(x, w.T).to(tl.float32), tl.broadcast_to(scale[:, None], (BLOCK_M, BLOCK_N)), acc)
 
         mask = valid_row[:, None] & valid_column[None, :]
-        if destinations is None or PARTS > 1:
+        if destinations is None or SPLIT_K > 1:
             output = out.rows
-            if PARTS > 1:
-                output = out.partials + tl.cast(unit % PARTS, tl.int64) * experts * M * N
+            if SPLIT_K > 1:
+                output = out.partials + tl.cast(unit % SPLIT_K, tl.int64) * experts * M * N
             output_rows = output + (expert.to(tl.int64) * M + rows)[:, None] * N
             tl.store(output_rows + first_column + in_tile[None, :], acc.to(output.dtype.element_ty), mask=mask)
         else:
@@ -240,7 +241,7 @@ CANDIDATES = (
     Config(64, 4, 6, 2, block_n=64),
     SMALL_TILES._replace(parts=3),
 )
-BAND = 16
+GROUP_M = 16
 
 
 class Limits(NamedTuple):
@@ -341,10 +342,10 @@ def grouped_gemm_blockscale(
         config = choose_config(expected_rows, experts, rows, blocks, triton.cdiv(depth, block_k), limits.sms)
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
     column_tiles = segments * triton.cdiv(columns // segments, config.block_n)
-    partials, early = None, False
+    partials, pdl = None, False
     if config.parts > 1:
         partials = torch.empty(config.parts, experts, rows, columns, dtype=torch.float32, device=a.device)
-        early = begins_early(a.device)
+        pdl = uses_pdl(a.device)
     programs = min(sms * config.programs_per_sm, experts * triton.cdiv(rows, config.block_m) * column_tiles * config.parts)
     grouped_gemm_kernel[(programs,)](
         descriptor(a, config.block_m, block_k) if tma else a,
@@ -359,16 +360,16 @@ def grouped_gemm_blockscale(
             m=config.block_m,
             n=config.block_n,
             k=block_k,
-            band=BAND,
+            band=GROUP_M,
             tma=tma,
             stages=fitting_stages(config, limits, 2 if out is None else out.element_size()),
             flatten=config.flatten and depth > 0,
             parts=config.parts,
-            early=early,
+            pdl=pdl,
         ),
         num_warps=config.warps,
         # as the Hopper kernels
         enable_fp_fusion=True,
     )
     if partials is not None:
-        sum_parts(partials, out, destinations, num_tokens, early)
+        reduce_split_k(partials, out, destinations, num_tokens, pdl)

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from moequant.kernels.library.gluon import barrier, load_block
 
 # Row tiles of one expert that run side by side over the same columns.
-BAND = gl.constexpr(16)
+GROUP_M = gl.constexpr(16)
 # Scalars that a tile's first stage carries: row in out, valid rows from there on, column tile, expert (-1: no more tiles).
 TILE_WORDS = gl.constexpr(4)
 SCALAR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -81,10 +81,10 @@ def locate_tile(tile, counts, ends, num_tokens, experts, M, COLUMN_TILES: gl.con
     else:
         # the TMA warp has few registers
         count = gl.minimum(gl.maximum(gl.load(num_tokens + gl.minimum(expert, experts - 1)), 0), M)
-    band = inside // (BAND * COLUMN_TILES)
-    inside -= band * (BAND * COLUMN_TILES)
-    height = gl.maximum(gl.minimum((count + 127) // 128 - band * BAND, BAND), 1)
-    return expert, count, band * BAND + inside % height, inside // height
+    band = inside // (GROUP_M * COLUMN_TILES)
+    inside -= band * (GROUP_M * COLUMN_TILES)
+    height = gl.maximum(gl.minimum((count + 127) // 128 - band * GROUP_M, GROUP_M), 1)
+    return expert, count, band * GROUP_M + inside % height, inside // height
 
 
 @gluon.jit

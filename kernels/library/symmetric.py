@@ -83,7 +83,7 @@ def peer_block(peers, rank, offset, element: tl.constexpr):
 
 
 @triton.jit
-def agreed(x):
+def made_uniform(x):
     """The largest x of any warp, in all of them. What warps read one after the other from memory that others write, or from a clock, may
     differ, and warps that leave a loop at different turns no longer meet at its barriers."""
     return tl.max(tl.zeros((1024,), x.dtype) + x, axis=0)
@@ -137,18 +137,18 @@ def wait_for_peers(peers, epoch, way, PHASE: tl.constexpr, LANES: tl.constexpr):
     waited = started - started
     missing = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
-    strangers = tl.zeros((), tl.int32)
+    mismatched = tl.zeros((), tl.int32)
     while (missing < ranks) & (fault == NO_FAULT) & (waited < peers.limit):
         # what an atomic operation returns is the same in all warps
         seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
         ahead = seen - first_flag(epoch, PHASE)
         missing = tl.min(tl.where((lane < ranks) & (ahead < 0), lane, ranks), axis=0)
         if PHASE == OUTPUTS:
-            strangers = tl.sum(((lane < ranks) & (ahead < WAYS) & (ahead != way)).to(tl.int32), axis=0)
+            mismatched = tl.sum(((lane < ranks) & (ahead < WAYS) & (ahead != way)).to(tl.int32), axis=0)
         fault = tl.sum(tl.where(lane == ranks, seen, 0), axis=0)
-        waited = agreed((globaltimer() - started) >> 20)
+        waited = made_uniform((globaltimer() - started) >> 20)
     fault = end_wait(peers, epoch, missing, fault, PHASE, LANES)
-    return fault, strangers
+    return fault, mismatched
 
 
 @triton.jit

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.common import num_sms
-from moequant.kernels.library.early import await_previous, launch_option, may_begin_early
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.pdl import may_use_pdl, pdl_option, wait_for_previous
 from moequant.kernels.library.symmetric import NO_FAULT
 
 
@@ -32,7 +32,7 @@ class Remote(NamedTuple):
 class Tile(NamedTuple):
     """How a launch is compiled.
 
-    columns: of a program. lanes, ranks: top-k and ranks, rounded up to powers of two. early: the launch before may still run.
+    columns: of a program. lanes, ranks: top-k and ranks, rounded up to powers of two. pdl: the launch before may still run.
     skips: tokens without any row are not written. in_order: the row of entry (t, k) is t * K + k, if rows[t, k] is not negative.
     """
 
@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     top_k: int
     lanes: int
     ranks: int
-    early: bool
+    pdl: bool
     skips: bool
     in_order: bool
 
@@ -85,7 +85,7 @@ def combine_kernel(
         blocks = tl.sum(tl.where(ranks[:, None] == peer[None, :], table[None, :], 0), axis=1)
         rows = tl.where(rows >= 0, rows - ranks * remote.rows_of_rank, -1)
     # the rows are those of others, who may still be writing them; what says where they lie is older
-    await_previous(TILE.early)
+    wait_for_previous(TILE.pdl)
     acc = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         row = tl.sum(tl.where(lane == k, rows, 0), axis=0)
@@ -144,7 +144,7 @@ def program_of(tokens: int, columns: int, waits: bool, device: torch.device) -> 
     """A program's columns and warps, and whether the launch begins early. waits: the launch before may wait for other ranks."""
     most = triton.next_power_of_2(columns)
     for block, warps in ((1024, 8), (2048, 16)):
-        if waits and may_begin_early(device, tokens * triton.cdiv(columns, block), warps, REGISTERS):
+        if waits and may_use_pdl(device, tokens * triton.cdiv(columns, block), warps, REGISTERS):
             return min(block, most), warps, True
     block = min(1024, most)
     # few programs get more warps, which load less each
@@ -166,7 +166,7 @@ def launch_combine(
     if tokens == 0:
         return
     top_k = rows.shape[1]
-    block, warps, early = program_of(tokens, columns, fault is not None, out.device)
+    block, warps, pdl = program_of(tokens, columns, fault is not None, out.device)
     combine_kernel[(tokens, triton.cdiv(columns, block))](
         expert_output,
         rows,
@@ -180,11 +180,11 @@ def launch_combine(
             top_k=top_k,
             lanes=triton.next_power_of_2(top_k),
             ranks=1 if remote is None else triton.next_power_of_2(remote.ranks),
-            early=early,
+            pdl=pdl,
             skips=skips,
             in_order=in_order,
         ),
         num_warps=warps,
         enable_fp_fusion=False,
-        **launch_option(early, REGISTERS),
+        **pdl_option(pdl, REGISTERS),
     )

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.library.early import begins_early, let_next_begin
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.pdl import launch_dependents, uses_pdl
 
 
 # Not specialized on the number of entries, which changes from call to call.
@@ -25,7 +25,7 @@ def route_kernel(
     entries,
     size,
     BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program e < E reads all entries and numbers those of expert e; program E marks those of no expert, and counts the invalid ones.
     size: E, and the rows that an expert has room for, or None.
@@ -36,7 +36,7 @@ def route_kernel(
     Example: E=3, ids 2 0 | 0 -1 | 2 2. Program 2 finds entries 0, 4, 5 and writes slots 0, 1, 2 there and counts[2] = 3; program 3
     writes slot -1 to entry 3.
     """
-    let_next_begin(EARLY)
+    launch_dependents(PDL)
     experts, capacity = size
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -76,9 +76,9 @@ def route(
     capacity: int | None = None,
     num_tokens: torch.Tensor | None = None,
     status: torch.Tensor | None = None,
-    early: bool = False,
+    pdl: bool = False,
 ) -> None:
-    """As `moequant.reference.route`. All tensors contiguous. early: the next launch may begin early (`early.py`)."""
+    """As `moequant.reference.route`. All tensors contiguous. pdl: the next launch may begin early (`pdl.py`)."""
     entries, experts = topk_ids.numel(), counts.shape[0]
     block = 1024 if entries <= 4096 else 4096
     route_kernel[(experts + 1,)](
@@ -90,6 +90,6 @@ def route(
         entries=entries,
         size=(experts, capacity),
         BLOCK=block,
-        EARLY=early and begins_early(topk_ids.device),
+        PDL=pdl and uses_pdl(topk_ids.device),
         num_warps=block // 512,
     )

@@ -13,9 +13,9 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from moequant.kernels.library.common import takes_ptx, unlike
-from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.symmetric import COUNTS, NO_FAULT, Peers, agreed, end_wait, peer_block
+from moequant.kernels.library.pdl import launch_dependents, pdl_option, uses_pdl, wait_for_previous
+from moequant.kernels.library.symmetric import COUNTS, NO_FAULT, Peers, end_wait, made_uniform, peer_block
 
 EXPIRED = tl.constexpr(1 << 16)
 
@@ -62,7 +62,7 @@ def exchange_counts_kernel(
     call,
     EXPERTS: tl.constexpr,
     LANES: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program, the only one of a dispatch that waits for counts. Begins the slot's next epoch, and counts its calls.
 
@@ -73,8 +73,8 @@ def exchange_counts_kernel(
     Example: rank 1 of 2, M=5, L=1, counts [2, 4] of rank 0 and [1, 3] of rank 1: rank 1's rows begin at row 2 of expert 0 and row 4 of
     expert 1; of expert 1, which is rank 1's, min(4 + 3, 5) = 5 rows are valid and 2 have no place.
     """
-    let_next_begin(EARLY)
-    await_previous(EARLY)
+    launch_dependents(PDL)
+    wait_for_previous(PDL)
     rank, ranks = peers.rank, peers.ranks
     epoch = tl.load(peers.epoch) + 1
     number = tl.load(slot.calls) + 1
@@ -116,7 +116,7 @@ def exchange_counts_kernel(
         late = tl.max(tl.max(tl.where(present[:, None] & (late > 0), ranks - peer[:, None], 0), axis=1), axis=0)
         missing = tl.maximum(missing, late)
         over = (globaltimer() - started) >> 20 >= peers.limit
-        state = agreed(missing + tl.where(over & (missing > 0), EXPIRED, 0))
+        state = made_uniform(missing + tl.where(over & (missing > 0), EXPIRED, 0))
     missing = ranks - state % EXPIRED
     fault = end_wait(peers, epoch, missing, fault, COUNTS, LANES)
     # behind a barrier: every warp has read the old ones
@@ -127,7 +127,7 @@ def exchange_counts_kernel(
     counts = tl.load(words[:, None] + expert[None, :], mask=everyone, other=0, volatile=True).to(tl.int32)
     theirs = tl.load(calls, mask=present[:, None], other=0, volatile=True).to(tl.int32)
     other = tl.where(place[None, :] == 0, theirs != number, unlike(call, theirs))
-    strangers = tl.sum(tl.max((present[:, None] & other).to(tl.int32), axis=1), axis=0)
+    mismatched = tl.sum(tl.max((present[:, None] & other).to(tl.int32), axis=1), axis=0)
     # whatever came, the sums stay in int32 and in order
     counts = tl.where(everyone, tl.minimum(tl.maximum(counts, 0), 1 << 24), 0)
     before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)
@@ -139,8 +139,8 @@ def exchange_counts_kernel(
     tl.store(slot.offsets + expert, tl.where(well, before, capacity), mask=inside)
     tl.store(slot.num_tokens + local, tl.where(well, placed, 0), mask=is_local)
     dropped = tl.sum(tl.where(inside, (wanted - placed).to(tl.int64), 0), axis=0)
-    if well & (strangers > 0):
-        tl.atomic_add(slot.status + 2, strangers.to(tl.int64), sem="relaxed")
+    if well & (mismatched > 0):
+        tl.atomic_add(slot.status + 2, mismatched.to(tl.int64), sem="relaxed")
     if well & (dropped > 0):
         tl.atomic_add(slot.status + 1, dropped, sem="relaxed")
 
@@ -154,7 +154,7 @@ def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int) -> Non
     the number of calls differs are added to status[2].
     """
     experts = slot.counts.shape[0]
-    early = begins_early(slot.counts.device)
+    pdl = uses_pdl(slot.counts.device)
     exchange_counts_kernel[(1,)](
         slot,
         peers,
@@ -164,8 +164,8 @@ def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int) -> Non
         call=call,
         EXPERTS=triton.next_power_of_2(experts),
         LANES=triton.next_power_of_2(peers.ranks),
-        EARLY=early,
+        PDL=pdl,
         num_warps=8,
         # 8 warps of so many fit in `early.ROOM`
-        **launch_option(early, 96),
+        **pdl_option(pdl, 96),
     )

@@ -4,8 +4,8 @@ T tokens, K top-k, W ranks, E experts, L local experts, M rows of an expert's bu
 `symmetric.py`.
 
 Scales can't be stored straight: in the batch the scales of a row lie M numbers apart, and single 4-byte stores to another rank cost more
-than the row itself. They travel side by side in the row's note, and the receiver transposes them (`land_rows.py`). A note is int32 words:
-G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the leader, a spare; and, for
+than the row itself. They travel side by side in the row's note, and the receiver transposes them (`unpack_rows.py`). A note is
+int32 words: G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the leader, a spare; and, for
 reduce="per_rank", in the leader's note, the token's K rows on its rank (-1 for the others), padded to a multiple of 4, and its K weights
 (float32), likewise. The leader of a row is the row of the first of the token's entries on the same rank, itself if it is the first.
 
@@ -22,8 +22,8 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group
-from moequant.kernels.library.early import await_previous, begins_early, launch_option, let_next_begin, may_begin_early
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.pdl import launch_dependents, may_use_pdl, pdl_option, uses_pdl, wait_for_previous
 from moequant.kernels.library.symmetric import ROWS, Peers, last_program, peer_block, signal_peers, wait_for_peers
 
 
@@ -64,7 +64,7 @@ class Tile(NamedTuple):
     """How a launch is compiled.
 
     element: the type of what is stored. groups: of a program. note_words: of a note, of which the first scale_words hold scales.
-    top_k_lanes, lanes: top-k and ranks, rounded up to powers of two. early: the launch before may still run.
+    top_k_lanes, lanes: top-k and ranks, rounded up to powers of two. pdl: the launch before may still run.
     wave: 0 for all rows, 1 for those of each rank's first experts, 2 for the others. waits: the last program, for all ranks' rows.
     """
 
@@ -75,7 +75,7 @@ class Tile(NamedTuple):
     top_k: int
     top_k_lanes: int
     lanes: int
-    early: bool
+    pdl: bool
     wave: int
     waits: bool
 
@@ -96,7 +96,7 @@ def push_tokens_kernel(
     """Program (t, b) does groups b * TILE.groups.. of token t. The last program tells all ranks. given: x's
     elements from one token to the next, and how many experts of a rank are its first.
 
-    Only the first row of a token on a rank, the leader, gets its values and scales; `land_rows` copies them to the others.
+    Only the first row of a token on a rank, the leader, gets its values and scales; `unpack_rows` copies them to the others.
 
     Example: W=2, L=2, M=8, ids[t] [3, 0, 2], slots[t] [0, 1, 0], offsets [4, 0, 8, 5]. Entry 0 goes to row 5 of expert 3, row
     1 * 8 + 5 = 13 of rank 1; entry 1 to row 5 of expert 0 on rank 0; entry 2 would be row 8 of expert 2, for which there is no room.
@@ -117,9 +117,9 @@ def push_tokens_kernel(
         values, scales = quantize_group(x.to(tl.float32), landing.spec, 1, TILE.element)
     else:
         values = x.to(TILE.element)
-    await_previous(TILE.early)
+    wait_for_previous(TILE.pdl)
     # not before: behind the wait for counts stands this launch alone
-    let_next_begin(TILE.early)
+    launch_dependents(TILE.pdl)
     epoch = tl.load(peers.epoch)
     if here:
         rows = ()
@@ -213,7 +213,7 @@ class Parts(NamedTuple):
 
     groups: int
     warps: int
-    early: bool
+    pdl: bool
     registers: int
 
 
@@ -223,7 +223,7 @@ def parts_of_tokens(tokens: int, groups: int, wave: int, device: torch.device) -
     most = triton.next_power_of_2(groups)
     for block in (min(most, size) for size in (8, 32, 64)):
         warps = min(8, max(2, block // 4))
-        if may_begin_early(device, max(tokens, 1) * triton.cdiv(groups, block), warps, registers):
+        if may_use_pdl(device, max(tokens, 1) * triton.cdiv(groups, block), warps, registers):
             return Parts(block, warps, True, registers)
     block = min(most, 32 if tokens >= num_sms(device) // 2 else 8)
     return Parts(block, max(2, block // 8), False, registers)
@@ -255,7 +255,7 @@ def push_tokens(
         top_k=top_k,
         top_k_lanes=triton.next_power_of_2(top_k),
         lanes=triton.next_power_of_2(peers.ranks),
-        early=begins_early(x.device),
+        pdl=uses_pdl(x.device),
         wave=number,
         waits=wait,
     )
@@ -272,5 +272,5 @@ def push_tokens(
         num_warps=parts.warps,
         # as in the quantize kernel
         enable_fp_fusion=False,
-        **launch_option(parts.early, parts.registers),
+        **pdl_option(parts.pdl, parts.registers),
     )

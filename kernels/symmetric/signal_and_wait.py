@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.library.early import begins_early, let_next_begin
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.pdl import launch_dependents, uses_pdl
 from moequant.kernels.library.symmetric import NO_FAULT, Peers, first_flag, signal_peers, wait_for_peers
 
 
@@ -21,7 +21,7 @@ def signal_and_wait_kernel(
     SIGNAL: tl.constexpr,
     WAIT: tl.constexpr,
     LANES: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program. Kernels before it on the stream have done their stores; kernels after it see those of all ranks. SIGNAL begins the
     next epoch.
@@ -29,7 +29,7 @@ def signal_and_wait_kernel(
     Example: W=2, phase OUTPUTS, epoch 6, way 2: rank 0 writes 7 * 4 + 2 = 30 into word 0 of both ranks' flags, and waits until both words
     of its own are at least 28. If rank 1's is 28, it does this in way 0, and status[2] grows by 1.
     """
-    let_next_begin(EARLY)
+    launch_dependents(PDL)
     epoch = tl.load(peers.epoch)
     if SIGNAL:
         epoch += 1
@@ -37,9 +37,9 @@ def signal_and_wait_kernel(
         # behind a barrier: every warp has read the old one
         tl.store(peers.epoch, epoch)
     if WAIT:
-        fault, strangers = wait_for_peers(peers, epoch, way, PHASE, LANES)
-        if (fault == NO_FAULT) & (strangers > 0):
-            tl.atomic_add(status_ptr + 2, strangers.to(tl.int64), sem="relaxed")
+        fault, mismatched = wait_for_peers(peers, epoch, way, PHASE, LANES)
+        if (fault == NO_FAULT) & (mismatched > 0):
+            tl.atomic_add(status_ptr + 2, mismatched.to(tl.int64), sem="relaxed")
 
 
 def signal_and_wait(peers: Peers, status: torch.Tensor, phase: int, signal: bool = True, wait: bool = True, way: int = 0) -> None:
@@ -53,6 +53,6 @@ def signal_and_wait(peers: Peers, status: torch.Tensor, phase: int, signal: bool
         SIGNAL=signal,
         WAIT=wait,
         LANES=triton.next_power_of_2(peers.ranks),
-        EARLY=begins_early(peers.pointers.device),
+        PDL=uses_pdl(peers.pointers.device),
         num_warps=1,
     )

@@ -10,11 +10,11 @@ from moequant.ops.registration import registered, uses_kernels
 
 __all__ = [
     "combine",
-    "count_strangers",
+    "count_mismatched",
     "expert_offsets",
     "locate_entries",
     "move_source_rows",
-    "plan_partials",
+    "plan_rank_sums",
     "plan_returns",
     "plan_sends",
     "presum",
@@ -61,12 +61,12 @@ def expert_offsets(
 
 
 @registered(mutates=("status",))
-def count_strangers(words: Tensor, rank: int, status: Tensor) -> None:
-    """`reference.count_strangers`."""
+def count_mismatched(words: Tensor, rank: int, status: Tensor) -> None:
+    """`reference.count_mismatched`."""
     if not uses_kernels(words):
-        reference.count_strangers(words, rank, status)
+        reference.count_mismatched(words, rank, status)
         return
-    from moequant.kernels.routing.count_strangers import count_strangers as kernel
+    from moequant.kernels.routing.count_mismatched import count_mismatched as kernel
 
     kernel(words, rank, status)
 
@@ -152,14 +152,14 @@ def move_source_rows(
 
 
 @registered(mutates=("partials",))
-def plan_partials(
+def plan_rank_sums(
     topk_ids: Tensor, rows: Tensor, local_experts: int, stride: int, partials: Tensor, starts: Tensor | None = None
 ) -> None:
-    """`reference.plan_partials`."""
+    """`reference.plan_rank_sums`."""
     if not uses_kernels(topk_ids):
-        reference.plan_partials(topk_ids, rows, local_experts, stride, partials, starts)
+        reference.plan_rank_sums(topk_ids, rows, local_experts, stride, partials, starts)
         return
-    from moequant.kernels.routing.partials import plan_partials as kernel
+    from moequant.kernels.routing.rank_sums import plan_rank_sums as kernel
 
     kernel(topk_ids, rows, local_experts, stride, partials, starts)
 
@@ -172,7 +172,7 @@ def locate_entries(
     if not uses_kernels(entries):
         reference.locate_entries(entries, offsets, first_expert, limit, capacity, rows, weights)
         return
-    from moequant.kernels.routing.partials import locate_entries as kernel
+    from moequant.kernels.routing.rank_sums import locate_entries as kernel
 
     kernel(entries, offsets, first_expert, limit, capacity, rows, weights)
 

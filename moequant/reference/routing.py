@@ -12,11 +12,11 @@ from moequant.transport.calls import unlike
 __all__ = [
     "combine",
     "combine_per_rank",
-    "count_strangers",
+    "count_mismatched",
     "expert_offsets",
     "locate_entries",
     "move_source_rows",
-    "plan_partials",
+    "plan_rank_sums",
     "plan_returns",
     "plan_sends",
     "presum",
@@ -87,7 +87,7 @@ def expert_offsets(
         status[1] += counts.sum() - placed.sum()
 
 
-def count_strangers(words: Tensor, rank: int, status: Tensor) -> None:
+def count_mismatched(words: Tensor, rank: int, status: Tensor) -> None:
     """How many ranks' calls are not this rank's.
 
     words: (W, 2) int32, the number of each rank's call and its word (`moequant.transport.calls`). rank: this one. status: (3,) int64;
@@ -216,7 +216,7 @@ def move_source_rows(
         merged_sources[expert, target] = padded_sources[source, expert, row].long() + (source << 32)
 
 
-def plan_partials(
+def plan_rank_sums(
     topk_ids: Tensor, rows: Tensor, local_experts: int, stride: int, partials: Tensor, starts: Tensor | None = None
 ) -> None:
     """`reduce="per_rank"`: where the sums that ranks make of each token's rows lie, once they have come back.

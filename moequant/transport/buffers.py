@@ -39,7 +39,7 @@ class Buffers(Generic[T]):
     slots: T
     rows: T
     counts: T
-    # per_rank: where `plan_partials` says that the ranks' partial sums lie
+    # per_rank: where `plan_rank_sums` says that the ranks' partial sums lie
     partials: T | None = None
 
 

@@ -83,7 +83,7 @@ class CollectiveTransport(Transport[Whose]):
         if self.wire.waits:
             check_in_step(words.tolist())
         else:
-            ops.count_strangers(words, self.rank, self.status)
+            ops.count_mismatched(words, self.rank, self.status)
 
     def _begin_combine(self, slot: Whose, dtype: torch.dtype) -> None:
         call = slot.call._replace(first_experts=0, combines=True, float16=dtype == torch.float16 and not self.config.per_rank)

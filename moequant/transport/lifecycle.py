@@ -113,7 +113,7 @@ class Lifecycle:
         return dropped
 
     def _news(self) -> list[int]:
-        """What the device counted since the last report, as far as it has come: ids out of range, rows without room, strangers."""
+        """What the device counted since the last report, as far as it has come: ids out of range, rows without room, mismatched."""
         return [now - before for now, before in zip(self._counted, self._reported, strict=True)]
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class LocalTransport(Transport[LocalSlot]):
             recipe=self.config.recipe,
         )
         if self.config.per_rank:
-            ops.plan_partials(topk_ids, taken.rows, self.config.num_experts, tokens, taken.partials)
+            ops.plan_rank_sums(topk_ids, taken.rows, self.config.num_experts, tokens, taken.partials)
         return batch, taken.rows
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: LocalSlot, state: Tensor) -> None:

@@ -41,7 +41,7 @@ def message_bytes(config: DispatcherConfig) -> int:
 class PackedState:
     """Where a packed dispatch's rows went.
 
-    rows: (T, K) int32, each entry's row among those that come back, -1 where nothing was placed; per_rank: (T, W), as `plan_partials`
+    rows: (T, K) int32, each entry's row among those that come back, -1 where nothing was placed; per_rank: (T, W), as `plan_rank_sums`
     gives it. received_rows: (R, K) int32, the flat row of each entry of each received token, -1 where it is not on this rank.
     received_weights: (R, K) float32, per_rank only. sent, returned: rows that combine sends to, and gets from, each rank.
     """
@@ -123,7 +123,7 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
         received_weights = None
         if config.per_rank:
             received_weights = weights.contiguous()
-            ops.plan_partials(topk_ids, rows, local, 0, partials, starts)
+            ops.plan_rank_sums(topk_ids, rows, local, 0, partials, starts)
             rows = partials
         return batch, PackedState(rows, received_rows, received_weights, [row[self.rank] for row in going_back], returned)
 

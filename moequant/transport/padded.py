@@ -94,7 +94,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
             self.status,
         )
         if not self.wire.waits:
-            ops.count_strangers(slot.all_calls, self.rank, self.status)
+            ops.count_mismatched(slot.all_calls, self.rank, self.status)
         meta_out, meta_in = buffers.meta
         routed = self._routed(slot, hidden_states.dtype if config.quantized else torch.bfloat16)
         ops.scatter(
@@ -135,7 +135,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
                 buffers.received_rows,
                 buffers.received_weights,
             )
-            ops.plan_partials(topk_ids, rows, config.num_local_experts, config.max_tokens_per_rank, partials)
+            ops.plan_rank_sums(topk_ids, rows, config.num_local_experts, config.max_tokens_per_rank, partials)
         return batch, rows
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: PaddedSlot, state: Tensor) -> None:

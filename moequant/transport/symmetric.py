@@ -3,10 +3,10 @@
     dispatch   route            slots and counts of this rank's tokens
                exchange_counts  counts to all ranks, which carry their own flags; where each row goes
                push_tokens      quantizes each token once, stores it to its final rows; the last program raises the flags
-               land_rows        transposes scales, fills in sources, copies tokens that came once for several experts
+               unpack_rows        transposes scales, fills in sources, copies tokens that came once for several experts
     combine    "exact", pulled  a flag round, then `combine` reads the rows where they lie
                "exact", pushed  whoever makes the rows stores them at the slot's destinations; a flag round, then a local `combine`
-               "per_rank"       push_partial_sums sums what this rank holds of a token and stores it at its rank; a local `combine`
+               "per_rank"       push_rank_sums sums what this rank holds of a token and stores it at its rank; a local `combine`
 
 Why no buffer is overwritten too early stands in `kernels/library/symmetric.py`, with flags, epochs and faults. Nothing here syncs with
 the host, so a CUDA graph can hold all of it.
@@ -91,9 +91,9 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
         from moequant.kernels.library.symmetric import notes_of
         from moequant.kernels.routing.combine import Remote
         from moequant.kernels.symmetric.exchange_counts import Counts
-        from moequant.kernels.symmetric.land_rows import Landed, Returns
-        from moequant.kernels.symmetric.push_partial_sums import Sums
+        from moequant.kernels.symmetric.push_rank_sums import Sums
         from moequant.kernels.symmetric.push_tokens import Landing
+        from moequant.kernels.symmetric.unpack_rows import Landed, Returns
 
         super().__init__(number, buffers, buffers.calls)
         config, offsets = transport.config, transport.offsets_of(number)
@@ -289,7 +289,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         from moequant.kernels.routing.route import route
         from moequant.kernels.symmetric.exchange_counts import exchange_counts
 
-        route(topk_ids, slot.take(len(topk_ids)).slots, slot.buffers.counts, status=self.status, early=True)
+        route(topk_ids, slot.take(len(topk_ids)).slots, slot.buffers.counts, status=self.status, pdl=True)
         exchange_counts(slot.exchanged, self._peers(slot, 1), self.config.max_rows, slot.call.word)
 
     def _push(
@@ -313,21 +313,21 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         return taken.rows
 
     def _land(self, slot: SymmetricSlot, tokens: int, part: tuple[int, int] | None = None) -> ExpertBatch:
-        from moequant.kernels.symmetric.land_rows import land_rows
+        from moequant.kernels.symmetric.unpack_rows import unpack_rows
 
         batch, width = self.expert_batch(slot, tokens), self.config.dtype.itemsize
-        land_rows(slot.landed, slot.notes, self._peers(slot, 1), slot.returns, width, batch.expected_rows, part)
+        unpack_rows(slot.landed, slot.notes, self._peers(slot, 1), slot.returns, width, batch.expected_rows, part)
         return batch if part is None else batch.part(*part)
 
     def _return(self, expert_output: Tensor, slot: SymmetricSlot, wait: bool) -> None:
         """Makes the experts' output available to the tokens' ranks."""
-        from moequant.kernels.symmetric.push_partial_sums import push_partial_sums
+        from moequant.kernels.symmetric.push_rank_sums import push_rank_sums
         from moequant.kernels.symmetric.push_rows import push_rows
 
         buffers = slot.buffers
         if self.config.per_rank:
             peers = self._peers(slot, 2)
-            push_partial_sums(expert_output, slot.notes, buffers.num_tokens, peers, slot.sums, self.config.top_k, wait)
+            push_rank_sums(expert_output, slot.notes, buffers.num_tokens, peers, slot.sums, self.config.top_k, wait)
             return
         if expert_output.data_ptr() != buffers.output.data_ptr():
             push_rows(expert_output, buffers.num_tokens, buffers.output.view(expert_output.dtype), None)

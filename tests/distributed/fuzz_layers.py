@@ -235,17 +235,17 @@ def all_sizes(active: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nothing_early() -> Iterator[None]:
+def nothing_pdl() -> Iterator[None]:
     """While it lasts, no launch begins early: on one GPU it would hold the room that other ranks need, while it waits for them."""
     loaded: list[Any] = list(sys.modules.values())
-    modules = {module: module.begins_early for module in loaded if hasattr(module, "begins_early")}
+    modules = {module: module.uses_pdl for module in loaded if hasattr(module, "uses_pdl")}
     for module in modules:
-        module.begins_early = lambda device: False
+        module.uses_pdl = lambda device: False
     try:
         yield
     finally:
         for module, before in modules.items():
-            module.begins_early = before
+            module.uses_pdl = before
 
 
 class PeersOnOneGPU:
@@ -292,7 +292,7 @@ class PeersOnOneGPU:
         mine = [[tensor.to(self.device) for tensor in tensors] for tensors in inputs]
         outs = [[Guarded(*hidden.shape, dtype=self.dtype, device=self.device) for _ in range(2)] for hidden, _, _ in mine]
         batches: list[Any] = []
-        with all_sizes(self.hopper), nothing_early():
+        with all_sizes(self.hopper), nothing_pdl():
             for dry in (True, False):
                 self._reset(dry)
                 batches = []
@@ -314,8 +314,8 @@ class PeersOnOneGPU:
             check = getattr(transport, "check_guards", None)
             if check is not None:
                 check()
-        invalid, counted, strangers = torch.stack(self.status).sum(0).tolist()
-        assert (invalid, strangers) == (0, 0), f"{invalid} invalid ids, {strangers} ranks out of step"
+        invalid, counted, mismatched = torch.stack(self.status).sum(0).tolist()
+        assert (invalid, mismatched) == (0, 0), f"{invalid} invalid ids, {mismatched} ranks out of step"
         # every rank counts those of all
         wanted = dropped * self.ranks * (2 if way == "experts" else 1)
         assert counted == wanted, f"dropped rows: {counted}, {wanted} expected"

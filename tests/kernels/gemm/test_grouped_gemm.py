@@ -145,12 +145,12 @@ def check(
 
 @triton.jit
 def write_tiles(
-    counts_pointer, found, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, BAND: tl.constexpr, COLUMN_TILES: tl.constexpr
+    counts_pointer, found, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr, COLUMN_TILES: tl.constexpr
 ):
     counts = tl.load(counts_pointer + tl.arange(0, EXPERTS))
     ends = tl.cumsum(tl.cdiv(counts, BLOCK_M) * COLUMN_TILES, 0)
     for tile in range(tl.max(ends, 0)):
-        expert, count, row_tile, column_tile = locate_tile(tile, ends, counts, BLOCK_M, BAND, COLUMN_TILES)
+        expert, count, row_tile, column_tile = locate_tile(tile, ends, counts, BLOCK_M, GROUP_M, COLUMN_TILES)
         tl.store(found + tile * 4, expert)
         tl.store(found + tile * 4 + 1, count)
         tl.store(found + tile * 4 + 2, row_tile)
@@ -160,7 +160,7 @@ def write_tiles(
 def test_tile_numbers_of_the_worked_example(device: str) -> None:
     counts = torch.tensor([70, 0, 130, 0], dtype=torch.int32, device=device)
     found = torch.full((20, 4), -1, dtype=torch.int32, device=device)
-    sizes: dict[str, Any] = {"EXPERTS": 4, "BLOCK_M": 64, "BAND": 2, "COLUMN_TILES": 4}
+    sizes: dict[str, Any] = {"EXPERTS": 4, "BLOCK_M": 64, "GROUP_M": 2, "COLUMN_TILES": 4}
     write_tiles[(1,)](counts, found, **sizes)
     experts, valid, row_tiles, column_tiles = found.T.tolist()
     assert experts == [0] * 8 + [2] * 12

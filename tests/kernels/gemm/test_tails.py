@@ -99,7 +99,7 @@ def quantize_weight(device: str, columns: int) -> None:
 
 def sum_of_parts(device: str, columns: int) -> None:
     """Rows of their own address, of a product in two parts."""
-    from moequant.kernels.gemm.sum_parts import sum_parts
+    from moequant.kernels.gemm.reduce_split_k import reduce_split_k
 
     partials = torch.ones(2, 3, ROWS, columns, device=device)
     num_tokens = torch.tensor(COUNTS, dtype=torch.int32, device=device)
@@ -108,7 +108,7 @@ def sum_of_parts(device: str, columns: int) -> None:
     places = torch.arange(3 * ROWS, device=device).flip(0).view(3, ROWS)
     destinations = out.tensor.data_ptr() + places * (2 * columns)
     destinations[~valid] = 8
-    sum_parts(partials, None, destinations, num_tokens, False)
+    reduce_split_k(partials, None, destinations, num_tokens, False)
     written = torch.zeros(3 * ROWS, 1, dtype=torch.bool, device=device)
     written[places[valid]] = True
     out.assert_only(written.view(3, ROWS, 1))

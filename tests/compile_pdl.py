@@ -1,6 +1,6 @@
 """Compiles what a dispatch and a combine of the symmetric transport launch for an H100, and prints one JSON object for each launch.
 
-    python tests/compile_early.py
+    python tests/compile_pdl.py
 
 A program of its own for the reasons that `compile_kernels.py` has. Of the launches that begin early it takes those with the most to hold:
 each size of part, the largest K, bfloat16 rows, waves, weights that travel.
@@ -18,13 +18,13 @@ from triton.runtime.jit import JITFunction
 
 import compile_peers as calls
 from compile_case import BF16, E4M3, cases, empty
-from compile_kernels import EARLY_MODULES, TARGETS, FakeDriver, measure
+from compile_kernels import PDL_MODULES, TARGETS, FakeDriver, measure
 from moequant.kernels.routing import route as route_module
 
 
 def route() -> None:
     ids, slots = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
-    route_module.route(ids, slots, empty(256, dtype=torch.int32), status=empty(3, dtype=torch.int64), early=True)
+    route_module.route(ids, slots, empty(256, dtype=torch.int32), status=empty(3, dtype=torch.int64), pdl=True)
 
 
 CASES = [
@@ -32,8 +32,8 @@ CASES = [
     *cases(calls.push_tokens, {"dtype": E4M3, "tokens": 128, "per_rank": True}),
     *cases(calls.push_tokens, *({"dtype": E4M3, "tokens": 100, "wave": wave} for wave in (1, 2)), {"dtype": BF16}),
     *cases(calls.push_tokens, {"dtype": E4M3, "columns": 2048, "top_k": 10, "experts": 512, "ranks": 2, "per_rank": True}),
-    *cases(calls.land_rows, *({"dtype": dtype, "expected_rows": rows} for dtype, rows in ((E4M3, 32), (BF16, 16), (E4M3, 4096)))),
-    *cases(calls.land_rows, {"dtype": E4M3, "expected_rows": 32, "columns": 2880, "experts": 64, "ranks": 2}),
+    *cases(calls.unpack_rows, *({"dtype": dtype, "expected_rows": rows} for dtype, rows in ((E4M3, 32), (BF16, 16), (E4M3, 4096)))),
+    *cases(calls.unpack_rows, {"dtype": E4M3, "expected_rows": 32, "columns": 2880, "experts": 64, "ranks": 2}),
     *cases(
         calls.combine_shared,
         *({"tokens": tokens, "way": way} for way, tokens in (("pulled", 1), ("pulled", 32), ("pushed", 32), ("summed", 1))),
@@ -48,9 +48,9 @@ CASES = [
 def main() -> None:
     os.environ["MOEQUANT_CPU_KERNELS"] = "1"
     triton.runtime.driver.set_active(FakeDriver(TARGETS["sm_90"].gpu))
-    modules: Any = (*EARLY_MODULES, route_module)
+    modules: Any = (*PDL_MODULES, route_module)
     for module in modules:
-        module.begins_early = lambda device: True
+        module.uses_pdl = lambda device: True
     run = JITFunction.run
     report: dict[str, Any] = {}
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moequant.kernels.library.early import await_previous, launch_option
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.pdl import pdl_option, wait_for_previous
 
 # Columns of a program.
 BLOCK = tl.constexpr(512)
@@ -18,20 +18,20 @@ BLOCK = tl.constexpr(512)
 
 @launchable
 @triton.jit
-def sum_parts_kernel(
+def reduce_split_k_kernel(
     partials,
     out,
     destinations,
     num_tokens,
     size,
-    PARTS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     ALIGNED: tl.constexpr,
-    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (i, j) adds columns j * BLOCK.. of row i of all experts' rows, part after part. size: M, N, and the
     elements from one part to the next. ALIGNED: rows of 16 bytes each.
 
-    Example: M=2, N=600, PARTS=3, counts [1, 2]: program (3, 1) adds columns 512..599 of the second expert's row 1, of three parts;
+    Example: M=2, N=600, SPLIT_K=3, counts [1, 2]: program (3, 1) adds columns 512..599 of the second expert's row 1, of three parts;
     program (1, 0) has nothing to do, as the first expert has one row.
     """
     M, N, part_stride = size
@@ -42,9 +42,9 @@ def sum_parts_kernel(
         # before the parts are there: the launch before doesn't write the counts, and began when they were there
         mask = mask & (row % M < tl.load(num_tokens + row // M))
     at = row.to(tl.int64) * N + columns
-    await_previous(EARLY)
+    wait_for_previous(PDL)
     total = tl.load(partials + at, mask=mask, other=0.0)
-    for part in tl.static_range(1, PARTS):
+    for part in tl.static_range(1, SPLIT_K):
         total += tl.load(partials + part * tl.cast(part_stride, tl.int64) + at, mask=mask, other=0.0)
     if destinations is None:
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
@@ -56,25 +56,26 @@ def sum_parts_kernel(
         tl.store(start + columns, total.to(tl.bfloat16), mask=mask)
 
 
-def sum_parts(partials: Tensor, out: Tensor | None, destinations: Tensor | None, num_tokens: Tensor | None, early: bool) -> None:
+def reduce_split_k(partials: Tensor, out: Tensor | None, destinations: Tensor | None, num_tokens: Tensor | None, pdl: bool) -> None:
     """The sums over the parts, part after part in float32, rounded once.
 
-    partials: (PARTS, L, M, N) float32 contiguous. num_tokens: (L,) int32, of each expert that many rows are read and written; None: all.
+    partials: (SPLIT_K, L, M, N) float32 contiguous. num_tokens: (L,) int32, of each expert that many rows are read and written;
+    None: all.
     out: (L, M, N) contiguous float, or None with destinations: (L, M) int64, the address for each row of N bfloat16 numbers, a multiple
     of 16 if N is one of 8.
-    early: this launch may begin while the one before it, the grouped GEMM, still runs.
+    pdl: this launch may begin while the one before it, the grouped GEMM, still runs.
     """
     parts, experts, rows, columns = partials.shape
-    sum_parts_kernel[(experts * rows, triton.cdiv(columns, BLOCK.value))](
+    reduce_split_k_kernel[(experts * rows, triton.cdiv(columns, BLOCK.value))](
         partials,
         out,
         destinations,
         num_tokens,
         size=(rows, columns, experts * rows * columns),
-        PARTS=parts,
+        SPLIT_K=parts,
         ALIGNED=columns % 8 == 0,
-        EARLY=early,
+        PDL=pdl,
         # 8 columns a thread
         num_warps=2,
-        **launch_option(early),
+        **pdl_option(pdl),
     )

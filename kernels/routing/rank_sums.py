@@ -19,7 +19,7 @@ ENTRIES = tl.constexpr(1024)
 
 @launchable
 @triton.jit(do_not_specialize=["tokens"])
-def plan_partials_kernel(
+def plan_rank_sums_kernel(
     ids_ptr,
     rows_ptr,
     starts_ptr,
@@ -88,7 +88,7 @@ def locate_entries_kernel(
     tl.store(weights_ptr + to, weights.to(tl.float32, bitcast=True), mask=inside)
 
 
-def plan_partials(
+def plan_rank_sums(
     topk_ids: torch.Tensor,
     rows: torch.Tensor,
     local_experts: int,
@@ -96,9 +96,9 @@ def plan_partials(
     partials: torch.Tensor,
     starts: torch.Tensor | None,
 ) -> None:
-    """As `moequant.reference.plan_partials`. All tensors contiguous."""
+    """As `moequant.reference.plan_rank_sums`. All tensors contiguous."""
     (tokens, top_k), ranks = topk_ids.shape, partials.shape[1]
-    plan_partials_kernel[(ranks,)](
+    plan_rank_sums_kernel[(ranks,)](
         topk_ids,
         rows,
         starts,

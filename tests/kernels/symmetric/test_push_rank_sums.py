@@ -74,10 +74,10 @@ class Sums:
 
     def run(self, wait: bool = True, limit: int = LONG) -> None:
         from moequant.kernels.library.symmetric import notes_of
-        from moequant.kernels.symmetric.push_partial_sums import Sums as Place, push_partial_sums
+        from moequant.kernels.symmetric.push_rank_sums import Sums as Place, push_rank_sums
 
         blocks = self.blocks
-        push_partial_sums(
+        push_rank_sums(
             self.y.to(self.device).view(self.experts, self.capacity, self.columns),
             notes_of(blocks["notes"][RANK], self.scale_words),
             self.counts.to(self.device),
@@ -213,7 +213,7 @@ def test_a_negative_entry_is_of_no_token(entry, device):
 def test_rows_past_2_to_the_31_elements(device):
     """Memory that is reserved, but on a CPU not filled: only the last of three experts has a row, for the last of 2**21 tokens."""
     from moequant.kernels.library.symmetric import notes_of
-    from moequant.kernels.symmetric.push_partial_sums import Sums as Place, push_partial_sums
+    from moequant.kernels.symmetric.push_rank_sums import Sums as Place, push_rank_sums
 
     capacity, columns, max_tokens = 2**20 + 1, 1024, 2**21 + 1
     y = torch.empty(3, capacity, columns, dtype=torch.bfloat16, device=device)
@@ -225,17 +225,17 @@ def test_rows_past_2_to_the_31_elements(device):
     blocks = PeerBlocks(1, device)
     counts = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
     place = Place(returns.data_ptr() - blocks.memory.data_ptr(), max_tokens)
-    push_partial_sums(y, notes_of(notes, 0), counts, blocks.peers_of(0), place, 1, True)
+    push_rank_sums(y, notes_of(notes, 0), counts, blocks.peers_of(0), place, 1, True)
     assert (returns[-1] == y[2, 0] * 0.5).all()
     assert blocks["fault"].item() == NO_FAULT
 
 
-def call_push_partial_sums() -> None:
+def call_push_rank_sums() -> None:
     from moequant.kernels.library.symmetric import notes_of
-    from moequant.kernels.symmetric.push_partial_sums import Sums, push_partial_sums as kernel
+    from moequant.kernels.symmetric.push_rank_sums import Sums, push_rank_sums as kernel
 
     y, notes = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32)
     kernel(y, notes_of(notes, 56), counted(y), peers_of(), Sums(1024, 128), 8, True)
 
 
-COMPILE_CASES = cases(call_push_partial_sums, {}, nvidia=True)
+COMPILE_CASES = cases(call_push_rank_sums, {}, nvidia=True)

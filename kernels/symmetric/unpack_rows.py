@@ -13,8 +13,8 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import locate_block, num_sms, row_blocks
-from moequant.kernels.library.early import await_previous, launch_option, may_begin_early, most_programs
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.pdl import may_use_pdl, most_programs, pdl_option, wait_for_previous
 from moequant.kernels.library.symmetric import NO_FAULT, Notes, Peers
 
 
@@ -44,18 +44,18 @@ class Returns(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """rows, groups: of a program's tile. width: bytes of a number. experts: rounded up to a power of two. early: as the launch."""
+    """rows, groups: of a program's tile. width: bytes of a number. experts: rounded up to a power of two. pdl: as the launch."""
 
     rows: int
     groups: int
     width: int
     experts: int
-    early: bool
+    pdl: bool
 
 
 @launchable
 @triton.jit(do_not_specialize=["peers"])
-def land_rows_kernel(
+def unpack_rows_kernel(
     batch,
     notes,
     peers,
@@ -72,7 +72,7 @@ def land_rows_kernel(
     Example: M=8, L=2, notes of 4 words: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2,
     leader 3, then sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
     """
-    await_previous(TILE.early)
+    wait_for_previous(TILE.pdl)
     BLOCK: tl.constexpr = TILE.rows
     BLOCK_G: tl.constexpr = TILE.groups
     EXPERTS: tl.constexpr = TILE.experts
@@ -124,7 +124,7 @@ def land_rows_kernel(
 REGISTERS, TURNS = 80, 2
 
 
-def land_rows(
+def unpack_rows(
     batch: Landed,
     notes: Notes,
     peers: Peers,
@@ -152,12 +152,12 @@ def land_rows(
     columns_of_tiles = experts * triton.cdiv(groups, block_g)
     programs = min(columns_of_tiles * triton.cdiv(capacity, block), most_programs(device))
     few = columns_of_tiles * triton.cdiv(expected_rows, block) <= TURNS * programs
-    early = few and may_begin_early(device, programs, warps, REGISTERS)
-    if not early:
+    pdl = few and may_use_pdl(device, programs, warps, REGISTERS)
+    if not pdl:
         block, block_g, warps = 8, min(8, triton.next_power_of_2(groups)), 4
         worst = experts * triton.cdiv(groups, block_g) * triton.cdiv(capacity, block)
         programs = min(worst, 8 * num_sms(device))
-    land_rows_kernel[(programs,)](
+    unpack_rows_kernel[(programs,)](
         batch,
         notes,
         peers,
@@ -166,7 +166,7 @@ def land_rows(
         experts=experts,
         shape=Shape(local_experts, capacity, columns),
         groups=groups,
-        TILE=Tile(block, block_g, width, triton.next_power_of_2(experts), early),
+        TILE=Tile(block, block_g, width, triton.next_power_of_2(experts), pdl),
         num_warps=warps,
-        **launch_option(early, REGISTERS),
+        **pdl_option(pdl, REGISTERS),
     )

@@ -1,7 +1,7 @@
 """Launches that begin early (programmatic dependent launch, from Hopper on): while the launch before them on their stream runs, they are
 put on multiprocessors, do what does not depend on it, and wait for its end, in hardware.
 
-A launch can begin once every program of the one before has let it (`let_next_begin`) or has ended. Behind a kernel that ends by itself
+A launch can begin once every program of the one before has let it (`launch_dependents`) or has ended. Behind a kernel that ends by itself
 any launch may. Behind one that waits for other ranks, what has begun keeps its place until they come, and whatever they wait for in turn
 has to fit beside it. So behind one wait stands one launch, and it is small:
 
@@ -10,11 +10,11 @@ has to fit beside it. So behind one wait stands one launch, and it is small:
     exchange_counts    route                   route; all ranks' counts               at once
     push_tokens        exchange_counts         exchange_counts; all ranks' rows       after the first, not behind both
     signal_and_wait    nothing                 all ranks' flags                       at once
-    land_rows          either of these two     the launch before                      never
+    unpack_rows          either of these two     the launch before                      never
     combine            signal_and_wait         the launch before                      never
 
 One program waits for ranks, in push_tokens the last one, when all others have nothing left to do but to end. Behind the counts stands
-push_tokens, behind the rows land_rows, behind the outputs combine, each within the bounds of `may_begin_early`.
+push_tokens, behind the rows unpack_rows, behind the outputs combine, each within the bounds of `may_use_pdl`.
 
 Why two dispatches on two streams of a device, of one dispatcher or of two, can't deadlock, whatever order their launches begin in on
 which rank. What a wait waits for, every rank stores before its own wait of the same step. So all waits end if on every rank each stream
@@ -25,7 +25,7 @@ cluster or programs that meet: it needs an event between the streams.)
 
 With three dispatches in flight, two stand while the third has to go on. Each holds at most 5/16 of all registers, which leaves 6/16 on
 average and so on some multiprocessor: ROOM, in which a program of any kernel of a dispatch fits. The compiler is told the registers that
-a launch counts on (`launch_option`). A product before the third may find no multiprocessor for itself: three need events, too, there.
+a launch counts on (`pdl_option`). A product before the third may find no multiprocessor for itself: three need events, too, there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SPARE = 4
 
 
 @functools.lru_cache
-def begins_early(device: torch.device) -> bool:
+def uses_pdl(device: torch.device) -> bool:
     """Whether launches on a device can begin before the one before them has ended."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -61,34 +61,34 @@ def most_programs(device: torch.device) -> int:
     return multiprocessors(device) - SPARE
 
 
-def may_begin_early(device: torch.device, programs: int, warps: int, registers: int) -> bool:
+def may_use_pdl(device: torch.device, programs: int, warps: int, registers: int) -> bool:
     """Whether a launch may begin early behind a kernel that waits for other ranks. warps: of a program. registers: of a thread."""
     # no fewer than 32, so that warps are bounded too: two waits leave a multiprocessor 24 of its 64
     held = programs * warps * 32 * max(32, triton.cdiv(registers, 8) * 8)
     # beside what spins, which fits in ROOM as well
     fits = held + ROOM <= multiprocessors(device) * (REGISTERS - ROOM) // 2
-    return fits and programs <= most_programs(device) and begins_early(device)
+    return fits and programs <= most_programs(device) and uses_pdl(device)
 
 
-def launch_option(early: bool, registers: int | None = None) -> dict[str, Any]:
+def pdl_option(pdl: bool, registers: int | None = None) -> dict[str, Any]:
     """Launch options for programmatic dependent launch (PDL), which not every kind of GPU knows.
 
-    registers: of a thread at most, as `may_begin_early` was told. None: whatever the compiler takes.
+    registers: of a thread at most, as `may_use_pdl` was told. None: whatever the compiler takes.
     """
-    if not early:
+    if not pdl:
         return {}
     return {"launch_pdl": True} if registers is None else {"launch_pdl": True, "maxnreg": registers}
 
 
 @triton.jit
-def let_next_begin(EARLY: tl.constexpr):
+def launch_dependents(PDL: tl.constexpr):
     """The next launch may begin, if it is one that may begin early."""
-    if EARLY:
+    if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
-def await_previous(EARLY: tl.constexpr):
+def wait_for_previous(PDL: tl.constexpr):
     """Waits for the end of the launch before, if this one may have begun early."""
-    if EARLY:
+    if PDL:
         gdc_wait()

@@ -1,7 +1,7 @@
 """Launches that begin early leave room for what the launch before them waits for. Needs no GPU.
 
 What is launched for a shape is asked of the launch functions, with stand-ins for the kernels; what the compiler makes of it, of
-`compile_early.py`. Letters: T tokens, K top-k, E experts, W ranks, H hidden size.
+`compile_pdl.py`. Letters: T tokens, K top-k, E experts, W ranks, H hidden size.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 import compile_peers as calls
 from compile_case import BF16, E4M3
 from moequant.batch import ceil_div
-from moequant.kernels.library import early
+from moequant.kernels.library import pdl
 from moequant.kernels.routing import combine
-from moequant.kernels.symmetric import land_rows, push_tokens
+from moequant.kernels.symmetric import push_tokens, unpack_rows
 from moequant.models import MODELS
 from moequant.transport.warm_up import token_counts
 
@@ -65,23 +65,23 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def record(monkeypatch: pytest.MonkeyPatch, sms: int) -> list[dict[str, Any]]:
     launches: list[dict[str, Any]] = []
-    for module, kernel in ((push_tokens, "push_tokens_kernel"), (land_rows, "land_rows_kernel"), (combine, "combine_kernel")):
+    for module, kernel in ((push_tokens, "push_tokens_kernel"), (unpack_rows, "unpack_rows_kernel"), (combine, "combine_kernel")):
         monkeypatch.setattr(module, kernel, StandIn(launches))
-    for module in (push_tokens, land_rows, combine, early):
-        for name in ("num_sms", "multiprocessors", "begins_early"):
+    for module in (push_tokens, unpack_rows, combine, pdl):
+        for name in ("num_sms", "multiprocessors", "uses_pdl"):
             if hasattr(module, name):
-                monkeypatch.setattr(module, name, lambda device, value=name == "begins_early" or sms: value)
+                monkeypatch.setattr(module, name, lambda device, value=name == "uses_pdl" or sms: value)
     return launches
 
 
 def launch_all(shape: Any, ranks: int, tokens: int, dtype: torch.dtype = E4M3, **push: Any) -> None:
-    """What stands behind the waits of a dispatch and a combine: push_tokens, land_rows, combine."""
+    """What stands behind the waits of a dispatch and a combine: push_tokens, unpack_rows, combine."""
     sizes = {"columns": shape.hidden_size, "ranks": ranks}
     experts, top_k = shape.num_experts, shape.top_k
     rows = min(ceil_div(tokens * top_k * ranks, experts), tokens * ranks)
     with torch.device("meta"):
         calls.push_tokens(dtype, tokens, top_k=top_k, experts=experts, **sizes, **push)
-        calls.land_rows(dtype, rows, experts=experts // ranks, **sizes)
+        calls.unpack_rows(dtype, rows, experts=experts // ranks, **sizes)
         calls.combine_shared(tokens, top_k=top_k, **sizes)
 
 
@@ -91,7 +91,7 @@ def compiled_for(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key.isupper() or key in told}
 
 
-def early_launch(options: dict[str, Any]) -> Launch | None:
+def pdl_launch(options: dict[str, Any]) -> Launch | None:
     """None for a launch that begins when the one before has ended."""
     if "launch_pdl" not in options:
         return None
@@ -137,7 +137,7 @@ def found() -> set[Launch]:
         for shape, ranks, tokens in itertools.product(MODELS.values(), RANKS, TOKENS):
             launch_all(shape, ranks, tokens)
             launch_all(shape, ranks, tokens, BF16, wave=1)
-    return {launch for launch in map(early_launch, launched) if launch is not None}
+    return {launch for launch in map(pdl_launch, launched) if launch is not None}
 
 
 def test_beside_one_wait_a_product_fits_and_beside_two_a_dispatch(found):
@@ -153,7 +153,7 @@ def test_beside_one_wait_a_product_fits_and_beside_two_a_dispatch(found):
 
 
 def test_the_bounds_hold_wherever_programs_lie(found):
-    """The argument of `kernels/library/early.py`, without a model of where programs are put."""
+    """The argument of `kernels/library/pdl.py`, without a model of where programs are put."""
     for launch in found:
         assert launch.programs + 1 <= SMS - 3, launch
         held, warps = launch.programs * launch.registers + SPINS.registers, launch.programs * launch.warps + SPINS.warps
@@ -167,7 +167,7 @@ def test_small_dispatches_and_combines_begin_early(ranks, launched):
     for tokens in range(1, 129):
         launched.clear()
         launch_all(MODELS["deepseek-v3"], ranks, tokens)
-        assert all(early_launch(options) is not None for options in launched[: 3 if tokens <= 32 else 2]), tokens
+        assert all(pdl_launch(options) is not None for options in launched[: 3 if tokens <= 32 else 2]), tokens
 
 
 @pytest.mark.parametrize("sms", [114, 132, 148])
@@ -189,7 +189,7 @@ def test_every_launch_is_compiled_by_the_constructor(sms, monkeypatch):
 def test_compiled_launches_keep_to_what_they_say():
     """Registers, none spilled; nothing stands behind two waits; and a program of any kernel of a dispatch fits beside two waits."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "compile_early.py")]
+    command = [sys.executable, str(ROOT / "tests" / "compile_pdl.py")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     reports = list(map(json.loads, result.stdout.splitlines()))
@@ -213,19 +213,19 @@ STEPS = {
     "exchange_counts": ["launch_dependents", "wait"],
     "push_tokens": ["wait", "launch_dependents"],
     "signal_and_wait": ["launch_dependents"],
-    "land_rows": ["wait"],
+    "unpack_rows": ["wait"],
     "combine": ["wait"],
 }
-BEHIND_WAITS = ("push_tokens", "land_rows", "combine")
+BEHIND_WAITS = ("push_tokens", "unpack_rows", "combine")
 # the launch before ends by itself
-BEHIND_OTHERS = ("exchange_counts", "sum_parts", "quantize_tensor")
+BEHIND_OTHERS = ("exchange_counts", "reduce_split_k", "quantize_tensor")
 
 
 def test_these_launches_alone_begin_early():
     """A new one belongs into the module's argument, and into this file."""
     asking = {}
     for path in (ROOT / "kernels").rglob("*.py"):
-        calls_of = re.findall(r"\*\*launch_option\((.*)\)", path.read_text())
+        calls_of = re.findall(r"\*\*pdl_option\((.*)\)", path.read_text())
         if calls_of:
             asking[path.stem] = calls_of
     assert set(asking) == {*BEHIND_WAITS, *BEHIND_OTHERS}

@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
 @launchable
 @triton.jit(do_not_specialize=["peers"])
-def push_partial_sums_kernel(
+def push_rank_sums_kernel(
     y_ptr,
     notes,
     num_tokens_ptr,
@@ -99,7 +99,7 @@ def push_partial_sums_kernel(
             wait_for_peers(peers, epoch, 0, OUTPUTS, TILE.lanes)
 
 
-def push_partial_sums(
+def push_rank_sums(
     y: torch.Tensor, notes: Notes, num_tokens: torch.Tensor, peers: Peers, sums: Sums, top_k: int, wait: bool
 ) -> None:
     """y: (L, M, H) contiguous. num_tokens: (L,) int32. peers: with the flags of outputs. wait: for all ranks' sums.
@@ -113,7 +113,7 @@ def push_partial_sums(
         lanes=triton.next_power_of_2(peers.ranks),
     )
     worst = shape.experts * shape.rows * triton.cdiv(shape.columns, tile.columns)
-    push_partial_sums_kernel[(min(worst, 16 * num_sms(y.device)),)](
+    push_rank_sums_kernel[(min(worst, 16 * num_sms(y.device)),)](
         y,
         notes,
         num_tokens,

@@ -16,7 +16,7 @@ from operation_case import integers, small_counts
 )
 @pytest.mark.parametrize("listed", [False, True])
 def test_partials_match_the_reference(tokens, top_k, ranks, local, dtype, listed, device):
-    from moequant.kernels.routing.partials import plan_partials
+    from moequant.kernels.routing.rank_sums import plan_rank_sums
 
     # some ids lie out of range, one far
     ids = torch.randint(-2, ranks * local + 2, (tokens, top_k), dtype=dtype, device=device)
@@ -25,14 +25,14 @@ def test_partials_match_the_reference(tokens, top_k, ranks, local, dtype, listed
     rows = torch.where((ids >= 0) & (torch.rand(ids.shape, device=device) < 0.7), ids, -1).int()
     starts = torch.arange(ranks, dtype=torch.int32, device=device) * 1000 if listed else None
     results = [poison(torch.empty(tokens, ranks, dtype=torch.int32, device=device)) for _ in range(2)]
-    plan_partials(ids, rows, local, 800, results[0], starts)
-    reference.plan_partials(ids, rows, local, 800, results[1], starts)
+    plan_rank_sums(ids, rows, local, 800, results[0], starts)
+    reference.plan_rank_sums(ids, rows, local, 800, results[1], starts)
     assert_bit_equal(results[0], results[1])
 
 
 @pytest.mark.parametrize("tokens, top_k, ranks, local", [(3, 2, 2, 1), (300, 6, 3, 4)])
 def test_located_entries_match_the_reference(tokens, top_k, ranks, local, device):
-    from moequant.kernels.routing.partials import locate_entries
+    from moequant.kernels.routing.rank_sums import locate_entries
 
     # rows of a wider buffer, as counts stand before them
     wide = torch.randint(-1, ranks * local, (ranks, 5 + 3 * tokens * top_k), dtype=torch.int32, device=device)
@@ -53,7 +53,7 @@ def test_located_entries_match_the_reference(tokens, top_k, ranks, local, device
 def call_partials(listed: bool) -> None:
     ids, rows = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
     starts = empty(8, dtype=torch.int32) if listed else None
-    ops.plan_partials(ids, rows, 32, 128, empty(128, 8, dtype=torch.int32), starts)
+    ops.plan_rank_sums(ids, rows, 32, 128, empty(128, 8, dtype=torch.int32), starts)
     entries, offsets = empty(8, 3, 128, 8, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
     shape = 8, 128, 8
     ops.locate_entries(entries, offsets, 32, 128, 1024, empty(*shape, dtype=torch.int32), empty(*shape, dtype=torch.float32))
@@ -63,7 +63,7 @@ COMPILE_CASES = cases(call_partials, {"listed": False}, {"listed": True}, wide=F
 
 
 OPERATION_CASES = {
-    "plan_partials": {
+    "plan_rank_sums": {
         "by rank": lambda: (integers([0, 1], [3, -1]), integers([0, -1], [7, -1]), 2, 5, integers([9, 9], [9, 9])),
         "listed": lambda: (integers([0, 1], [3, 2]), integers([0, -1], [7, 1]), 2, 0, integers([9, 9], [9, 9]), small_counts()),
     },

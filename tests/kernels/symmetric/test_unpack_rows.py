@@ -67,10 +67,10 @@ class Landing:
         part: tuple[int, int] | None = None,
     ) -> None:
         from moequant.kernels.library.symmetric import notes_of
-        from moequant.kernels.symmetric.land_rows import Landed, Returns, land_rows
+        from moequant.kernels.symmetric.unpack_rows import Landed, Returns, unpack_rows
 
         blocks = self.blocks
-        land_rows(
+        unpack_rows(
             Landed(
                 blocks["values"][1].view(torch.uint8),
                 blocks["scales"][1].transpose(1, 2) if self.groups else None,
@@ -124,12 +124,12 @@ def test_rows_land(shape, dtype, pushed, device):
 @pytest.mark.parametrize("dtype", [FP8, torch.bfloat16], ids=str)
 def test_rows_land_in_the_tiles_of_a_launch_that_begins_early(dtype, device, monkeypatch):
     """Which no CPU has: it takes the tiles alone, without waiting for a launch before. H of more than a tile's 64 groups, too."""
-    from moequant.kernels.symmetric import land_rows as module
+    from moequant.kernels.symmetric import unpack_rows as module
 
     if device == "cpu":
-        monkeypatch.setattr(module, "may_begin_early", lambda *launch: True)
-        monkeypatch.setattr(module, "launch_option", lambda *option: {})
-        monkeypatch.setattr(module, "await_previous", lambda early: None)
+        monkeypatch.setattr(module, "may_use_pdl", lambda *launch: True)
+        monkeypatch.setattr(module, "pdl_option", lambda *option: {})
+        monkeypatch.setattr(module, "wait_for_previous", lambda pdl: None)
     for shape in [*SHAPES[:3], (2, 9, 8300, [9, 2])]:
         Landing(shape, dtype, device).check()
 
@@ -196,7 +196,7 @@ def test_hostile_notes_become_no_address(word, hostile, dtype, device):
 def test_rows_past_2_to_the_31_elements(device):
     """Memory that is reserved, but on a CPU not filled: only the last of three experts has rows, of which the second follows."""
     from moequant.kernels.library.symmetric import notes_of
-    from moequant.kernels.symmetric.land_rows import Landed, Returns, land_rows
+    from moequant.kernels.symmetric.unpack_rows import Landed, Returns, unpack_rows
 
     capacity, columns, entry = 2**20 + 1, 1024, 2**21 + 5
     values = torch.empty(3, capacity, columns, dtype=torch.int8, device=device)
@@ -212,11 +212,11 @@ def test_rows_past_2_to_the_31_elements(device):
     counts = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
     peers = PeerBlocks(1, device).peers_of(0)._replace(pointers=torch.tensor([2**40], device=device))
     batch, returns = Landed(values.view(torch.uint8), scales, counts, sources), Returns(destinations, 256, 2**22, 2048)
-    land_rows(batch, notes_of(notes, 8), peers, returns, 1, 4)
+    unpack_rows(batch, notes_of(notes, 8), peers, returns, 1, 4)
     assert (values[2, 1] == values[2, 0]).all()
     assert (scales[2, :2].cpu().view(torch.int32) == torch.arange(8)).all()
     assert sources[2, :2].tolist() == [entry] * 2
     assert destinations[2, :2].tolist() == [2**40 + 256 + entry * 2048] * 2
 
 
-COMPILE_CASES = cases(compile_peers.land_rows, {"dtype": INT8}, {"dtype": BF16})
+COMPILE_CASES = cases(compile_peers.unpack_rows, {"dtype": INT8}, {"dtype": BF16})

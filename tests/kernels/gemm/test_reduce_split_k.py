@@ -1,4 +1,4 @@
-"""`sum_parts` against sums in torch, to the bit."""
+"""`reduce_split_k` against sums in torch, to the bit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from compile_case import E4M3, INT8, cases
-from moequant.kernels.gemm.sum_parts import sum_parts
-from moequant.kernels.library.early import begins_early
+from moequant.kernels.gemm.reduce_split_k import reduce_split_k
+from moequant.kernels.library.pdl import uses_pdl
 from moequant.testing import assert_bit_equal, poison
 from product_calls import call_grouped_gemm
 
@@ -38,8 +38,8 @@ def test_parts_are_added_in_order_and_other_rows_left(parts: int, columns: int, 
     expected = out.clone()
     for expert, count in enumerate(COUNTS):
         expected[expert, :count] = in_order(x)[expert, :count].to(dtype)
-    early = begins_early(torch.device(device))
-    sum_parts(x, out, None, torch.tensor(COUNTS, dtype=torch.int32, device=device), early)
+    pdl = uses_pdl(torch.device(device))
+    reduce_split_k(x, out, None, torch.tensor(COUNTS, dtype=torch.int32, device=device), pdl)
     assert_bit_equal(out, expected)
 
 
@@ -54,14 +54,14 @@ def test_rows_go_to_their_addresses_and_nowhere_else(columns: int, device: str) 
         expected[places[expert, :count]] = in_order(x)[expert, :count].bfloat16()
         # nothing that is not valid is an address
         destinations[expert, count:] = 8
-    sum_parts(x, None, destinations, torch.tensor(COUNTS, dtype=torch.int32, device=device), False)
+    reduce_split_k(x, None, destinations, torch.tensor(COUNTS, dtype=torch.int32, device=device), False)
     assert_bit_equal(elsewhere, expected)
 
 
 def test_without_counts_all_rows_are_added(device: str) -> None:
     x = torch.randn(2, 2, 3, 40, device=device)
     out = poison(torch.empty(2, 3, 40, device=device))
-    sum_parts(x, out, None, None, False)
+    reduce_split_k(x, out, None, None, False)
     assert_bit_equal(out, in_order(x))
 
 

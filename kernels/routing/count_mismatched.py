@@ -12,7 +12,7 @@ from moequant.kernels.library.launch import launchable
 
 @launchable
 @triton.jit
-def count_strangers_kernel(words_ptr, status_ptr, rank, ranks, stride, LANES: tl.constexpr):
+def count_mismatched_kernel(words_ptr, status_ptr, rank, ranks, stride, LANES: tl.constexpr):
     """One program. A rank's words are the number of its call and what it is.
 
     Example: words [[5, 9], [4, 9]] at rank 0: rank 1 is at call 4, so status[2] grows by 1.
@@ -23,12 +23,12 @@ def count_strangers_kernel(words_ptr, status_ptr, rank, ranks, stride, LANES: tl
     calls = tl.load(words_ptr + stride * peer + 1, mask=present, other=0)
     mine = words_ptr + stride * rank
     other = (numbers != tl.load(mine)) | unlike(tl.load(mine + 1), calls)
-    strangers = tl.sum((present & other).to(tl.int64), axis=0)
-    if strangers > 0:
-        tl.atomic_add(status_ptr + 2, strangers, sem="relaxed")
+    mismatched = tl.sum((present & other).to(tl.int64), axis=0)
+    if mismatched > 0:
+        tl.atomic_add(status_ptr + 2, mismatched, sem="relaxed")
 
 
-def count_strangers(words: torch.Tensor, rank: int, status: torch.Tensor) -> None:
-    """As `moequant.reference.count_strangers`. words: a rank's two side by side."""
+def count_mismatched(words: torch.Tensor, rank: int, status: torch.Tensor) -> None:
+    """As `moequant.reference.count_mismatched`. words: a rank's two side by side."""
     ranks = words.shape[0]
-    count_strangers_kernel[(1,)](words, status, rank, ranks, words.stride(0), LANES=triton.next_power_of_2(ranks), num_warps=1)
+    count_mismatched_kernel[(1,)](words, status, rank, ranks, words.stride(0), LANES=triton.next_power_of_2(ranks), num_warps=1)
