@@ -24,7 +24,7 @@ class Layer(torch.nn.Module):
         settings: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 128, "max_tokens_per_rank": 8, "quant": "int8"}
         self.dispatcher = MoEQuantDispatcher(**settings, device=device)
         self.experts = GroupedExperts.from_weights(w13.to(device), w2.to(device), quant="int8")
-        self.register_buffer("gate", gate.to(device))
+        self.gate = gate.to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = torch.topk((x @ self.gate.T).float().softmax(-1), 2)
