@@ -232,4 +232,4 @@ def test_these_launches_alone_begin_early():
     # with a number of registers
     assert all("," in call for name in BEHIND_WAITS for call in asking[name])
     setting = re.compile(r"launch_pdl\W{0,3}[=:]")
-    assert [path.stem for path in (ROOT / "kernels").rglob("*.py") if setting.search(path.read_text())] == ["early"]
+    assert [path.stem for path in (ROOT / "kernels").rglob("*.py") if setting.search(path.read_text())] == ["pdl"]

@@ -24,6 +24,8 @@ def grouped_gemm_blockscale(
     num_tokens: (L,) int32, or None for all M. out: (L, M, N), of which the valid rows are written.
     """
     experts, rows, columns = a.shape
+    if out.numel() == 0:
+        return
     counts = [rows] * experts if num_tokens is None else num_tokens.clamp(0, rows).tolist()
     right, bits = (torch.empty(b.shape[1:], dtype=dtype, device=b.device) for dtype in (torch.float32, torch.int16))
     # the pieces of a weight that have one row of scales
