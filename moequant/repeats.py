@@ -28,13 +28,12 @@ Result = TypeVar("Result")
 
 # Steps that are kept: by stream, number of tokens, layer. More come from nothing that repeats.
 MOST_STEPS = 1024
-# What a step may ask of torch, and have a recording that is all of it: views, uninitialised memory, and questions.
+# What a step may ask of torch, and have a recording that is all of it: views and questions. No memory: a recording would keep it.
 HARMLESS = frozenset(
     (
         *("__get__", "__len__", "data_ptr", "dim", "element_size", "get_device", "is_contiguous", "is_floating_point", "is_neg"),
         *("numel", "size", "storage_offset", "stride", "untyped_storage"),
         *("__getitem__", "expand", "flatten", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
-        *("empty", "empty_like", "new_empty"),
     )
 )
 

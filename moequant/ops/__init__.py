@@ -1,8 +1,7 @@
 """One function an operation, on any device: tensors on a CPU go to `moequant.reference`, others to `moequant.kernels`.
 
 Every function writes into tensors that its caller owns, and is registered with torch.library under its name (`torch.ops.moequant.*`),
-so that torch.compile and torch.export see one opaque operation. The public functions call the registered form; the transports, which
-torch.compile does not trace, call the plain one.
+so that torch.compile and torch.export see one opaque operation. Where nothing compiles or traces, a call goes straight to the function.
 """
 
 from moequant.ops.dense import *
