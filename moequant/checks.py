@@ -170,7 +170,7 @@ def check_tokens(
 
 def check_expert_output(config: DispatcherConfig, device: torch.device, expert_output: Tensor) -> Tensor:
     """expert_output, contiguous. Raises unless it is what `MoEQuantDispatcher.combine` takes."""
-    shape = (config.num_local_experts, config.max_rows, config.hidden_size)
+    shape = (*config.batch_shape, config.hidden_size)
     check_tensor("expert_output", expert_output, shape=shape, dtypes=(torch.bfloat16, torch.float16), device=device)
     check_no_grad(expert_output=expert_output)
     return expert_output.contiguous()
@@ -212,9 +212,10 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
 def check_counted(config: DispatcherConfig, invalid: int, dropped: int) -> None:
     """Raises InvalidExpertIdError or CapacityOverflowError for what the kernels counted since the last check: ids that are no expert's,
     and rows without room."""
+    buffer = f"rank's buffer of {config.total_rows}" if config.ragged else f"expert's buffer of {config.max_rows}"
     overflow = (
-        f"{dropped} rows had no room in their expert's buffer of {config.max_rows} rows and were not sent; raise capacity (None holds "
-        'every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it with '
+        f"{dropped} rows had no room in their {buffer} rows and were not sent; raise {'rank_capacity' if config.ragged else 'capacity'} "
+        '(None holds every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it with '
         'on_overflow="drop"'
     )
     if invalid:

@@ -58,8 +58,14 @@ class MoEQuantDispatcher(SendRecv):
             NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
         exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once
             to each rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
-        capacity: M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow unless tokens name an
-            expert twice. The padded exchange has room for max_tokens_per_rank (rounded up too) of these for each source rank.
+        layout: of a batch. "padded": each expert has M rows; "ragged": the rows of all experts of a rank lie in one buffer, expert by
+            expert: memory follows the rows that can come. The same values, scales and sums, to the bit.
+        capacity: with layout="padded": M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow
+            unless tokens name an expert twice. The padded exchange has room for max_tokens_per_rank (rounded up too) of these for
+            each source rank.
+        rank_capacity: with layout="ragged": R, rows of a rank, as each expert's begin at a multiple of 16. An int: so many, rounded up to
+            a multiple of 16; a float: so many times the T * K that come to a rank on average, with room for alignment; None: all
+            W * T * min(K, L) that can come, where nothing can overflow unless tokens name an expert twice.
         on_overflow: rows without room are not sent, contribute nothing, and weights are not renormalised. "error": `check()`
             raises; "drop": `check()` returns their number.
         reduce: "exact": `combine` adds over k in order in float32, each product rounded first; the same bits on every transport.
@@ -91,7 +97,9 @@ class MoEQuantDispatcher(SendRecv):
         quant: str = "fp8_e4m3fn",
         transport: str = "auto",
         exchange: str = "auto",
+        layout: str = "padded",
         capacity: int | None = None,
+        rank_capacity: int | float | None = None,
         on_overflow: str = "error",
         reduce: str = "exact",
         recipe: str = "default",
@@ -120,7 +128,9 @@ class MoEQuantDispatcher(SendRecv):
                 quant=quant,
                 transport=transport,
                 exchange=exchange,
+                layout=layout,
                 capacity=capacity,
+                rank_capacity=rank_capacity,
                 on_overflow=on_overflow,
                 reduce=reduce,
                 recipe=recipe,
