@@ -301,6 +301,18 @@ class ExpertBatch:
         begin = 0 if self.expert_start is None else int(self.expert_start[expert])
         return (x[expert] if self.expert_start is None else x)[begin : begin + int(self.num_tokens[expert])]
 
+    def experts_of_rows(self) -> Tensor:
+        """Each row's expert, for experts that work on all rows at once. No sync with the host.
+
+        Returns:
+            (L, 1), ragged (R,), int64, from 0 to L - 1; of rows that belong to no expert it is some expert.
+        """
+        device = self.values.device
+        if self.expert_start is None:
+            return torch.arange(self.values.shape[0], device=device)[:, None]
+        rows = torch.arange(self.values.shape[0], dtype=torch.int32, device=device)
+        return (torch.searchsorted(self.expert_start, rows, right=True) - 1).clamp_min(0)
+
     def part(self, begin: int, end: int) -> ExpertBatch:
         """The batch of some experts, views of this one.
 

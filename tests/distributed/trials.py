@@ -40,12 +40,7 @@ def stand_in(batch: ExpertBatch, first_expert: int = 0) -> torch.Tensor:
     values = batch.values.float()
     if batch.scales is not None:
         values = values * batch.scales.repeat_interleave(128, -1)[..., : values.shape[-1]]
-    if batch.expert_start is None:
-        expert = torch.arange(values.shape[0], device=values.device)[:, None]
-    else:
-        rows = torch.arange(values.shape[0], dtype=torch.int32, device=values.device)
-        expert = torch.searchsorted(batch.expert_start, rows, right=True) - 1
-    return (values * (1.0 + (first_expert + expert) % 3)[..., None]).bfloat16()
+    return (values * (1.0 + (first_expert + batch.experts_of_rows()) % 3)[..., None]).bfloat16()
 
 
 def draw(trial: int, ranks: int, tokens: int, layout: str = "padded") -> tuple[dict[str, Any], list[list[torch.Tensor]]]:
