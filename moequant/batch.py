@@ -1,7 +1,7 @@
 """The values that travel between the steps of a layer: `QuantizedTensor`, `ExpertBatch`, `DispatchHandle`.
 
-Letters: L local experts, M rows of an expert's buffer, H hidden size, G = ceil(H / 128) groups, T tokens of this rank, K top-k,
-N and K_dim columns and contraction of a weight.
+Letters: L local experts, M rows of an expert's buffer, R rows of a rank's (layout "ragged"), H hidden size, G = ceil(H / 128) groups,
+T tokens of this rank, K top-k, N and K_dim columns and contraction of a weight.
 """
 
 from __future__ import annotations
@@ -220,16 +220,21 @@ class ExpertBatch:
     Rows of an expert are ordered by (source rank, token, k). The tensors are views of the dispatcher's buffers, valid until the
     same slot's next dispatch.
 
+    Layout "padded": each expert has a buffer of M rows, its own ones first. Layout "ragged": the rows of all experts lie in one buffer
+    of R, those of expert l from expert_start[l] on.
+
     Attributes:
-        values: (L, M, H) contiguous, in the dispatcher's quantized type, or bfloat16 for quant="none".
-        scales: (L, M, G) float32 with element strides (M*G, 1, M), or None for quant="none".
-        num_tokens: (L,) int32. Rows from num_tokens[l] on may hold anything; nothing may read them for a valid result, or write
-            them.
-        sources: (L, M) int64, where each valid row came from: `source_rank << 32 | token * top_k + k`.
+        values: (L, M, H), ragged (R, H), contiguous, in the dispatcher's quantized type, or bfloat16 for quant="none".
+        scales: (L, M, G) float32 with element strides (M*G, 1, M), ragged (R, G) with (1, R), or None for quant="none".
+        num_tokens: (L,) int32, the rows of each expert. Rows that belong to none may hold anything; nothing may read them for a valid
+            result, or write them.
+        sources: (L, M), ragged (R,), int64, where each valid row came from: `source_rank << 32 | token * top_k + k`.
         recipe: the quantization recipe of values and scales.
         expected_rows: a host-side guess of the mean of num_tokens, by which kernels choose their tiles; never more than a hint.
         slot: the dispatcher's slot that it lies in; batches of different slots may be in flight at once.
         owner: the dispatcher's; batches of different owners may be in flight at once, too. None: nobody's in particular.
+        expert_start: (L,) int32, ragged: each expert's first row, a multiple of 16; experts without rows have one too, which may be R.
+            None: padded.
 
     Raises:
         ValueError: tensors and numbers that are no batch.
@@ -243,22 +248,30 @@ class ExpertBatch:
     expected_rows: int
     slot: int = 0
     owner: Owner | None = None
+    expert_start: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_tensor("values", self.values, dims=3)
-        (experts, rows, columns), device = self.values.shape, self.values.device
+        check_tensor("values", self.values, dims=3 if self.expert_start is None else 2)
+        check_tensor("num_tokens", self.num_tokens, dims=1)
+        (*rows, columns), device = self.values.shape, self.values.device
+        experts = self.num_tokens.shape[0] if self.expert_start is not None else rows[0]
         check_tensor("values", self.values, dtypes=(torch.bfloat16,) if self.scales is None else NARROW_DTYPES)
         if self.scales is not None:
-            check_tensor(
-                "scales", self.scales, shape=(experts, rows, ceil_div(columns, 128)), dtypes=(torch.float32,), device=device
-            )
+            check_tensor("scales", self.scales, shape=(*rows, ceil_div(columns, 128)), dtypes=(torch.float32,), device=device)
         check_tensor("num_tokens", self.num_tokens, shape=(experts,), dtypes=(torch.int32,), device=device)
-        check_tensor("sources", self.sources, shape=(experts, rows), dtypes=(torch.int64,), device=device)
+        if self.expert_start is not None:
+            check_tensor("expert_start", self.expert_start, shape=(experts,), dtypes=(torch.int32,), device=device)
+        check_tensor("sources", self.sources, shape=tuple(rows), dtypes=(torch.int64,), device=device)
         recipe_of(self.recipe)
         check_int("expected_rows", self.expected_rows)
         check_int("slot", self.slot)
         if self.owner is not None:
             check_is("owner", self.owner, Owner)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the rows of all experts lie in one buffer: layout "ragged"."""
+        return self.expert_start is not None
 
     @functools.cached_property
     def activations(self) -> QuantizedTensor | Tensor:
@@ -266,6 +279,39 @@ class ExpertBatch:
         if self.scales is None:
             return self.values
         return QuantizedTensor.made_of(self.values, self.scales, "transposed", self.recipe)
+
+    def rows_of(self, x: Tensor, expert: int) -> Tensor:
+        """The valid rows of one expert, of the values or of what lies as they do. Syncs with the host.
+
+        Args:
+            x: (L, M, ...), ragged (R, ...): values, scales, sources, or expert output.
+            expert: from 0 to L - 1.
+
+        Returns:
+            (num_tokens[expert], ...), a view of x.
+
+        Raises:
+            ValueError: there is no such expert, or x has other rows.
+        """
+        check_int("expert", expert, 0, self.num_tokens.shape[0] - 1)
+        check_tensor("x", x)
+        rows = self.sources.shape
+        if x.shape[: len(rows)] != rows:
+            raise ValueError(f"x must have the batch's rows, {tuple(rows)} and what each has, got shape {tuple(x.shape)}")
+        begin = 0 if self.expert_start is None else int(self.expert_start[expert])
+        return (x[expert] if self.expert_start is None else x)[begin : begin + int(self.num_tokens[expert])]
+
+    def experts_of_rows(self) -> Tensor:
+        """Each row's expert, for experts that work on all rows at once. No sync with the host.
+
+        Returns:
+            (L, 1), ragged (R,), int64, from 0 to L - 1; of rows that belong to no expert it is some expert.
+        """
+        device = self.values.device
+        if self.expert_start is None:
+            return torch.arange(self.values.shape[0], device=device)[:, None]
+        rows = torch.arange(self.values.shape[0], dtype=torch.int32, device=device)
+        return (torch.searchsorted(self.expert_start, rows, right=True) - 1).clamp_min(0)
 
     def part(self, begin: int, end: int) -> ExpertBatch:
         """The batch of some experts, views of this one.
@@ -275,16 +321,17 @@ class ExpertBatch:
             end: the one after the last.
 
         Returns:
-            The batch of experts begin..end - 1.
+            The batch of experts begin..end - 1. Ragged: all rows, and where these experts' begin.
 
         Raises:
             ValueError: unless 0 <= begin < end <= L.
         """
-        check_part(begin, end, self.values.shape[0])
+        check_part(begin, end, self.num_tokens.shape[0])
         if (begin, end) not in self._parts:
-            values, num_tokens, sources = (x[begin:end] for x in (self.values, self.num_tokens, self.sources))
-            scales = None if self.scales is None else self.scales[begin:end]
-            self._parts[begin, end] = replace(self, values=values, scales=scales, num_tokens=num_tokens, sources=sources)
+            narrowed = ("num_tokens", "expert_start") if self.ragged else ("values", "scales", "num_tokens", "sources")
+            tensors = {name: getattr(self, name) for name in narrowed}
+            changes: dict[str, Any] = {name: None if x is None else x[begin:end] for name, x in tensors.items()}
+            self._parts[begin, end] = replace(self, **changes)
         return self._parts[begin, end]
 
     @functools.cached_property

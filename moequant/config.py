@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -18,8 +19,13 @@ CHOICES = {
     "exchange": ("auto", "padded", "packed"),
     "on_overflow": ("error", "drop"),
     "reduce": ("exact", "per_rank"),
+    "layout": ("padded", "ragged"),
 }
 POSITIVE = ("num_experts", "top_k", "hidden_size", "max_tokens_per_rank", "world_size", "slots", "num_sms")
+
+# Experts' rows begin at multiples of it, and buffers end at one. TMA wants scales 16 bytes aligned, which is 4 rows; more than 16 would
+# only waste rows: a tile that reaches past its expert's rows reads the next one's, and stores none of them.
+ROW_ALIGNMENT = 16
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -48,7 +54,10 @@ class DispatcherConfig:
         quant: a key of QUANT_DTYPES.
         transport: "auto", "local", "collective" or "symmetric".
         exchange: of `collective`: "auto", "padded" or "packed".
-        capacity: rows of an expert's buffer, or None for all that can come.
+        layout: "padded" or "ragged".
+        capacity: rows of an expert's buffer, or None for all that can come. With "padded" alone.
+        rank_capacity: rows of a rank's buffer, an int, or, a float, how many times those that come on average, or None for all that can
+            come. With "ragged" alone.
         on_overflow: "error" or "drop".
         reduce: "exact" or "per_rank".
         recipe: a key of `moequant.formats.RECIPES`.
@@ -69,7 +78,9 @@ class DispatcherConfig:
     quant: str = "fp8_e4m3fn"
     transport: str = "auto"
     exchange: str = "auto"
+    layout: str = "padded"
     capacity: int | None = None
+    rank_capacity: int | float | None = None
     on_overflow: str = "error"
     reduce: str = "exact"
     recipe: str = "default"
@@ -100,6 +111,7 @@ class DispatcherConfig:
             not isinstance(self.capacity, int) or isinstance(self.capacity, bool) or self.capacity < 1
         ):
             raise ValueError(f"capacity must be a positive number of rows for each expert, or None, got {self.capacity!r}")
+        self._check_layout()
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not 1e-3 <= self.timeout <= 1e6:
             raise ValueError(f"timeout must be a number of seconds from 0.001 to 1e6, got {self.timeout!r}")
         if self.max_tokens_per_rank * self.top_k > MAX_INT:
@@ -107,13 +119,33 @@ class DispatcherConfig:
                 f"max_tokens_per_rank times top_k must be below 2**31, as entries are numbered in int32, got {self.max_tokens_per_rank} "
                 f"and {self.top_k}"
             )
-        if self.num_experts * max(self.max_rows, self.rows_per_source) >= 2**31:
+        if max(self.world_size * self.total_rows, self.num_experts * self.rows_per_source) >= 2**31:
             raise ValueError(
-                f"{self.num_experts} experts of {self.max_rows} rows are too many: rows are numbered in int32; lower capacity or "
+                f"{self.world_size} ranks of {self.total_rows} rows are too many: rows are numbered in int32; lower rank_capacity or "
+                "max_tokens_per_rank"
+                if self.ragged
+                else f"{self.num_experts} experts of {self.max_rows} rows are too many: rows are numbered in int32; lower capacity or "
                 "max_tokens_per_rank"
             )
         if self.transport == "local" and self.world_size > 1:
             raise ValueError(f'transport "local" serves one rank, got a group of {self.world_size}; use "collective" or "auto"')
+
+    def _check_layout(self) -> None:
+        """Raises ValueError for a capacity that the layout doesn't have, or that is none."""
+        if self.ragged and self.capacity is not None:
+            raise ValueError(
+                f'capacity is of layout "padded": layout "ragged" limits the rows of a rank; use rank_capacity, got {self.capacity!r}'
+            )
+        given = self.rank_capacity
+        if given is None:
+            return
+        if not self.ragged:
+            raise ValueError(f'rank_capacity is of layout "ragged": with layout "{self.layout}" use capacity, got {given!r}')
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given <= MAX_INT:
+            raise ValueError(
+                "rank_capacity must be a positive number of rows (an int), a positive factor of the mean (a float), or None, "
+                f"got {given!r}"
+            )
 
     @functools.cached_property
     def num_local_experts(self) -> int:
@@ -126,15 +158,49 @@ class DispatcherConfig:
         return ceil_div(self.hidden_size, 128)
 
     @functools.cached_property
+    def ragged(self) -> bool:
+        """Whether the experts' rows lie in one buffer, each expert's behind those of the one before."""
+        return self.layout == "ragged"
+
+    @functools.cached_property
     def max_rows(self) -> int:
-        """M: rows of an expert's buffer. By default what W ranks can send when no token names an expert twice."""
+        """M: the most rows of an expert. Padded: its buffer's, by default what W ranks can send when no token names an expert twice.
+        Ragged: all of the rank's."""
+        if self.ragged:
+            return self.total_rows
         wanted = self.world_size * self.max_tokens_per_rank if self.capacity is None else self.capacity
-        return round_up(wanted, 16)
+        return round_up(wanted, ROW_ALIGNMENT)
+
+    @functools.cached_property
+    def total_rows(self) -> int:
+        """R: rows of a rank's buffer, of all its experts. Ragged: by default what W ranks can send when no token names an expert twice,
+        wherever each expert's rows begin."""
+        experts, tokens = self.num_local_experts, self.max_tokens_per_rank
+        if not self.ragged:
+            return experts * self.max_rows
+        given = self.rank_capacity
+        if isinstance(given, int):
+            return round_up(given, ROW_ALIGNMENT)
+        come = self.world_size * tokens * min(self.top_k, experts)
+        all_that_come = min(
+            round_up(come, ROW_ALIGNMENT) + ROW_ALIGNMENT * (experts - 1),
+            experts * round_up(self.world_size * tokens, ROW_ALIGNMENT),
+        )
+        if given is None:
+            return all_that_come
+        # each rank sends T * K rows, so that a rank gets as many on average
+        mean = round_up(math.ceil(given * tokens * self.top_k), ROW_ALIGNMENT)
+        return min(mean + ROW_ALIGNMENT * experts, all_that_come)
+
+    @functools.cached_property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The rows of a batch: (L, M), or (R,) if ragged. Values have H columns behind it."""
+        return (self.total_rows,) if self.ragged else (self.num_local_experts, self.max_rows)
 
     @functools.cached_property
     def rows_per_source(self) -> int:
         """C: rows of an expert's buffer that one source rank can fill, in the padded exchange."""
-        return min(self.max_rows, round_up(self.max_tokens_per_rank, 16))
+        return min(self.max_rows, round_up(self.max_tokens_per_rank, ROW_ALIGNMENT))
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:

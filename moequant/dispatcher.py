@@ -1,7 +1,7 @@
 """`MoEQuantDispatcher`: sends tokens to their experts' ranks, quantized, and brings the weighted sums back.
 
-T tokens of this rank, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, H hidden size,
-G = ceil(H / 128) groups.
+T tokens of this rank, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, R rows of a rank's (ragged),
+H hidden size, G = ceil(H / 128) groups.
 """
 
 from __future__ import annotations
@@ -57,8 +57,14 @@ class MoEQuantDispatcher(SendRecv):
             NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
         exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once
             to each rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
-        capacity: M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow unless tokens name an
-            expert twice. The padded exchange has room for max_tokens_per_rank (rounded up too) of these for each source rank.
+        layout: of a batch. "padded": each expert has M rows; "ragged": the rows of all experts of a rank lie in one buffer, expert by
+            expert: memory follows the rows that can come. The same values, scales and sums, to the bit.
+        capacity: with layout="padded": M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow
+            unless tokens name an expert twice. The padded exchange has room for max_tokens_per_rank (rounded up too) of these for
+            each source rank.
+        rank_capacity: with layout="ragged": R, rows of a rank, as each expert's begin at a multiple of 16. An int: so many, rounded up to
+            a multiple of 16; a float: so many times the T * K that come to a rank on average, with room for alignment; None: all
+            W * T * min(K, L) that can come, where nothing can overflow unless tokens name an expert twice.
         on_overflow: rows without room are not sent, contribute nothing, and weights are not renormalised. "error": `check()`
             raises; "drop": `check()` returns their number.
         reduce: "exact": `combine` adds over k in order in float32, each product rounded first; the same bits on every transport.
@@ -90,7 +96,9 @@ class MoEQuantDispatcher(SendRecv):
         quant: str = "fp8_e4m3fn",
         transport: str = "auto",
         exchange: str = "auto",
+        layout: str = "padded",
         capacity: int | None = None,
+        rank_capacity: int | float | None = None,
         on_overflow: str = "error",
         reduce: str = "exact",
         recipe: str = "default",
@@ -119,7 +127,9 @@ class MoEQuantDispatcher(SendRecv):
                 quant=quant,
                 transport=transport,
                 exchange=exchange,
+                layout=layout,
                 capacity=capacity,
+                rank_capacity=rank_capacity,
                 on_overflow=on_overflow,
                 reduce=reduce,
                 recipe=recipe,
@@ -181,8 +191,8 @@ class MoEQuantDispatcher(SendRecv):
         It may be called again for the same dispatch.
 
         Args:
-            expert_output: (L, M, H) bfloat16 or float16: for each valid row of the batch what its expert made of it. Transport
-                "symmetric" copies it first, unless it is `output_buffer`.
+            expert_output: (L, M, H), ragged (R, H), bfloat16 or float16: for each valid row of the batch what its expert made of it.
+                Transport "symmetric" copies it first, unless it is `output_buffer`.
             handle: of the dispatch that this answers.
             out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
 
@@ -215,8 +225,8 @@ class MoEQuantDispatcher(SendRecv):
             dtype: of the rows, bfloat16 or float16, the same on all ranks.
 
         Returns:
-            (L, M) int64: for each valid row of the batch the address, in this process, of H numbers of that type. A multiple of 16
-            if H is one of 8. They stay as they are until the slot's next dispatch.
+            (L, M), ragged (R,), int64: for each valid row of the batch the address, in this process, of H numbers of that type. A
+            multiple of 16 if H is one of 8. They stay as they are until the slot's next dispatch.
 
         Raises:
             RuntimeError: another transport or reduce.
@@ -239,7 +249,7 @@ class MoEQuantDispatcher(SendRecv):
         Transport "symmetric" with reduce="exact" alone.
 
         Args:
-            expert_output: (L, M, H) bfloat16 or float16.
+            expert_output: (L, M, H), ragged (R, H), bfloat16 or float16.
             handle: of the dispatch.
 
         Raises:
@@ -290,7 +300,7 @@ class MoEQuantDispatcher(SendRecv):
             slot: which.
 
         Returns:
-            (L, M, H) bfloat16.
+            (L, M, H), ragged (R, H), bfloat16.
 
         Raises:
             ValueError: there is no such slot.
@@ -320,12 +330,12 @@ class MoEQuantDispatcher(SendRecv):
             hidden_states: as for `dispatch`.
             topk_ids: as for `dispatch`.
             topk_weights: as for `dispatch`.
-            experts: from a batch to its expert output, (L, M, H) bfloat16 or float16.
+            experts: from a batch to its expert output, (L, M, H), ragged (R, H), bfloat16 or float16.
             slot: whose buffers to use.
             layer: as for `dispatch`; None: for `GroupedExperts` and torch modules, a number for each in the order of their first
                 calls here.
             chunks: 1, or, with slots=2, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of
-                an expert, and one half's dispatch under the other's GEMMs. The same on all ranks, and not together with
+                an expert or R of a rank, and one half's dispatch under the other's GEMMs. The same on all ranks, and not together with
                 first_experts.
             first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others
                 under their GEMMs. The same on all ranks.

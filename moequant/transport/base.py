@@ -77,8 +77,8 @@ class Slot(Generic[Held]):
         self.number = number
         self.buffers = buffers
         self.calls = calls
-        # as the batch has them, (L, M, G)
-        self.scales = None if buffers.scales is None else buffers.scales.transpose(1, 2)
+        # as the batch has them, (L, M, G) or (R, G)
+        self.scales = None if buffers.scales is None else buffers.scales.mT
         # where expert output is best written; made when it is asked for
         self.output: Tensor | None = None
         self._taken = self._take(0)
@@ -169,7 +169,7 @@ class Transport(ABC, Generic[AnySlot]):
 
     @abstractmethod
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: AnySlot, state: Any) -> None:
-        """expert_output (L, M, H) contiguous, topk_weights (T, K) contiguous. Writes out (T, H)."""
+        """expert_output (L, M, H) or (R, H) contiguous, topk_weights (T, K) contiguous. Writes out (T, H)."""
 
     def dispatch_send(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: AnySlot) -> Any:
         """`dispatch` without waiting for the other ranks' rows, where that can be. Returns what `dispatch_recv` and `combine` need."""
@@ -190,10 +190,9 @@ class Transport(ABC, Generic[AnySlot]):
         self.combine(slot.pending, topk_weights, out, slot, state)
 
     def output_buffer(self, slot: AnySlot) -> Tensor:
-        """(L, M, H) bfloat16, where expert output is best written."""
+        """(L, M, H) or (R, H) bfloat16, where expert output is best written."""
         if slot.output is None:
-            config = self.config
-            shape = config.num_local_experts, config.max_rows, config.hidden_size
+            shape = (*self.config.batch_shape, self.config.hidden_size)
             # kept, so that it has to be no inference tensor
             with torch.inference_mode(False):
                 slot.output = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
@@ -234,6 +233,14 @@ class Transport(ABC, Generic[AnySlot]):
         batch = slot.batches.get(rows)
         if batch is None:
             batch = slot.batches[rows] = ExpertBatch(
-                buffers.values, slot.scales, buffers.num_tokens, buffers.sources, config.recipe, rows, slot.number, self.owner
+                buffers.values,
+                slot.scales,
+                buffers.num_tokens,
+                buffers.sources,
+                config.recipe,
+                rows,
+                slot.number,
+                self.owner,
+                buffers.expert_start,
             )
         return batch

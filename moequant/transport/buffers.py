@@ -34,6 +34,8 @@ class Buffers(Generic[T]):
     values: T
     num_tokens: T
     sources: T
+    # layout "ragged"
+    expert_start: T | None = None
     # of quantized values
     scales: T | None = None
     slots: T
@@ -51,17 +53,19 @@ def named(buffers: Buffers[T]) -> dict[str, T]:
 
 def shared_by_all(config: DispatcherConfig, counts: int | None = None) -> dict[str, BufferSpec]:
     """The specs of `Buffers`. counts: numbers that travel as counts; None: one for each expert."""
-    experts, rows, tokens = config.num_local_experts, config.max_rows, config.max_tokens_per_rank
+    rows, experts, tokens = config.batch_shape, config.num_local_experts, config.max_tokens_per_rank
     specs = {
-        "values": BufferSpec((experts, rows, config.hidden_size), config.dtype),
+        "values": BufferSpec((*rows, config.hidden_size), config.dtype),
         "num_tokens": BufferSpec((experts,), torch.int32),
-        "sources": BufferSpec((experts, rows), torch.int64),
+        "sources": BufferSpec(rows, torch.int64),
         "slots": BufferSpec((tokens, config.top_k), torch.int32),
         "rows": BufferSpec((tokens, config.top_k), torch.int32),
         "counts": BufferSpec((config.num_experts if counts is None else counts,), torch.int32),
     }
+    if config.ragged:
+        specs["expert_start"] = BufferSpec((experts,), torch.int32)
     if config.quantized:
-        specs["scales"] = BufferSpec((experts, config.num_groups, rows), torch.float32)
+        specs["scales"] = BufferSpec((*rows[:-1], config.num_groups, rows[-1]), torch.float32)
     if config.per_rank:
         specs["partials"] = BufferSpec((tokens, config.world_size), torch.int32)
     return specs
