@@ -125,5 +125,7 @@ def test_wrong_arguments_raise_a_value_error(case):
 
 
 def test_an_odd_number_of_columns_has_no_halves():
-    with pytest.raises(ValueError, match=r"must be \(L, M, 2 \* I\), ragged \(R, 2 \* I\), gate first then up.* got shape \(32, 255\)"):
+    with pytest.raises(
+        ValueError, match=r"must be \(L, M, 2 \* I\), ragged \(R, 2 \* I\), gate first then up.* got shape \(32, 255\)"
+    ):
         silu_mul_quantize(X[:, 1:], COUNT, START)
