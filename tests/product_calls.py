@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from compile_case import BF16, INT8, counted, empty, quantized
+from compile_case import BF16, INT8, counted, empty, quantized, ragged
 from moequant import ops, quantize_expert_batch, quantize_weight
 from moequant.batch import ceil_div
 from operation_case import COUNTS, quantize_outputs
@@ -18,16 +18,18 @@ def call_grouped_gemm(
     depth: int = 7168,
     experts: int = 4,
     push: bool = False,
+    starts: bool = False,
 ) -> None:
-    a, a_scales = quantized(experts, 1024, depth, dtype)
+    """starts: of ragged rows."""
+    a, a_scales = (ragged if starts else quantized)(experts, 1024, depth, dtype)
     b = empty(experts, columns, depth, dtype=dtype)
     b_scales = None if dtype == BF16 else empty(experts, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
+    operands, counts = (a, a_scales, b, b_scales), (counted(b), counted(b) if starts else None)
     if push:
-        destinations = empty(experts, 1024, dtype=torch.int64)
-        ops.grouped_gemm_push(a, a_scales, b, b_scales, counted(a), destinations, expected_rows, None)
+        ops.grouped_gemm_push(*operands, *counts, empty(*a.shape[:-1], dtype=torch.int64), expected_rows, None)
         return
-    out = empty(experts, 1024, columns, dtype=out_dtype)
-    ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), out, expected_rows=expected_rows)
+    out = empty(*a.shape[:-1], columns, dtype=out_dtype)
+    ops.grouped_gemm_blockscale(*operands, *counts, out, expected_rows=expected_rows)
 
 
 def call_int8_addmm(
@@ -49,12 +51,12 @@ def call_int8_addmm(
 def gemm_arguments(quantized: bool) -> tuple:
     a, b, out = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 6, 140).bfloat16(), torch.zeros(2, 4, 6)
     if not quantized:
-        return a, None, b, None, None, out, 1, 7
+        return a, None, b, None, None, None, out, 1, 7
     qa, qb = quantize_expert_batch(a, dtype=torch.int8), quantize_weight(b, dtype=torch.int8, segments=2)
-    return qa.values, qa.scales, qb.values, qb.scales, COUNTS, out, 2, None
+    return qa.values, qa.scales, qb.values, qb.scales, COUNTS, None, out, 2, None
 
 
 def gemm1_arguments(dtype: torch.dtype) -> tuple:
     a, w13 = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 2 * 140, 140).bfloat16()
     qa, qw = quantize_expert_batch(a, dtype=dtype), quantize_weight(w13, dtype=dtype, segments=2)
-    return qa.values, qa.scales, qw.values, qw.scales, COUNTS, *quantize_outputs(dtype), "ue8m0", 2
+    return qa.values, qa.scales, qw.values, qw.scales, COUNTS, None, *quantize_outputs(dtype), "ue8m0", 2
