@@ -22,13 +22,12 @@ from moequant.experts import GroupedExperts
 from moequant.layer import pushing_experts, run_layer, traced_layer
 from moequant.overlap import run_in_halves, run_in_waves, side_stream
 from moequant.send_recv import SendRecv
+from moequant.traced import numbered
 from moequant.transport.agreement import agree, attempt, choose_device, membership
 from moequant.transport.base import Stage
 from moequant.transport.lifecycle import step
 from moequant.transport.select import buffer_bytes, make_transport, resolve
 from moequant.transport.warm_up import warm_up
-
-_NUMBERS = itertools.count()
 
 
 class MoEQuantDispatcher(SendRecv):
@@ -109,7 +108,7 @@ class MoEQuantDispatcher(SendRecv):
         timeout: float = 60.0,
         device: torch.device | str | None = None,
     ) -> None:
-        self._number = next(_NUMBERS)
+        self._number = numbered.add(self)
         # of the modules that were called as experts, in the order of their first calls
         self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next_layer = itertools.count(1)
