@@ -188,16 +188,23 @@ def unlike(mine, theirs):
 
 
 @triton.jit
-def row_blocks(num_tokens_ptr, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr):
+def row_blocks(
+    num_tokens_ptr, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr, starts_ptr=None
+):
     """How the valid rows of a batch fall into blocks of BLOCK rows. Returns (counts, ends), each (EXPERTS,).
 
-    counts: valid rows of each expert. ends: blocks of this and all earlier experts.
+    counts: valid rows of each expert. ends: blocks of this and all earlier experts. starts_ptr: each expert's first row, where the rows
+    of all of them, `rows`, lie in one buffer; None: each has a buffer of `rows`.
     Example: BLOCK=8, counts [9, 0, 3]: ends [2, 2, 3]. Block 1 is expert 0's rows 8.., block 2 is expert 2's rows 0...
     """
     lane = tl.arange(0, EXPERTS)
     if COUNTED:
         counts = tl.load(num_tokens_ptr + lane, mask=lane < experts, other=0)
-        counts = tl.minimum(tl.maximum(counts, 0), rows)
+        if starts_ptr is None:
+            counts = tl.minimum(tl.maximum(counts, 0), rows)
+        else:
+            room = rows - tl.load(starts_ptr + lane, mask=lane < experts, other=0)
+            counts = tl.minimum(tl.maximum(counts, 0), tl.maximum(room, 0))
     else:
         counts = tl.where(lane < experts, rows, 0)
     blocks = (counts + BLOCK - 1) // BLOCK
@@ -213,6 +220,16 @@ def locate_block(block, counts, ends, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
     end = tl.sum(tl.where(lane == expert, ends, 0), axis=0)
     first = block - (end - (count + BLOCK - 1) // BLOCK)
     return expert, first * BLOCK, count
+
+
+@triton.jit
+def first_row(starts_ptr, expert, rows):
+    """Where an expert's rows begin in the batch, in expert's type. Arguments are those of `row_blocks`."""
+    if starts_ptr is None:
+        first = expert * rows
+    else:
+        first = tl.load(starts_ptr + expert).to(expert.dtype)
+    return first
 
 
 @triton.jit

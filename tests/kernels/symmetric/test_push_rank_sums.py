@@ -235,7 +235,7 @@ def call_push_rank_sums() -> None:
     from moequant.kernels.symmetric.push_rank_sums import Sums, push_rank_sums as kernel
 
     y, notes = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32)
-    kernel(y, notes_of(notes, 56), counted(y), peers_of(), Sums(1024, 128), 8, True)
+    kernel(y, notes_of(notes, 56), counted(y), None, peers_of(), Sums(1024, 128), 8, True)
 
 
 COMPILE_CASES = cases(call_push_rank_sums, {}, nvidia=True)

@@ -90,7 +90,7 @@ def call_push_rows(remote: bool) -> None:
     from moequant.kernels.symmetric.push_rows import push_rows as kernel
 
     y, destinations = empty(32, 1024, 7168), empty(32, 1024, dtype=torch.int64)
-    kernel(y, counted(y), None if remote else y, destinations if remote else None)
+    kernel(y, counted(y), None, None if remote else y, destinations if remote else None)
 
 
 COMPILE_CASES = cases(call_push_rows, {"remote": False}, {"remote": True})
