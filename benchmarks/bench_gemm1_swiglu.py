@@ -66,14 +66,14 @@ def calls(p: Problem, a: QuantizedTensor, b: QuantizedTensor) -> dict[str, Calla
     out, expected = outputs(p), outputs(p)
 
     def fused(target: tuple[Tensor, Tensor] = out) -> None:
-        gemm1_swiglu_hopper(*left, *right, p.num_tokens, *target, **ARITHMETIC)
+        gemm1_swiglu_hopper(*left, *right, p.num_tokens, None, *target, **ARITHMETIC)
 
     def gemm1() -> None:
-        grouped_gemm_blockscale_hopper(*left, *right, p.num_tokens, gate_up, segments=2, expected_rows=p.rows)
+        grouped_gemm_blockscale_hopper(*left, *right, p.num_tokens, None, gate_up, segments=2, expected_rows=p.rows)
 
     def unfused(target: tuple[Tensor, Tensor] = expected) -> None:
         gemm1()
-        silu_mul_quantize(gate_up, p.num_tokens, *target, SPEC)
+        silu_mul_quantize(gate_up, p.num_tokens, None, *target, SPEC)
 
     assert supports_gemm1_swiglu(*left, *right, *out), p.case
     fused()
@@ -87,7 +87,7 @@ def calls(p: Problem, a: QuantizedTensor, b: QuantizedTensor) -> dict[str, Calla
 
         def peer(target: tuple[Tensor, Tensor] = expected) -> None:
             product(left, right, gate_up, p.num_tokens, p.rows)
-            silu_mul_quantize(gate_up, p.num_tokens, *target, SPEC)
+            silu_mul_quantize(gate_up, p.num_tokens, None, *target, SPEC)
 
         timed["peer"] = peer
     return timed

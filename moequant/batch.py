@@ -7,6 +7,7 @@ T tokens of this rank, K top-k, N and K_dim columns and contraction of a weight.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -50,6 +51,20 @@ def empty_transposed_scales(num_experts: int, rows: int, groups: int, device: to
     return torch.empty(num_experts, groups, rows, dtype=torch.float32, device=device).transpose(1, 2)
 
 
+def empty_scales_of(shape: Sequence[int], group_size: int, device: torch.device | str) -> Tensor:
+    """Uninitialised float32 scales of activations, as Hopper's GEMMs read them.
+
+    Args:
+        shape: of the activations, (..., rows, columns): (L, M, H), or ragged (R, H).
+        group_size: columns of a group.
+        device: where.
+
+    Returns:
+        (..., rows, G), the rows of one group side by side: element strides (M*G, 1, M), ragged (1, R).
+    """
+    return torch.empty(*shape[:-2], ceil_div(shape[-1], group_size), shape[-2], dtype=torch.float32, device=device).mT
+
+
 def empty_scales(num_experts: int, rows: int, groups: int, layout: ScaleLayout, device: torch.device | str) -> Tensor:
     """Uninitialised activation scales in a layout of `QuantizedTensor`.
 
@@ -78,12 +93,12 @@ def scale_layout(scales: Tensor) -> ScaleLayout:
     """The layout of activation scales, by their strides.
 
     Args:
-        scales: (L, M, G).
+        scales: (L, M, G), or ragged (R, G).
 
     Returns:
         "transposed" or "row".
     """
-    return "transposed" if scales.stride(1) == 1 or scales.shape[1] == 1 else "row"
+    return "transposed" if scales.stride(-2) == 1 or scales.shape[-2] == 1 else "row"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +109,8 @@ class QuantizedTensor:
         values: (..., rows, columns), float8 or int8.
         scales: on values' device, float32, but for "ue8m0_packed". A trailing partial group is a group of its own.
         layout: how the scales lie. "row": (..., rows, ceil(columns / group_size)), contiguous. "transposed": (L, M, G) with element
-            strides (M*G, 1, M), or strides (any, 1, any) for a slice of a larger buffer: the rows of one group side by side.
+            strides (M*G, 1, M), or strides (any, 1, any) for a slice of a larger buffer: the rows of one group side by side. Of ragged
+            rows (R, G), strides (1, R) or (1, any).
             "tma_aligned": as "transposed", with groups a multiple of 4 rows apart, as TMA wants to read them. "transposed_flat":
             (..., M, G), contiguous, in the order of a contiguous (G, M): read as (M, G) it is scrambled. "ue8m0_packed": (..., M,
             ceil(G / 4)) int32, strides as "tma_aligned": the exponents of four groups' powers of two, the first in the lowest byte;

@@ -108,12 +108,22 @@ def check_num_sms(num_sms: int | None) -> None:
         raise ValueError(f"num_sms must be at least 1, or None for all, got {num_sms!r}")
 
 
-def check_counts(num_tokens: Tensor | None, x: Tensor) -> None:
-    """Raises ValueError unless num_tokens is None or one int32 for each expert of x (L, M, ...), on its device."""
-    if num_tokens is not None:
-        check_tensor("num_tokens", num_tokens, shape=(x.shape[0],), dtypes=(torch.int32,), device=x.device)
-        if not num_tokens.is_contiguous():
-            raise ValueError(f"num_tokens must be contiguous, got strides {num_tokens.stride()}; call .contiguous()")
+def check_counts(num_tokens: Tensor | None, expert_start: Tensor | None, experts: int | None, device: torch.device) -> None:
+    """Raises ValueError unless both are None, or num_tokens, and expert_start if it is there, are an int32 for each expert, on a device.
+    experts: how many there are; None: as many as num_tokens says."""
+    if num_tokens is None:
+        if expert_start is not None:
+            raise ValueError(
+                "expert_start says where each expert's rows begin, and num_tokens how many there are: give both, got None"
+            )
+        return
+    if experts is None:
+        check_tensor("num_tokens", num_tokens, dims=1)
+        experts = num_tokens.shape[0]
+    for name, tensor in (("num_tokens", num_tokens), ("expert_start", expert_start)):
+        if tensor is not None:
+            check_tensor(name, tensor, shape=(experts,), dtypes=(torch.int32,), device=device)
+            check_contiguous(name, tensor)
 
 
 def check_format(quant: str, device: torch.device) -> None:

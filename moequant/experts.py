@@ -1,6 +1,6 @@
 """`GroupedExperts`: the experts' feed-forward networks on an expert batch: grouped GEMM 1, SwiGLU + quantize, grouped GEMM 2.
 
-L local experts, M rows of an expert's buffer, H hidden size, I intermediate size.
+L local experts, M rows of an expert's buffer, H hidden size, I intermediate size. What is (L, M, ...) is (R, ...) for a ragged batch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "g
 class GroupedExperts:
     """w2[l] @ (silu(gate) * up) with gate, up = the halves of w13[l] @ x, for each valid row x of expert l.
 
-    Made by `from_weights` or `from_quantized`. Workspaces are allocated for the first batch of each dispatcher, slot and M, and
+    Made by `from_weights` or `from_quantized`. Workspaces are allocated for the first batch of each dispatcher, slot and M (R), and
     kept until the dispatcher is gone; a result is one of them, valid until the next batch of that slot, unless `out` is given.
 
     Every step raises ValueError for a batch of other experts and RuntimeError for tensors that require grad under grad mode.
@@ -190,11 +190,12 @@ class GroupedExperts:
         inner = self._workspace(batch).inner
         assert isinstance(self.w13, QuantizedTensor) and isinstance(inner, QuantizedTensor) and batch.scales is not None
         w13, out = (self.w13.values, self.w13.scales), (inner.values, inner.scales)
-        ops.gemm1_swiglu(batch.values, batch.scales, *w13, batch.num_tokens, *out, batch.recipe, batch.expected_rows, num_sms)
+        counts = batch.num_tokens, batch.expert_start
+        ops.gemm1_swiglu(batch.values, batch.scales, *w13, *counts, *out, batch.recipe, batch.expected_rows, num_sms)
         return inner
 
     def part(self, begin: int, end: int) -> GroupedExperts:
-        """Some of the experts, with views of the weights and a workspace of their own, for `ExpertBatch.part`. It is kept.
+        """Some of the experts, with views of the weights, for `ExpertBatch.part`. It is kept, and so is its workspace; ragged: all's.
 
         Args:
             begin: the first expert.
@@ -283,15 +284,13 @@ class GroupedExperts:
             RuntimeError: a tensor requires grad under grad mode.
         """
         self._check_batch(batch)
-        rows = (*batch.values.shape[:2], 2 * self.intermediate_size)
+        rows = (*batch.values.shape[:-1], 2 * self.intermediate_size)
         check_tensor("gate_up", gate_up, shape=rows, dtypes=FLOAT_DTYPES, device=batch.values.device)
         check_no_grad(gate_up=gate_up)
-        inner = self._workspace(batch).inner
+        inner, given = self._workspace(batch).inner, (gate_up, batch.num_tokens, batch.expert_start)
         if isinstance(inner, Tensor):
-            return silu_mul(gate_up, batch.num_tokens, out=inner)
-        return silu_mul_quantize(
-            gate_up, batch.num_tokens, dtype=inner.values.dtype, recipe=batch.recipe, values=inner.values, scales=inner.scales
-        )
+            return silu_mul(*given, out=inner)
+        return silu_mul_quantize(*given, dtype=inner.values.dtype, recipe=batch.recipe, values=inner.values, scales=inner.scales)
 
     def gemm2(
         self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, *, out: Tensor | None = None, num_sms: int | None = None
@@ -327,23 +326,25 @@ class GroupedExperts:
         """
         self._check_inner(inner, batch)
         check_num_sms(num_sms)
-        rows = tuple(batch.values.shape[:2])
+        rows = tuple(batch.values.shape[:-1])
         check_tensor("destinations", destinations, shape=rows, dtypes=(torch.int64,), device=batch.values.device)
         check_no_grad(w2=parts_of(self.w2)[0])
         if not ops.uses_kernels(batch.values):
             raise RuntimeError("rows are pushed by kernels alone, and this batch is on a CPU; call the experts, and use combine")
         # asked first: what torch may copy is not repeated
         side_by_side = destinations if destinations.is_contiguous() else destinations.contiguous()
-        ops.grouped_gemm_push(*parts_of(inner), *parts_of(self.w2), batch.num_tokens, side_by_side, batch.expected_rows, num_sms)
+        counts = batch.num_tokens, batch.expert_start
+        ops.grouped_gemm_push(*parts_of(inner), *parts_of(self.w2), *counts, side_by_side, batch.expected_rows, num_sms)
 
     def _product(self, a: QuantizedTensor | Tensor, w: Weight, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
-        return grouped_gemm_blockscale(a, w, batch.num_tokens, out=out, expected_rows=batch.expected_rows, num_sms=num_sms)
+        counts = batch.num_tokens, batch.expert_start
+        return grouped_gemm_blockscale(a, w, *counts, out=out, expected_rows=batch.expected_rows, num_sms=num_sms)
 
     def _check_inner(self, inner: QuantizedTensor | Tensor, batch: ExpertBatch) -> None:
         """Raises unless inner is what `activation` makes of the batch."""
         self._check_batch(batch)
         check_is("inner", inner, (QuantizedTensor, Tensor))
-        values, shape = parts_of(inner)[0], (*batch.values.shape[:2], self.intermediate_size)
+        values, shape = parts_of(inner)[0], (*batch.values.shape[:-1], self.intermediate_size)
         check_tensor("inner", values, shape=shape, dtypes=(dtype_of(self.w2),), device=batch.values.device)
         check_no_grad(inner=values)
 
@@ -364,14 +365,15 @@ class GroupedExperts:
         self._checked = weakref.ref(batch)
 
     def _workspace(self, batch: ExpertBatch) -> Workspace:
-        """The workspace of the batch's owner, slot and M. It is kept: a captured graph may hold it."""
+        """The workspace of the batch's owner, slot and rows. It is kept: a captured graph may hold it."""
         self._check_batch(batch)
         mine = self._workspaces.of(batch.owner)
-        key = batch.slot, batch.values.shape[1], self._span
+        rows = tuple(batch.values.shape[:-1])
+        key = batch.slot, rows, None if batch.ragged else self._span
         if key not in mine:
             # whatever mode the first batch comes in: torch refuses to write into what inference_mode has made outside it
             with torch.inference_mode(False):
-                mine[key] = Workspace(self, batch.values.shape[1])
+                mine[key] = Workspace(self, rows)
         return mine[key]
 
 

@@ -1,6 +1,7 @@
 """GEMMs of quantized operands.
 
-Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, G = ceil(K_dim / 128) groups.
+Letters: L experts, M rows of an expert's buffer, R rows of all experts together, N columns, K_dim contraction, G = ceil(K_dim / 128)
+groups.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def grouped_gemm_blockscale(
     a: QuantizedTensor | Tensor,
     b: QuantizedTensor | Tensor,
     num_tokens: Tensor | None = None,
+    expert_start: Tensor | None = None,
     *,
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
@@ -43,14 +45,16 @@ def grouped_gemm_blockscale(
     Each 128 of K_dim is multiplied in the narrow type, then scaled and added in float32.
 
     Args:
-        a: (L, M, K_dim) values with layout "transposed", group size 128; or a plain bfloat16 tensor.
+        a: (L, M, K_dim) values with layout "transposed", group size 128; or a plain bfloat16 tensor. With expert_start (R, K_dim).
         b: (L, N, K_dim) values of a's dtype with layout "block", 128x128; or a plain bfloat16 tensor if a is one.
         num_tokens: (L,) int32, or None for all M. Rows from num_tokens[l] on are never written, and whatever they hold in `a` has
             no influence on the others.
-        out: (L, M, N) contiguous, or None to allocate; rows past num_tokens are then uninitialised.
+        expert_start: (L,) int32, where the rows of all experts lie in one buffer, layout "ragged": expert l's are those from
+            expert_start[l] on, num_tokens[l] of them, but none past R. Rows of no expert are never written. None: each expert has M.
+        out: (L, M, N) contiguous, with expert_start (R, N), or None to allocate; rows past num_tokens are then uninitialised.
         out_dtype: bfloat16, float16 or float32; out's own dtype if out is given.
-        expected_rows: a host-side guess of the mean of num_tokens, for the choice of tiles; None takes M. Results don't depend on
-            its being right; their last bits may depend on the choice.
+        expected_rows: a host-side guess of the mean of num_tokens, for the choice of tiles; None takes M, ragged R / L. Results
+            don't depend on its being right; their last bits may depend on the choice.
         num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
 
     Returns:
@@ -61,22 +65,23 @@ def grouped_gemm_blockscale(
         ValueError: a wrong shape, dtype, device or option.
         RuntimeError: an operand requires grad under grad mode.
     """
-    a_values, a_scales = _operand("a", a, "transposed")
-    b_values, b_scales = _operand("b", b, "block")
+    a_values, a_scales = _operand("a", a, "transposed", 3 if expert_start is None else 2)
+    b_values, b_scales = _operand("b", b, "block", 3)
     check_no_grad(a=a_values, b=b_values, out=out)
     if a_values.dtype != b_values.dtype:
         raise ValueError(
             f"a and b must have the same dtype, got {a_values.dtype} and {b_values.dtype}; quantize both to one format"
         )
-    check_tensor("b", b_values, shape=(a_values.shape[0], b_values.shape[1], a_values.shape[2]), device=a_values.device)
+    experts = a_values.shape[0] if expert_start is None else b_values.shape[0]
+    check_tensor("b", b_values, shape=(experts, b_values.shape[1], a_values.shape[-1]), device=a_values.device)
     for name, values in (("a", a_values), ("b", b_values)):
         if not values.is_contiguous():
             raise ValueError(f"the values of {name} must be contiguous, got strides {values.stride()}; call .contiguous()")
-    check_counts(num_tokens, a_values)
+    check_counts(num_tokens, expert_start, experts, a_values.device)
     check_num_sms(num_sms)
     if expected_rows is not None:
         check_int("expected_rows", expected_rows)
-    shape = (a_values.shape[0], a_values.shape[1], b_values.shape[1])
+    shape = (*a_values.shape[:-1], b_values.shape[1])
     check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     if out is None:
         out = torch.empty(shape, dtype=out_dtype, device=a_values.device)
@@ -84,19 +89,20 @@ def grouped_gemm_blockscale(
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     segments = b.segments if isinstance(b, QuantizedTensor) else 1
-    ops.grouped_gemm_blockscale(a_values, a_scales, b_values, b_scales, num_tokens, out, segments, expected_rows, num_sms)
+    counts = num_tokens, expert_start
+    ops.grouped_gemm_blockscale(a_values, a_scales, b_values, b_scales, *counts, out, segments, expected_rows, num_sms)
     return out
 
 
-def _operand(name: str, x: QuantizedTensor | Tensor, layout: str) -> tuple[Tensor, Tensor | None]:
-    """The values and scales of an operand, checked."""
+def _operand(name: str, x: QuantizedTensor | Tensor, layout: str, dims: int) -> tuple[Tensor, Tensor | None]:
+    """The values and scales of an operand, checked. dims: of the values."""
     if isinstance(x, QuantizedTensor):
         if x.layout != layout or x.group_size != 128:
             raise LayoutError(
                 f'{name} must have layout "{layout}" and group size 128, got layout "{x.layout}" and group size {x.group_size}'
             )
-        check_tensor(f"the values of {name}", x.values, dims=3)
+        check_tensor(f"the values of {name}", x.values, dims=dims)
         check_no_grad(**{f"the scales of {name}": x.scales})
         return x.values, x.scales
-    check_tensor(name, x, dims=3, dtypes=(torch.bfloat16,))
+    check_tensor(name, x, dims=dims, dtypes=(torch.bfloat16,))
     return x, None

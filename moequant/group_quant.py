@@ -83,7 +83,7 @@ def per_token_group_quant_fp8(
     size = (matrices, rows, columns)
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = empty_scales(matrices, rows, ceil_div(columns, group_size), layout, x.device)
-    ops.quantize_expert_batch(x.reshape(size), None, values.view(size), scales, group_size, recipe, eps)
+    ops.quantize_expert_batch(x.reshape(size), None, None, values.view(size), scales, group_size, recipe, eps)
     # one matrix keeps its strides, which a view of no rows forgets
     shaped = scales[0] if x.dim() == 2 else scales.view(*x.shape[:-1], scales.shape[-1])
     return QuantizedTensor(values, shaped, layout, recipe, group_size)
@@ -216,7 +216,7 @@ def fused_flatten_fp8_group_quant(
         batch = x.transpose(0, 1), values.view(x.shape).transpose(0, 1), written.unflatten(1, (outer, -1)).transpose(0, 1)
     else:
         batch = x.reshape(1, *values.shape), values.unsqueeze(0), written.unsqueeze(0)
-    ops.quantize_expert_batch(batch[0], None, *batch[1:], group_size, recipe, None)
+    ops.quantize_expert_batch(batch[0], None, None, *batch[1:], group_size, recipe, None)
     return QuantizedTensor(values, scales, _flat_layout(transpose_scale), recipe, group_size)
 
 

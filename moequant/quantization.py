@@ -1,6 +1,7 @@
 """Quantization and SwiGLU + quantization of expert batches, weights, and back.
 
-Letters: L local experts, M rows of an expert's buffer, H hidden size, I intermediate size, G groups of 128 columns.
+Letters: L local experts, M rows of an expert's buffer, R rows of all experts together, H hidden size, I intermediate size, G groups
+of 128 columns.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
+from moequant.batch import QuantizedTensor, ceil_div, empty_scales_of, scale_layout
 from moequant.checks import check_choice, check_counts, check_eps, check_int, check_no_grad, check_output, check_tensor
 from moequant.dense.int8 import act_dequant, act_quant, int8_gelu, weight_dequant, weight_quant
 from moequant.dense.per_tensor import (
@@ -57,6 +58,7 @@ __all__ = [
 def quantize_expert_batch(
     x: Tensor,
     num_tokens: Tensor | None = None,
+    expert_start: Tensor | None = None,
     *,
     group_size: int = 128,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -71,33 +73,39 @@ def quantize_expert_batch(
     values 0.
 
     Args:
-        x: (L, M, H) bfloat16, float16 or float32, any strides.
+        x: (L, M, H) bfloat16, float16 or float32, any strides. With expert_start (R, H), and so are the results.
         num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are neither read nor written.
+        expert_start: (L,) int32, where the rows of all experts lie in one buffer, layout "ragged": expert l's are those from
+            expert_start[l] on, num_tokens[l] of them, but none past R. Rows of no expert are neither read nor written. None: each
+            expert has M.
         group_size: 32, 64, 128 or 256. A trailing partial group is a group of its own.
         dtype: float8_e4m3fn (max 448), float8_e4m3fnuz (240), float8_e5m2 (57344) or int8 (127).
         recipe: "default", "deepgemm", "ue8m0" or "fnuz_224": see `moequant.formats.RECIPES`.
         eps: floor of a group's absolute maximum; None for the recipe's own. At least 1e-20.
         values: (L, M, H) of dtype, any strides by which no two elements share memory, or None to allocate.
-        scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M).
+        scales: (L, M, G) float32, contiguous or with element strides (any, 1, any), or None to allocate strides (M*G, 1, M), of ragged
+            rows (1, R).
 
     Returns:
-        Values (L, M, H) and scales (L, M, G), of layout "transposed" unless contiguous scales were given ("row").
+        Values (L, M, H) and scales (L, M, G), or (R, H) and (R, G), of layout "transposed" unless contiguous scales were given
+        ("row").
 
     Raises:
         ValueError: a wrong shape, dtype, device, recipe or eps.
         RuntimeError: x requires grad under grad mode.
     """
-    check_quantize_arguments(x, num_tokens, recipe, eps)
+    check_quantize_arguments(x, num_tokens, expert_start, recipe, eps)
     check_choice("group_size", group_size, GROUP_SIZES)
     check_no_grad(values=values, scales=scales)
     out = _outputs(x.shape, x.device, dtype, group_size, recipe, values, scales)
-    ops.quantize_expert_batch(x, num_tokens, out.values, out.scales, group_size, recipe, eps)
+    ops.quantize_expert_batch(x, num_tokens, expert_start, out.values, out.scales, group_size, recipe, eps)
     return out
 
 
 def silu_mul_quantize(
     x: Tensor,
     num_tokens: Tensor | None = None,
+    expert_start: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float8_e4m3fn,
     recipe: str = "default",
@@ -110,8 +118,9 @@ def silu_mul_quantize(
     The product is computed in float32 and not rounded before quantization. What is not said here is as for `quantize_expert_batch`.
 
     Args:
-        x: (L, M, 2I) bfloat16, float16 or float32, any strides.
+        x: (L, M, 2I) bfloat16, float16 or float32, any strides. With expert_start (R, 2I), and so are the results.
         num_tokens: (L,) int32, or None for all M.
+        expert_start: (L,) int32, each expert's first row, or None.
         dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
         recipe: see `moequant.formats.RECIPES`.
         eps: floor of a group's absolute maximum; None for the recipe's own.
@@ -119,26 +128,31 @@ def silu_mul_quantize(
         scales: (L, M, ceil(I / 128)) float32, or None to allocate.
 
     Returns:
-        Values (L, M, I) and scales (L, M, ceil(I / 128)), of layout "transposed" unless contiguous scales were given ("row").
+        Values (L, M, I) and scales (L, M, ceil(I / 128)), or (R, I) and (R, ceil(I / 128)), of layout "transposed" unless contiguous
+        scales were given ("row").
 
     Raises:
         ValueError: a wrong shape, dtype, device, recipe or eps.
         RuntimeError: x requires grad under grad mode.
     """
-    check_quantize_arguments(x, num_tokens, recipe, eps)
+    check_quantize_arguments(x, num_tokens, expert_start, recipe, eps)
     check_no_grad(values=values, scales=scales)
     out = _outputs(_halved(x), x.device, dtype, 128, recipe, values, scales)
-    ops.silu_mul_quantize(x, num_tokens, out.values, out.scales, recipe, eps)
+    ops.silu_mul_quantize(x, num_tokens, expert_start, out.values, out.scales, recipe, eps)
     return out
 
 
-def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def silu_mul(
+    x: Tensor, num_tokens: Tensor | None = None, expert_start: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """SwiGLU of the valid rows without quantization: silu(gate) * up in float32, rounded once.
 
     Args:
-        x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first.
+        x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first. With expert_start (R, 2I).
         num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are not written.
-        out: (L, M, I) of any strides by which no two elements share memory, or None to allocate it in bfloat16.
+        expert_start: (L,) int32, each expert's first row, as for `quantize_expert_batch`, or None.
+        out: (L, M, I), with expert_start (R, I), of any strides by which no two elements share memory, or None to allocate it in
+            bfloat16.
 
     Returns:
         out.
@@ -147,7 +161,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
         ValueError: a wrong shape, dtype or device.
         RuntimeError: x requires grad under grad mode.
     """
-    check_quantize_arguments(x, num_tokens, "default", None)
+    check_quantize_arguments(x, num_tokens, expert_start, "default", None)
     check_no_grad(out=out)
     shape = _halved(x)
     if out is None:
@@ -155,7 +169,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
     else:
         check_tensor("out", out, shape=tuple(shape), dtypes=FLOAT_DTYPES, device=x.device)
         check_output("out", out)
-    ops.silu_mul(x, num_tokens, out)
+    ops.silu_mul(x, num_tokens, expert_start, out)
     return out
 
 
@@ -189,12 +203,15 @@ def quantize_weight(
     return quantize_blocks(w, dtype, recipe, segments, 128)
 
 
-def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, eps: float | None) -> None:
+def check_quantize_arguments(
+    x: Tensor, num_tokens: Tensor | None, expert_start: Tensor | None, recipe: str, eps: float | None
+) -> None:
     """What `quantize_expert_batch` and `silu_mul_quantize` ask of their inputs.
 
     Args:
-        x: (L, M, columns).
+        x: (L, M, columns), with expert_start (R, columns).
         num_tokens: (L,) int32, or None.
+        expert_start: (L,) int32, or None.
         recipe: its name.
         eps: floor of a group's absolute maximum, or None.
 
@@ -202,8 +219,8 @@ def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, 
         ValueError: one of them is wrong.
         RuntimeError: x requires grad under grad mode.
     """
-    check_tensor("x", x, dims=3, dtypes=FLOAT_DTYPES)
-    check_counts(num_tokens, x)
+    check_tensor("x", x, dims=3 if expert_start is None else 2, dtypes=FLOAT_DTYPES)
+    check_counts(num_tokens, expert_start, x.shape[0] if expert_start is None else None, x.device)
     check_no_grad(x=x)
     recipe_of(recipe)
     check_eps(eps)
@@ -211,11 +228,12 @@ def check_quantize_arguments(x: Tensor, num_tokens: Tensor | None, recipe: str, 
 
 def _halved(x: Tensor) -> torch.Size:
     """The shape of SwiGLU's output."""
-    if x.shape[2] % 2:
+    if x.shape[-1] % 2:
         raise ValueError(
-            f"x must be (L, M, 2 * I), gate first then up: its last dimension must be even, got shape {tuple(x.shape)}"
+            f"x must be (L, M, 2 * I), ragged (R, 2 * I), gate first then up: its last dimension must be even, got shape "
+            f"{tuple(x.shape)}"
         )
-    return torch.Size((x.shape[0], x.shape[1], x.shape[2] // 2))
+    return torch.Size((*x.shape[:-1], x.shape[-1] // 2))
 
 
 def _outputs(
@@ -229,16 +247,15 @@ def _outputs(
 ) -> QuantizedTensor:
     """The outputs that the caller gave, checked, or new ones."""
     format_of(dtype)
-    experts, rows, columns = shape
-    groups = ceil_div(columns, group_size)
     if values is not None:
         check_tensor("values", values, shape=tuple(shape), dtypes=(dtype,), device=device)
         check_output("values", values)
     if scales is not None:
-        check_tensor("scales", scales, shape=(experts, rows, groups), dtypes=(torch.float32,), device=device)
+        groups = ceil_div(shape[-1], group_size)
+        check_tensor("scales", scales, shape=(*shape[:-1], groups), dtypes=(torch.float32,), device=device)
         check_output("scales", scales)
     values = torch.empty(shape, dtype=dtype, device=device) if values is None else values
-    scales = empty_transposed_scales(experts, rows, groups, device) if scales is None else scales
+    scales = empty_scales_of(shape, group_size, device) if scales is None else scales
     layout = scale_layout(scales)
     # strides that no layout has are left to the constructor's words
     made = QuantizedTensor if layout == "row" and not scales.is_contiguous() else QuantizedTensor.made_of

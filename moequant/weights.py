@@ -137,7 +137,7 @@ def check_batch(batch: ExpertBatch, w13: Weight) -> None:
     """
     hint = "dispatch returns the batch and a handle: give the batch alone" if isinstance(batch, tuple) else ""
     check_is("batch", batch, ExpertBatch, hint)
-    experts, _, hidden = batch.values.shape
+    experts, hidden = batch.num_tokens.shape[0], batch.values.shape[-1]
     if (experts, hidden) != (w13.shape[0], w13.shape[2]) or batch.values.dtype != dtype_of(w13):
         raise ValueError(
             f"the experts are {w13.shape[0]} of hidden size {w13.shape[2]} in {dtype_of(w13)}, the batch has values of "

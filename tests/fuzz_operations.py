@@ -249,7 +249,7 @@ class Quantizers:
         else:
             ops.quantize_expert_batch(x, num_tokens, values.tensor, by_row, self.group, self.recipe)
             new = torch.empty(experts, rows, columns, dtype=dtype), torch.empty(experts, rows, groups)
-            reference.quantize_rows(x.cpu(), None, *new, self.group, self.recipe)
+            reference.quantize_rows(x.cpu(), None, None, *new, self.group, self.recipe)
             expected = QuantizedTensor(
                 new[0], new[1].transpose(1, 2).contiguous().transpose(1, 2), "transposed", group_size=self.group
             )

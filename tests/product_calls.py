@@ -24,10 +24,10 @@ def call_grouped_gemm(
     b_scales = None if dtype == BF16 else empty(experts, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
     if push:
         destinations = empty(experts, 1024, dtype=torch.int64)
-        ops.grouped_gemm_push(a, a_scales, b, b_scales, counted(a), destinations, expected_rows, None)
+        ops.grouped_gemm_push(a, a_scales, b, b_scales, counted(a), None, destinations, expected_rows, None)
         return
     out = empty(experts, 1024, columns, dtype=out_dtype)
-    ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), out, expected_rows=expected_rows)
+    ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), None, out, expected_rows=expected_rows)
 
 
 def call_int8_addmm(
@@ -49,12 +49,12 @@ def call_int8_addmm(
 def gemm_arguments(quantized: bool) -> tuple:
     a, b, out = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 6, 140).bfloat16(), torch.zeros(2, 4, 6)
     if not quantized:
-        return a, None, b, None, None, out, 1, 7
+        return a, None, b, None, None, None, out, 1, 7
     qa, qb = quantize_expert_batch(a, dtype=torch.int8), quantize_weight(b, dtype=torch.int8, segments=2)
-    return qa.values, qa.scales, qb.values, qb.scales, COUNTS, out, 2, None
+    return qa.values, qa.scales, qb.values, qb.scales, COUNTS, None, out, 2, None
 
 
 def gemm1_arguments(dtype: torch.dtype) -> tuple:
     a, w13 = torch.randn(2, 4, 140).bfloat16(), torch.randn(2, 2 * 140, 140).bfloat16()
     qa, qw = quantize_expert_batch(a, dtype=dtype), quantize_weight(w13, dtype=dtype, segments=2)
-    return qa.values, qa.scales, qw.values, qw.scales, COUNTS, *quantize_outputs(dtype), "ue8m0", 2
+    return qa.values, qa.scales, qw.values, qw.scales, COUNTS, None, *quantize_outputs(dtype), "ue8m0", 2

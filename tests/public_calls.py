@@ -56,5 +56,13 @@ def public_names() -> set[str]:
                 methods = (m for m, f in members.items() if callable(getattr(value, m)) and not isinstance(f, type))
                 names |= {f"{name}.{m}" for m in methods if m == "__call__" or not m.startswith("_")}
     # handles are opaque: dispatch makes them; the others are the package's own
-    own = {"DispatchHandle", "QuantizedTensor.made_of", "quantize_blocks", "ceil_div", "scale_layout", "empty_transposed_scales"}
+    own = {
+        "DispatchHandle",
+        "QuantizedTensor.made_of",
+        "quantize_blocks",
+        "ceil_div",
+        "scale_layout",
+        "empty_transposed_scales",
+        "empty_scales_of",
+    }
     return names - own

@@ -88,15 +88,15 @@ def test_a_quant_spec_has_the_formats_and_recipes_numbers():
 
 
 def test_the_gemm_operation_takes_bare_tensors_for_the_quantized_operands():
-    values, scales, weights, weight_scales, counts, out, segments, _ = gemm_arguments(True)
-    operation("grouped_gemm_blockscale")(values, scales, weights, weight_scales, counts, out, segments, None, None)
+    values, scales, weights, weight_scales, counts, starts, out, segments, _ = gemm_arguments(True)
+    operation("grouped_gemm_blockscale")(values, scales, weights, weight_scales, counts, starts, out, segments, None, None)
     a, b = QuantizedTensor(values, scales, "transposed"), QuantizedTensor(weights, weight_scales, "block", segments=segments)
     assert_bit_equal(out, reference.grouped_gemm_blockscale(a, b, counts, out=torch.zeros_like(out)))
 
 
 def test_gemm1_swiglu_is_the_gemm_and_then_swiglu_with_quantization():
-    a, a_scales, w13, w13_scales, counts, values, scales, recipe, _ = gemm1_arguments(FP8)
-    operation("gemm1_swiglu")(a, a_scales, w13, w13_scales, counts, values, scales, recipe, 2, None)
+    a, a_scales, w13, w13_scales, counts, starts, values, scales, recipe, _ = gemm1_arguments(FP8)
+    operation("gemm1_swiglu")(a, a_scales, w13, w13_scales, counts, starts, values, scales, recipe, 2, None)
     left, right = QuantizedTensor(a, a_scales, "transposed"), QuantizedTensor(w13, w13_scales, "block", segments=2)
     gate_up = grouped_gemm_blockscale(left, right, counts)
     expected = silu_mul_quantize(gate_up, counts, recipe=recipe)

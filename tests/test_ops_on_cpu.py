@@ -55,7 +55,7 @@ def test_products_have_the_bits_of_the_reference(shape, dtype, out_dtype):
         found, expected = (torch.full((experts, rows, columns), 7.0, dtype=out_dtype) for _ in range(2))
         reference.grouped_gemm_blockscale(left, right, num_tokens, out=expected)
         with torch.autocast("cpu", torch.bfloat16):
-            ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, found, segments)
+            ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, None, found, segments)
         assert same_bits(found, expected)
 
 
@@ -64,7 +64,7 @@ def test_experts_without_rows_are_passed_over(monkeypatch):
     monkeypatch.setattr(on_cpu, "widen", lambda x, *rest: (widened.append(x.data_ptr()), widen(x, *rest)))
     a, b = torch.randn(4, 3, 8).bfloat16(), torch.randn(4, 5, 8).bfloat16()
     counts = torch.tensor([0, 2, 0, 1], dtype=torch.int32)
-    ops.grouped_gemm_blockscale(a, None, b, None, counts, torch.empty(4, 3, 5))
+    ops.grouped_gemm_blockscale(a, None, b, None, counts, None, torch.empty(4, 3, 5))
     assert widened == [x.data_ptr() for x in (a[1], b[1], a[3], b[3])]
 
 

@@ -254,7 +254,7 @@ def test_counts_say_which_rows_are_written_and_the_rest_stays():
     values = torch.full((3, 4, 2), 0x55, dtype=torch.uint8)
     scales = torch.full((3, 4, 1), 7.0)
     counts = torch.tensor([2, 0, 9], dtype=torch.int32)
-    reference.quantize_rows(torch.ones(3, 4, 2), counts, values.view(torch.float8_e4m3fn), scales)
+    reference.quantize_rows(torch.ones(3, 4, 2), counts, None, values.view(torch.float8_e4m3fn), scales)
     written = torch.tensor([[1, 1, 0, 0], [0] * 4, [1] * 4]).bool()
     assert values.tolist() == torch.where(written, 0x7E, 0x55).unsqueeze(2).expand(3, 4, 2).tolist()
     assert scales.squeeze(2).tolist() == torch.where(written, torch.tensor(1.0) / 448, 7.0).tolist()

@@ -1,6 +1,7 @@
 """Grouped GEMM of quantized operands: one product for each expert, over its valid rows only.
 
-Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, G = ceil(K_dim / 128) groups of it.
+Letters: L experts, M rows of an expert's buffer, R rows of all experts where they lie in one buffer (ragged), N columns, K_dim
+contraction, G = ceil(K_dim / 128) groups of it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moequant.kernels.gemm.reduce_split_k import reduce_split_k
+from moequant.kernels.library.common import most_row_tiles
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, uses_pdl
 
@@ -23,7 +25,7 @@ GROUP_SIZE = 128
 
 
 class Scales(NamedTuple):
-    """Of both operands, or None, and the elements between a's experts and groups."""
+    """Of both operands, or None, and the elements between a's experts, or its ragged rows, and its groups."""
 
     a: Tensor | None
     b: Tensor | None
@@ -90,6 +92,7 @@ def grouped_gemm_kernel(
     destinations,
     scales,
     num_tokens,
+    expert_start,
     size,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
@@ -97,9 +100,11 @@ def grouped_gemm_kernel(
     """Each program computes every num_programs-th tile (BLOCK_M, BLOCK_N) of the valid output. Only counts are read to find them.
 
     a, b: descriptors of (L*M, K_DIM) and (L*N, K_DIM) if TILE.tma, else pointers. size: L and M.
+    expert_start: None, or the first row of each expert, among R rows of all; a has (R, K_DIM) then, and M is R. A tile that ends past its
+    expert's rows loads rows of the next one, and doesn't store them.
     destinations: the address for each row, or None: then out.rows holds them.
-    out.partials: None, or (SPLIT_K, L, M, N) float32: SPLIT_K programs share a tile, each sums a part of the steps, and
-    `reduce_split_k` does the rest.
+    out.partials: None, or (SPLIT_K, L, M, N) float32, ragged (SPLIT_K, R, N): SPLIT_K programs share a tile, each sums a part of the
+    steps, and `reduce_split_k` does the rest.
     Tiles are numbered expert by expert; within an expert by bands of GROUP_M row tiles, column by column, the rows of a band
     fastest: CTAs that run at the same time then read the same weights, and in a tall expert not more than GROUP_M different tiles
     of activations. A column tile never crosses from one segment to the next, nor from one block of 128 columns to the next: it has
@@ -133,6 +138,8 @@ def grouped_gemm_kernel(
     else:
         counts = tl.load(num_tokens + index, mask=index < experts, other=0)
         counts = tl.minimum(tl.maximum(counts, 0), M)
+        if expert_start is not None:
+            counts = tl.minimum(counts, M - tl.load(expert_start + index, mask=index < experts, other=0))
     ends = tl.cumsum(tl.cdiv(counts, BLOCK_M) * COLUMN_TILES, 0)
     tiles = tl.max(ends, 0)
     group_stride = tl.cast(scales.a_group, tl.int64)
@@ -141,6 +148,10 @@ def grouped_gemm_kernel(
     for unit in tl.range(tl.program_id(0), tiles * SPLIT_K, tl.num_programs(0), flatten=TILE.flatten):
         tile = unit // SPLIT_K
         expert, count, row_tile, column_tile = locate_tile(tile, ends, counts, BLOCK_M, TILE.band, COLUMN_TILES)
+        # the expert's rows begin at the start-th buffer of so many
+        start, buffer = expert, M
+        if expert_start is not None:
+            start, buffer = tl.load(expert_start + expert), 1
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         first_column = column_tile // SEGMENT_TILES * SEGMENT_N + column_tile % SEGMENT_TILES * BLOCK_N
         columns_left = SEGMENT_N - column_tile % SEGMENT_TILES * BLOCK_N
@@ -149,14 +160,14 @@ def grouped_gemm_kernel(
         valid_row = rows < count
         valid_column = in_tile < columns_left
 
-        a_row = expert * M + row_tile * BLOCK_M
+        a_row = start * buffer + row_tile * BLOCK_M
         b_row = expert * N + first_column
         # rows and columns that are not stored may hold anything: no product mixes them with the others
         if not TILE.tma:
             a_pointers = a + (a_row.to(tl.int64) + tl.arange(0, BLOCK_M))[:, None] * K_DIM + depth[None, :]
             b_pointers = b + (b_row.to(tl.int64) + in_tile)[:, None] * K_DIM + depth[None, :]
         if scales.a is not None:
-            a_scale_pointers = scales.a + expert.to(tl.int64) * scales.a_expert + rows
+            a_scale_pointers = scales.a + start.to(tl.int64) * scales.a_expert + rows
             block = column_tile // SEGMENT_TILES * SEGMENT_BLOCKS + column_tile % SEGMENT_TILES * BLOCK_N // 128
             b_scale_pointer = scales.b + (expert * (SEGMENTS * SEGMENT_BLOCKS) + block) * STEPS
 
@@ -189,12 +200,12 @@ def grouped_gemm_kernel(
         if destinations is None or SPLIT_K > 1:
             output = out.rows
             if SPLIT_K > 1:
-                output = out.partials + tl.cast(unit % SPLIT_K, tl.int64) * experts * M * N
-            output_rows = output + (expert.to(tl.int64) * M + rows)[:, None] * N
+                output = out.partials + tl.cast(unit % SPLIT_K, tl.int64) * (experts if expert_start is None else 1) * M * N
+            output_rows = output + (start.to(tl.int64) * buffer + rows)[:, None] * N
             tl.store(output_rows + first_column + in_tile[None, :], acc.to(output.dtype.element_ty), mask=mask)
         else:
             # not loaded before: the products have no registers to spare
-            addresses = tl.load(destinations + expert.to(tl.int64) * M + rows, mask=valid_row, other=0)
+            addresses = tl.load(destinations + start.to(tl.int64) * buffer + rows, mask=valid_row, other=0)
             at = addresses.to(tl.pointer_type(tl.bfloat16))[:, None] + first_column + in_tile[None, :]
             if SEGMENT_N % 8 == 0:
                 # the compiler knows nothing of addresses in a table: rows begin at multiples of 16 bytes
@@ -310,6 +321,7 @@ def grouped_gemm_blockscale(
     b: Tensor,
     b_scales: Tensor | None,
     num_tokens: Tensor | None,
+    expert_start: Tensor | None,
     out: Tensor | None,
     *,
     destinations: Tensor | None = None,
@@ -323,37 +335,43 @@ def grouped_gemm_blockscale(
     a: (L, M, K_dim) contiguous float8, int8 or, without scales, bfloat16. a_scales: (L, M, G) float32, strides (any, 1, any), or None.
     b: (L, N, K_dim) contiguous, a's dtype. b_scales: (L, segments * ceil(N / segments / 128), G) float32 contiguous, or None.
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
+    expert_start: (L,) int32, with a (R, K_dim), a_scales (R, G), strides (1, any), out (R, N) and destinations (R,); or None.
     out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written. None with destinations.
     destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, a multiple of 16 if N is one of 8.
-    expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M. config: instead of that choice.
+    expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M, ragged R / L. config: instead of that
+    choice.
     num_sms: multiprocessors to use; None for all.
     """
     assert (out is None) != (destinations is None)
-    experts, rows, depth = a.shape
-    columns = b.shape[1]
+    experts, columns, depth = b.shape
+    rows = a.shape[-2]
     if experts * rows * columns == 0:
         return
+    # of a buffer for each expert; of one for all the mean
+    mean = rows if expert_start is None else triton.cdiv(rows, experts)
     limits = device_limits(a.device)
     sms = limits.sms if num_sms is None else num_sms
     block_k = GROUP_SIZE // a.element_size()
     if config is None:
-        expected_rows = rows if expected_rows is None else expected_rows
+        expected_rows = mean if expected_rows is None else expected_rows
         blocks = segments * triton.cdiv(columns // segments, GROUP_SIZE)
-        config = choose_config(expected_rows, experts, rows, blocks, triton.cdiv(depth, block_k), limits.sms)
+        config = choose_config(expected_rows, experts, mean, blocks, triton.cdiv(depth, block_k), limits.sms)
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
     column_tiles = segments * triton.cdiv(columns // segments, config.block_n)
     partials, pdl = None, False
     if config.parts > 1:
-        partials = torch.empty(config.parts, experts, rows, columns, dtype=torch.float32, device=a.device)
+        partials = torch.empty(config.parts, *a.shape[:-1], columns, dtype=torch.float32, device=a.device)
         pdl = uses_pdl(a.device)
-    programs = min(sms * config.programs_per_sm, experts * triton.cdiv(rows, config.block_m) * column_tiles * config.parts)
+    tiles = most_row_tiles(experts, rows, config.block_m, expert_start) * column_tiles
+    programs = min(sms * config.programs_per_sm, tiles * config.parts)
     grouped_gemm_kernel[(programs,)](
         descriptor(a, config.block_m, block_k) if tma else a,
         descriptor(b, config.block_n, block_k) if tma else b,
         Output(out, partials),
         destinations,
-        Scales(None, None, 0, 0) if a_scales is None else Scales(a_scales, b_scales, a_scales.stride(0), a_scales.stride(2)),
+        Scales(None, None, 0, 0) if a_scales is None else Scales(a_scales, b_scales, a_scales.stride(0), a_scales.stride(-1)),
         num_tokens,
+        expert_start,
         size=(experts, rows),
         SHAPE=Product(columns, depth, segments, triton.next_power_of_2(experts)),
         TILE=Tile(
@@ -372,4 +390,4 @@ def grouped_gemm_blockscale(
         enable_fp_fusion=True,
     )
     if partials is not None:
-        reduce_split_k(partials, out, destinations, num_tokens, pdl)
+        reduce_split_k(partials, out, destinations, num_tokens, expert_start, pdl)

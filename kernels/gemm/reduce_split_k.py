@@ -1,9 +1,11 @@
 """Adds what the programs of a grouped GEMM made of the parts of K_dim.
 
-Letters: L experts, M rows of an expert's buffer, N columns.
+Letters: L experts, M rows of an expert's buffer, R rows of all experts together (ragged), N columns.
 """
 
 from __future__ import annotations
+
+import math
 
 import triton
 import triton.language as tl
@@ -23,13 +25,16 @@ def reduce_split_k_kernel(
     out,
     destinations,
     num_tokens,
+    expert_start,
     size,
     SPLIT_K: tl.constexpr,
     ALIGNED: tl.constexpr,
     PDL: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """Program (i, j) adds columns j * BLOCK.. of row i of all experts' rows, part after part. size: M, N, and the
-    elements from one part to the next. ALIGNED: rows of 16 bytes each.
+    elements from one part to the next. ALIGNED: rows of 16 bytes each. EXPERTS: how many there are, as they are and rounded up to a power
+    of two. With expert_start the rows are R, and M is R.
 
     Example: M=2, N=600, SPLIT_K=3, counts [1, 2]: program (3, 1) adds columns 512..599 of the second expert's row 1, of three parts;
     program (1, 0) has nothing to do, as the first expert has one row.
@@ -38,7 +43,12 @@ def reduce_split_k_kernel(
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
-    if num_tokens is not None:
+    if expert_start is not None:
+        index = tl.arange(0, EXPERTS[1])
+        starts = tl.load(expert_start + index, mask=index < EXPERTS[0], other=0)
+        counts = tl.minimum(tl.load(num_tokens + index, mask=index < EXPERTS[0], other=0), M)
+        mask = mask & (tl.sum(((starts <= row) & (row < starts + counts)).to(tl.int32), 0) > 0)
+    elif num_tokens is not None:
         # before the parts are there: the launch before doesn't write the counts, and began when they were there
         mask = mask & (row % M < tl.load(num_tokens + row // M))
     at = row.to(tl.int64) * N + columns
@@ -56,25 +66,36 @@ def reduce_split_k_kernel(
         tl.store(start + columns, total.to(tl.bfloat16), mask=mask)
 
 
-def reduce_split_k(partials: Tensor, out: Tensor | None, destinations: Tensor | None, num_tokens: Tensor | None, pdl: bool) -> None:
+def reduce_split_k(
+    partials: Tensor,
+    out: Tensor | None,
+    destinations: Tensor | None,
+    num_tokens: Tensor | None,
+    expert_start: Tensor | None,
+    pdl: bool,
+) -> None:
     """The sums over the parts, part after part in float32, rounded once.
 
     partials: (SPLIT_K, L, M, N) float32 contiguous. num_tokens: (L,) int32, of each expert that many rows are read and written;
-    None: all.
+    None: all. expert_start: (L,) int32, with partials (SPLIT_K, R, N), out (R, N) and destinations (R,); or None.
     out: (L, M, N) contiguous float, or None with destinations: (L, M) int64, the address for each row of N bfloat16 numbers, a multiple
     of 16 if N is one of 8.
     pdl: this launch may begin while the one before it, the grouped GEMM, still runs.
     """
-    parts, experts, rows, columns = partials.shape
-    reduce_split_k_kernel[(experts * rows, triton.cdiv(columns, BLOCK.value))](
+    parts, *there, rows, columns = partials.shape
+    all_rows = math.prod(there) * rows
+    experts = 0 if expert_start is None else expert_start.shape[0]
+    reduce_split_k_kernel[(all_rows, triton.cdiv(columns, BLOCK.value))](
         partials,
         out,
         destinations,
         num_tokens,
-        size=(rows, columns, experts * rows * columns),
+        expert_start,
+        size=(rows, columns, all_rows * columns),
         SPLIT_K=parts,
         ALIGNED=columns % 8 == 0,
         PDL=pdl,
+        EXPERTS=(experts, triton.next_power_of_2(experts)),
         # 8 columns a thread
         num_warps=2,
         **pdl_option(pdl),

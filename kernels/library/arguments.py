@@ -29,7 +29,8 @@ def rows_of(x: Tensor | None) -> Rows:
 
 
 class Strided(NamedTuple):
-    """A tensor of three dimensions, and the elements from one to the next of each: matrices (experts), rows, columns (groups)."""
+    """A tensor of three dimensions, and the elements from one to the next of each: matrices (experts), rows, columns (groups). Of two
+    dimensions: each row begins a matrix, as expert_start counts rows."""
 
     pointer: Tensor | None
     matrix: int
@@ -38,7 +39,9 @@ class Strided(NamedTuple):
 
 
 def strided(x: Tensor | None) -> Strided:
-    return Strided(None, 0, 0, 0) if x is None else Strided(x, *x.stride())
+    if x is None:
+        return Strided(None, 0, 0, 0)
+    return Strided(x, *x.stride()) if x.dim() == 3 else Strided(x, x.stride(0), *x.stride())
 
 
 class Shape(NamedTuple):

@@ -179,6 +179,11 @@ def divide_and_round(x, bits, scale, r, RECIPROCAL: tl.constexpr, target: tl.con
     return values
 
 
+def most_row_tiles(experts: int, rows: int, block_m: int, expert_start: torch.Tensor | None) -> int:
+    """How many row tiles there are at most. rows: M, or R where expert_start says where each expert's begin."""
+    return experts * triton.cdiv(rows, block_m) if expert_start is None else rows // block_m + experts
+
+
 @triton.jit
 def unlike(mine, theirs):
     """Whether words of two calls are of calls that don't belong together, as `moequant.transport.calls.unlike` says."""
@@ -188,9 +193,7 @@ def unlike(mine, theirs):
 
 
 @triton.jit
-def row_blocks(
-    num_tokens_ptr, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr, starts_ptr=None
-):
+def row_blocks(num_tokens_ptr, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr, starts_ptr=None):
     """How the valid rows of a batch fall into blocks of BLOCK rows. Returns (counts, ends), each (EXPERTS,).
 
     counts: valid rows of each expert. ends: blocks of this and all earlier experts. starts_ptr: each expert's first row, where the rows

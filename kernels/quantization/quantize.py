@@ -1,6 +1,6 @@
 """Quantizes the valid rows of an expert batch in groups along the hidden dimension, as they are or after SwiGLU.
 
-L experts, M rows of an expert's buffer, H columns, G groups of GROUP columns.
+L experts, M rows of an expert's buffer, R rows of all experts together (ragged), H columns, G groups of GROUP columns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.arguments import QuantSpec, Shape, Strided, strided
-from moequant.kernels.library.common import locate_block, num_sms, quantize_group, row_blocks, silu_mul_product, storable
+from moequant.kernels.library.common import (
+    locate_block,
+    most_row_tiles,
+    num_sms,
+    quantize_group,
+    row_blocks,
+    silu_mul_product,
+    storable,
+)
 from moequant.kernels.library.launch import launchable
 
 
@@ -57,14 +65,22 @@ def load_tile(x, expert, first_row, first_column, in_tile, mask, columns, GATED:
 
 
 @triton.jit
-def locate_rows(block, counts, ends, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr):
-    """As `locate_block`. Without counts block after block of rows, of all experts each: where these are the heads of a matrix's rows,
+def locate_rows(
+    block, counts, ends, expert_start_ptr, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr, COUNTED: tl.constexpr
+):
+    """As `locate_block`, with the expert's first row, where there is a table of them, in its place.
+
+    Without counts block after block of rows, of all experts each: where these are the heads of a matrix's rows,
     what is written at one time lies side by side.
 
     Example: two experts of 20 rows, BLOCK=8: blocks 0..5 are rows 0 of experts 0 and 1, rows 8 of both, rows 16 of both.
     """
     if COUNTED:
-        return locate_block(block, counts, ends, BLOCK, EXPERTS)
+        expert, first, count = locate_block(block, counts, ends, BLOCK, EXPERTS)
+        if expert_start_ptr is not None:
+            # there are blocks past the last one
+            expert = tl.load(expert_start_ptr + expert, mask=expert < experts, other=0)
+        return expert, first, count
     else:
         return block % experts, block // experts * BLOCK, rows
 
@@ -73,6 +89,7 @@ def locate_rows(block, counts, ends, experts, rows, BLOCK: tl.constexpr, EXPERTS
 @triton.jit
 def quantize_kernel(
     num_tokens_ptr,
+    expert_start_ptr,
     x,
     values,
     scales,
@@ -86,6 +103,7 @@ def quantize_kernel(
     the programs in turn. A program loads its next tile before it works on the present one.
 
     GATED: column i of the output is silu(x[i]) * x[columns + i]. Without scales the product is stored as it is.
+    expert_start_ptr: None, or each expert's first row; tensors have two dimensions then, and rows as `Strided` says.
     PACKED: scales are exponents, a byte each; four groups lie side by side, scales.column bytes from the next four. BLOCK_G is then a
     multiple of 4.
 
@@ -99,7 +117,7 @@ def quantize_kernel(
     EXPERTS: tl.constexpr = TILE.experts
     EVEN: tl.constexpr = TILE.even
     experts, rows, columns = shape
-    counts, ends = row_blocks(num_tokens_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED)
+    counts, ends = row_blocks(num_tokens_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED, expert_start_ptr)
     groups = tl.cdiv(columns, GROUP)
     group_blocks = tl.cdiv(groups, BLOCK_G)
     tiles = tl.max(ends, axis=0) * group_blocks
@@ -115,7 +133,8 @@ def quantize_kernel(
     scale_in_tile = row.to(tl.int64)[:, None] * scales.row + scale_in_group[None, :]
 
     tile = tl.program_id(0)
-    expert, first_row, count = locate_rows(tile // group_blocks, counts, ends, experts, rows, BLOCK_M, EXPERTS, COUNTED)
+    block = tile // group_blocks
+    expert, first_row, count = locate_rows(block, counts, ends, expert_start_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED)
     first_group = tile % group_blocks * BLOCK_G
     mask = tile_mask(first_row, first_group * GROUP, row, column, count, columns, EVEN)
     gate, up = load_tile(x, expert, first_row, first_group * GROUP, in_tile, mask, columns, GATED)
@@ -123,7 +142,9 @@ def quantize_kernel(
         next_tile = tile + tl.num_programs(0)
         # past the last tile there is no valid row
         next_block = next_tile // group_blocks
-        next_expert, next_row, next_count = locate_rows(next_block, counts, ends, experts, rows, BLOCK_M, EXPERTS, COUNTED)
+        next_expert, next_row, next_count = locate_rows(
+            next_block, counts, ends, expert_start_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED
+        )
         next_group = next_tile % group_blocks * BLOCK_G
         mask = tile_mask(next_row, next_group * GROUP, row, column, next_count, columns, EVEN)
         next_gate, next_up = load_tile(x, next_expert, next_row, next_group * GROUP, in_tile, mask, columns, GATED)
@@ -156,6 +177,7 @@ def quantize_kernel(
 def launch_quantize(
     x: torch.Tensor,
     num_tokens: torch.Tensor | None,
+    expert_start: torch.Tensor | None,
     values: torch.Tensor,
     scales: torch.Tensor | None,
     spec: QuantSpec | None,
@@ -164,14 +186,16 @@ def launch_quantize(
     gated: bool,
     group_size: int = 128,
 ) -> None:
-    """Launches the kernel on the valid rows of values (L, M, columns). spec: None without scales."""
-    shape = Shape(*values.shape)
-    if values.numel() == 0:
+    """Launches the kernel on the valid rows of values (L, M, columns), or (R, columns) with expert_start. spec: None without scales."""
+    shape = Shape(*values.shape) if expert_start is None else Shape(expert_start.shape[0], *values.shape)
+    if values.numel() == 0 or shape.experts == 0:
         return
-    worst = shape.experts * triton.cdiv(shape.rows, cut.rows) * triton.cdiv(shape.columns, group_size * cut.groups)
+    row_tiles = most_row_tiles(shape.experts, shape.rows, cut.rows, expert_start)
+    worst = row_tiles * triton.cdiv(shape.columns, group_size * cut.groups)
     packed = scales is not None and scales.dtype == torch.int32
     quantize_kernel[(min(worst, num_sms(x.device) * cut.programs_per_sm),)](
         num_tokens,
+        expert_start,
         strided(x),
         strided(storable(values)),
         packed_bytes(scales) if packed else strided(scales),
@@ -200,6 +224,7 @@ def packed_bytes(scales: torch.Tensor) -> Strided:
 def quantize_expert_batch(
     x: torch.Tensor,
     num_tokens: torch.Tensor | None,
+    expert_start: torch.Tensor | None,
     values: torch.Tensor,
     scales: torch.Tensor,
     spec: QuantSpec,
@@ -210,13 +235,15 @@ def quantize_expert_batch(
 
     x: (L, M, H) float, any strides. num_tokens: (L,) int32 or None. values: (L, M, H), any strides. scales: (L, M, G) float32, any
     strides; or (L, M, ceil(G / 4)) int32 of strides (any, 1, any), for exponents of powers of two, four in each.
+    expert_start: (L,) int32, with x and values (R, H) and float32 scales (R, G); or None.
     """
-    groups_there = triton.next_power_of_2(triton.cdiv(x.shape[2], group_size))
+    groups_there = triton.next_power_of_2(triton.cdiv(x.shape[-1], group_size))
     # no tile is wider than the rows
     block_g = max(min(512 // group_size, groups_there), 4 if scales.dtype == torch.int32 else 1)
     # tiles of 4096 numbers, or of 1024, which are done sooner, where those don't fill the device
     block_m = 4096 // (group_size * block_g)
-    tiles = values.shape[0] * triton.cdiv(values.shape[1], block_m) * triton.cdiv(groups_there, block_g)
+    experts = values.shape[0] if expert_start is None else expert_start.shape[0]
+    tiles = most_row_tiles(experts, values.shape[-2], block_m, expert_start) * triton.cdiv(groups_there, block_g)
     small = tiles < 6 * num_sms(x.device)
     cut = Cut(block_m // 4, block_g, 2, 24) if small else Cut(block_m, block_g, 2, 6)
-    launch_quantize(x, num_tokens, values, scales, spec, cut, gated=False, group_size=group_size)
+    launch_quantize(x, num_tokens, expert_start, values, scales, spec, cut, gated=False, group_size=group_size)

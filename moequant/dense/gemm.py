@@ -53,7 +53,7 @@ def mm_fp8_blockscale(
     out = torch.empty(rows, columns, dtype=out_dtype, device=left.device)
     operands = left.values, ops.rows_side_by_side(left.scales_by_row()), right.values, right.scales
     a_values, a_rows, b_values, b_blocks = (x.unsqueeze(0) for x in operands)
-    ops.grouped_gemm_blockscale(a_values, a_rows, b_values, b_blocks, None, out.unsqueeze(0), right.segments, None, None)
+    ops.grouped_gemm_blockscale(a_values, a_rows, b_values, b_blocks, None, None, out.unsqueeze(0), right.segments, None, None)
     return out
 
 

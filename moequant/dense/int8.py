@@ -46,7 +46,7 @@ def act_quant(x: Tensor, block_size: int = 128) -> tuple[Tensor, Tensor]:
     values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(*x.shape[:-1], ceil_div(shape[2], block_size), dtype=torch.float32, device=x.device)
     out = values.view(shape), scales.view(*shape[:2], scales.shape[-1])
-    ops.quantize_expert_batch(x.reshape(shape), None, *out, block_size, "default", None)
+    ops.quantize_expert_batch(x.reshape(shape), None, None, *out, block_size, "default", None)
     return values, scales
 
 

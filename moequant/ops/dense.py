@@ -39,7 +39,7 @@ def int8_addmm(
                 x.unsqueeze(0) for x in (a, rows_side_by_side(a_scales), b, b_scales, out)
             )
             kernel = gemm_kernel(left, left_scales, right, right_scales, result)
-            kernel(left, left_scales, right, right_scales, None, result)
+            kernel(left, left_scales, right, right_scales, None, None, result)
             return
         from moequant.kernels.dense.dense_gemm import Requantize, dense_gemm
 

@@ -37,7 +37,7 @@ def gemm_kernel(
     if common.runs_gluon(a.device):
         from moequant.kernels.library import hopper
 
-        rows = a.shape[1]
+        rows = buffer_rows(a, b)
         small = hopper.too_small(b.shape[0], rows, b.shape[1], rows if expected_rows is None else expected_rows, a.device)
         if not small and hopper.supports(a, a_scales, b, b_scales, out, segments=segments):
             from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
@@ -46,6 +46,11 @@ def gemm_kernel(
     from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale as plain
 
     return plain
+
+
+def buffer_rows(a: Tensor, b: Tensor) -> int:
+    """Rows of an expert's buffer, by which kernels are chosen; of ragged rows the mean, as any expert may have all."""
+    return a.shape[1] if a.dim() == 3 else ceil_div(a.shape[0], max(b.shape[0], 1))
 
 
 def rows_side_by_side(scales: Tensor) -> Tensor:
@@ -65,6 +70,7 @@ def grouped_gemm_blockscale(
     b: Tensor,
     b_scales: Tensor | None,
     num_tokens: Tensor | None,
+    expert_start: Tensor | None,
     out: Tensor,
     segments: int = 1,
     expected_rows: int | None = None,
@@ -72,13 +78,14 @@ def grouped_gemm_blockscale(
 ) -> None:
     """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 operands.
 
+    expert_start: (L,) int32, with a (R, K_dim), its scales (R, G) and out (R, N): the first row of each expert. None: padded.
     num_sms: multiprocessors to use, so that others' kernels have the rest; None for all.
     """
     if not uses_kernels(a):
-        on_cpu.grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, out, segments)
+        on_cpu.grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, expert_start, out, segments)
         return
     kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments, expected_rows)
-    kernel(a, a_scales, b, b_scales, num_tokens, out, segments=segments, expected_rows=expected_rows, num_sms=num_sms)
+    kernel(a, a_scales, b, b_scales, num_tokens, expert_start, out, segments=segments, expected_rows=expected_rows, num_sms=num_sms)
 
 
 def grouped_gemm_push(
@@ -87,11 +94,13 @@ def grouped_gemm_push(
     b: Tensor,
     b_scales: Tensor | None,
     num_tokens: Tensor,
+    expert_start: Tensor | None,
     destinations: Tensor,
     expected_rows: int,
     num_sms: int | None,
 ) -> None:
-    """`grouped_gemm_blockscale` in bfloat16, to the bit, whose row (l, m) goes to the address destinations[l, m].
+    """`grouped_gemm_blockscale` in bfloat16, to the bit, whose row (l, m) goes to the address destinations[l, m]; with expert_start row r
+    of the buffer to destinations[r].
 
     Not registered: torch.library can't know of memory that has an address only. It runs as a kernel alone.
     """
@@ -103,6 +112,7 @@ def grouped_gemm_push(
             b,
             b_scales,
             num_tokens,
+            expert_start,
             None,
             destinations=destinations,
             expected_rows=expected_rows,
@@ -126,7 +136,7 @@ def fuses_gemm1(
 
     experts, columns, _ = w13.shape
     # where programs share tiles, and add in another order
-    if few_tiles(experts, a.shape[1], ceil_div(columns, 128), common.multiprocessors(a.device)):
+    if few_tiles(experts, buffer_rows(a, w13), ceil_div(columns, 128), common.multiprocessors(a.device)):
         return False
     if fused.faster_apart(experts, columns // 2, expected_rows, a.device):
         return False
@@ -140,6 +150,7 @@ def gemm1_swiglu(
     w13: Tensor,
     w13_scales: Tensor,
     num_tokens: Tensor | None,
+    expert_start: Tensor | None,
     values: Tensor,
     scales: Tensor,
     recipe: str = "default",
@@ -149,9 +160,9 @@ def gemm1_swiglu(
     """`grouped_gemm_blockscale` in bfloat16, then `silu_mul_quantize`: the same bits in one kernel, where `fuses_gemm1` says so.
 
     a: (L, M, H), a_scales: (L, M, G), as for the GEMM. w13: (L, 2I, H), gate first, with scales of two segments. values (L, M, I) and
-    scales (L, M, ceil(I / 128)) are written for the valid rows. num_sms: as for the GEMM.
+    scales (L, M, ceil(I / 128)) are written for the valid rows. expert_start, num_sms: as for the GEMM.
     """
-    rows = a.shape[1] if expected_rows is None else expected_rows
+    rows = buffer_rows(a, w13) if expected_rows is None else expected_rows
     if uses_kernels(a) and fuses_gemm1(a, a_scales, w13, w13_scales, values, scales, rows):
         from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel
 
@@ -162,6 +173,7 @@ def gemm1_swiglu(
             w13,
             w13_scales,
             num_tokens,
+            expert_start,
             values,
             scales,
             max_value=spec.max_value.value,
@@ -171,6 +183,6 @@ def gemm1_swiglu(
             num_sms=num_sms,
         )
         return
-    gate_up = torch.empty(*a.shape[:2], w13.shape[1], dtype=torch.bfloat16, device=a.device)
-    grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, gate_up, 2, expected_rows, num_sms)
-    silu_mul_quantize(gate_up, num_tokens, values, scales, recipe)
+    gate_up = torch.empty(*a.shape[:-1], w13.shape[1], dtype=torch.bfloat16, device=a.device)
+    grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, expert_start, gate_up, 2, expected_rows, num_sms)
+    silu_mul_quantize(gate_up, num_tokens, expert_start, values, scales, recipe)

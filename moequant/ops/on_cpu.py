@@ -11,40 +11,50 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moequant import reference
+
 BLOCK = 128
 
 
 def grouped_gemm_blockscale(
-    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, num_tokens: Tensor | None, out: Tensor, segments: int
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    num_tokens: Tensor | None,
+    expert_start: Tensor | None,
+    out: Tensor,
+    segments: int,
 ) -> None:
     """`reference.grouped_gemm_blockscale`, to the bit: each product has the operands and the shape that it has there, on which the bits
     of a CPU's product depend.
 
     a: (L, M, K_dim), with scales (L, M, G) or None. b: (L, N, K_dim), with scales (L, segments * ceil(N / segments / 128), G) or None.
-    num_tokens: (L,) int32, or None for all M. out: (L, M, N), of which the valid rows are written.
+    num_tokens: (L,) int32, or None for all M. expert_start: (L,) int32, with a (R, K_dim), its scales (R, G) and out (R, N); or None.
+    out: (L, M, N), of which the valid rows are written.
     """
-    experts, rows, columns = a.shape
+    columns = a.shape[-1]
     if out.numel() == 0:
         return
-    counts = [rows] * experts if num_tokens is None else num_tokens.clamp(0, rows).tolist()
     right, bits = (torch.empty(b.shape[1:], dtype=dtype, device=b.device) for dtype in (torch.float32, torch.int16))
     # the pieces of a weight that have one row of scales
     blocks = [block for segment in right.unflatten(0, (segments, -1)) for block in segment.split(BLOCK)]
     b_scales = None if b_scales is None else spread(b_scales, columns)
     # float32 under autocast too
     with torch.autocast("cpu", enabled=False):
-        for expert, count in enumerate(counts):
-            if not count:
+        for expert, place in enumerate(reference.expert_places(out, num_tokens, expert_start)):
+            rows = a[place]
+            if not len(rows):
                 continue
-            left = torch.empty(count, columns, dtype=torch.float32, device=a.device)
-            widen(a[expert, :count], torch.empty_like(left, dtype=torch.int16), left)
+            left = torch.empty(rows.shape, dtype=torch.float32, device=a.device)
+            widen(rows, torch.empty_like(left, dtype=torch.int16), left)
             if a_scales is not None:
-                left *= spread(a_scales[expert, :count], columns)
+                left *= spread(a_scales[place], columns)
             widen(b[expert], bits, right)
             if b_scales is not None:
                 for block, scales in zip(blocks, b_scales[expert], strict=True):
                     block *= scales
-            out[expert, :count] = left @ right.T
+            out[place] = left @ right.T
 
 
 def spread(scales: Tensor, columns: int) -> Tensor:

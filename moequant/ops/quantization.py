@@ -39,6 +39,7 @@ def quant_spec(dtype: torch.dtype, recipe: str, eps: float | None = None) -> Qua
 def quantize_expert_batch(
     x: Tensor,
     num_tokens: Tensor | None,
+    expert_start: Tensor | None,
     values: Tensor,
     scales: Tensor,
     group_size: int = 128,
@@ -47,17 +48,18 @@ def quantize_expert_batch(
 ) -> None:
     """`reference.quantize_expert_batch` into given outputs."""
     if not uses_kernels(x):
-        reference.quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
+        reference.quantize_rows(x, num_tokens, expert_start, values, scales, group_size, recipe, eps)
         return
     from moequant.kernels.quantization.quantize import quantize_expert_batch as kernel
 
-    kernel(x, num_tokens, values, scales, quant_spec(values.dtype, recipe, eps), group_size=group_size)
+    kernel(x, num_tokens, expert_start, values, scales, quant_spec(values.dtype, recipe, eps), group_size=group_size)
 
 
 @registered(mutates=("values", "scales"))
 def silu_mul_quantize(
     x: Tensor,
     num_tokens: Tensor | None,
+    expert_start: Tensor | None,
     values: Tensor,
     scales: Tensor,
     recipe: str = "default",
@@ -65,11 +67,12 @@ def silu_mul_quantize(
 ) -> None:
     """`reference.silu_mul_quantize` into given outputs."""
     if not uses_kernels(x):
-        reference.silu_mul_quantize(x, num_tokens, dtype=values.dtype, recipe=recipe, eps=eps, values=values, scales=scales)
+        outputs = {"values": values, "scales": scales}
+        reference.silu_mul_quantize(x, num_tokens, expert_start, dtype=values.dtype, recipe=recipe, eps=eps, **outputs)
         return
     from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize as kernel
 
-    kernel(x, num_tokens, values, scales, quant_spec(values.dtype, recipe, eps))
+    kernel(x, num_tokens, expert_start, values, scales, quant_spec(values.dtype, recipe, eps))
 
 
 @registered(mutates=("values", "scales"))
@@ -106,7 +109,7 @@ def fused_rms_quantize(
     """`reference.rms_norm` of x (M, H), quantized into given outputs; with a residual the sum goes to summed."""
     if not uses_kernels(x):
         normed, total = reference.rms_norm(x, weight, norm_eps, residual, gate)
-        reference.quantize_rows(normed.unsqueeze(0), None, values.unsqueeze(0), scales.unsqueeze(0), group_size, recipe)
+        reference.quantize_rows(normed.unsqueeze(0), None, None, values.unsqueeze(0), scales.unsqueeze(0), group_size, recipe)
         if summed is not None:
             summed.copy_(total)
         return
@@ -117,14 +120,14 @@ def fused_rms_quantize(
 
 
 @registered(mutates=("out",))
-def silu_mul(x: Tensor, num_tokens: Tensor | None, out: Tensor) -> None:
+def silu_mul(x: Tensor, num_tokens: Tensor | None, expert_start: Tensor | None, out: Tensor) -> None:
     """`reference.silu_mul` into a given output."""
     if not uses_kernels(x):
-        reference.silu_mul(x, num_tokens, out=out)
+        reference.silu_mul(x, num_tokens, expert_start, out=out)
         return
     from moequant.kernels.quantization.silu_mul_quantize import silu_mul as kernel
 
-    kernel(x, num_tokens, out)
+    kernel(x, num_tokens, expert_start, out)
 
 
 def reads(dtype: torch.dtype, device: torch.device) -> bool:

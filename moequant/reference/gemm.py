@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moequant.batch import QuantizedTensor
-from moequant.reference.quantization import dequantize
+from moequant.reference.quantization import dequantize, expert_places
 
 __all__ = [
     "grouped_gemm_blockscale",
@@ -18,6 +18,7 @@ def grouped_gemm_blockscale(
     a: QuantizedTensor | Tensor,
     b: QuantizedTensor | Tensor,
     num_tokens: Tensor | None = None,
+    expert_start: Tensor | None = None,
     *,
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
@@ -25,15 +26,11 @@ def grouped_gemm_blockscale(
 ) -> Tensor:
     """As `moequant.grouped_gemm_blockscale`: a float32 product of the dequantized operands, one expert after the other."""
     del expected_rows
-    experts, rows = a.shape[:2]
     if out is None:
-        out = torch.empty(experts, rows, b.shape[1], dtype=out_dtype, device=a.device)
-    for expert in range(experts):
-        count = rows if num_tokens is None else min(max(0, int(num_tokens[expert])), rows)
-        if not count:
-            continue
-        left, right = operand_rows(a, expert, count), operand_rows(b, expert, b.shape[1])
-        out[expert, :count] = product(left, right).to(out.dtype)
+        out = torch.empty(*a.shape[:-1], b.shape[1], dtype=out_dtype, device=a.device)
+    for expert, place in enumerate(expert_places(out, num_tokens, expert_start)):
+        if out[place].numel():
+            out[place] = product(operand_rows(a, place), operand_rows(b, (expert,))).to(out.dtype)
     return out
 
 
@@ -43,10 +40,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b.T
 
 
-def operand_rows(x: QuantizedTensor | Tensor, expert: int, count: int) -> Tensor:
-    """The first rows of one expert's operand as float32 (count, K_dim)."""
+def operand_rows(x: QuantizedTensor | Tensor, place: tuple[int | slice, ...]) -> Tensor:
+    """Rows of one expert's operand as float32 (rows, K_dim). place: with what to index it; of a weight all rows."""
     if not isinstance(x, QuantizedTensor):
-        return x[expert, :count].float()
-    scales = x.scales[expert] if x.layout == "block" else x.scales[expert, :count].contiguous()
+        return x[place].float()
     layout = "block" if x.layout == "block" else "row"
-    return dequantize(QuantizedTensor(x.values[expert, :count], scales, layout, x.recipe, x.group_size, x.segments))
+    return dequantize(QuantizedTensor(x.values[place], x.scales[place].contiguous(), layout, x.recipe, x.group_size, x.segments))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moequant.batch import QuantizedTensor, ceil_div, empty_transposed_scales, scale_layout
+from moequant.batch import QuantizedTensor, ceil_div, empty_scales_of, scale_layout
 from moequant.formats import format_of, max_of, recipe_of
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "counted_rows",
     "dequantize",
     "dequantize_blocks",
+    "expert_places",
     "group_scales",
     "pack_exponents",
     "quantize_expert_batch",
@@ -76,17 +77,32 @@ def pack_exponents(scales: Tensor) -> Tensor:
     return F.pad(exponents, (0, -scales.shape[-1] % 4)).view(torch.int32)
 
 
-def counted_rows(num_tokens: Tensor | None, x: Tensor) -> Tensor:
-    """(L, M) bool: which rows of x (L, M, ...) are valid."""
+def counted_rows(num_tokens: Tensor | None, x: Tensor, expert_start: Tensor | None = None) -> Tensor:
+    """(L, M) bool: which rows of x (L, M, ...) are valid; with expert_start (R,), of x (R, ...)."""
+    if expert_start is not None:
+        assert num_tokens is not None
+        rows, starts = torch.arange(x.shape[0], device=x.device), expert_start.long().unsqueeze(1)
+        return ((rows >= starts) & (rows < starts + num_tokens.unsqueeze(1))).any(0)
     experts, rows = x.shape[:2]
     if num_tokens is None:
         return torch.ones(experts, rows, dtype=torch.bool, device=x.device)
     return torch.arange(rows, device=x.device) < num_tokens.unsqueeze(1)
 
 
+def expert_places(x: Tensor, num_tokens: Tensor | None, expert_start: Tensor | None) -> list[tuple[int | slice, ...]]:
+    """With what to index x (L, M, ...), or with expert_start x (R, ...), for the valid rows of each expert."""
+    rows = x.shape[0 if expert_start is not None else 1]
+    counts = [rows] * x.shape[0] if num_tokens is None else num_tokens.tolist()
+    if expert_start is None:
+        return [(expert, slice(min(max(0, count), rows))) for expert, count in enumerate(counts)]
+    pairs = zip(expert_start.tolist(), counts, strict=True)
+    return [(slice(start, min(start + max(0, count), rows)),) for start, count in pairs]
+
+
 def quantize_expert_batch(
     x: Tensor,
     num_tokens: Tensor | None = None,
+    expert_start: Tensor | None = None,
     *,
     group_size: int = 128,
     dtype: torch.dtype = torch.float8_e4m3fn,
@@ -97,24 +113,24 @@ def quantize_expert_batch(
 ) -> QuantizedTensor:
     """As `moequant.quantize_expert_batch`."""
     values, scales = outputs(x.shape, group_size, x.device, dtype, values, scales)
-    quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
+    quantize_rows(x, num_tokens, expert_start, values, scales, group_size, recipe, eps)
     return QuantizedTensor(values, scales, scale_layout(scales), recipe, group_size)
 
 
 def outputs(
     shape: Sequence[int], group_size: int, device: torch.device, dtype: torch.dtype, values: Tensor | None, scales: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The values and scales of shape (L, M, H) that were given, or new ones."""
-    experts, rows, columns = shape
+    """The values and scales of shape (L, M, H) or (R, H) that were given, or new ones."""
     return (
         torch.empty(shape, dtype=dtype, device=device) if values is None else values,
-        empty_transposed_scales(experts, rows, ceil_div(columns, group_size), device) if scales is None else scales,
+        empty_scales_of(shape, group_size, device) if scales is None else scales,
     )
 
 
 def quantize_rows(
     x: Tensor,
     num_tokens: Tensor | None,
+    expert_start: Tensor | None,
     values: Tensor,
     scales: Tensor,
     group_size: int = 128,
@@ -122,8 +138,8 @@ def quantize_rows(
     eps: float | None = None,
 ) -> None:
     """Quantizes the valid rows of x (L, M, H) into values (L, M, H) and scales (L, M, G) of any strides, or, if they are int32, packed
-    (L, M, ceil(G / 4)). Other rows stay as they are."""
-    valid = counted_rows(num_tokens, x)
+    (L, M, ceil(G / 4)); with expert_start those of x (R, H). Other rows stay as they are."""
+    valid = counted_rows(num_tokens, x, expert_start)
     write_rows(quantize_groups(x[valid], group_size, values.dtype, recipe, eps), valid, values, scales)
 
 
@@ -198,11 +214,13 @@ def rms_norm(
     return (normed if gate is None else normed * F.silu(gate.double())).float(), summed
 
 
-def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def silu_mul(
+    x: Tensor, num_tokens: Tensor | None = None, expert_start: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """As `moequant.silu_mul`."""
     if out is None:
-        out = torch.empty(*x.shape[:2], x.shape[2] // 2, dtype=torch.bfloat16, device=x.device)
-    valid = counted_rows(num_tokens, x)
+        out = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.bfloat16, device=x.device)
+    valid = counted_rows(num_tokens, x, expert_start)
     out[valid] = swiglu(x[valid]).to(out.dtype)
     return out
 
@@ -210,6 +228,7 @@ def silu_mul(x: Tensor, num_tokens: Tensor | None = None, *, out: Tensor | None 
 def silu_mul_quantize(
     x: Tensor,
     num_tokens: Tensor | None = None,
+    expert_start: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float8_e4m3fn,
     recipe: str = "default",
@@ -218,7 +237,7 @@ def silu_mul_quantize(
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
     """As `moequant.silu_mul_quantize`."""
-    values, scales = outputs((*x.shape[:2], x.shape[2] // 2), 128, x.device, dtype, values, scales)
-    valid = counted_rows(num_tokens, x)
+    values, scales = outputs((*x.shape[:-1], x.shape[-1] // 2), 128, x.device, dtype, values, scales)
+    valid = counted_rows(num_tokens, x, expert_start)
     write_rows(quantize_groups(swiglu(x[valid]), 128, values.dtype, recipe, eps), valid, values, scales)
     return QuantizedTensor(values, scales, scale_layout(scales), recipe)

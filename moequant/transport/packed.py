@@ -194,7 +194,7 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
         message = torch.empty(tokens, message_bytes(config), dtype=torch.uint8, device=self.device)
         values, scales, ids, first_source, weights = self._fields(message)
         if config.quantized:
-            ops.quantize_expert_batch(hidden_states[None], None, values[None], scales[None], recipe=config.recipe)
+            ops.quantize_expert_batch(hidden_states[None], None, None, values[None], scales[None], recipe=config.recipe)
         else:
             values.copy_(hidden_states)
         # an id out of range has no slot, and must not become one of another rank's by losing its upper half

@@ -110,7 +110,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
         )
         if config.quantized:
             values_out, values_in = buffers.exchanged.view(config.dtype).view(2, *routed.shape)
-            ops.quantize_expert_batch(routed, slot.counts, values_out, self._scales(meta_out), recipe=config.recipe)
+            ops.quantize_expert_batch(routed, slot.counts, None, values_out, self._scales(meta_out), recipe=config.recipe)
         else:
             values_out, values_in = routed, buffers.exchanged
         self.wire.all_to_all(values_in, values_out)

@@ -40,7 +40,7 @@ def product_on(device: str) -> Callable[[], None]:
     a_scales = empty_transposed_scales(4, rows, depth // 128, device)
     b_scales = torch.ones(4, columns // 128, depth // 128, device=device)
     out = torch.empty(4, rows, columns, dtype=torch.bfloat16, device=device)
-    return lambda: ops.grouped_gemm_blockscale(a, a_scales.fill_(1.0), b, b_scales, None, out)
+    return lambda: ops.grouped_gemm_blockscale(a, a_scales.fill_(1.0), b, b_scales, None, None, out)
 
 
 def run_streams(

@@ -63,15 +63,15 @@ def arithmetic(recipe: str) -> dict[str, Any]:
 def fused(a: QuantizedTensor, w13: QuantizedTensor, num_tokens: Tensor | None, recipe: str = "default") -> Outputs:
     values, scales = poisoned(a, w13)
     assert supports_gemm1_swiglu(a.values, a.scales, w13.values, w13.scales, values, scales)
-    gemm1_swiglu_hopper(a.values, a.scales, w13.values, w13.scales, num_tokens, values, scales, **arithmetic(recipe))
+    gemm1_swiglu_hopper(a.values, a.scales, w13.values, w13.scales, num_tokens, None, values, scales, **arithmetic(recipe))
     return values, scales
 
 
 def unfused(a: QuantizedTensor, w13: QuantizedTensor, num_tokens: Tensor | None, recipe: str = "default") -> Outputs:
     values, scales = poisoned(a, w13)
     gate_up = torch.full((*a.shape[:2], w13.shape[1]), torch.nan, dtype=torch.bfloat16, device="cuda")
-    grouped_gemm_blockscale_hopper(a.values, a.scales, w13.values, w13.scales, num_tokens, gate_up, segments=2)
-    silu_mul_quantize(gate_up, num_tokens, values, scales, ops.quant_spec(values.dtype, recipe))
+    grouped_gemm_blockscale_hopper(a.values, a.scales, w13.values, w13.scales, num_tokens, None, gate_up, segments=2)
+    silu_mul_quantize(gate_up, num_tokens, None, values, scales, ops.quant_spec(values.dtype, recipe))
     return values, scales
 
 
@@ -165,7 +165,7 @@ def test_scales_are_slices_of_larger_buffers() -> None:
     scales = wide[:, :2, 3:43].transpose(1, 2)
     source = larger[:, :3, 8:48].transpose(1, 2)
     assert supports_gemm1_swiglu(a.values, source, w13.values, w13.scales, values, scales)
-    gemm1_swiglu_hopper(a.values, source, w13.values, w13.scales, counted([40, 11]), values, scales, **arithmetic("default"))
+    gemm1_swiglu_hopper(a.values, source, w13.values, w13.scales, counted([40, 11]), None, values, scales, **arithmetic("default"))
     out.copy_(scales)
     same((values, out), expected)
     assert int((wide.view(torch.int32) != POISON).sum()) == 51 * 2
@@ -194,7 +194,7 @@ def test_graph_replays_with_new_counts() -> None:
     counts = counted([200, 13, 256, 130])
     values, scales = poisoned(a, w13)
     graph = torch.cuda.CUDAGraph()
-    arguments = (a.values, a.scales, w13.values, w13.scales, counts, values, scales)
+    arguments = (a.values, a.scales, w13.values, w13.scales, counts, None, values, scales)
     gemm1_swiglu_hopper(*arguments, **arithmetic("default"))
     with torch.cuda.graph(graph):
         gemm1_swiglu_hopper(*arguments, **arithmetic("default"))
@@ -268,7 +268,7 @@ def call_gemm1_swiglu(dtype: torch.dtype, columns: int, recipe: str = "default")
     values, scales = quantized(16, 256, columns, dtype)
     assert a_scales is not None and scales is not None
     w13, w13_scales = empty(16, 2 * columns, 4096, dtype=dtype), empty(16, columns // 64, 32, dtype=torch.float32)
-    ops.gemm1_swiglu(a, a_scales, w13, w13_scales, no_rows(a), values, scales, recipe, 128)
+    ops.gemm1_swiglu(a, a_scales, w13, w13_scales, no_rows(a), None, values, scales, recipe, 128)
 
 
 COMPILE_CASES = cases(

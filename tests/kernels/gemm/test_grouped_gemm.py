@@ -81,7 +81,7 @@ def launch(
     """Runs the kernel over out."""
     left = (a.values, a.scales) if isinstance(a, QuantizedTensor) else (a, None)
     right, segments = ((b.values, b.scales), b.segments) if isinstance(b, QuantizedTensor) else ((b, None), 1)
-    grouped_gemm_blockscale(*left, *right, num_tokens, out, segments=segments, expected_rows=expected_rows, config=config)
+    grouped_gemm_blockscale(*left, *right, num_tokens, None, out, segments=segments, expected_rows=expected_rows, config=config)
     return out
 
 

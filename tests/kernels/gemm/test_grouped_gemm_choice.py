@@ -83,5 +83,5 @@ def test_no_more_programs_are_launched_than_the_multiprocessors_hold(
     monkeypatch.setattr(grouped_gemm, "grouped_gemm_kernel", Recorder())
     monkeypatch.setattr(grouped_gemm, "device_limits", lambda device: Limits(7, 2**20, True))
     a, b = (torch.empty(3, n, 64, dtype=torch.bfloat16) for n in (130, 512))
-    grouped_gemm_blockscale(a, None, b, None, None, torch.empty(3, 130, 512), num_sms=num_sms, config=config)
+    grouped_gemm_blockscale(a, None, b, None, None, None, torch.empty(3, 130, 512), num_sms=num_sms, config=config)
     assert grids == [(programs,)]

@@ -37,7 +37,7 @@ def test_the_last_expert_past_2_to_the_31_elements(name: str, config: Config, de
     out[-1, : count + 1] = torch.nan
     num_tokens = torch.zeros(experts, dtype=torch.int32, device=device)
     num_tokens[-1] = count
-    grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, out, config=config)
+    grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, None, out, config=config)
     left = QuantizedTensor(a[-1:, :count], a_scales[-1:, :count], "transposed")
     expected = reference.grouped_gemm_blockscale(left, QuantizedTensor(b[-1:], b_scales[-1:], "block"), out_dtype=torch.float32)
     assert relative_error(out[-1:, :count], expected) < 3e-3
@@ -56,7 +56,7 @@ def test_scales_past_2_to_the_31_elements(dim: int, config: Config, device: str)
         # the rows of a group lie side by side
         assert a_scales.stride(2) == 1
         outs.append(torch.empty(3, 5, 16, device=device))
-        grouped_gemm_blockscale(a, a_scales.transpose(1, 2), b, b_scales, None, outs[-1], config=config)
+        grouped_gemm_blockscale(a, a_scales.transpose(1, 2), b, b_scales, None, None, outs[-1], config=config)
     assert torch.equal(*outs)
 
 
@@ -77,7 +77,7 @@ def test_output_past_2_to_31_elements(config: Config, device: str) -> None:
     values.view(torch.uint8)[:, :130], scales[:, :130] = small.values.view(torch.uint8), small.scales
     expected = reference.grouped_gemm_blockscale(small, b, num_tokens)
     out = torch.full((experts, rows, columns), torch.nan, dtype=torch.bfloat16, device=device)
-    grouped_gemm_blockscale(values, scales, b.values, b.scales, num_tokens, out, config=config)
+    grouped_gemm_blockscale(values, scales, b.values, b.scales, num_tokens, None, out, config=config)
     assert relative_error(out[0, :3], expected[0, :3]) <= 3e-3
     assert relative_error(out[4, :130], expected[4, :130]) <= 3e-3
     assert out[:4, 3:].isnan().all()

@@ -63,7 +63,7 @@ def poisoned(a: QuantizedTensor, b: QuantizedTensor, dtype: torch.dtype = torch.
 
 def launch(a: QuantizedTensor, b: QuantizedTensor, num_tokens: Tensor | None, out: Tensor, **settings: Any) -> Tensor:
     assert supports(a.values, a.scales, b.values, b.scales, out, segments=b.segments)
-    grouped_gemm_blockscale_hopper(a.values, a.scales, b.values, b.scales, num_tokens, out, segments=b.segments, **settings)
+    grouped_gemm_blockscale_hopper(a.values, a.scales, b.values, b.scales, num_tokens, None, out, segments=b.segments, **settings)
     return out
 
 
@@ -175,7 +175,7 @@ def test_repeat_runs_are_equal_and_near_the_plain_kernel(config: Config) -> None
     outs = [launch(a, b, counts, poisoned(a, b), config=config) for _ in range(5)]
     assert all(torch.equal(out.view(torch.int16), outs[0].view(torch.int16)) for out in outs)
     plain = poisoned(a, b)
-    grouped_gemm_blockscale(a.values, a.scales, b.values, b.scales, counts, plain)
+    grouped_gemm_blockscale(a.values, a.scales, b.values, b.scales, counts, None, plain)
     mask = torch.arange(400, device="cuda") < counts.unsqueeze(1)
     assert relative_error(outs[0][mask], plain[mask]) < 2e-3
 
@@ -189,14 +189,14 @@ def test_rows_go_to_addresses_of_their_own_with_the_same_bits(columns: int, num_
     a, b = operands((5, 300, columns, 384))
     num_tokens = counted(counts)
     expected = poisoned(a, b)
-    grouped_gemm_blockscale_hopper(a.values, a.scales, b.values, b.scales, num_tokens, expected, config=config)
+    grouped_gemm_blockscale_hopper(a.values, a.scales, b.values, b.scales, num_tokens, None, expected, config=config)
     places = torch.randperm(5 * 300, device="cuda").view(5, 300)
     elsewhere = poisoned(a, b).view(5 * 300, columns)
     destinations = elsewhere.data_ptr() + places * (2 * columns)
     for expert, count in enumerate(counts):
         destinations[expert, count:] = 8
     grouped_gemm_blockscale_hopper(
-        a.values, a.scales, b.values, b.scales, num_tokens, None, destinations=destinations, num_sms=num_sms, config=config
+        a.values, a.scales, b.values, b.scales, num_tokens, None, None, destinations=destinations, num_sms=num_sms, config=config
     )
     assert torch.equal(elsewhere[places].view(torch.int16), expected.view(torch.int16))
 

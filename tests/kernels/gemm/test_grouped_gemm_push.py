@@ -24,13 +24,13 @@ def check(a: tuple[torch.Tensor, torch.Tensor | None], b: tuple[torch.Tensor, to
     device, columns = str(a[0].device), b[0].shape[1]
     num_tokens = torch.tensor(COUNTS, dtype=torch.int32, device=device)
     expected, elsewhere = poisoned(columns, device), poisoned(columns, device).view(-1, columns)
-    ops.grouped_gemm_blockscale(*a, *b, num_tokens, expected, 1, 40)
+    ops.grouped_gemm_blockscale(*a, *b, num_tokens, None, expected, 1, 40)
     places = torch.randperm(len(elsewhere), device=device).view(3, ROWS)
     destinations = elsewhere.data_ptr() + places * (2 * columns)
     for expert, count in enumerate(COUNTS):
         # nothing that is not valid is an address
         destinations[expert, count:] = 8
-    ops.grouped_gemm_push(*a, *b, num_tokens, destinations, 40, None)
+    ops.grouped_gemm_push(*a, *b, num_tokens, None, destinations, 40, None)
     assert torch.equal(elsewhere[places].view(torch.int16), expected.view(torch.int16))
 
 
@@ -64,7 +64,7 @@ def test_no_rows_and_no_columns_are_no_launch(kernels):
     counts = torch.zeros(2, dtype=torch.int32, device=kernels)
     for rows, columns in ((0, 8), (4, 0)):
         a, b = (torch.zeros(2, n, 16, dtype=torch.bfloat16, device=kernels) for n in (rows, columns))
-        ops.grouped_gemm_push(a, None, b, None, counts, torch.zeros(2, rows, dtype=torch.int64, device=kernels), 1, None)
+        ops.grouped_gemm_push(a, None, b, None, counts, None, torch.zeros(2, rows, dtype=torch.int64, device=kernels), 1, None)
 
 
 @pytest.mark.gpu
@@ -78,13 +78,13 @@ def test_rows_that_are_no_whole_tiles_wide_are_stored_between_guards(columns, dt
     operands, num_tokens = (a.values, a.scales, b.values, b.scales), torch.tensor(counts, dtype=torch.int32, device="cuda")
     valid = torch.arange(rows, device="cuda") < num_tokens[:, None]
     stored = Guarded(3, rows, columns, dtype=torch.bfloat16, device="cuda")
-    ops.grouped_gemm_blockscale(*operands, num_tokens, stored.tensor, 1, 110)
+    ops.grouped_gemm_blockscale(*operands, num_tokens, None, stored.tensor, 1, 110)
     stored.assert_only(valid.unsqueeze(2))
     pushed = Guarded(3 * rows, columns, dtype=torch.bfloat16, device="cuda")
     places = torch.randperm(3 * rows, device="cuda").view(3, rows)
     destinations = pushed.tensor.data_ptr() + places * (2 * columns)
     destinations[~valid] = 8
-    ops.grouped_gemm_push(*operands, num_tokens, destinations, 110, None)
+    ops.grouped_gemm_push(*operands, num_tokens, None, destinations, 110, None)
     written = torch.zeros(3 * rows, 1, dtype=torch.bool, device="cuda")
     written[places[valid]] = True
     pushed.assert_only(written)

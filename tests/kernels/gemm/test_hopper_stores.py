@@ -152,7 +152,7 @@ def test_gemm_1_stores_each_valid_value_and_scale_once(stand_in, inner):
         given = a.values, a.scales, w13.values, w13.scales
         assert takes_gemm1_swiglu(*given, values.tensor, scales_view)
         arithmetic = {"max_value": 448.0, "eps": 1e-10, "power_of_two": False, "reciprocal": False, "num_sms": 2}
-        gemm1_swiglu_hopper(*given, num_tokens, values.tensor, scales_view, **arithmetic)
+        gemm1_swiglu_hopper(*given, num_tokens, None, values.tensor, scales_view, **arithmetic)
         valid = torch.arange(rows) < num_tokens[:, None]
         value_mask = valid[:, :, None].expand(values.tensor.shape)
         scale_mask = torch.zeros(scales.tensor.shape, dtype=torch.bool)

@@ -39,7 +39,7 @@ def test_parts_are_added_in_order_and_other_rows_left(parts: int, columns: int, 
     for expert, count in enumerate(COUNTS):
         expected[expert, :count] = in_order(x)[expert, :count].to(dtype)
     pdl = uses_pdl(torch.device(device))
-    reduce_split_k(x, out, None, torch.tensor(COUNTS, dtype=torch.int32, device=device), pdl)
+    reduce_split_k(x, out, None, torch.tensor(COUNTS, dtype=torch.int32, device=device), None, pdl)
     assert_bit_equal(out, expected)
 
 
@@ -54,14 +54,14 @@ def test_rows_go_to_their_addresses_and_nowhere_else(columns: int, device: str) 
         expected[places[expert, :count]] = in_order(x)[expert, :count].bfloat16()
         # nothing that is not valid is an address
         destinations[expert, count:] = 8
-    reduce_split_k(x, None, destinations, torch.tensor(COUNTS, dtype=torch.int32, device=device), False)
+    reduce_split_k(x, None, destinations, torch.tensor(COUNTS, dtype=torch.int32, device=device), None, False)
     assert_bit_equal(elsewhere, expected)
 
 
 def test_without_counts_all_rows_are_added(device: str) -> None:
     x = torch.randn(2, 2, 3, 40, device=device)
     out = poison(torch.empty(2, 3, 40, device=device))
-    reduce_split_k(x, out, None, None, False)
+    reduce_split_k(x, out, None, None, None, False)
     assert_bit_equal(out, in_order(x))
 
 

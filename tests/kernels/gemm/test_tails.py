@@ -39,9 +39,9 @@ def quantize(device: str, columns: int, group: int = 128, gated: bool = False, p
         scales = Guarded(3, groups, 8, dtype=torch.float32, device=device)
     by_row = scales.tensor[:, :, :ROWS].transpose(1, 2)
     if gated:
-        ops.silu_mul_quantize(x, num_tokens, values.tensor, by_row)
+        ops.silu_mul_quantize(x, num_tokens, None, values.tensor, by_row)
     else:
-        ops.quantize_expert_batch(x, num_tokens, values.tensor, by_row, group, "ue8m0" if packed else "default")
+        ops.quantize_expert_batch(x, num_tokens, None, values.tensor, by_row, group, "ue8m0" if packed else "default")
     values.assert_only(valid.unsqueeze(2), "values")
     written = torch.zeros(scales.tensor.shape, dtype=torch.bool, device=device)
     written[:, :, :ROWS] = valid.unsqueeze(1)
@@ -51,7 +51,7 @@ def quantize(device: str, columns: int, group: int = 128, gated: bool = False, p
 def silu_mul(device: str, columns: int) -> None:
     num_tokens = torch.tensor(COUNTS, dtype=torch.int32, device=device)
     out = Guarded(3, ROWS, columns, dtype=torch.bfloat16, device=device)
-    ops.silu_mul(torch.randn(3, ROWS, 2 * columns, device=device).bfloat16(), num_tokens, out.tensor)
+    ops.silu_mul(torch.randn(3, ROWS, 2 * columns, device=device).bfloat16(), num_tokens, None, out.tensor)
     out.assert_only((torch.arange(ROWS, device=device) < num_tokens[:, None]).unsqueeze(2))
 
 
@@ -108,7 +108,7 @@ def sum_of_parts(device: str, columns: int) -> None:
     places = torch.arange(3 * ROWS, device=device).flip(0).view(3, ROWS)
     destinations = out.tensor.data_ptr() + places * (2 * columns)
     destinations[~valid] = 8
-    reduce_split_k(partials, None, destinations, num_tokens, False)
+    reduce_split_k(partials, None, destinations, num_tokens, None, False)
     written = torch.zeros(3 * ROWS, 1, dtype=torch.bool, device=device)
     written[places[valid]] = True
     out.assert_only(written.view(3, ROWS, 1))

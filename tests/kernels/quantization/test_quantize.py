@@ -31,9 +31,9 @@ def quantize_both(x, num_tokens, dtype, recipe="default", group_size=128, eps=No
         scales = empty_transposed_scales(experts, rows, ceil_div(columns, group_size), x.device)
         scales = poison(scales.contiguous() if row_scales else scales)
         if use_kernel:
-            quantize_expert_batch(x, num_tokens, values, scales, ops.quant_spec(dtype, recipe, eps), group_size=group_size)
+            quantize_expert_batch(x, num_tokens, None, values, scales, ops.quant_spec(dtype, recipe, eps), group_size=group_size)
         else:
-            reference.quantize_rows(x, num_tokens, values, scales, group_size, recipe, eps)
+            reference.quantize_rows(x, num_tokens, None, values, scales, group_size, recipe, eps)
         results.append((values, scales))
     return results
 
@@ -234,7 +234,7 @@ def test_packed_exponents_are_those_of_the_scales(columns, group_size, device):
     for scales in (empty_scales(2, 11, groups, "ue8m0_packed", device), empty_transposed_scales(2, 11, groups, device)):
         values = torch.full(x.shape, 0x55, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
         spec = ops.quant_spec(values.dtype, "ue8m0")
-        quantize_expert_batch(x, num_tokens, values, scales.fill_(7), spec, group_size=group_size)
+        quantize_expert_batch(x, num_tokens, None, values, scales.fill_(7), spec, group_size=group_size)
         results.append((values, scales))
     (values, packed), (plain_values, scales) = results
     assert_bit_equal(values, plain_values)
@@ -255,7 +255,7 @@ def test_tensors_of_any_strides_past_2_to_the_31_match_the_reference(name, dim, 
     expected = reference.quantize_expert_batch(tensors["x"], dtype=torch.int8)
     tensors[name] = far_along(dim, tensors[name])
     x, values, scales = tensors.values()
-    quantize_expert_batch(x, None, values, scales, ops.quant_spec(values.dtype, "default"))
+    quantize_expert_batch(x, None, None, values, scales, ops.quant_spec(values.dtype, "default"))
     assert_bit_equal(values.contiguous(), expected.values)
     assert_bit_equal(scales.contiguous(), expected.scales.contiguous())
 
@@ -293,12 +293,12 @@ def call_quantize(dtype: torch.dtype, columns: int = 7168, recipe: str = "defaul
     x = empty(4, rows, columns)
     values, scales = quantized(4, rows, columns, dtype)
     assert scales is not None
-    ops.quantize_expert_batch(x, counted(x), values, scales, recipe=recipe)
+    ops.quantize_expert_batch(x, counted(x), None, values, scales, recipe=recipe)
 
 
 def call_quantize_packed(dtype: torch.dtype) -> None:
     outputs = empty(1, 256, 7168, dtype=dtype), empty_scales(1, 256, 56, "ue8m0_packed", "cpu")
-    ops.quantize_expert_batch(empty(1, 256, 7168), None, *outputs, recipe="ue8m0")
+    ops.quantize_expert_batch(empty(1, 256, 7168), None, None, *outputs, recipe="ue8m0")
 
 
 COMPILE_CASES = [
@@ -314,7 +314,7 @@ COMPILE_CASES = [
 
 
 def quantize_arguments(dtype: torch.dtype, counts: torch.Tensor | None) -> tuple:
-    return torch.randn(2, 4, 140), counts, *quantize_outputs(dtype), 128, "ue8m0", 1e-4
+    return torch.randn(2, 4, 140), counts, None, *quantize_outputs(dtype), 128, "ue8m0", 1e-4
 
 
 OPERATION_CASES = {
@@ -324,6 +324,7 @@ OPERATION_CASES = {
         "packed exponents": lambda: (
             torch.randn(2, 4, 140),
             COUNTS,
+            None,
             quantize_outputs(FP8)[0],
             empty_scales(2, 4, 2, "ue8m0_packed", "cpu").zero_(),
             128,

@@ -21,9 +21,9 @@ def run(x, num_tokens, dtype, kernel: bool):
     if kernel:
         from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize
 
-        silu_mul_quantize(x, num_tokens, values, scales, ops.quant_spec(dtype, "default"))
+        silu_mul_quantize(x, num_tokens, None, values, scales, ops.quant_spec(dtype, "default"))
     else:
-        reference.quantize_rows(reference.swiglu(x), num_tokens, values, scales)
+        reference.quantize_rows(reference.swiglu(x), num_tokens, None, values, scales)
     return values, scales
 
 
@@ -87,7 +87,7 @@ def test_without_quantization_the_product_is_rounded_once(device):
     x = torch.randn(2, 9, 400, dtype=torch.bfloat16).to(device)
     num_tokens = torch.tensor([9, 4], dtype=torch.int32, device=device)
     out = poison(torch.empty(2, 9, 200, dtype=torch.bfloat16, device=device))
-    silu_mul(x, num_tokens, out)
+    silu_mul(x, num_tokens, None, out)
     expected = reference.silu_mul(x, num_tokens, out=poison(torch.empty_like(out)))
     assert_bit_equal(out.isnan(), expected.isnan())
     assert torch.allclose(out.float(), expected.float(), rtol=2**-8, atol=0, equal_nan=True)
@@ -106,7 +106,7 @@ def call_silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str 
     x = empty(4, 256, 2 * columns)
     values, scales = quantized(4, 256, columns, dtype)
     assert scales is not None
-    ops.silu_mul_quantize(x, counted(x), values, scales, recipe=recipe)
+    ops.silu_mul_quantize(x, counted(x), None, values, scales, recipe=recipe)
 
 
 COMPILE_CASES = [
@@ -117,7 +117,7 @@ COMPILE_CASES = [
 
 
 def silu_quantize_arguments(dtype: torch.dtype, counts: torch.Tensor | None) -> tuple:
-    return torch.randn(2, 4, 280).bfloat16(), counts, *quantize_outputs(dtype), "default", None
+    return torch.randn(2, 4, 280).bfloat16(), counts, None, *quantize_outputs(dtype), "default", None
 
 
 OPERATION_CASES = {
@@ -125,5 +125,5 @@ OPERATION_CASES = {
         "int8, counted": lambda: silu_quantize_arguments(torch.int8, COUNTS),
         "fp8": lambda: silu_quantize_arguments(FP8, None),
     },
-    "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, torch.zeros(2, 4, 140).bfloat16())},
+    "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, None, torch.zeros(2, 4, 140).bfloat16())},
 }
