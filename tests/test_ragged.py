@@ -161,8 +161,8 @@ def test_nothing_is_written_outside_the_rows_of_experts(rows, dtype, both_paths)
     values, scales = Guarded(rows, HIDDEN, dtype=dtype, device=device), Guarded(2, rows, dtype=torch.float32, device=device)
     places, sources = Guarded(TOKENS, TOP_K, dtype=torch.int32, device=device), Guarded(rows, dtype=torch.int64, device=device)
     quantized = scales.tensor.mT if dtype == torch.int8 else None
-    placed = {"rows": places.tensor, "sources": sources.tensor, "expert_start": starts.tensor}
-    ops.scatter(hidden, ids, slots, values.tensor, quantized, **placed)
+    placed, came_from = places.tensor, sources.tensor
+    ops.scatter(hidden, ids, slots, values.tensor, quantized, rows=placed, sources=came_from, expert_start=starts.tensor)
     written = torch.zeros(rows, dtype=torch.bool)
     for start, count in zip(starts.tensor.tolist(), num_tokens.tensor.tolist(), strict=True):
         written[start : start + count] = True
