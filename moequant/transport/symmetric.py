@@ -109,6 +109,7 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
             transport.status,
             words=offsets["count_words"],
             expert_start=buffers.expert_start,
+            alignment=tl.constexpr(ROW_ALIGNMENT),
         )
         self.landing = Landing(
             rows=offsets["values"],
@@ -296,7 +297,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         from moequant.kernels.symmetric.exchange_counts import exchange_counts
 
         route(topk_ids, slot.take(len(topk_ids)).slots, slot.buffers.counts, status=self.status, pdl=True)
-        exchange_counts(slot.exchanged, self._peers(slot, 1), self.config.max_rows, slot.call.word, ROW_ALIGNMENT)
+        exchange_counts(slot.exchanged, self._peers(slot, 1), self.config.max_rows, slot.call.word)
 
     def _push(
         self,
