@@ -1,5 +1,6 @@
 """The experts classes of the installed transformers, found by scanning its modeling files, and modules of them with random weights."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import ast
@@ -43,7 +44,7 @@ class ExpertsClass(NamedTuple):
 def scan() -> dict[str, ExpertsClass]:
     """Every class with the decorator, by its name. Imports none of them."""
     found: dict[str, ExpertsClass] = {}
-    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+    for path in sorted((Path(str(transformers.__file__)).parent / "models").glob("*/modeling_*.py")):
         text = path.read_text()
         if "use_experts_implementation" not in text:
             continue
@@ -61,7 +62,7 @@ def config_of(which: ExpertsClass) -> PreTrainedConfig:
         if not (inspect.isclass(value) and issubclass(value, PreTrainedConfig) and value is not PreTrainedConfig):
             continue
         # of a model whose layers differ, it holds what all layers have
-        config = value()
+        config: Any = value()
         config.allow_global_per_layer_attribute_access = True
         if all(hasattr(config, name) for name in which.attributes):
             for name in which.attributes:

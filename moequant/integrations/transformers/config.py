@@ -1,5 +1,6 @@
 """Quantizing experts while a model is loaded, without a bfloat16 copy of them. E experts, H hidden size, I intermediate size."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import weakref
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -64,8 +65,11 @@ class MoEQuantizer(HfQuantizer):
     """What transformers asks while it loads a model with a MoEQuantConfig."""
 
     quantization_config: MoEQuantConfig
-    # a scale for each block beside each weight; checkpoints of experts one by one get them one by one
-    serialized_names = {"weight": ["weight", f"weight{SCALES}"]}
+
+    def __init__(self, quantization_config: MoEQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        # a scale for each block beside each weight; checkpoints of experts one by one get them one by one
+        self.serialized_names = {"weight": ["weight", f"weight{SCALES}"]}
 
     @property
     def quantized_element_size(self) -> float:
@@ -73,11 +77,11 @@ class MoEQuantizer(HfQuantizer):
         return 1
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]
         """Whether a model that was loaded so can be trained."""
         return False
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]
         """Whether a model that was loaded so can be saved.
 
         Returns:
@@ -150,8 +154,8 @@ class _Quantize(ConversionOps):
     def __init__(self, config: MoEQuantConfig) -> None:
         self.config = config
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        made: dict[str, Any] = {}
         for key, value in input_dict.items():
             module, name = get_module_from_name(model, key)
             weight = value[0] if isinstance(value, list) else value

@@ -4,10 +4,12 @@ A class takes part by transformers' decorator `use_experts_implementation`: flag
 experts, and functions for what happens between and behind the two products. E experts, H hidden size, I intermediate size.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ def contract_of(module: nn.Module) -> Contract:
     )
 
 
-def activation_of(module: nn.Module) -> str | None:
+def activation_of(module: Any) -> str | None:
     """The name that moequant has for a module's activation. Here is where an activation is handed over to the kernels: what has no name
     here is computed by the module's own function (`products.OwnActivation`).
 

@@ -107,5 +107,7 @@ def _group_of_one() -> dist.ProcessGroup | None:
     if world is None:
         return None
     if world not in _GROUPS_OF_ONE:
-        _GROUPS_OF_ONE[world] = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        _GROUPS_OF_ONE[world] = group
     return _GROUPS_OF_ONE[world]

@@ -3,6 +3,7 @@
 T tokens of this rank, K top-k, E experts, W ranks of the expert-parallel group, L = E / W local experts, H hidden size.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import weakref
@@ -15,7 +16,7 @@ from transformers.distributed.expert_parallel import AllToAllEP, EPImplementatio
 
 from moequant.batch import ceil_div
 from moequant.integrations.transformers.layers import run_on, wants_grad
-from moequant.integrations.transformers.settings import _Current, say_once
+from moequant.integrations.transformers.settings import current, say_once
 from moequant.traced import numbered
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class MoEQuantEP(EPImplementation):
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
+        self._num_experts = int(experts.num_experts) * ep_mesh.size()  # type: ignore[arg-type]
         self._module = weakref.ref(experts)
         self._under_grad = AllToAllEP(experts, ep_mesh, tp_mesh)
 
@@ -78,7 +80,7 @@ class MoEQuantEP(EPImplementation):
         rows = ceil_div(tokens, ranks)
         first = min(tokens, self.tp_mesh.get_local_rank() * rows)
         mine = slice(first, min(tokens, first + rows))
-        settings, group = _Current.settings, self.ep_mesh.get_group()
+        settings, group = current(), self.ep_mesh.get_group()
         most = rows if self.shares_batch else settings.max_tokens
         if not self.shares_batch and settings.agree:
             largest = torch.tensor(rows, device=hidden_states.device)
@@ -87,7 +89,7 @@ class MoEQuantEP(EPImplementation):
         if rows > most:
             raise ValueError(f"{rows} tokens of a rank are more than max_tokens={most}; configure(max_tokens=) or agree=True")
         inputs = hidden_states[mine], top_k_index[mine], top_k_weights[mine]
-        sums = run_on(group, module, self.num_local_experts * self.ep_mesh.size(), inputs, most, settings)
+        sums = run_on(group, module, self._num_experts, inputs, most, settings)
         if ranks == 1:
             return sums
         padded = nn.functional.pad(sums, (0, 0, 0, rows - sums.shape[0]))
@@ -107,7 +109,7 @@ _number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _expert_parallel(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, implementation: int) -> Tensor:
     """`MoEQuantEP.run` as one opaque operation, for torch.compile."""
     called = numbered[implementation]
-    return called.run(called._module(), hidden_states, top_k_index, top_k_weights).clone()
+    return called.run(called._module(), hidden_states, top_k_index, top_k_weights)
 
 
 @_expert_parallel.register_fake

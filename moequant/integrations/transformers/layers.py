@@ -3,12 +3,14 @@
 T tokens, K top-k, E experts, H hidden size.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +20,10 @@ from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInte
 from transformers.integrations.moe import ExpertsInterface
 
 from moequant.experts import GroupedExperts
-from moequant.integrations.transformers.contract import Contract, contract_of, local
+from moequant.integrations.transformers.contract import Contract, contract_of
 from moequant.integrations.transformers.dispatchers import Sizes, dispatcher_of
 from moequant.integrations.transformers.products import Experts, OwnActivation, experts_of
-from moequant.integrations.transformers.settings import Settings, _Current, say_once
+from moequant.integrations.transformers.settings import Settings, current, say_once
 from moequant.integrations.transformers.weights import SCALES, sources
 from moequant.traced import numbered
 
@@ -48,7 +50,7 @@ _CONTRACTS: weakref.WeakKeyDictionary[nn.Module, Contract] = weakref.WeakKeyDict
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of an experts module, as transformers' ExpertsInterface calls it.
 
     Args:
@@ -67,7 +69,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     return run(self, hidden_states, top_k_index, top_k_weights)
 
 
-def run(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts of one rank, without grad.
 
     Args:
@@ -83,7 +85,7 @@ def run(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_wei
     if getattr(module, "_is_expert_parallel", False):
         # beyond the range: another rank's
         top_k_index = torch.where(top_k_index >= experts, -1, top_k_index)
-    return run_on(None, module, experts, (hidden_states, top_k_index, top_k_weights), hidden_states.shape[0], _Current.settings)
+    return run_on(None, module, experts, (hidden_states, top_k_index, top_k_weights), hidden_states.shape[0], current())
 
 
 def run_on(
@@ -120,7 +122,8 @@ def run_on(
             experts = functools.partial(experts, most=dispatcher.config.world_size * piece * sizes.top_k)
         # every rank goes through as many pieces as the largest needs
         cuts = range(0, most, piece) if piece else (0,)
-        parts = [dispatcher(*(x[cut : cut + piece] for x in (hidden, ids, weights)), experts) for cut in cuts]
+        spans = [slice(cut, cut + piece) for cut in cuts]
+        parts = [dispatcher(hidden[span], ids[span], weights[span], experts) for span in spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -141,7 +144,8 @@ def layer_of(module: nn.Module) -> Layer:
     kept = _LAYERS.get(module)
     if kept is not None and kept.stamp == stamp:
         return kept
-    layer = Layer(stamp, *experts_of(module, contract))
+    experts, quant = experts_of(module, contract)
+    layer = Layer(stamp, experts, quant)
     first = layer.experts.w13 if isinstance(layer.experts, GroupedExperts | OwnActivation) else None
     if isinstance(module, FSDPModule) and isinstance(first, Tensor) and first.data_ptr() != weights[0].data_ptr():
         # FSDP gathers new weights at old addresses, and a copy would be taken for theirs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,12 @@ def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
     return experts, quant
 
 
-_NAMES = {torch.float8_e4m3fn: "fp8_e4m3fn", torch.float8_e4m3fnuz: "fp8_e4m3fnuz", torch.float8_e5m2: "fp8_e5m2", torch.int8: "int8"}
+_NAMES = {
+    torch.float8_e4m3fn: "fp8_e4m3fn",
+    torch.float8_e4m3fnuz: "fp8_e4m3fnuz",
+    torch.float8_e5m2: "fp8_e5m2",
+    torch.int8: "int8",
+}
 
 
 class OwnActivation:
@@ -83,7 +89,8 @@ class OwnActivation:
         Returns:
             (R, H) bfloat16; its valid rows are written.
         """
-        module, counts = self._module(), (batch.num_tokens, batch.expert_start)
+        module: Any = self._module()
+        counts = batch.num_tokens, batch.expert_start
         assert module is not None
         hint = batch.expected_rows
         up = grouped_gemm_blockscale(batch.activations, self.w13, *counts, expected_rows=hint)
@@ -101,7 +108,7 @@ class OwnActivation:
             out[rows] = module.post_expert_norm(out[rows]).to(out.dtype)
         return out
 
-    def _activation(self, module: nn.Module, up: Tensor, experts: Tensor | None) -> Tensor:
+    def _activation(self, module: Any, up: Tensor, experts: Tensor | None) -> Tensor:
         """Rows of the first product, (S, 2I), or (S, I) without a gate, with their experts (S,), to (S, I)."""
         if experts is not None:
             up = up + local(getattr(module, f"{self._contract.up}_bias"))[experts]

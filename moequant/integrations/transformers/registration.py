@@ -1,5 +1,6 @@
 """The names under which transformers finds what is here."""
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 from transformers.distributed.expert_parallel import EPImplementationInterface

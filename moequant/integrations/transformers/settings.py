@@ -43,8 +43,16 @@ class Settings:
         check_choice("reduce", self.reduce, CHOICES["reduce"])
 
 
-class _Current:
-    settings = Settings()
+_KEPT = {"settings": Settings()}
+
+
+def current() -> Settings:
+    """The settings of calls from now on.
+
+    Returns:
+        Them.
+    """
+    return _KEPT["settings"]
 
 
 def configure(**changes: Any) -> Settings:
@@ -63,8 +71,8 @@ def configure(**changes: Any) -> Settings:
     unknown = [name for name in changes if name not in names]
     if unknown:
         raise ValueError(f"the settings are {', '.join(names)}, got {', '.join(unknown)}")
-    _Current.settings = dataclasses.replace(_Current.settings, **changes)
-    return _Current.settings
+    _KEPT["settings"] = dataclasses.replace(current(), **changes)
+    return current()
 
 
 @functools.cache
