@@ -55,8 +55,9 @@ def scan() -> dict[str, ExpertsClass]:
     return found
 
 
-def config_of(which: ExpertsClass) -> PreTrainedConfig:
+def config_of(which: ExpertsClass, experts: int) -> PreTrainedConfig:
     """The configuration, with its defaults but for the sizes, that the class reads: the first of its file that has all it asks for."""
+    sizes = SIZES | dict.fromkeys((name for name in SIZES if "experts" in name), experts)
     module = importlib.import_module(f"transformers.models.{which.folder}.{which.file}")
     for value in list(vars(module).values()):
         if not (inspect.isclass(value) and issubclass(value, PreTrainedConfig) and value is not PreTrainedConfig):
@@ -66,16 +67,16 @@ def config_of(which: ExpertsClass) -> PreTrainedConfig:
         config.allow_global_per_layer_attribute_access = True
         if all(hasattr(config, name) for name in which.attributes):
             for name in which.attributes:
-                if name in SIZES:
+                if name in sizes:
                     several = isinstance(getattr(config, name), list)
-                    setattr(config, name, [SIZES[name]] * 2 if several else SIZES[name])
+                    setattr(config, name, [sizes[name]] * 2 if several else sizes[name])
             return config
     raise AssertionError(f"{which.file} has no configuration with {which.attributes}")
 
 
-def make(which: ExpertsClass) -> Any:
+def make(which: ExpertsClass, experts: int = EXPERTS) -> Any:
     """A module of the class with random bfloat16 weights."""
-    config = config_of(which)
+    config = config_of(which, experts)
     module = getattr(importlib.import_module(f"transformers.models.{which.folder}.{which.file}"), which.name)
     arguments = (config, INTERMEDIATE) if "intermediate_size" in inspect.signature(module.__init__).parameters else (config,)
     made = module(*arguments)
