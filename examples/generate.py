@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 """Generates with a model of transformers, its experts as transformers has them and on moequant, and says what came of it in one table.
 
     python examples/generate.py [FOLDER]
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.generation.streamers import BaseStreamer
 
 from moequant.integrations.transformers import MoEQuantConfig
@@ -81,8 +81,20 @@ class LayerTimes:
 def tiny(folder: str) -> str:
     """Writes a model with random weights. Of several ranks the first does, and its folder is all ranks'."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "moe_intermediate_size": 64, "num_hidden_layers": 4, "num_experts": 16, "num_experts_per_tok": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256, "intermediate_size": 128}
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+    }
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 256,
+        "intermediate_size": 128,
+    }
     AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads), dtype=torch.bfloat16).save_pretrained(folder)
     shared = [folder]
     if dist.is_initialized():
@@ -97,7 +109,8 @@ def load(folder: str, way: str, device: torch.device) -> Any:
     if quant:
         settings["quantization_config"] = MoEQuantConfig(quant)
     if not dist.is_initialized():
-        return AutoModelForCausalLM.from_pretrained(folder, **settings).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **settings)
+        return model.to(device).eval()
     ranks, parallel = dist.get_world_size(), "moequant" if implementation == "moequant" else "auto"
     layout = DistributedConfig(tp_size=ranks, ep_size=ranks, ep_implementation=parallel)
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout, **settings).eval()
@@ -142,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prompt = tokenizer(given.prompt).input_ids if tokenizer else [ord(letter) % vocabulary for letter in given.prompt]
         ids = torch.tensor([prompt] * given.batch, device=device)
         rows: list[list[str]] = []
+        tokens = ids
         for way in given.ways:
             row, tokens = measure(lambda way=way: load(folder, way, device), ids, given.new_tokens, way)
             rows.append(row)

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """transformers' own FP8 experts, of checkpoints in blocks, on moequant."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Whole models of transformers with their experts on moequant: logits, generation, saving and loading, compiling."""
 
 from __future__ import annotations
