@@ -123,7 +123,6 @@ LAYERS: dict[str, Callable[[], Call]] = {
     "GroupedExperts.push": lambda: on_experts("push", num_sms=2),
     "GroupedExperts.gemm2_push": lambda: on_experts("gemm2_push", num_sms=2),
     "GroupedExperts.part": lambda: Call(experts().part, {"begin": 1, "end": 3}),
-    "GroupedExperts.share_workspaces": lambda: Call(experts().share_workspaces, {"other": experts()}),
     "MoEQuantDispatcher": lambda: Call(
         MoEQuantDispatcher,
         {
