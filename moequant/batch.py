@@ -226,7 +226,10 @@ class QuantizedTensor:
 
 
 class Owner:
-    """Says whose batches are meant: workspaces are kept for each owner, as long as it lives."""
+    """Whose batches are meant, a dispatcher's. It has the workspaces of all experts that take them, as long as it lives."""
+
+    def __init__(self) -> None:
+        self.workspaces: dict[tuple[object, ...], Any] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,6 +298,39 @@ class ExpertBatch:
         if self.scales is None:
             return self.values
         return QuantizedTensor.made_of(self.values, self.scales, "transposed", self.recipe)
+
+    def rows_of(self, x: Tensor, expert: int) -> Tensor:
+        """The valid rows of one expert, of the values or of what lies as they do. Syncs with the host.
+
+        Args:
+            x: (L, M, ...), ragged (R, ...): values, scales, sources, or expert output.
+            expert: from 0 to L - 1.
+
+        Returns:
+            (num_tokens[expert], ...), a view of x.
+
+        Raises:
+            ValueError: there is no such expert, or x has other rows.
+        """
+        check_int("expert", expert, 0, self.num_tokens.shape[0] - 1)
+        check_tensor("x", x)
+        rows = self.sources.shape
+        if x.shape[: len(rows)] != rows:
+            raise ValueError(f"x must have the batch's rows, {tuple(rows)} and what each has, got shape {tuple(x.shape)}")
+        begin = 0 if self.expert_start is None else int(self.expert_start[expert])
+        return (x[expert] if self.expert_start is None else x)[begin : begin + int(self.num_tokens[expert])]
+
+    def experts_of_rows(self) -> Tensor:
+        """Each row's expert, for experts that work on all rows at once. No sync with the host.
+
+        Returns:
+            (L, 1), ragged (R,), int64, from 0 to L - 1; of rows that belong to no expert it is some expert.
+        """
+        device = self.values.device
+        if self.expert_start is None:
+            return torch.arange(self.values.shape[0], device=device)[:, None]
+        rows = torch.arange(self.values.shape[0], dtype=torch.int32, device=device)
+        return (torch.searchsorted(self.expert_start, rows, right=True) - 1).clamp_min(0)
 
     def part(self, begin: int, end: int) -> ExpertBatch:
         """The batch of some experts, views of this one.

@@ -1,7 +1,7 @@
 """`MoEQuantDispatcher`: sends tokens to their experts' ranks, quantized, and brings the weighted sums back.
 
-T tokens of this rank, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, H hidden size,
-G = ceil(H / 128) groups.
+T tokens of this rank, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, R rows of a rank's (ragged),
+H hidden size, G = ceil(H / 128) groups.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,19 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_expert_output, check_format, check_out
+from moequant.checks import check_expert_output, check_format, check_int, check_out
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts
 from moequant.layer import pushing_experts, run_layer, traced_layer
 from moequant.overlap import run_in_halves, run_in_waves, side_stream
 from moequant.send_recv import SendRecv
+from moequant.traced import numbered
 from moequant.transport.agreement import agree, attempt, choose_device, membership
 from moequant.transport.base import Stage
 from moequant.transport.lifecycle import step
 from moequant.transport.select import buffer_bytes, make_transport, resolve
 from moequant.transport.warm_up import warm_up
-
-_NUMBERS = itertools.count()
 
 
 class MoEQuantDispatcher(SendRecv):
@@ -109,11 +109,12 @@ class MoEQuantDispatcher(SendRecv):
         timeout: float = 60.0,
         device: torch.device | str | None = None,
     ) -> None:
-        self._number = next(_NUMBERS)
+        self._number = numbered.add(self)
         # of the modules that were called as experts, in the order of their first calls
         self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next_layer = itertools.count(1)
-        group, rank, world_size = membership(group)
+        group, self._rank, world_size = membership(group)
+        self._group = group
         self.device = choose_device(group, None)
 
         def settings() -> DispatcherConfig:
@@ -141,17 +142,54 @@ class MoEQuantDispatcher(SendRecv):
             )
 
         mine = attempt(settings, alone=world_size == 1)
-        agreed, self._ordinal = agree(mine, self.device, group, rank, world_size)
+        agreed, self._ordinal = agree(mine, self.device, group, self._rank, world_size)
         # tensors that are kept are no inference tensors: they are written in any mode
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1), torch.inference_mode(False), torch.no_grad():
-            self.config = resolve(agreed, group, self.device)
             super().__init__(self.device)
-            self._transport = make_transport(self.config, rank, self.device, self._status, group)
-            self._slots = [self._transport.allocate(number) for number in range(slots)]
-            if self.device.type == "cuda":
-                warm_up(self._transport, self.config, self._slots[0], self.device)
-            self._transport.start()
+            self._build(resolve(agreed, group, self.device))
             self._side = side_stream(self.config, self.device)
+
+    def _build(self, config: DispatcherConfig, generation: int = 0) -> None:
+        """Makes the buffers. generation: dispatches that each slot has served, so that older handles stay stale."""
+        self.config = config
+        self._transport = make_transport(config, self._rank, self.device, self._status, self._group)
+        self._slots = [self._transport.allocate(number) for number in range(config.slots)]
+        if self.device.type == "cuda":
+            warm_up(self._transport, config, self._slots[0], self.device)
+        self._transport.start()
+        for slot in self._slots:
+            slot.generation = generation
+
+    @step
+    def ensure(self, max_tokens_per_rank: int) -> None:
+        """Makes room for so many tokens of a rank, if there isn't already. Collective where there isn't.
+
+        Growing waits for the device and takes new buffers: batches and handles of before are stale, and graphs that were captured with
+        them must not be replayed any more.
+
+        Args:
+            max_tokens_per_rank: the largest T, the same on all ranks.
+
+        Raises:
+            RuntimeError: there is no room, or a graph is being captured, which would keep the addresses of the old buffers.
+            ConfigMismatchError: another rank asks for another number.
+            ValueError: no positive integer, or more rows than can be numbered.
+        """
+        self._check_open()
+        check_int("max_tokens_per_rank", max_tokens_per_rank, 1)
+        if max_tokens_per_rank <= self.config.max_tokens_per_rank:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("buffers can't grow while a graph is captured; call ensure before")
+        alone = self.config.world_size == 1
+        mine = attempt(lambda: replace(self.config, max_tokens_per_rank=max_tokens_per_rank), alone)
+        agreed, self._ordinal = agree(mine, self.device, self._group, self._rank, self.config.world_size)
+        generation = 1 + max(slot.generation for slot in self._slots)
+        # what fails from here on leaves nothing behind
+        self.close()
+        with torch.inference_mode(False), torch.no_grad():
+            self._build(agreed, generation)
+        self._closed = False
 
     buffer_bytes = staticmethod(buffer_bytes)
 
@@ -192,8 +230,8 @@ class MoEQuantDispatcher(SendRecv):
         It may be called again for the same dispatch.
 
         Args:
-            expert_output: (L, M, H) bfloat16 or float16: for each valid row of the batch what its expert made of it. Transport
-                "symmetric" copies it first, unless it is `output_buffer`.
+            expert_output: (L, M, H), ragged (R, H), bfloat16 or float16: for each valid row of the batch what its expert made of it.
+                Transport "symmetric" copies it first, unless it is `output_buffer`.
             handle: of the dispatch that this answers.
             out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
 
@@ -226,8 +264,8 @@ class MoEQuantDispatcher(SendRecv):
             dtype: of the rows, bfloat16 or float16, the same on all ranks.
 
         Returns:
-            (L, M) int64: for each valid row of the batch the address, in this process, of H numbers of that type. A multiple of 16
-            if H is one of 8. They stay as they are until the slot's next dispatch.
+            (L, M), ragged (R,), int64: for each valid row of the batch the address, in this process, of H numbers of that type. A
+            multiple of 16 if H is one of 8. They stay as they are until the slot's next dispatch.
 
         Raises:
             RuntimeError: another transport or reduce.
@@ -250,7 +288,7 @@ class MoEQuantDispatcher(SendRecv):
         Transport "symmetric" with reduce="exact" alone.
 
         Args:
-            expert_output: (L, M, H) bfloat16 or float16.
+            expert_output: (L, M, H), ragged (R, H), bfloat16 or float16.
             handle: of the dispatch.
 
         Raises:
@@ -301,7 +339,7 @@ class MoEQuantDispatcher(SendRecv):
             slot: which.
 
         Returns:
-            (L, M, H) bfloat16.
+            (L, M, H), ragged (R, H), bfloat16.
 
         Raises:
             ValueError: there is no such slot.
@@ -331,12 +369,12 @@ class MoEQuantDispatcher(SendRecv):
             hidden_states: as for `dispatch`.
             topk_ids: as for `dispatch`.
             topk_weights: as for `dispatch`.
-            experts: from a batch to its expert output, (L, M, H) bfloat16 or float16.
+            experts: from a batch to its expert output, (L, M, H), ragged (R, H), bfloat16 or float16.
             slot: whose buffers to use.
             layer: as for `dispatch`; None: for `GroupedExperts` and torch modules, a number for each in the order of their first
                 calls here.
             chunks: 1, or, with slots=2, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of
-                an expert, and one half's dispatch under the other's GEMMs. The same on all ranks, and not together with
+                an expert or R of a rank, and one half's dispatch under the other's GEMMs. The same on all ranks, and not together with
                 first_experts.
             first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others
                 under their GEMMs. The same on all ranks.

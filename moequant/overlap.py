@@ -71,12 +71,14 @@ def run_in_waves(
     sms = side_sms(dispatcher)
     batch, handle = dispatcher.dispatch_first(*tokens, slot, first, layer)
     destinations = dispatcher.begin_push(handle)
+    # of ragged rows both waves' are numbered from the first on
+    parts = (destinations, destinations) if dispatcher.config.ragged else (destinations[:first], destinations[first:])
     follow(side, main)
     try:
         with torch.cuda.stream(side):
-            experts.part(0, first).push(batch, destinations[:first], num_sms=sms)
+            experts.part(0, first).push(batch, parts[0], num_sms=sms)
         others = dispatcher.dispatch_second(handle)
-        experts.part(first, dispatcher.config.num_local_experts).push(others, destinations[first:])
+        experts.part(first, dispatcher.config.num_local_experts).push(others, parts[1])
     finally:
         # after an error too: what the side uses may be freed then
         follow(main, side)

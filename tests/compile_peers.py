@@ -6,10 +6,12 @@ T tokens, K top-k, E experts in all, W ranks, H hidden size.
 from __future__ import annotations
 
 import torch
+import triton.language as tl
 
-from compile_case import BF16, counted, empty, quantized
+from compile_case import BF16, empty, quantized
 from moequant import ops
 from moequant.batch import ceil_div
+from moequant.config import ROW_ALIGNMENT
 from moequant.kernels.library.symmetric import Peers, notes_of
 from moequant.kernels.routing import combine as combine_module
 from moequant.kernels.symmetric import (
@@ -35,6 +37,7 @@ def push_tokens(
     top_k: int = 8,
     experts: int = 256,
     ranks: int = 8,
+    ragged: bool = False,
 ) -> None:
     entries, offsets = empty(tokens, top_k, dtype=torch.int32), empty(experts, dtype=torch.int32)
     push_tokens_module.push_tokens(
@@ -51,6 +54,7 @@ def push_tokens(
             columns=columns,
             max_tokens=128,
             spec=None if dtype == BF16 else ops.quant_spec(dtype, "default"),
+            ragged=tl.constexpr(ragged),
         ),
         peers_of(ranks),
         dtype,
@@ -59,12 +63,21 @@ def push_tokens(
     )
 
 
-def unpack_rows(dtype: torch.dtype, expected_rows: int = 128, columns: int = 7168, experts: int = 32, ranks: int = 8) -> None:
-    values, scales = quantized(experts, 1024, columns, dtype)
+def unpack_rows(
+    dtype: torch.dtype,
+    expected_rows: int = 128,
+    columns: int = 7168,
+    experts: int = 32,
+    ranks: int = 8,
+    ragged: bool = False,
+) -> None:
+    values, scales = quantized(1 if ragged else experts, 1024, columns, dtype)
+    if ragged:
+        values, scales = values[0], None if scales is None else scales[0]
     groups = 0 if scales is None else ceil_div(columns, 128)
-    notes = empty(experts, 1024, 4 * ceil_div(groups, 4) + 4, dtype=torch.int32)
-    sources = empty(experts, 1024, dtype=torch.int64)
-    batch = unpack_rows_module.Landed(values.view(torch.uint8), scales, counted(values), sources)
+    notes = empty(*values.shape[:-1], 4 * ceil_div(groups, 4) + 4, dtype=torch.int32)
+    sources, counts = empty(*values.shape[:-1], dtype=torch.int64), empty(experts, dtype=torch.int32)
+    batch = unpack_rows_module.Landed(values.view(torch.uint8), scales, counts, sources, counts if ragged else None)
     returns = unpack_rows_module.Returns(sources, 1024, 1024, 2 * columns)
     unpack_rows_module.unpack_rows(batch, notes_of(notes, groups), peers_of(ranks), returns, dtype.itemsize, expected_rows)
 
@@ -81,10 +94,12 @@ def combine_shared(
     combine_module.combine_shared(empty(1, columns), rows, weights, out, fault, in_order=way == "pushed", remote=remote)
 
 
-def exchange_counts(experts: int = 256, ranks: int = 8) -> None:
+def exchange_counts(experts: int = 256, ranks: int = 8, ragged: bool = False) -> None:
     counts, num_tokens = empty(experts, dtype=torch.int32), empty(experts // ranks, dtype=torch.int32)
     calls, status = empty(1, dtype=torch.int32), empty(3, dtype=torch.int64)
     slot = exchange_counts_module.Counts(counts, counts, num_tokens, calls, status, 1024)
+    if ragged:
+        slot = slot._replace(expert_start=num_tokens, alignment=tl.constexpr(ROW_ALIGNMENT))
     exchange_counts_module.exchange_counts(slot, peers_of(ranks), 1024, 7)
 
 

@@ -34,8 +34,8 @@ def experts() -> GroupedExperts:
 
 def stand_in(batch: ExpertBatch) -> torch.Tensor:
     """Elementwise experts, whose result has the same bits everywhere."""
-    scales = torch.ones_like(batch.num_tokens).view(-1, 1, 1).float() if batch.scales is None else batch.scales
-    return (batch.values.float() * scales.repeat_interleave(128, 2)[..., : batch.values.shape[2]]).bfloat16()
+    scales = torch.ones_like(batch.values[..., :1]).float() if batch.scales is None else batch.scales
+    return (batch.values.float() * scales.repeat_interleave(128, -1)[..., : batch.values.shape[-1]]).bfloat16()
 
 
 def on(d: MoEQuantDispatcher, method: str, **arguments: Any) -> Call:
@@ -97,8 +97,13 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "expected_rows": 3,
             "slot": 0,
             "owner": None,
+            "expert_start": None,
         },
     ),
+    "ExpertBatch.rows_of": lambda: Call(
+        dispatcher(layout="ragged").dispatch(*tokens())[0].rows_of, {"x": torch.zeros(48, 40), "expert": 1}
+    ),
+    "ExpertBatch.experts_of_rows": lambda: Call(dispatcher(layout="ragged").dispatch(*tokens())[0].experts_of_rows, {}),
     "ExpertBatch.part": lambda: Call(dispatcher().dispatch(*tokens())[0].part, {"begin": 1, "end": 3}),
     "GroupedExperts": lambda: Call(GroupedExperts, dict(zip(("w13", "w2"), weights(), strict=True)) | {"activation": "silu"}),
     "GroupedExperts.from_weights": lambda: Call(
@@ -118,7 +123,6 @@ LAYERS: dict[str, Callable[[], Call]] = {
     "GroupedExperts.push": lambda: on_experts("push", num_sms=2),
     "GroupedExperts.gemm2_push": lambda: on_experts("gemm2_push", num_sms=2),
     "GroupedExperts.part": lambda: Call(experts().part, {"begin": 1, "end": 3}),
-    "GroupedExperts.share_workspaces": lambda: Call(experts().share_workspaces, {"other": experts()}),
     "MoEQuantDispatcher": lambda: Call(
         MoEQuantDispatcher,
         {
@@ -127,7 +131,9 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "quant": "fp8_e4m3fn",
             "transport": "local",
             "exchange": "auto",
+            "layout": "padded",
             "capacity": 16,
+            "rank_capacity": None,
             "on_overflow": "drop",
             "reduce": "exact",
             "recipe": "default",
@@ -142,7 +148,16 @@ LAYERS: dict[str, Callable[[], Call]] = {
         DispatcherConfig, {**SETTINGS, "num_experts": 4, "world_size": 2, "capacity": None, "timeout": 10}
     ),
     "MoEQuantDispatcher.buffer_bytes": lambda: Call(
-        MoEQuantDispatcher.buffer_bytes, {**SETTINGS, "num_experts": 4, "world_size": 2, "transport": "collective", "slots": 2}
+        MoEQuantDispatcher.buffer_bytes,
+        {
+            **SETTINGS,
+            "num_experts": 4,
+            "world_size": 2,
+            "intermediate_size": 32,
+            "fused": False,
+            "transport": "collective",
+            "slots": 2,
+        },
     ),
     "MoEQuantDispatcher.dispatch": lambda: on(dispatcher(), "dispatch", **named(tokens()), slot=0, layer=3),
     "MoEQuantDispatcher.dispatch_send": lambda: on(dispatcher(slots=2), "dispatch_send", **named(tokens()), slot=1),
@@ -160,6 +175,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
         dispatcher(), "__call__", **named(tokens()), experts=stand_in, slot=0, layer=0, chunks=1, first_experts=0
     ),
     "MoEQuantDispatcher.check": lambda: on(dispatcher(), "check", wait=True),
+    "MoEQuantDispatcher.ensure": lambda: on(dispatcher(), "ensure", max_tokens_per_rank=40),
     "MoEQuantDispatcher.close": lambda: on(dispatcher(), "close"),
     "environment": lambda: Call(environment, {}),
     "format_of": lambda: Call(formats.format_of, {"dtype": E4M3}, **quantizer(NARROW)),

@@ -35,6 +35,11 @@ def backend(request, monkeypatch, device) -> str:
     return "cpu"
 
 
+@pytest.fixture(params=["padded", "ragged"])
+def settings(request) -> dict[str, Any]:
+    return SETTINGS | {"layout": request.param}
+
+
 def inputs(tokens: int = TOKENS, device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
     hidden = torch.randn(tokens, HIDDEN, dtype=dtype).to(device)
     ids, weights = routing(tokens, TOP_K, EXPERTS)
@@ -45,9 +50,8 @@ def stand_in(batch: ExpertBatch) -> torch.Tensor:
     """An elementwise expert, exact by construction: dequantized rows, doubled for odd experts."""
     values = batch.values.float()
     if batch.scales is not None:
-        values = values * batch.scales.repeat_interleave(128, 2)[..., : values.shape[2]]
-    factor = 1.0 + torch.arange(values.shape[0], device=values.device) % 2
-    return (values * factor[:, None, None]).bfloat16()
+        values = values * batch.scales.repeat_interleave(128, -1)[..., : values.shape[-1]]
+    return (values * (1.0 + batch.experts_of_rows() % 2)[..., None]).bfloat16()
 
 
 def expected_output(hidden, ids, weights, quant_dtype=torch.float8_e4m3fn):
@@ -70,10 +74,10 @@ def poison_buffers(dispatcher: MoEQuantDispatcher) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8"])
-def test_the_stand_in_layer_has_the_expected_bits(quant, dtype, backend):
+def test_the_stand_in_layer_has_the_expected_bits(quant, dtype, backend, settings):
     hidden, ids, weights = inputs(dtype=dtype)
     ids[3, 1], ids[7] = -1, -1
-    with MoEQuantDispatcher(**SETTINGS, quant=quant, device=backend) as dispatcher:
+    with MoEQuantDispatcher(**settings, quant=quant, device=backend) as dispatcher:
         poison_buffers(dispatcher)
         out = dispatcher(hidden.to(backend), ids.to(backend), weights.to(backend), stand_in)
         assert dispatcher.check() == 0
@@ -83,19 +87,19 @@ def test_the_stand_in_layer_has_the_expected_bits(quant, dtype, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_a_per_rank_sum_of_one_rank_is_rounded_to_bfloat16(dtype, backend):
+def test_a_per_rank_sum_of_one_rank_is_rounded_to_bfloat16(dtype, backend, settings):
     hidden, ids, weights = inputs(dtype=dtype)
     ids[3, 1], ids[7] = -1, -1
-    with MoEQuantDispatcher(**SETTINGS, reduce="per_rank", device=backend) as dispatcher:
+    with MoEQuantDispatcher(**settings, reduce="per_rank", device=backend) as dispatcher:
         poison_buffers(dispatcher)
         out = dispatcher(hidden.to(backend), ids.to(backend), weights.to(backend), stand_in)
     assert_bit_equal(out.cpu(), expected_output(hidden, ids, weights).bfloat16().to(dtype))
-    _, (expected,), _ = in_one_process(SETTINGS | {"reduce": "per_rank"}, [(hidden, ids, weights)], stand_in)
+    _, (expected,), _ = in_one_process(settings | {"reduce": "per_rank"}, [(hidden, ids, weights)], stand_in)
     assert_bit_equal(out.cpu(), expected)
 
 
 @pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "fp8_e5m2", "none"])
-def test_the_whole_layer_is_near_a_dense_computation(quant, backend):
+def test_the_whole_layer_is_near_a_dense_computation(quant, backend, settings):
     inner, tolerance = 136, {"fp8_e4m3fn": 0.076, "int8": 0.029, "fp8_e5m2": 0.15, "none": 0.006}[quant]
     hidden, ids, weights = inputs()
     w13 = torch.randn(EXPERTS, 2 * inner, HIDDEN).bfloat16() / HIDDEN**0.5
@@ -106,21 +110,20 @@ def test_the_whole_layer_is_near_a_dense_computation(quant, backend):
         product = torch.nn.functional.silu(gate) * up
         expected[token] += weights[token, k] * (w2[ids[token, k]].float() @ product)
     experts = GroupedExperts.from_weights(w13.to(backend), w2.to(backend), quant=quant)
-    with MoEQuantDispatcher(**SETTINGS, quant=quant, device=backend) as dispatcher:
+    with MoEQuantDispatcher(**settings, quant=quant, device=backend) as dispatcher:
         poison_buffers(dispatcher)
         out = dispatcher(hidden.to(backend), ids.to(backend), weights.to(backend), experts)
     assert relative_error(out.cpu(), expected) < tolerance
 
 
-def test_rows_stand_in_the_order_of_token_and_k_with_their_sources(backend):
+def test_rows_stand_in_the_order_of_token_and_k_with_their_sources(backend, settings):
     hidden, ids, weights = inputs(device=backend)
-    with MoEQuantDispatcher(**SETTINGS, quant="none", device=backend) as dispatcher:
+    with MoEQuantDispatcher(**settings, quant="none", device=backend) as dispatcher:
         batch, _ = dispatcher.dispatch(hidden, ids, weights)
         for expert in range(EXPERTS):
             entries = (ids.flatten() == expert).nonzero().flatten().tolist()
-            count = int(batch.num_tokens[expert])
-            assert batch.sources[expert, :count].tolist() == entries
-            assert_bit_equal(batch.values[expert, :count].cpu(), hidden[torch.tensor(entries) // TOP_K].cpu())
+            assert batch.rows_of(batch.sources, expert).tolist() == entries
+            assert_bit_equal(batch.rows_of(batch.values, expert).cpu(), hidden[torch.tensor(entries) // TOP_K].cpu())
 
 
 def test_the_batch_has_the_contracts_shapes_and_strides(backend):
@@ -133,29 +136,29 @@ def test_the_batch_has_the_contracts_shapes_and_strides(backend):
     assert batch.num_tokens.dtype == torch.int32
 
 
-def test_no_tokens_give_no_rows(backend):
-    with MoEQuantDispatcher(**SETTINGS, device=backend) as dispatcher:
+def test_no_tokens_give_no_rows(backend, settings):
+    with MoEQuantDispatcher(**settings, device=backend) as dispatcher:
         hidden, ids, weights = inputs(0, device=backend)
         batch, handle = dispatcher.dispatch(hidden, ids, weights)
         assert not batch.num_tokens.any()
         assert dispatcher.combine(stand_in(batch), handle).shape == (0, HIDDEN)
 
 
-def test_strided_inputs_give_the_bits_of_their_copies(backend):
+def test_strided_inputs_give_the_bits_of_their_copies(backend, settings):
     hidden, ids, weights = inputs(device=backend)
     wide = torch.randn(TOKENS, 2 * HIDDEN, device=backend).bfloat16()
     wide[:, 1::2] = hidden
-    with MoEQuantDispatcher(**SETTINGS, device=backend) as dispatcher:
+    with MoEQuantDispatcher(**settings, device=backend) as dispatcher:
         straight = dispatcher(hidden, ids, weights, stand_in)
         strided = dispatcher(wide[:, 1::2], ids.t().contiguous().t(), weights.t().contiguous().t(), stand_in)
     assert_bit_equal(straight, strided)
 
 
-def test_repeated_experts_and_int64_ids_and_bfloat16_weights_work(backend):
+def test_repeated_experts_and_int64_ids_and_bfloat16_weights_work(backend, settings):
     hidden, ids, weights = inputs(4, device=backend)
     ids[0] = 2
     weights = weights.bfloat16()
-    with MoEQuantDispatcher(**SETTINGS, device=backend) as dispatcher:
+    with MoEQuantDispatcher(**settings, device=backend) as dispatcher:
         out = dispatcher(hidden, ids.long(), weights, stand_in)
     assert_bit_equal(out.cpu(), expected_output(hidden.cpu(), ids.cpu(), weights.cpu()))
 
@@ -174,9 +177,9 @@ def test_rows_past_capacity_are_dropped_in_row_order_and_reported(backend):
         assert dispatcher.check() == 0
 
 
-def test_the_output_may_be_given(backend):
+def test_the_output_may_be_given(backend, settings):
     hidden, ids, weights = inputs(device=backend)
-    with MoEQuantDispatcher(**SETTINGS, device=backend) as dispatcher:
+    with MoEQuantDispatcher(**settings, device=backend) as dispatcher:
         batch, handle = dispatcher.dispatch(hidden, ids, weights)
         out = poison(torch.empty(TOKENS, 300, dtype=torch.bfloat16, device=backend))
         result = dispatcher.combine(stand_in(batch), handle, out=out[:, :HIDDEN])
@@ -184,9 +187,9 @@ def test_the_output_may_be_given(backend):
         assert_bit_equal(result, dispatcher.combine(stand_in(batch), handle))
 
 
-def test_two_slots_hold_two_batches_at_once(backend):
+def test_two_slots_hold_two_batches_at_once(backend, settings):
     first, second = inputs(device=backend), inputs(device=backend)
-    with MoEQuantDispatcher(**SETTINGS, slots=2, device=backend) as dispatcher:
+    with MoEQuantDispatcher(**settings, slots=2, device=backend) as dispatcher:
         batches = [dispatcher.dispatch(*tensors, slot=slot) for slot, tensors in enumerate((first, second))]
         for (batch, handle), tensors in zip(batches, (first, second), strict=True):
             out = dispatcher.combine(stand_in(batch), handle)
@@ -257,15 +260,15 @@ def test_wrong_expert_output_raises():
             dispatcher.combine(stand_in(batch), handle, out=torch.empty(TOKENS, HIDDEN))
 
 
-def test_batches_of_two_slots_have_workspaces_of_their_own():
+def test_batches_of_two_slots_have_workspaces_of_their_own(settings):
     w13 = torch.randn(EXPERTS, 64, HIDDEN).bfloat16()
     experts = GroupedExperts.from_weights(w13, torch.randn(EXPERTS, HIDDEN, 32).bfloat16(), quant="int8")
-    with MoEQuantDispatcher(**SETTINGS, quant="int8", slots=2, device="cpu") as dispatcher:
+    with MoEQuantDispatcher(**settings, quant="int8", slots=2, device="cpu") as dispatcher:
         (first, _), (second, _) = (dispatcher.dispatch(*inputs(), slot=slot) for slot in (0, 1))
         output = experts(first)
         before = output.clone()
         experts(second)
-        assert_bit_equal(output[0, : first.num_tokens[0]], before[0, : first.num_tokens[0]])
+        assert_bit_equal(first.rows_of(output, 0), first.rows_of(before, 0))
         out = torch.empty_like(output)
         assert experts(second, out=out).data_ptr() == out.data_ptr()
 
@@ -312,15 +315,15 @@ def test_waves_and_pushed_rows_are_for_the_symmetric_transport():
                 call()
 
 
-def test_buffer_bytes_is_what_a_dispatcher_allocates():
-    with MoEQuantDispatcher(**SETTINGS, slots=2, device="cpu") as dispatcher:
+def test_buffer_bytes_is_what_a_dispatcher_allocates(settings):
+    with MoEQuantDispatcher(**settings, slots=2, device="cpu") as dispatcher:
         allocated = sum(buffer.nbytes for slot in dispatcher._slots for buffer in named(slot.buffers).values())
-    assert MoEQuantDispatcher.buffer_bytes(**SETTINGS, slots=2) == allocated
-    assert MoEQuantDispatcher.buffer_bytes(**{**SETTINGS, "num_experts": 8}, world_size=4, exchange="packed") > 0
+    assert MoEQuantDispatcher.buffer_bytes(**settings, slots=2) == allocated
+    assert MoEQuantDispatcher.buffer_bytes(**{**settings, "num_experts": 8}, world_size=4, exchange="packed") > 0
 
 
-def test_a_compiled_layer_of_experts_of_one_s_own_has_the_same_bits():
-    with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
+def test_a_compiled_layer_of_experts_of_one_s_own_has_the_same_bits(settings):
+    with MoEQuantDispatcher(**settings, device="cpu") as dispatcher:
 
         def layer(hidden, ids, weights):
             return dispatcher(hidden * 2, ids, weights, stand_in) + 1
@@ -330,10 +333,10 @@ def test_a_compiled_layer_of_experts_of_one_s_own_has_the_same_bits():
 
 
 @pytest.mark.gpu
-def test_out_of_range_ids_on_a_gpu_are_counted_and_raised_by_check():
+def test_out_of_range_ids_on_a_gpu_are_counted_and_raised_by_check(settings):
     hidden, ids, weights = inputs(device="cuda")
     ids[2, 1], ids[5, 0] = 6, -7
-    with MoEQuantDispatcher(**SETTINGS) as dispatcher:
+    with MoEQuantDispatcher(**settings) as dispatcher:
         out = dispatcher(hidden, ids, weights, stand_in)
         ids[2, 1] = ids[5, 0] = -1
         assert_bit_equal(out.cpu(), expected_output(hidden.cpu(), ids.cpu(), weights.cpu()))
@@ -344,12 +347,12 @@ def test_out_of_range_ids_on_a_gpu_are_counted_and_raised_by_check():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quant", ["fp8_e4m3fn", "none"])
-def test_a_cuda_graph_of_the_layer_replays_with_new_inputs(quant):
+def test_a_cuda_graph_of_the_layer_replays_with_new_inputs(quant, settings):
     inner = 256
     w13 = torch.randn(EXPERTS, 2 * inner, HIDDEN, device="cuda").bfloat16() / HIDDEN**0.5
     w2 = torch.randn(EXPERTS, HIDDEN, inner, device="cuda").bfloat16() / inner**0.5
     experts = GroupedExperts.from_weights(w13, w2, quant=quant)
-    with MoEQuantDispatcher(**SETTINGS, quant=quant) as dispatcher:
+    with MoEQuantDispatcher(**settings, quant=quant) as dispatcher:
         static: Any = [tensor.clone() for tensor in inputs(device="cuda")]
         dispatcher(static[0], static[1], static[2], experts)
         graph = torch.cuda.CUDAGraph()
@@ -367,9 +370,9 @@ def test_a_cuda_graph_of_the_layer_replays_with_new_inputs(quant):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduce", ["exact", "per_rank"])
-def test_nothing_on_the_device_path_syncs_with_the_host(reduce):
+def test_nothing_on_the_device_path_syncs_with_the_host(reduce, settings):
     arguments = inputs(device="cuda")
-    with MoEQuantDispatcher(**SETTINGS, reduce=reduce) as dispatcher:
+    with MoEQuantDispatcher(**settings, reduce=reduce) as dispatcher:
         experts = GroupedExperts.from_weights(
             torch.randn(EXPERTS, 256, HIDDEN, device="cuda").bfloat16(), torch.randn(EXPERTS, HIDDEN, 128, device="cuda").bfloat16()
         )

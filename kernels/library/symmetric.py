@@ -58,7 +58,8 @@ class Peers(NamedTuple):
 
 
 class Notes(NamedTuple):
-    """The notes of a rank's rows (`push_tokens.py`), (L, M, words) int32, of which the first scale_words hold scales: two constants."""
+    """The notes of a rank's rows (`push_tokens.py`), (L, M, words) or (R, words) int32, of which the first scale_words hold scales: two
+    constants."""
 
     pointer: Tensor
     words: tl.constexpr
@@ -67,7 +68,7 @@ class Notes(NamedTuple):
 
 def notes_of(notes: Tensor, groups: int) -> Notes:
     """groups: 0 where rows have no scales."""
-    return Notes(notes, tl.constexpr(notes.shape[2]), tl.constexpr(triton.cdiv(groups, 4) * 4))
+    return Notes(notes, tl.constexpr(notes.shape[-1]), tl.constexpr(triton.cdiv(groups, 4) * 4))
 
 
 @triton.jit

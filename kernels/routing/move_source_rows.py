@@ -1,6 +1,7 @@
 """Moves rows between buffers padded for each source rank and expert buffers with the sources' rows side by side.
 
-W ranks, L local experts, C rows of an expert's buffer per source rank, M rows of an expert's buffer, H hidden size, G groups.
+W ranks, L local experts, C rows of an expert's buffer per source rank, M rows of an expert's buffer, R rows of a rank's (ragged),
+H hidden size, G groups.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Side(NamedTuple):
 
 
 class Size(NamedTuple):
-    """limit, capacity: rows of a padded block and of an expert's buffer, C and M."""
+    """limit, capacity: rows of a padded block and of an expert's buffer, C and M, or, ragged, of the rank's, R."""
 
     experts: int
     limit: int
@@ -38,11 +39,13 @@ class Size(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """rows, columns: that are moved at a time. groups: all, rounded up to a power of two."""
+    """rows, columns: that are moved at a time. groups: all, rounded up to a power of two. ragged: the merged buffer is one for all
+    experts, and offsets are rows of it."""
 
     rows: int
     columns: int
     groups: int
+    ragged: bool
 
 
 @launchable
@@ -73,7 +76,10 @@ def move_source_rows_kernel(
         c = first + tl.arange(0, TILE.rows)
         inside = c < valid
         padded_row = block.to(tl.int64) * limit + c
-        merged_row = expert.to(tl.int64) * capacity + start + c
+        if TILE.ragged:
+            merged_row = start.to(tl.int64) + c
+        else:
+            merged_row = expert.to(tl.int64) * capacity + start + c
         columns = size.columns
         for h in range(0, columns, BLOCK_H):
             column = h + tl.arange(0, BLOCK_H)
@@ -122,19 +128,20 @@ def move_source_rows(
     ranks, experts, limit, columns = padded.shape
     if padded.numel() == 0:
         return
+    ragged = merged.dim() == 2
     groups, padded_strides, merged_strides = 0, (0, 0, 0), (0, 0, 0)
     if padded_scales is not None and merged_scales is not None:
-        groups, merged_strides = merged_scales.shape[2], merged_scales.stride()
+        groups, merged_strides = merged_scales.shape[-1], (0, *merged_scales.stride()) if ragged else merged_scales.stride()
         padded_strides = block_stride(padded_scales), *padded_scales.stride()[2:]
     sources_block = 0 if padded_sources is None else block_stride(padded_sources)
     block = min(16, triton.next_power_of_2(limit))
     move_source_rows_kernel[(ranks * experts, triton.cdiv(limit, block))](
         Side(bytes_of(padded), padded_scales, padded_sources, *padded_strides, sources_matrix=sources_block),
-        Side(bytes_of(merged), merged_scales, merged_sources, *merged_strides, sources_matrix=merged.shape[1]),
+        Side(bytes_of(merged), merged_scales, merged_sources, *merged_strides, sources_matrix=0),
         rows_of(offsets),
         rows_of(counts),
-        Size(experts, limit, merged.shape[1], columns, groups),
+        Size(experts, limit, merged.shape[-2], columns, groups),
         TO_MERGED=to_merged,
-        TILE=Tile(block, min(1024, triton.next_power_of_2(columns)), max(1, triton.next_power_of_2(groups))),
+        TILE=Tile(block, min(1024, triton.next_power_of_2(columns)), max(1, triton.next_power_of_2(groups)), ragged),
         num_warps=8,
     )

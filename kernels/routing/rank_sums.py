@@ -68,6 +68,7 @@ def locate_entries_kernel(
     experts,
     limit,
     capacity,
+    RAGGED: tl.constexpr,
 ):
     """Program (w, b) finds the rows of ENTRIES entries of rank w's tokens.
 
@@ -84,7 +85,10 @@ def locate_entries_kernel(
     placed = (slots >= 0) & (slots < limit) & (local >= 0) & (local < experts.local)
     row = tl.load(offsets_ptr + source * experts.all + ids, mask=placed, other=0) + slots
     to = source.to(tl.int64) * rank_entries + entry
-    tl.store(rows_ptr + to, tl.where(placed & (row < capacity), local * capacity + row, -1), mask=inside)
+    if RAGGED:
+        tl.store(rows_ptr + to, tl.where(placed & (row < capacity), row, -1), mask=inside)
+    else:
+        tl.store(rows_ptr + to, tl.where(placed & (row < capacity), local * capacity + row, -1), mask=inside)
     tl.store(weights_ptr + to, weights.to(tl.float32, bitcast=True), mask=inside)
 
 
@@ -120,6 +124,7 @@ def locate_entries(
     capacity: int,
     rows: torch.Tensor,
     weights: torch.Tensor,
+    ragged: bool = False,
 ) -> None:
     """As `moequant.reference.locate_entries`. Each rank's entries contiguous, at any stride; the others contiguous."""
     ranks, experts = offsets.shape
@@ -133,5 +138,6 @@ def locate_entries(
         experts=Experts(experts, experts // ranks, first_expert),
         limit=limit,
         capacity=capacity,
+        RAGGED=ragged,
         num_warps=4,
     )

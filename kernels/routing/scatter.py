@@ -1,6 +1,6 @@
 """Places each token's row into the buffers of its experts, quantizing it on the way where that is wanted.
 
-T tokens, K top-k, L local experts, M rows of an expert's buffer, H hidden size, G = ceil(H / 128) groups.
+T tokens, K top-k, L local experts, M rows of an expert's buffer, R rows of a rank's (ragged), H hidden size, G = ceil(H / 128) groups.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ class Given(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Where tokens go, as `moequant.reference.scatter` has it. rows are written."""
+    """Where tokens go, as `moequant.reference.scatter` has it. rows are written. starts: of the experts' rows, ragged."""
 
     slots: torch.Tensor
     offsets: torch.Tensor | None
     capacity: int
     rows: torch.Tensor | None
+    starts: torch.Tensor | None
 
 
 class Batch(NamedTuple):
-    """The buffers of the experts: rows (L, M, H) contiguous, scales (L, M, G) of any strides, sources (L, M) with contiguous rows."""
+    """The buffers of the experts: rows (L, M, H) contiguous, scales (L, M, G) of any strides, sources (L, M) with contiguous rows.
+    Ragged, they are one expert's of R rows."""
 
     rows: torch.Tensor
     scales: torch.Tensor | None
@@ -75,7 +77,7 @@ def scatter_kernel(
     """Program (t, b) reads groups b * TILE.groups.. of token t once, and writes them to the row of each of the token's experts.
 
     Example: M=4, L=2, ids[t] [1, 3, -1], slots[t] [1, 0, -1]: the token goes to row 1 of expert 1, flat row 1 * 4 + 1 = 5; expert 3 is
-    another rank's and -1 nobody's: rows[t] is [5, -1, -1].
+    another rank's and -1 nobody's: rows[t] is [5, -1, -1]. Ragged, with starts [0, 16], it goes to row 16 + 1.
     """
     K: tl.constexpr = TILE.top_k
     experts, limit, columns = shape
@@ -92,7 +94,12 @@ def scatter_kernel(
     if routes.offsets is not None:
         placed = placed & (tl.load(routes.offsets + ids, mask=placed, other=0) + slots < routes.capacity)
     # int32 holds a row's number, not its offset in elements
-    flat = tl.where(placed, ids * limit + slots, -1).to(tl.int32)
+    if routes.starts is None:
+        flat = tl.where(placed, ids * limit + slots, -1).to(tl.int32)
+    else:
+        row = tl.load(routes.starts + ids, mask=placed, other=0).to(tl.int64) + slots
+        placed = placed & (row < limit)
+        flat = tl.where(placed, row, -1).to(tl.int32)
     if tl.program_id(1) == 0:
         if routes.rows is not None:
             tl.store(routes.rows + token * K + lane, flat, mask=lane < K)
@@ -100,7 +107,10 @@ def scatter_kernel(
             base = token * K
             if given.sources is not None:
                 base = tl.load(given.sources + token * given.sources_row)
-            tl.store(batch.sources + ids * batch.sources_expert + slots, base + lane, mask=placed)
+            if routes.starts is None:
+                tl.store(batch.sources + ids * batch.sources_expert + slots, base + lane, mask=placed)
+            else:
+                tl.store(batch.sources + flat, base + lane, mask=placed)
 
     if MODE == QUANTIZE:
         values, scales = quantize_group(x.to(tl.float32), spec, 1, batch.rows.dtype.element_ty)
@@ -135,10 +145,11 @@ def scatter(
     offsets: torch.Tensor | None = None,
     capacity: int | None = None,
     spec: QuantSpec | None = None,
+    expert_start: torch.Tensor | None = None,
 ) -> None:
     """As `moequant.reference.scatter`. x, x_scales, topk_ids, sources: rows contiguous, any row stride; scales, row_sources: any strides;
     the others contiguous. spec: the format's and the recipe's, where x is quantized here."""
-    (tokens, columns), (experts, limit), top_k = x.shape, values.shape[:2], slots.shape[1]
+    (tokens, columns), (*experts, limit, _), top_k = x.shape, values.shape, slots.shape[1]
     if tokens == 0:
         return
     copies = x_scales is not None
@@ -156,15 +167,15 @@ def scatter(
             scales_row=0 if x_scales is None else x_scales.stride(0),
             sources_row=0 if row_sources is None else row_sources.stride(0),
         ),
-        Routes(slots, offsets, 0 if capacity is None else capacity, rows),
+        Routes(slots, offsets, 0 if capacity is None else capacity, rows, expert_start),
         Batch(
             values.view(torch.uint8) if copies else storable(values),
             scales,
             sources,
-            *((0, 0, 0) if scales is None else scales.stride()),
+            *((0, 0, 0) if scales is None else (0, *scales.stride()[-2:]) if expert_start is not None else scales.stride()),
             sources_expert=0 if sources is None else sources.stride(0),
         ),
-        shape=Shape(experts, limit, columns),
+        shape=Shape(experts[0] if expert_start is None else expert_start.shape[0], limit, columns),
         spec=spec,
         MODE=COPY if scales is None else COPY_SCALES if copies else QUANTIZE,
         TILE=Tile(block_g, top_k, triton.next_power_of_2(top_k)),

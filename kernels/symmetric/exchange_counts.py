@@ -1,6 +1,7 @@
 """How many rows each rank sends to each expert: told to all ranks, and turned into the places of this rank's rows.
 
-W ranks, E experts, L local experts, M rows of an expert's buffer. Memory and flags: `symmetric.py`.
+W ranks, E experts, L local experts, M rows of an expert's buffer, R rows of a rank's, if the layout is ragged. Memory and flags:
+`symmetric.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Counts(NamedTuple):
     """What a slot has for its counts; all but counts are written. words: the offset of the words that travel.
 
     counts: (E,) int32, rows of this rank for each expert. offsets: (E,) int32. num_tokens: (L,) int32. calls: (1,) int32, how many the
-    slot has seen. status: (3,) int64.
+    slot has seen. status: (3,) int64. expert_start: (L,) int32, if the layout is ragged: then offsets count from the beginning of a rank's
+    buffer, otherwise of an expert's, and experts begin at multiples of `alignment`.
     """
 
     counts: torch.Tensor
@@ -49,6 +51,8 @@ class Counts(NamedTuple):
     calls: torch.Tensor
     status: torch.Tensor
     words: int
+    expert_start: torch.Tensor | None = None
+    alignment: tl.constexpr = tl.constexpr(1)
 
 
 @launchable
@@ -68,10 +72,14 @@ def exchange_counts_kernel(
 
     Each count travels in one word of 8 bytes together with the epoch: it is complete when it is there, and needs no flag behind it.
     Nothing else is read here that a peer has stored; the kernels that follow see, as after any kernel, what this one has seen. After a
-    fault nothing has a place: offsets are M, and the batch is empty.
+    fault nothing has a place: offsets are M, or R, and the batch is empty. capacity: M, or R.
 
     Example: rank 1 of 2, M=5, L=1, counts [2, 4] of rank 0 and [1, 3] of rank 1: rank 1's rows begin at row 2 of expert 0 and row 4 of
     expert 1; of expert 1, which is rank 1's, min(4 + 3, 5) = 5 rows are valid and 2 have no place.
+
+    Ragged: R=32, alignment 16, L=2, counts [2, 9, 8, 1] of rank 0 and [1, 8, 9, 16] of rank 1. The experts of a rank get 3, 17 | 17, 17
+    rows and begin at rows 0, 16 | 0, 32 of its buffer; rank 1's rows begin at 2, 25 | 8, 32. Of expert 1, one row has no place, and none
+    of expert 3 has one.
     """
     launch_dependents(PDL)
     wait_for_previous(PDL)
@@ -132,10 +140,20 @@ def exchange_counts_kernel(
     counts = tl.where(everyone, tl.minimum(tl.maximum(counts, 0), 1 << 24), 0)
     before = tl.sum(tl.where((peer < rank)[:, None], counts, 0), axis=0)
     wanted = tl.sum(counts, axis=0)
-    placed = tl.minimum(wanted, capacity)
     local = expert - rank * local_experts
     is_local = (local >= 0) & (local < local_experts)
     well = fault == NO_FAULT
+    if slot.expert_start is None:
+        placed = tl.minimum(wanted, capacity)
+    else:
+        # behind the rows of all experts before; those of the rank's own count
+        taken = tl.cdiv(wanted.to(tl.int64), slot.alignment) * slot.alignment
+        ahead = tl.cumsum(taken, axis=0) - taken
+        start = ahead - tl.gather(ahead, expert // local_experts * local_experts, 0)
+        before = tl.minimum(start + before, capacity).to(tl.int32)
+        start = tl.minimum(start, capacity).to(tl.int32)
+        placed = tl.minimum(wanted, capacity - start)
+        tl.store(slot.expert_start + local, tl.where(well, start, 0), mask=is_local)
     tl.store(slot.offsets + expert, tl.where(well, before, capacity), mask=inside)
     tl.store(slot.num_tokens + local, tl.where(well, placed, 0), mask=is_local)
     dropped = tl.sum(tl.where(inside, (wanted - placed).to(tl.int64), 0), axis=0)
@@ -146,11 +164,11 @@ def exchange_counts_kernel(
 
 
 def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int) -> None:
-    """Writes offsets, num_tokens, status, peers' epoch and calls.
+    """Writes offsets, num_tokens, expert_start, status, peers' epoch and calls.
 
     The launch before is `route`, which began when all before it had ended: `push_tokens` may begin early behind this one, and reads then
     what was there before `route`.
-    capacity: M. call: the word of this call (`moequant.transport.calls`), the same on all ranks that are in step; the ranks where it or
+    capacity: M, or R. call: the word of this call (`moequant.transport.calls`), the same on all ranks that are in step; the ranks where it or
     the number of calls differs are added to status[2].
     """
     experts = slot.counts.shape[0]

@@ -1,7 +1,7 @@
 """Sums the rows that this rank holds for a token by their weights, and stores the sum at the token's rank.
 
-T tokens, K top-k, W ranks, L local experts, M rows of an expert's buffer, H hidden size. Memory and flags: `symmetric.py`; notes:
-`push_tokens.py`.
+T tokens, K top-k, W ranks, L local experts, M rows of an expert's buffer, R rows of the rank's, if the layout is ragged, H hidden size.
+Memory and flags: `symmetric.py`; notes: `push_tokens.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.arguments import Shape
-from moequant.kernels.library.common import locate_block, num_sms, row_blocks
+from moequant.kernels.library.common import first_row, locate_block, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.symmetric import (
     NO_FAULT,
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 def push_rank_sums_kernel(
     y_ptr,
     notes,
-    num_tokens_ptr,
+    counted,
     peers,
     sums,
     shape,
@@ -57,21 +57,23 @@ def push_rank_sums_kernel(
     TILE: tl.constexpr,
 ):
     """Tiles of one valid row and BLOCK columns are dealt to the programs in turn; only rows that lead have a sum. The last program
-    begins the next epoch, tells all ranks, and, with WAIT, waits for them. The launch forbids fused multiply-add.
+    begins the next epoch, tells all ranks, and, with WAIT, waits for them. The launch forbids fused multiply-add. counted: num_tokens
+    and expert_start.
 
     Example: K=3, rank 1, row 4 leads token 6 of rank 0, its note says rows [4, -1, 9]: acc = (0 + w[0] * y[4]) + w[2] * y[9] goes,
     rounded to bfloat16, to row 1 * max_tokens + 6 of rank 0's buffer.
     """
     BLOCK: tl.constexpr = TILE.columns
+    num_tokens_ptr, expert_start_ptr = counted
     rank, columns = peers.rank, shape.columns
-    counts, ends = row_blocks(num_tokens_ptr, shape.experts, shape.rows, 1, TILE.experts, True)
+    counts, ends = row_blocks(num_tokens_ptr, shape.experts, shape.rows, 1, TILE.experts, True, expert_start_ptr)
     column_blocks = tl.cdiv(columns, BLOCK)
-    rows_here = shape.experts * shape.rows
+    rows_here = shape.experts * shape.rows if expert_start_ptr is None else shape.rows
     # after a fault the notes may be anything
     tiles = tl.where(tl.load(peers.fault) == NO_FAULT, tl.max(ends, axis=0) * column_blocks, 0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         expert, row, _ = locate_block(tile // column_blocks, counts, ends, 1, TILE.experts)
-        flat = expert * shape.rows + row
+        flat = first_row(expert_start_ptr, expert, shape.rows) + row
         note = notes.pointer + flat.to(tl.int64) * notes.words + notes.scale_words
         entry = tl.load(note)
         token = entry // K
@@ -100,23 +102,31 @@ def push_rank_sums_kernel(
 
 
 def push_rank_sums(
-    y: torch.Tensor, notes: Notes, num_tokens: torch.Tensor, peers: Peers, sums: Sums, top_k: int, wait: bool
+    y: torch.Tensor,
+    notes: Notes,
+    num_tokens: torch.Tensor,
+    expert_start: torch.Tensor | None,
+    peers: Peers,
+    sums: Sums,
+    top_k: int,
+    wait: bool,
 ) -> None:
-    """y: (L, M, H) contiguous. num_tokens: (L,) int32. peers: with the flags of outputs. wait: for all ranks' sums.
+    """y: (L, M, H) contiguous, or (R, H) with expert_start. num_tokens, expert_start: (L,) int32. peers: with the flags of outputs. wait:
+    for all ranks' sums.
 
     Stores each sum as a row of H bfloat16 numbers in `sums` of the token's rank, in this rank's part of it.
     """
-    shape = Shape(*y.shape)
+    shape = Shape(num_tokens.shape[0], *y.shape[-2:])
     tile = Tile(
         min(1024, triton.next_power_of_2(shape.columns)),
         experts=triton.next_power_of_2(shape.experts),
         lanes=triton.next_power_of_2(peers.ranks),
     )
-    worst = shape.experts * shape.rows * triton.cdiv(shape.columns, tile.columns)
+    worst = y.shape[:-1].numel() * triton.cdiv(shape.columns, tile.columns)
     push_rank_sums_kernel[(min(worst, 16 * num_sms(y.device)),)](
         y,
         notes,
-        num_tokens,
+        (num_tokens, expert_start),
         peers,
         sums,
         shape,

@@ -1,6 +1,6 @@
 """Copies the valid rows of an expert's output: to a buffer of this rank, or each to where its token came from.
 
-L local experts, M rows of an expert's buffer, H hidden size.
+L local experts, M rows of an expert's buffer, R rows of the rank's, if the layout is ragged, H hidden size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.arguments import Shape
-from moequant.kernels.library.common import locate_block, num_sms, row_blocks
+from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 
 
@@ -19,6 +19,7 @@ from moequant.kernels.library.launch import launchable
 def push_rows_kernel(
     y_ptr,
     num_tokens_ptr,
+    expert_start_ptr,
     out_ptr,
     destinations_ptr,
     shape,
@@ -31,14 +32,14 @@ def push_rows_kernel(
     Example: M=8, L=2, counts [3, 1]: row 0 of expert 1 is flat row 8, and goes to the address destinations[8].
     """
     columns = shape.columns
-    counts, ends = row_blocks(num_tokens_ptr, shape.experts, shape.rows, BLOCK, EXPERTS, True)
+    counts, ends = row_blocks(num_tokens_ptr, shape.experts, shape.rows, BLOCK, EXPERTS, True, expert_start_ptr)
     column_blocks = tl.cdiv(columns, BLOCK_H)
     for tile in range(tl.program_id(0), tl.max(ends, axis=0) * column_blocks, tl.num_programs(0)):
-        expert, first_row, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
-        row = first_row + tl.arange(0, BLOCK)
+        expert, first, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
+        row = first + tl.arange(0, BLOCK)
         column = tile % column_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
         there = row < count
-        flat = expert.to(tl.int64) * shape.rows + row
+        flat = first_row(expert_start_ptr, expert.to(tl.int64), shape.rows) + row
         inside = there[:, None] & (column < columns)[None, :]
         y = tl.load(y_ptr + flat[:, None] * columns + column[None, :], mask=inside)
         if destinations_ptr is None:
@@ -52,15 +53,22 @@ def push_rows_kernel(
             tl.store(at, y, mask=inside)
 
 
-def push_rows(y: torch.Tensor, num_tokens: torch.Tensor, out: torch.Tensor | None, destinations: torch.Tensor | None) -> None:
-    """y: (L, M, H) of 2 bytes a number, contiguous. num_tokens: (L,) int32. One of out (L, M, H) and destinations (L, M) int64,
-    addresses, says where the valid rows go."""
-    shape = Shape(*y.shape)
+def push_rows(
+    y: torch.Tensor,
+    num_tokens: torch.Tensor,
+    expert_start: torch.Tensor | None,
+    out: torch.Tensor | None,
+    destinations: torch.Tensor | None,
+) -> None:
+    """y: (L, M, H) of 2 bytes a number, contiguous, or (R, H) with expert_start. num_tokens, expert_start: (L,) int32. One of out, like y,
+    and destinations (L, M) or (R,) int64, addresses, says where the valid rows go."""
+    shape = Shape(num_tokens.shape[0], *y.shape[-2:])
     block, block_h = 8, 512
-    worst = shape.experts * triton.cdiv(shape.rows, block) * triton.cdiv(shape.columns, block_h)
+    worst = most_row_tiles(shape.experts, shape.rows, block, expert_start) * triton.cdiv(shape.columns, block_h)
     push_rows_kernel[(min(worst, 8 * num_sms(y.device)),)](
         y,
         num_tokens,
+        expert_start,
         out,
         destinations,
         shape=shape,

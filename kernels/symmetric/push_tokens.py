@@ -1,7 +1,7 @@
 """Quantizes each token once and stores it straight to its experts' rows on their ranks.
 
-T tokens, K top-k, W ranks, E experts, L local experts, M rows of an expert's buffer, H hidden size, G groups. Memory and flags:
-`symmetric.py`.
+T tokens, K top-k, W ranks, E experts, L local experts, M rows of an expert's buffer, R rows of a rank's (L * M, or the
+layout is ragged), H hidden size, G groups. Memory and flags: `symmetric.py`.
 
 Scales can't be stored straight: in the batch the scales of a row lie M numbers apart, and single 4-byte stores to another rank cost more
 than the row itself. They travel side by side in the row's note, and the receiver transposes them (`unpack_rows.py`). A note is
@@ -36,7 +36,7 @@ class Entries(NamedTuple):
     """What a slot has for the entries of a call: as `exchange_counts` left them, and what is written.
 
     slots: (T, K) int32. offsets: (E,) int32.
-    rows: (T, K) int32, written: the flat row of each entry among all ranks' E * M rows, -1 where there is none.
+    rows: (T, K) int32, written: the flat row of each entry among all ranks' W * R rows, -1 where there is none.
     partials: (T, W) int32, written with reduce="per_rank": r * max_tokens + t for each rank r that holds rows of token t, otherwise -1.
     """
 
@@ -48,7 +48,7 @@ class Entries(NamedTuple):
 
 class Landing(NamedTuple):
     """Where rows land: the offsets of a slot's rows and notes in every rank's block, and how large all is. spec: of the format and the
-    recipe; None for bfloat16."""
+    recipe; None for bfloat16. ragged: a constant: capacity is then R, not M."""
 
     rows: int
     notes: int
@@ -58,6 +58,7 @@ class Landing(NamedTuple):
     columns: int
     max_tokens: int
     spec: QuantSpec | None
+    ragged: tl.constexpr = tl.constexpr(False)
 
 
 class Tile(NamedTuple):
@@ -100,7 +101,7 @@ def push_tokens_kernel(
 
     Example: W=2, L=2, M=8, ids[t] [3, 0, 2], slots[t] [0, 1, 0], offsets [4, 0, 8, 5]. Entry 0 goes to row 5 of expert 3, row
     1 * 8 + 5 = 13 of rank 1; entry 1 to row 5 of expert 0 on rank 0; entry 2 would be row 8 of expert 2, for which there is no room.
-    rows[t] is [3 * 8 + 5, 0 * 8 + 5, -1].
+    rows[t] is [3 * 8 + 5, 0 * 8 + 5, -1]. Ragged: with R=16, offsets [4, 0, 16, 13], rows[t] is [1 * 16 + 13, 0 * 16 + 5, -1].
     """
     K: tl.constexpr = TILE.top_k
     x_stride, first_experts = given
@@ -134,7 +135,9 @@ def push_tokens_kernel(
             place = tl.load(entries.offsets + expert, mask=named, other=capacity) + slot
             placed = named & (place >= 0) & (place < capacity)
             # int32 holds a row's number, not its offset in elements
-            row = tl.where(placed, expert * capacity + place, -1).to(tl.int32)
+            # that has place 0
+            first = (expert // local_experts if landing.ragged else expert) * capacity
+            row = tl.where(placed, first + place, -1).to(tl.int32)
             owner = tl.where(placed, expert // local_experts, -1).to(tl.int32)
             leader = row
             for back in tl.static_range(k):
@@ -159,7 +162,7 @@ def push_tokens_kernel(
 
         word = tl.arange(0, 4)
         lane = tl.arange(0, TILE.top_k_lanes)
-        rows_of_rank = local_experts * capacity
+        rows_of_rank = capacity if landing.ragged else local_experts * capacity
         for k in tl.static_range(K):
             leader = leaders[k]
             if TILE.wave > 0:

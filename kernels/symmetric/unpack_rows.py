@@ -1,6 +1,7 @@
 """Makes an expert batch of the rows that other ranks stored: scales transposed, sources, and copies of tokens that came once.
 
-W ranks, K top-k, L local experts, M rows of an expert's buffer, H hidden size, G groups. Notes: `push_tokens.py`.
+W ranks, K top-k, L local experts, M rows of an expert's buffer, R rows of the rank's, if the layout is ragged, H hidden size, G groups.
+Notes: `push_tokens.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.arguments import Shape
-from moequant.kernels.library.common import locate_block, num_sms, row_blocks
+from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import may_use_pdl, most_programs, pdl_option, wait_for_previous
 from moequant.kernels.library.symmetric import NO_FAULT, Notes, Peers
@@ -22,19 +23,21 @@ class Landed(NamedTuple):
     """The expert batch that is made.
 
     rows: (L, M, bytes of a row) uint8. scales: (L, M, G) float32 with strides (M*G, 1, M), or None. num_tokens: (L,) int32.
-    sources: (L, M) int64.
+    sources: (L, M) int64. expert_start: (L,) int32, if the layout is ragged: then rows are (R, bytes of a row), scales (R, G) with strides
+    (1, R), and sources (R,).
     """
 
     rows: torch.Tensor
     scales: torch.Tensor | None
     num_tokens: torch.Tensor
     sources: torch.Tensor
+    expert_start: torch.Tensor | None = None
 
 
 class Returns(NamedTuple):
     """Where rows go back to: to the source rank's block, `offset` bytes from its beginning, where each of `entries` has row_bytes.
 
-    destinations: (L, M) int64, where the addresses are written, or None.
+    destinations: (L, M) or (R,) int64, where the addresses are written, or None.
     """
 
     destinations: torch.Tensor | None
@@ -67,7 +70,7 @@ def unpack_rows_kernel(
     TILE: tl.constexpr,
 ):
     """Tiles of BLOCK valid rows and BLOCK_G groups of columns are dealt to the programs in turn. The rows are those of `experts` experts
-    from first_expert on. groups: of all columns, with scales or without.
+    from first_expert on. groups: of all columns, with scales or without. shape: its rows are M, or R.
 
     Example: M=8, L=2, notes of 4 words: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2,
     leader 3, then sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
@@ -78,7 +81,10 @@ def unpack_rows_kernel(
     EXPERTS: tl.constexpr = TILE.experts
     WIDTH: tl.constexpr = TILE.width
     capacity, columns = shape.rows, shape.columns
-    counts, ends = row_blocks(batch.num_tokens + first_expert, experts, capacity, BLOCK, EXPERTS, True)
+    starts = batch.expert_start
+    if starts is not None:
+        starts += first_expert
+    counts, ends = row_blocks(batch.num_tokens + first_expert, experts, capacity, BLOCK, EXPERTS, True, starts)
     column_blocks = tl.cdiv(groups, BLOCK_G)
     # after a fault the notes may be anything; the batch is empty, so that no product stores rows at addresses of an earlier call
     well = tl.load(peers.fault) == NO_FAULT
@@ -87,12 +93,12 @@ def unpack_rows_kernel(
         expert = tl.arange(0, EXPERTS)
         tl.store(batch.num_tokens + first_expert + expert, tl.zeros((EXPERTS,), tl.int32), mask=expert < experts)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        expert, first_row, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
+        expert, first, count = locate_block(tile // column_blocks, counts, ends, BLOCK, EXPERTS)
         first_group = tile % column_blocks * BLOCK_G
-        row = first_row + tl.arange(0, BLOCK)
+        row = first + tl.arange(0, BLOCK)
         there = row < count
         expert += first_expert
-        flat = expert.to(tl.int64) * capacity + row
+        flat = first_row(batch.expert_start, expert.to(tl.int64), capacity) + row
         note = notes.pointer + flat * notes.words + notes.scale_words
         leader = tl.load(note + 2, mask=there, other=0)
         if first_group == 0:
@@ -104,13 +110,17 @@ def unpack_rows_kernel(
                 known = there & (source >= 0) & (source < peers.ranks) & (entry >= 0) & (entry < returns.entries)
                 back = tl.load(peers.pointers + source, mask=known, other=0) + returns.offset
                 tl.store(returns.destinations + flat, back + entry.to(tl.int64) * returns.row_bytes, mask=known)
-        there = there & (leader >= 0) & (leader < shape.experts * capacity)
+        rows_here = shape.experts * capacity if starts is None else capacity
+        there = there & (leader >= 0) & (leader < rows_here)
         leader = leader.to(tl.int64)
         if notes.scale_words > 0:
             group = first_group + tl.arange(0, BLOCK_G)
             scaled = there[:, None] & (group < groups)[None, :]
             scales = tl.load(notes.pointer + leader[:, None] * notes.words + group[None, :], mask=scaled, other=0)
-            at = (expert * groups + group).to(tl.int64)[None, :] * capacity + row[:, None]
+            if starts is None:
+                at = (expert * groups + group).to(tl.int64)[None, :] * capacity + row[:, None]
+            else:
+                at = group.to(tl.int64)[None, :] * capacity + flat[:, None]
             tl.store(batch.scales + at, scales.to(tl.float32, bitcast=True), mask=scaled)
         follows = there & (leader != flat)
         if tl.max(follows.to(tl.int32), axis=0) > 0:
@@ -142,21 +152,21 @@ def unpack_rows(
     all.
     """
     device = batch.rows.device
-    local_experts, capacity, row_bytes = batch.rows.shape
+    local_experts, (capacity, row_bytes) = batch.num_tokens.shape[0], batch.rows.shape[-2:]
     columns = row_bytes // width
     first_expert, end = part or (0, local_experts)
     experts = end - first_expert
     groups = triton.cdiv(columns, 128)
     # few programs with whole rows, if the launch may begin early and has few rows
     block, block_g, warps = 4, min(64 // width, triton.next_power_of_2(groups)), 8
-    columns_of_tiles = experts * triton.cdiv(groups, block_g)
-    programs = min(columns_of_tiles * triton.cdiv(capacity, block), most_programs(device))
-    few = columns_of_tiles * triton.cdiv(expected_rows, block) <= TURNS * programs
+    tiles = most_row_tiles(experts, capacity, block, batch.expert_start) * triton.cdiv(groups, block_g)
+    programs = min(tiles, most_programs(device))
+    few = experts * triton.cdiv(groups, block_g) * triton.cdiv(expected_rows, block) <= TURNS * programs
     pdl = few and may_use_pdl(device, programs, warps, REGISTERS)
     if not pdl:
         block, block_g, warps = 8, min(8, triton.next_power_of_2(groups)), 4
-        worst = experts * triton.cdiv(groups, block_g) * triton.cdiv(capacity, block)
-        programs = min(worst, 8 * num_sms(device))
+        tiles = most_row_tiles(experts, capacity, block, batch.expert_start) * triton.cdiv(groups, block_g)
+        programs = min(tiles, 8 * num_sms(device))
     unpack_rows_kernel[(programs,)](
         batch,
         notes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from moequant import reference
+from moequant.config import ROW_ALIGNMENT
 from moequant.ops.quantization import quant_spec
 from moequant.ops.registration import registered, uses_kernels
 
@@ -22,8 +23,11 @@ __all__ = [
     "scatter",
 ]
 
+# of rows that one source rank can send
+NO_LIMIT = 2**31 - 1
 
-@registered(mutates=("slots", "counts", "num_tokens", "status"))
+
+@registered(mutates=("slots", "counts", "num_tokens", "status", "expert_start"))
 def route(
     topk_ids: Tensor,
     slots: Tensor,
@@ -31,17 +35,25 @@ def route(
     capacity: int | None = None,
     num_tokens: Tensor | None = None,
     status: Tensor | None = None,
+    expert_start: Tensor | None = None,
 ) -> None:
     """`reference.route` into given outputs; the number of experts is counts.shape[0]."""
     if not uses_kernels(topk_ids):
-        reference.route(topk_ids, slots, counts, capacity, num_tokens, status)
+        reference.route(topk_ids, slots, counts, capacity, num_tokens, status, expert_start)
         return
     from moequant.kernels.routing.route import route as kernel
 
-    kernel(topk_ids, slots, counts, capacity, num_tokens, status)
+    if expert_start is None:
+        kernel(topk_ids, slots, counts, capacity, num_tokens, status)
+        return
+    from moequant.kernels.routing.ragged_rows import ragged_rows
+
+    assert capacity is not None and num_tokens is not None
+    kernel(topk_ids, slots, counts, status=status)
+    ragged_rows(counts[None], 0, capacity, NO_LIMIT, None, num_tokens, status, expert_start, ROW_ALIGNMENT)
 
 
-@registered(mutates=("offsets", "num_tokens", "status"))
+@registered(mutates=("offsets", "num_tokens", "status", "expert_start"))
 def expert_offsets(
     counts: Tensor,
     first_expert: int,
@@ -50,14 +62,20 @@ def expert_offsets(
     offsets: Tensor,
     num_tokens: Tensor,
     status: Tensor | None = None,
+    expert_start: Tensor | None = None,
 ) -> None:
     """`reference.expert_offsets`."""
+    arguments = counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status
     if not uses_kernels(counts):
-        reference.expert_offsets(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
-        return
-    from moequant.kernels.routing.expert_offsets import expert_offsets as kernel
+        reference.expert_offsets(*arguments, expert_start)
+    elif expert_start is None:
+        from moequant.kernels.routing.expert_offsets import expert_offsets as kernel
 
-    kernel(counts, first_expert, capacity, rows_per_source, offsets, num_tokens, status)
+        kernel(*arguments)
+    else:
+        from moequant.kernels.routing.ragged_rows import ragged_rows
+
+        ragged_rows(*arguments, expert_start, ROW_ALIGNMENT)
 
 
 @registered(mutates=("status",))
@@ -109,15 +127,17 @@ def scatter(
     offsets: Tensor | None = None,
     capacity: int | None = None,
     recipe: str = "default",
+    expert_start: Tensor | None = None,
 ) -> None:
     """`reference.scatter`."""
+    arguments = x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, offsets, capacity
     if not uses_kernels(x):
-        reference.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, offsets, capacity, recipe)
+        reference.scatter(*arguments, recipe, expert_start)
         return
     from moequant.kernels.routing.scatter import scatter as kernel
 
     spec = quant_spec(values.dtype, recipe) if scales is not None else None
-    kernel(x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, offsets, capacity, spec)
+    kernel(*arguments, spec, expert_start)
 
 
 @registered(mutates=("padded", "merged", "merged_scales", "merged_sources"))
@@ -166,15 +186,22 @@ def plan_rank_sums(
 
 @registered(mutates=("rows", "weights"))
 def locate_entries(
-    entries: Tensor, offsets: Tensor, first_expert: int, limit: int, capacity: int, rows: Tensor, weights: Tensor
+    entries: Tensor,
+    offsets: Tensor,
+    first_expert: int,
+    limit: int,
+    capacity: int,
+    rows: Tensor,
+    weights: Tensor,
+    ragged: bool = False,
 ) -> None:
     """`reference.locate_entries`."""
     if not uses_kernels(entries):
-        reference.locate_entries(entries, offsets, first_expert, limit, capacity, rows, weights)
+        reference.locate_entries(entries, offsets, first_expert, limit, capacity, rows, weights, ragged)
         return
     from moequant.kernels.routing.rank_sums import locate_entries as kernel
 
-    kernel(entries, offsets, first_expert, limit, capacity, rows, weights)
+    kernel(entries, offsets, first_expert, limit, capacity, rows, weights, ragged)
 
 
 @registered(mutates=("out",))

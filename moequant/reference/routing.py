@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moequant.config import ROW_ALIGNMENT
 from moequant.reference.quantization import quantize_groups
 from moequant.transport.calls import unlike
 
@@ -25,6 +26,18 @@ __all__ = [
 ]
 
 
+def ragged_rows(counts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Layout "ragged": where each expert's rows begin in a rank's buffer, and how many of them find a place.
+
+    counts: (..., L) rows that come for the experts of a rank. capacity: R, a multiple of 16. Returns both, as counts.
+
+    Example: R=48, counts [3, 0, 17, 20]: the experts begin at rows 0, 16, 16 and 48, and 3, 0, 17 and 0 rows have a place.
+    """
+    aligned = (counts + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    starts = (aligned.cumsum(-1) - aligned).clamp_max(capacity)
+    return starts.to(counts.dtype), counts.minimum(capacity - starts).to(counts.dtype)
+
+
 def route(
     topk_ids: Tensor,
     slots: Tensor,
@@ -32,15 +45,18 @@ def route(
     capacity: int | None = None,
     num_tokens: Tensor | None = None,
     status: Tensor | None = None,
+    expert_start: Tensor | None = None,
 ) -> None:
     """Numbers the rows of each expert in the order of (token, k).
 
     topk_ids: (T, K) int32 or int64; -1 means "no expert". An id outside -1..E-1 counts as -1.
     slots: (T, K) int32, written: the number of earlier entries with the same id, or -1 where there is no expert.
     counts: (E,) int32, written: entries of each expert, before any limit. Its length says how many experts there are.
-    capacity: rows that an expert has room for, or None for no limit.
-    num_tokens: (E,) int32, written if given: min(counts, capacity).
-    status: (3,) int64, of which the first two are added to if given: ids out of range, and rows past capacity.
+    capacity: rows that an expert has room for, or None for no limit. Ragged: rows that all have room for together, R.
+    num_tokens: (E,) int32, written if given: min(counts, capacity). Ragged: the rows of each expert that are below R.
+    status: (3,) int64, of which the first two are added to if given: ids out of range, and rows without room.
+    expert_start: (E,) int32, written if given, and then the layout is ragged: the first row of each expert, as `ragged_rows` has it.
+        capacity and num_tokens have to be given too.
 
     Example: E=3, topk_ids [[2, 0], [0, -1], [2, 2]] gives slots [[0, 0], [1, -1], [1, 2]] and counts [2, 0, 3].
     """
@@ -52,12 +68,16 @@ def route(
     earlier = (one_hot.cumsum(0) - one_hot).gather(1, ids.clamp(0, num_experts - 1).flatten().unsqueeze(1))
     slots.copy_(torch.where(present, earlier.view(ids.shape), -1))
     counts.copy_(one_hot.sum(0))
+    placed = counts if capacity is None else counts.clamp_max(capacity)
+    if expert_start is not None:
+        assert capacity is not None
+        starts, placed = ragged_rows(counts, capacity)
+        expert_start.copy_(starts)
     if num_tokens is not None:
-        num_tokens.copy_(counts if capacity is None else counts.clamp_max(capacity))
+        num_tokens.copy_(placed)
     if status is not None:
         status[0] += invalid.sum()
-        if capacity is not None:
-            status[1] += (counts - capacity).clamp_min(0).sum()
+        status[1] += (counts - placed).sum()
 
 
 def expert_offsets(
@@ -68,21 +88,34 @@ def expert_offsets(
     offsets: Tensor,
     num_tokens: Tensor,
     status: Tensor | None = None,
+    expert_start: Tensor | None = None,
 ) -> None:
-    """Where each source rank's rows start in each expert's buffer.
+    """Where each source rank's rows start in each expert's buffer, or, ragged, in the buffer of the expert's rank.
 
     counts: (W, E) int32, as each rank's `route` gave them; counts above rows_per_source (C) are cut to it.
-    offsets: (W, E) int32, written: rows of lower ranks. It may exceed capacity (M): such rows have no place.
+    capacity: M, or, ragged, R.
+    offsets: (W, E) int32, written: rows of lower ranks; ragged: the expert's first row is added. It may exceed capacity: such rows
+        have no place.
     num_tokens: (L,) int32, written for the experts from first_expert on: valid rows, at most capacity.
     status: (3,) int64; status[1] is raised by the rows, of all ranks and experts, that found no place.
+    expert_start: (L,) int32, written for the same experts if given, and then the layout is ragged: the first row of each.
 
     Example: W=2, C=4, M=5, counts of one expert [3, 6]: offsets [0, 3], num_tokens 5, and 4 rows have no place (2 of them past C).
+    Ragged, R=32, counts of the two experts of one rank [[3, 1], [4, 20]]: offsets [[0, 16], [3, 17]], num_tokens [7, 16], expert_start
+    [0, 16], and 5 rows have no place.
     """
     sent = counts.clamp_max(rows_per_source)
     ends = sent.cumsum(0, dtype=torch.int32)
     offsets.copy_(ends - sent)
-    placed = ends[-1].clamp_max(capacity)
-    num_tokens.copy_(placed[first_expert : first_expert + num_tokens.shape[0]])
+    local = num_tokens.shape[0]
+    mine = slice(first_expert, first_expert + local)
+    if expert_start is None:
+        placed = ends[-1].clamp_max(capacity)
+    else:
+        starts, placed = (x.flatten() for x in ragged_rows(ends[-1].unflatten(0, (-1, local)), capacity))
+        offsets += starts
+        expert_start.copy_(starts[mine])
+    num_tokens.copy_(placed[mine])
     if status is not None:
         status[1] += counts.sum() - placed.sum()
 
@@ -117,8 +150,9 @@ def plan_returns(
 ) -> None:
     """Packed exchange: the order in which the expert rows of this rank's tokens come back: by rank, then by (token, k).
 
-    topk_ids, slots: (T, K), as `route` took and gave them. offsets: (E,) int32, of this rank's rows; those that reach capacity (M)
-    were placed nowhere. starts: (W,) int32, where each rank's rows begin. rows: (T, K) int32, written; -1 for entries without a row.
+    topk_ids, slots: (T, K), as `route` took and gave them. offsets: (E,) int32, of this rank's rows; those that reach capacity (M, or,
+    ragged, R) were placed nowhere. starts: (W,) int32, where each rank's rows begin. rows: (T, K) int32, written; -1 for entries without
+    a row.
 
     Example: local_experts=2, M=1, ids [[0, 1], [3, 1]], slots [[0, 0], [0, 1]], offsets all 0, starts [0, 2]: expert 1 has no room for
     its second row, so rows are [[0, 1], [2, -1]].
@@ -145,39 +179,51 @@ def scatter(
     offsets: Tensor | None = None,
     capacity: int | None = None,
     recipe: str = "default",
+    expert_start: Tensor | None = None,
 ) -> None:
     """Places each token's row into the buffer of each of its experts, quantizing it on the way where scales are wanted.
 
-    x: (T, H), any row stride. topk_ids, slots: (T, K); others than 0..L-1 are skipped, as is a slot of -1 or one not less than the
-        buffers' M.
-    values: (L, M, H), written. Its type says what happens: bfloat16 etc.: x is converted; quantized, with x_scales None: x is quantized
-        by recipe; quantized, with x_scales (T, G) float32: x is quantized already and is copied.
-    scales: (L, M, G) float32 of any strides, written, if values are quantized.
-    rows: (T, K) int32, written if given: the flat row `expert * M + slot`, or -1 where nothing was placed.
-    sources: (L, M) int64 or int32, written if given: row_sources[t] + k; row_sources (T,) int64 is t * K where it is None.
-    offsets, capacity: (E,) int32 and rows that fit an expert in all: a row with offsets[expert] + slot >= capacity is not placed.
+    x: (T, H), any row stride.
+    topk_ids, slots: (T, K); others than 0..L-1 are skipped, as is a slot of -1 or one not less than the buffers' M, or, ragged, that
+        leads to no row below R.
+    values: (L, M, H), or, ragged, (R, H), written. Its type says what happens: bfloat16 etc.: x is converted; quantized, with x_scales
+        None: x is quantized by recipe; quantized, with x_scales (T, G) float32: x is quantized already and is copied.
+    scales: (L, M, G), ragged (R, G), float32 of any strides, written, if values are quantized.
+    rows: (T, K) int32, written if given: the flat row `expert * M + slot`, ragged `expert_start[expert] + slot`, or -1 where nothing
+        was placed.
+    sources: (L, M), ragged (R,), int64 or int32, written if given: row_sources[t] + k; row_sources (T,) int64 is t * K where it is None.
+    offsets, capacity: (E,) int32 and rows that fit an expert (ragged: a rank) in all: a row with offsets[expert] + slot >= capacity is
+        not placed.
+    expert_start: (L,) int32, the first row of each expert, ragged.
     """
-    experts, limit = values.shape[:2]
     tokens, top_k = topk_ids.shape
     local = topk_ids.long()
-    placed = (local >= 0) & (local < experts) & (slots >= 0) & (slots < limit)
+    if expert_start is None:
+        experts, limit = values.shape[:2]
+        first = local * limit
+    else:
+        experts, limit = expert_start.shape[0], values.shape[0]
+        first = expert_start.long()[local.clamp(0, experts - 1)]
+    placed = (local >= 0) & (local < experts) & (slots >= 0)
+    placed &= (slots if expert_start is None else first + slots) < limit
     if offsets is not None and capacity is not None:
         start = offsets.long()[local.clamp(0, offsets.shape[0] - 1)]
         placed &= start + slots < capacity
-    flat = torch.where(placed, local * limit + slots, -1)
+    flat = torch.where(placed, first + slots, -1)
     if rows is not None:
         rows.copy_(flat)
     token, k = placed.nonzero(as_tuple=True)
-    expert, slot = local[token, k], slots[token, k].long()
+    row = flat[token, k]
+    at = (row,) if expert_start is not None else (row // limit, row % limit)
     if scales is not None:
         new_values, new_scales = (x, x_scales) if x_scales is not None else quantize_groups(x, 128, values.dtype, recipe, None)
-        values.view(torch.int8)[expert, slot] = new_values.view(torch.int8)[token]
-        scales[expert, slot] = new_scales[token]
+        values.view(torch.int8)[at] = new_values.view(torch.int8)[token]
+        scales[at] = new_scales[token]
     else:
-        values[expert, slot] = x[token].to(values.dtype)
+        values[at] = x[token].to(values.dtype)
     if sources is not None:
         base = torch.arange(tokens, device=x.device) * top_k if row_sources is None else row_sources
-        sources[expert, slot] = (base[token] + k).to(sources.dtype)
+        sources[at] = (base[token] + k).to(sources.dtype)
 
 
 def move_source_rows(
@@ -193,27 +239,29 @@ def move_source_rows(
 ) -> None:
     """Moves rows between buffers padded for each source rank and expert buffers with the sources' rows side by side.
 
-    Row c of (source w, local expert l) is row offsets[w, l] + c of expert l, for c below counts, C and the end of M.
-    padded: (W, L, C, H). merged: (L, M, H), same type. to_merged: the direction; the other side is written.
+    Row c of (source w, local expert l) is row offsets[w, l] + c of expert l, or, ragged, of the buffer, for c below counts, C and the
+    end of M or R.
+    padded: (W, L, C, H). merged: (L, M, H), or, ragged, (R, H), same type. to_merged: the direction; the other side is written.
     offsets, counts: (W, L) int32, of this rank's experts; any row stride.
-    *_scales: (W, L, C, G) and (L, M, G) float32, any strides. *_sources: (W, L, C) int32, each a token * K + k, and (L, M) int64,
-        into which the source's rank goes too. Both only with to_merged.
+    *_scales: (W, L, C, G) and (L, M, G) or (R, G) float32, any strides. *_sources: (W, L, C) int32, each a token * K + k, and (L, M)
+        or (R,) int64, into which the source's rank goes too. Both only with to_merged.
 
     Example: W=2, L=1, C=2, M=4, counts [1, 2], offsets [0, 1]: merged rows 0, 1, 2 are padded (0, 0), (1, 0), (1, 1).
     """
-    limit, capacity = padded.shape[2], merged.shape[1]
+    limit, capacity = padded.shape[2], merged.shape[-2]
     start, count = offsets.long().unsqueeze(-1), counts.unsqueeze(-1)
     c = torch.arange(limit, device=padded.device)
     source, expert, row = ((c < count) & (start + c < capacity)).nonzero(as_tuple=True)
     target = start[source, expert, 0] + row
+    at = (target,) if merged.dim() == 2 else (expert, target)
     if not to_merged:
-        padded[source, expert, row] = merged[expert, target]
+        padded[source, expert, row] = merged[at]
         return
-    merged.view(torch.int8)[expert, target] = padded.view(torch.int8)[source, expert, row]
+    merged.view(torch.int8)[at] = padded.view(torch.int8)[source, expert, row]
     if padded_scales is not None and merged_scales is not None:
-        merged_scales[expert, target] = padded_scales[source, expert, row]
+        merged_scales[at] = padded_scales[source, expert, row]
     if padded_sources is not None and merged_sources is not None:
-        merged_sources[expert, target] = padded_sources[source, expert, row].long() + (source << 32)
+        merged_sources[at] = padded_sources[source, expert, row].long() + (source << 32)
 
 
 def plan_rank_sums(
@@ -243,14 +291,24 @@ def plan_rank_sums(
 
 
 def locate_entries(
-    entries: Tensor, offsets: Tensor, first_expert: int, limit: int, capacity: int, rows: Tensor, weights: Tensor
+    entries: Tensor,
+    offsets: Tensor,
+    first_expert: int,
+    limit: int,
+    capacity: int,
+    rows: Tensor,
+    weights: Tensor,
+    ragged: bool = False,
 ) -> None:
     """Padded exchange with `reduce="per_rank"`: where the rows of every rank's tokens lie in this rank's expert buffers.
 
     entries: (W, 3, T, K) int32, of each rank: slots, as `route` gave them (-1 for tokens that the rank doesn't have), the low halves of
-        topk_ids, and the bits of float32 weights. offsets: (W, E) int32. limit: C; slots from there on were not sent. capacity: M.
+        topk_ids, and the bits of float32 weights.
+    offsets: (W, E) int32. limit: C; slots from there on were not sent. capacity: M, or, ragged, R.
     rows: (W, T, K) int32, written: the flat row (id - first_expert) * M + offsets[w, id] + slot; -1 for experts that are not among the L
-        from first_expert on, and for rows without a place. weights: (W, T, K) float32, written.
+        from first_expert on, and for rows without a place.
+    weights: (W, T, K) float32, written.
+    ragged: whether offsets are rows of the rank's buffer, not of the expert's: then they are the flat rows' beginnings.
 
     Example: first_expert=2, C=2, M=4, of rank 0 ids [3, 0], slots [1, 0], offsets[0, 3] 2: rows [4 + 2 + 1, -1] = [7, -1].
     """
@@ -259,7 +317,7 @@ def locate_entries(
     local = ids - first_expert
     placed = (slots >= 0) & (slots < limit) & (local >= 0) & (local < experts)
     row = offsets.long().gather(1, torch.where(placed, ids, 0).flatten(1)).view(ids.shape) + slots
-    rows.copy_(torch.where(placed & (row < capacity), local * capacity + row, -1))
+    rows.copy_(torch.where(placed & (row < capacity), row if ragged else local * capacity + row, -1))
     weights.copy_(entries[:, 2].contiguous().view(torch.float32))
 
 

@@ -1,6 +1,6 @@
 """The transport of a single rank: rows go straight into their experts' buffers.
 
-T tokens, K top-k, L local experts (here all), M rows of an expert's buffer, H hidden size, G groups.
+T tokens, K top-k, L local experts (here all), M rows of an expert's buffer, R rows of all (ragged), H hidden size, G groups.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class LocalTransport(Transport[LocalSlot]):
     ) -> tuple[ExpertBatch, Tensor]:
         tokens, buffers = hidden_states.shape[0], slot.buffers
         taken, batch = slot.take(tokens), self.expert_batch(slot, tokens)
-        ops.route(topk_ids, taken.slots, buffers.counts, self.config.max_rows, buffers.num_tokens, self.status)
+        ops.route(
+            topk_ids, taken.slots, buffers.counts, self.config.max_rows, buffers.num_tokens, self.status, buffers.expert_start
+        )
         ops.scatter(
             hidden_states,
             topk_ids,
@@ -52,6 +54,7 @@ class LocalTransport(Transport[LocalSlot]):
             rows=taken.rows,
             sources=batch.sources,
             recipe=self.config.recipe,
+            expert_start=batch.expert_start,
         )
         if self.config.per_rank:
             ops.plan_rank_sums(topk_ids, taken.rows, self.config.num_experts, tokens, taken.partials)
@@ -60,8 +63,8 @@ class LocalTransport(Transport[LocalSlot]):
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: LocalSlot, state: Tensor) -> None:
         sums = slot.buffers.sums
         if sums is None:
-            ops.combine(expert_output.flatten(0, 1), state, topk_weights, out)
+            ops.combine(expert_output.flatten(0, -2), state, topk_weights, out)
             return
         tokens = out.shape[0]
-        ops.presum(expert_output.flatten(0, 1), state, topk_weights, sums[:tokens])
+        ops.presum(expert_output.flatten(0, -2), state, topk_weights, sums[:tokens])
         ops.combine(sums, slot.take(tokens).partials, None, out)

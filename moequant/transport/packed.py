@@ -4,7 +4,7 @@ the host has to learn. The least on the wire, one host sync, no graph.
 With `reduce="per_rank"` the weights travel too, and a rank sends back one sum for each token that travelled to it, instead of a row for
 each expert.
 
-T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, H hidden size, G groups.
+T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, N received tokens, H hidden size, G groups.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from moequant import ops
 from moequant.batch import ExpertBatch
 from moequant.config import DispatcherConfig, round_up
+from moequant.reference.routing import ragged_rows
 from moequant.transport.buffers import BufferSpec, T, named
 from moequant.transport.collective import CollectiveBuffers, CollectiveSlot, CollectiveTransport, check_in_step, collective_specs
 
@@ -42,8 +43,8 @@ class PackedState:
     """Where a packed dispatch's rows went.
 
     rows: (T, K) int32, each entry's row among those that come back, -1 where nothing was placed; per_rank: (T, W), as `plan_rank_sums`
-    gives it. received_rows: (R, K) int32, the flat row of each entry of each received token, -1 where it is not on this rank.
-    received_weights: (R, K) float32, per_rank only. sent, returned: rows that combine sends to, and gets from, each rank.
+    gives it. received_rows: (N, K) int32, the flat row of each entry of each received token, -1 where it is not on this rank.
+    received_weights: (N, K) float32, per_rank only. sent, returned: rows that combine sends to, and gets from, each rank.
     """
 
     rows: Tensor
@@ -89,7 +90,16 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
         ops.route(topk_ids, slots, slot.counts, status=self.status)
         ops.plan_sends(topk_ids, local, buffers.send_tokens, buffers.counts[config.num_experts + 2 :])
         self.wire.all_gather(buffers.all_counts, buffers.counts)
-        ops.expert_offsets(slot.all_counts, self.first_expert, config.max_rows, NO_LIMIT, offsets, buffers.num_tokens, self.status)
+        ops.expert_offsets(
+            slot.all_counts,
+            self.first_expert,
+            config.max_rows,
+            NO_LIMIT,
+            offsets,
+            buffers.num_tokens,
+            self.status,
+            buffers.expert_start,
+        )
         traffic, placed = self._learn_sizes(buffers.all_counts)
 
         message = self._pack(hidden_states, topk_ids, topk_weights, slots)
@@ -113,6 +123,7 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
             rows=received_rows,
             sources=batch.sources,
             row_sources=first_source,
+            expert_start=batch.expert_start,
         )
         # a token that travelled brings back its sum, or each of its rows that was placed
         going_back = traffic if config.per_rank else placed
@@ -137,14 +148,14 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
         if state.received_weights is not None:
             sums = torch.empty(sum(state.sent), out.shape[1], dtype=torch.bfloat16, device=self.device)
             back = torch.empty(sum(state.returned), out.shape[1], dtype=torch.bfloat16, device=self.device)
-            ops.presum(expert_output.flatten(0, 1), state.received_rows, state.received_weights, sums)
+            ops.presum(expert_output.flatten(0, -2), state.received_rows, state.received_weights, sums)
             self.wire.all_to_all(back, sums, state.returned, state.sent)
             ops.combine(back, state.rows, None, out)
             return
         received = state.received_rows.flatten()
         send_rows = received[torch.nonzero_static(received >= 0, size=sum(state.sent)).squeeze(1)]
         returned = expert_output.new_empty(sum(state.returned), out.shape[1])
-        self.wire.all_to_all(returned, expert_output.flatten(0, 1).index_select(0, send_rows), state.returned, state.sent)
+        self.wire.all_to_all(returned, expert_output.flatten(0, -2).index_select(0, send_rows), state.returned, state.sent)
         ops.combine(returned, state.rows, topk_weights, out)
 
     def _learn_sizes(self, all_counts: Tensor) -> tuple[list[list[int]], list[list[int]]]:
@@ -153,9 +164,15 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
         host = all_counts.cpu()
         counts, words, traffic = host.split((config.num_experts, 2, config.world_size), 1)
         check_in_step(words.tolist())
-        ends = counts.cumsum(0).clamp_max(config.max_rows)
-        placed = ends - torch.cat((torch.zeros_like(ends[:1]), ends[:-1]))
-        return traffic.tolist(), placed.unflatten(1, (config.world_size, config.num_local_experts)).sum(2).tolist()
+        ends = counts.cumsum(0)
+        by_rank = config.world_size, config.num_local_experts
+        if config.ragged:
+            _, room = ragged_rows(ends[-1].unflatten(0, by_rank), config.total_rows)
+            ends = ends.minimum(room.flatten())
+        else:
+            ends = ends.clamp_max(config.max_rows)
+        placed = ends.diff(dim=0, prepend=torch.zeros_like(ends[:1]))
+        return traffic.tolist(), placed.unflatten(1, by_rank).sum(2).tolist()
 
     def _fields(self, message: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The parts of message rows, as views: values (rows, H), scales (rows, G; 0 columns unquantized) float32, ids (rows, K) int32,

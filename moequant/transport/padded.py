@@ -92,6 +92,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
             offsets,
             buffers.num_tokens,
             self.status,
+            buffers.expert_start,
         )
         if not self.wire.waits:
             ops.count_mismatched(slot.all_calls, self.rank, self.status)
@@ -134,6 +135,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
                 config.max_rows,
                 buffers.received_rows,
                 buffers.received_weights,
+                config.ragged,
             )
             ops.plan_rank_sums(topk_ids, rows, config.num_local_experts, config.max_tokens_per_rank, partials)
         return batch, rows
@@ -144,7 +146,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
         if buffers.sums is not None and buffers.received_rows is not None and buffers.received_weights is not None:
             sent, returned = buffers.sums.flatten(1, 2)
             rows, weights = buffers.received_rows.flatten(0, 1), buffers.received_weights.flatten(0, 1)
-            ops.presum(expert_output.flatten(0, 1), rows, weights, sent)
+            ops.presum(expert_output.flatten(0, -2), rows, weights, sent)
             self.wire.all_to_all(returned, sent)
             ops.combine(returned, slot.take(out.shape[0]).partials, None, out)
             return

@@ -11,7 +11,7 @@
 Why no buffer is overwritten too early stands in `kernels/library/symmetric.py`, with flags, epochs and faults. Nothing here syncs with
 the host, so a CUDA graph can hold all of it.
 
-T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, H hidden size, G groups.
+T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, R rows of a rank's, H hidden size, G groups.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import ExpertBatch
-from moequant.config import DispatcherConfig
+from moequant.config import ROW_ALIGNMENT, DispatcherConfig
 from moequant.errors import PeerTimeoutError
 from moequant.ops import quant_spec
 from moequant.transport.base import Slot, Transport
@@ -47,7 +47,7 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     """What other ranks write to and read from, for one slot."""
     from moequant.kernels.symmetric.push_tokens import note_words
 
-    ranks, experts, rows, columns = config.world_size, config.num_local_experts, config.max_rows, config.hidden_size
+    ranks, rows, columns = config.world_size, config.batch_shape, config.hidden_size
     words = note_words(config.num_groups if config.quantized else 0, config.top_k, config.per_rank)
     returned = ranks if config.per_rank else config.top_k
     return {
@@ -55,9 +55,9 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
         "flags": BufferSpec((3, ranks), torch.int32),
         # of each rank: rows for each expert, the number of the call and its word, with the epoch in the upper half
         "count_words": BufferSpec((ranks, config.num_experts + 2), torch.int64),
-        "values": BufferSpec((experts, rows, columns), config.dtype),
-        "notes": BufferSpec((experts, rows, words), torch.int32),
-        "output": BufferSpec((experts, rows, columns), torch.bfloat16),
+        "values": BufferSpec((*rows, columns), config.dtype),
+        "notes": BufferSpec((*rows, words), torch.int32),
+        "output": BufferSpec((*rows, columns), torch.bfloat16),
         # rows pushed back to this rank: one an entry, or one for each rank and token
         "returns": BufferSpec((config.max_tokens_per_rank * returned, columns), torch.bfloat16),
     }
@@ -88,6 +88,8 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
     """With what its kernels are told in every call. peers: with the flags of the rows, the outputs, and the rows of a second wave."""
 
     def __init__(self, number: int, buffers: SymmetricBuffers[Tensor], peers: list[Peers], transport: SymmetricTransport) -> None:
+        import triton.language as tl
+
         from moequant.kernels.library.symmetric import notes_of
         from moequant.kernels.routing.combine import Remote
         from moequant.kernels.symmetric.exchange_counts import Counts
@@ -106,18 +108,24 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
             buffers.calls,
             transport.status,
             words=offsets["count_words"],
+            expert_start=buffers.expert_start,
+            alignment=tl.constexpr(ROW_ALIGNMENT),
         )
         self.landing = Landing(
             rows=offsets["values"],
             notes=offsets["notes"],
             experts=config.num_experts,
             local_experts=config.num_local_experts,
+            # of an expert, or of the rank
             capacity=config.max_rows,
             columns=config.hidden_size,
             max_tokens=config.max_tokens_per_rank,
             spec=quant_spec(config.dtype, config.recipe) if config.quantized else None,
+            ragged=tl.constexpr(config.ragged),
         )
-        self.landed = Landed(buffers.values.view(torch.uint8), self.scales, buffers.num_tokens, buffers.sources)
+        self.landed = Landed(
+            buffers.values.view(torch.uint8), self.scales, buffers.num_tokens, buffers.sources, buffers.expert_start
+        )
         self.notes = notes_of(buffers.notes, config.num_groups if config.quantized else 0)
         self.returns = Returns(
             buffers.destinations,
@@ -126,8 +134,7 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
             row_bytes=2 * config.hidden_size,
         )
         self.sums = Sums(offsets["returns"], config.max_tokens_per_rank)
-        rows_of_rank = config.num_local_experts * config.max_rows
-        self.remote = Remote(peers[0].pointers, offsets["output"], rows_of_rank, config.world_size)
+        self.remote = Remote(peers[0].pointers, offsets["output"], config.total_rows, config.world_size)
 
 
 class SymmetricTransport(Transport[SymmetricSlot]):
@@ -156,7 +163,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
     def buffer_specs(config: DispatcherConfig) -> SymmetricBuffers[BufferSpec]:
         shared, one = shared_specs(config), BufferSpec((1,), torch.int32)
         guards = offsets_of(shared)[1] - sum(spec.nbytes for spec in shared.values())
-        addresses = BufferSpec((config.num_local_experts, config.max_rows), torch.int64)
+        addresses = BufferSpec(config.batch_shape, torch.int64)
         return SymmetricBuffers(
             **{**shared_by_all(config), **shared},
             guards=BufferSpec((guards,), torch.uint8),
@@ -302,7 +309,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         wave: tuple[int, int] = (0, 0),
     ) -> Tensor:
         """Stores this rank's rows, or those of a wave, at their places. Returns rows (T, K) int32: the row of each entry among all ranks'
-        E * M rows, -1 where there is none."""
+        W * R rows, -1 where there is none."""
         from moequant.kernels.symmetric.push_tokens import Entries, push_tokens
 
         config, buffers, taken = self.config, slot.buffers, slot.take(len(topk_ids))
@@ -327,21 +334,22 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         buffers = slot.buffers
         if self.config.per_rank:
             peers = self._peers(slot, 2)
-            push_rank_sums(expert_output, slot.notes, buffers.num_tokens, peers, slot.sums, self.config.top_k, wait)
+            counts = buffers.num_tokens, buffers.expert_start
+            push_rank_sums(expert_output, slot.notes, *counts, peers, slot.sums, self.config.top_k, wait)
             return
         if expert_output.data_ptr() != buffers.output.data_ptr():
-            push_rows(expert_output, buffers.num_tokens, buffers.output.view(expert_output.dtype), None)
+            push_rows(expert_output, buffers.num_tokens, buffers.expert_start, buffers.output.view(expert_output.dtype), None)
         self._flag_round(slot, 2, wait=wait, way=self._way(slot, expert_output.dtype))
 
     def destinations(self, slot: SymmetricSlot) -> Tensor:
-        """Where the rows of a slot's batch go back to: (L, M) int64, addresses."""
+        """Where the rows of a slot's batch go back to: (L, M) or (R,) int64, addresses."""
         assert slot.buffers.destinations is not None
         return slot.buffers.destinations
 
     def push(self, expert_output: Tensor, slot: SymmetricSlot) -> None:
         from moequant.kernels.symmetric.push_rows import push_rows
 
-        push_rows(expert_output, slot.buffers.num_tokens, None, self.destinations(slot))
+        push_rows(expert_output, slot.buffers.num_tokens, slot.buffers.expert_start, None, self.destinations(slot))
 
     def combine_pushed(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, state: Tensor) -> None:
         from moequant.kernels.routing.combine import combine_shared

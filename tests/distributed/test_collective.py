@@ -14,27 +14,31 @@ from moequant import ConfigMismatchError, MoEQuantDispatcher, ops
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
 
 EXCHANGES = ("padded", "packed")
+LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
 REDUCES = ("exact", "per_rank")
 
 
-def run_trials(rank: int, ranks: int, trials: int, device: str = "cpu", tokens: int = 40) -> None:
+def run_trials(rank: int, ranks: int, trials: int, layout: str, device: str = "cpu", tokens: int = 40) -> None:
     for trial in range(trials):
         for exchange in EXCHANGES:
-            check_trial(rank, ranks, trial, {"transport": "collective", "exchange": exchange}, None, device, tokens=tokens)
+            transport = {"transport": "collective", "exchange": exchange}
+            check_trial(rank, ranks, trial, transport, None, device, tokens=tokens, layout=layout)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_random_settings_have_the_bits_of_one_process(ranks):
-    run_ranks(run_trials, ranks, 40)
+@LAYOUTS
+def test_random_settings_have_the_bits_of_one_process(ranks, layout):
+    run_ranks(run_trials, ranks, 40, layout)
 
 
-def run_interpreted(rank: int, ranks: int, trials: int) -> None:
+def run_interpreted(rank: int, ranks: int, trials: int, layout: str) -> None:
     assert ops.uses_kernels(torch.empty(0))
-    run_trials(rank, ranks, trials, tokens=20)
+    run_trials(rank, ranks, trials, layout, tokens=20)
 
 
-def test_interpreted_kernels_have_the_bits_of_one_process(interpreted):
-    run_ranks(run_interpreted, 2, 6, setup=install_interpreter)
+@LAYOUTS
+def test_interpreted_kernels_have_the_bits_of_one_process(layout, interpreted):
+    run_ranks(run_interpreted, 2, 6, layout, setup=install_interpreter)
 
 
 def run_subgroups(rank: int, ranks: int) -> None:
@@ -53,9 +57,9 @@ def test_two_groups_of_two_in_a_world_of_four_work_apart():
     run_ranks(run_subgroups, 4)
 
 
-def run_repeats(rank: int, ranks: int) -> None:
+def run_repeats(rank: int, ranks: int, layout: str) -> None:
     """Many calls of one dispatcher on two slots: nothing of an earlier call may show."""
-    sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 130, "max_tokens_per_rank": 30, "capacity": None}
+    sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 130, "max_tokens_per_rank": 30, "layout": layout}
     for exchange, reduce in itertools.product(EXCHANGES, REDUCES):
         settings: dict[str, Any] = sizes | {"reduce": reduce}
         with MoEQuantDispatcher(**settings, exchange=exchange, transport="collective", slots=2) as dispatcher:
@@ -73,16 +77,23 @@ def run_repeats(rank: int, ranks: int) -> None:
                 assert_bit_equal(out, outputs[rank])
 
 
-def test_repeated_calls_on_two_slots_leave_nothing_behind():
-    run_ranks(run_repeats, 2)
+@LAYOUTS
+def test_repeated_calls_on_two_slots_leave_nothing_behind(layout):
+    run_ranks(run_repeats, 2, layout)
 
 
-def run_repeated_experts(rank: int, ranks: int) -> int:
-    """Tokens that name one expert twice: packed places every row that M holds, padded those within C of each source, and says so."""
+def run_repeated_experts(rank: int, ranks: int, layout: str) -> int:
+    """Tokens that name one expert twice: packed places every row that M or R holds, padded those within C of each source, and says so."""
     dropped = []
     for exchange in EXCHANGES:
         with MoEQuantDispatcher(
-            num_experts=2, top_k=2, hidden_size=16, max_tokens_per_rank=16, exchange=exchange, on_overflow="drop"
+            num_experts=2,
+            top_k=2,
+            hidden_size=16,
+            max_tokens_per_rank=16,
+            exchange=exchange,
+            layout=layout,
+            on_overflow="drop",
         ) as dispatcher:
             tokens = 16 if rank == 0 else 0
             ids = torch.zeros(tokens, 2, dtype=torch.int32)
@@ -100,8 +111,9 @@ def run_repeated_experts(rank: int, ranks: int) -> int:
     return 0
 
 
-def test_tokens_that_name_an_expert_twice_are_placed_or_reported():
-    run_ranks(run_repeated_experts, 2)
+@LAYOUTS
+def test_tokens_that_name_an_expert_twice_are_placed_or_reported(layout):
+    run_ranks(run_repeated_experts, 2, layout)
 
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}
@@ -125,26 +137,27 @@ def test_ranks_that_disagree_on_settings_raise_everywhere():
     run_ranks(run_disagreement, 2)
 
 
-def run_nccl(rank: int, ranks: int, trials: int) -> None:
-    run_trials(rank, ranks, trials, f"cuda:{rank}")
+def run_nccl(rank: int, ranks: int, trials: int, layout: str) -> None:
+    run_trials(rank, ranks, trials, layout, f"cuda:{rank}")
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_random_settings_on_nccl_have_the_bits_of_one_process(ranks):
+@LAYOUTS
+def test_random_settings_on_nccl_have_the_bits_of_one_process(ranks, layout):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_nccl, ranks, 25, backend="nccl")
+    run_ranks(run_nccl, ranks, 25, layout, backend="nccl")
 
 
-def run_graph(rank: int, ranks: int, reduce: str) -> None:
+def run_graph(rank: int, ranks: int, reduce: str, layout: str) -> None:
     device = f"cuda:{rank}"
     settings: dict[str, Any] = {
         "num_experts": 2 * ranks,
         "top_k": 2,
         "hidden_size": 384,
         "max_tokens_per_rank": 32,
-        "capacity": None,
+        "layout": layout,
         "reduce": reduce,
     }
 
@@ -182,5 +195,6 @@ def run_graph(rank: int, ranks: int, reduce: str) -> None:
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("reduce", REDUCES)
-def test_a_graph_of_the_padded_exchange_replays_with_new_inputs(reduce):
-    run_ranks(run_graph, 2, reduce, backend="nccl")
+@LAYOUTS
+def test_a_graph_of_the_padded_exchange_replays_with_new_inputs(reduce, layout):
+    run_ranks(run_graph, 2, reduce, layout, backend="nccl")

@@ -40,27 +40,41 @@ def pushed(dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], first_exp
     return batch, dispatcher.combine_pushed(handle)
 
 
-WAYS: tuple[Way, ...] = (there_and_back, in_halves, in_its_buffer, pushed)
+def in_waves(dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], first_expert: int) -> tuple[ExpertBatch, torch.Tensor]:
+    local = dispatcher.config.num_local_experts
+    if local == 1:
+        return there_and_back(dispatcher, inputs, first_expert)
+    _, handle = dispatcher.dispatch_first(*inputs, 0, local // 2)
+    dispatcher.dispatch_second(handle)
+    batch = dispatcher._transport.expert_batch(dispatcher._slots[0], len(inputs[0]))
+    return batch, dispatcher.combine(stand_in(batch, first_expert), handle)
 
 
-def run_trials(rank: int, ranks: int, trials: range, device: str, tokens: int) -> None:
+WAYS: tuple[Way, ...] = (there_and_back, in_halves, in_its_buffer, pushed, in_waves)
+LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
+
+
+def run_trials(rank: int, ranks: int, trials: range, layout: str, device: str, tokens: int) -> None:
     device = device.format(rank=rank)
     for trial in trials:
-        check_trial(rank, ranks, trial, {"transport": "symmetric"}, None, device, WAYS[trial // 3 % len(WAYS)], tokens)
+        way = WAYS[trial // 3 % len(WAYS)]
+        check_trial(rank, ranks, trial, {"transport": "symmetric"}, None, device, way, tokens, layout)
 
 
 # of eight ranks one trial for each way and format
-@pytest.mark.parametrize(("ranks", "trials"), [(1, range(12)), (2, range(12)), (4, range(12)), (8, range(0, 12, 3))])
-def test_interpreted_kernels_have_the_bits_of_one_process(ranks, trials, interpreted):
-    run_ranks(run_trials, ranks, trials, "cpu", 20, setup=install_interpreter)
+@LAYOUTS
+@pytest.mark.parametrize(("ranks", "trials"), [(1, range(15)), (2, range(15)), (4, range(15)), (8, range(0, 15, 3))])
+def test_interpreted_kernels_have_the_bits_of_one_process(ranks, trials, layout, interpreted):
+    run_ranks(run_trials, ranks, trials, layout, "cpu", 20, setup=install_interpreter)
 
 
 @pytest.mark.multigpu
+@LAYOUTS
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_random_settings_have_the_bits_of_one_process(ranks):
+def test_random_settings_have_the_bits_of_one_process(ranks, layout):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_trials, ranks, range(200), "cuda:{rank}", 40, backend="cpu:gloo,cuda:nccl")
+    run_ranks(run_trials, ranks, range(200), layout, "cuda:{rank}", 40, backend="cpu:gloo,cuda:nccl")
 
 
 def run_subgroups(rank: int, ranks: int, trials: int, device: str, tokens: int) -> None:
@@ -71,7 +85,8 @@ def run_subgroups(rank: int, ranks: int, trials: int, device: str, tokens: int) 
     # both groups at the same time, each with trials of its own
     for trial in range(mine, trials, 2):
         way = WAYS[trial // 2 % len(WAYS)]
-        check_trial(members[mine].index(rank), 2, trial, {"transport": "symmetric"}, groups[mine], device, way, tokens)
+        layout = ("padded", "ragged")[trial // 4 % 2]
+        check_trial(members[mine].index(rank), 2, trial, {"transport": "symmetric"}, groups[mine], device, way, tokens, layout)
     with pytest.raises(ValueError, match="not a member of the group"):
         MoEQuantDispatcher(
             groups[1 - mine], num_experts=4, top_k=1, hidden_size=8, max_tokens_per_rank=1, transport="symmetric", device=device

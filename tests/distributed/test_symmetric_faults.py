@@ -18,10 +18,12 @@ from trials import install_interpreter, patience, stand_in
 from moequant import MoEQuantDispatcher, PeerTimeoutError
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
 
+LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
 
-def settings_for(ranks: int) -> dict[str, Any]:
+
+def settings_for(ranks: int, layout: str) -> dict[str, Any]:
     """For so many ranks, and for one less."""
-    return {"num_experts": ranks * (ranks - 1), "top_k": 2, "hidden_size": 96, "max_tokens_per_rank": 8}
+    return {"num_experts": ranks * (ranks - 1), "top_k": 2, "hidden_size": 96, "max_tokens_per_rank": 8, "layout": layout}
 
 
 def tokens_of(rank: int, experts: int, device: str) -> list[torch.Tensor]:
@@ -38,11 +40,13 @@ def two_calls(dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], output
         dispatcher.check()
 
 
-def run_with_a_lost_rank(rank: int, ranks: int, how: str, device: str, store: str) -> tuple[int | None, float, bool] | None:
+def run_with_a_lost_rank(
+    rank: int, ranks: int, how: str, layout: str, device: str, store: str
+) -> tuple[int | None, float, bool] | None:
     """The last rank is lost, or late. The others return whom they blame, how long it took, in time limits, and whether their sums became
     NaN."""
     device = device.format(rank=rank)
-    settings = settings_for(ranks)
+    settings = settings_for(ranks, layout)
     inputs = tokens_of(rank, settings["num_experts"], device)
     local = settings["num_experts"] // ranks
     with MoEQuantDispatcher(**settings, transport="symmetric", device=device) as dispatcher:
@@ -104,18 +108,20 @@ def check_survivors(results: list[Any], ranks: int) -> None:
         assert all_nan
 
 
+@LAYOUTS
 @pytest.mark.parametrize("how", ["killed", "killed after dispatch", "late"])
-def test_survivors_blame_the_same_rank_in_time_and_go_on(how, interpreted, tmp_path):
-    arguments = (how, "cpu", str(tmp_path / "store"))
+def test_survivors_blame_the_same_rank_in_time_and_go_on(how, layout, interpreted, tmp_path):
+    arguments = (how, layout, "cpu", str(tmp_path / "store"))
     check_survivors(run_ranks(run_with_a_lost_rank, 3, *arguments, may_die=(2,), setup=install_interpreter), 3)
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("ranks", [3, 4, 8])
+@LAYOUTS
 @pytest.mark.parametrize("how", ["killed", "killed after dispatch", "late"])
-def test_survivors_on_gpus_blame_the_same_rank_in_time_and_go_on(how, ranks, tmp_path):
+def test_survivors_on_gpus_blame_the_same_rank_in_time_and_go_on(how, layout, ranks, tmp_path):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    arguments = (how, "cuda:{rank}", str(tmp_path / "store"))
+    arguments = (how, layout, "cuda:{rank}", str(tmp_path / "store"))
     results = run_ranks(run_with_a_lost_rank, ranks, *arguments, may_die=(ranks - 1,), backend="cpu:gloo,cuda:nccl")
     check_survivors(results, ranks)

@@ -19,16 +19,18 @@ from moequant.testing import assert_bit_equal, in_one_process, run_ranks
 REPLAYS = int(os.environ.get("MOEQUANT_REPLAYS", "2000"))
 POOL, TOKENS, HIDDEN, TOP_K = 64, 16, 256, 4
 BACKEND = "cpu:gloo,cuda:nccl"
+LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
 pytestmark = pytest.mark.multigpu
 
 
-def settings_for(ranks: int, reduce: str = "exact") -> dict[str, Any]:
+def settings_for(ranks: int, reduce: str = "exact", layout: str = "padded") -> dict[str, Any]:
     return {
         "num_experts": 8 * ranks,
         "top_k": TOP_K,
         "hidden_size": HIDDEN,
         "max_tokens_per_rank": TOKENS,
         "reduce": reduce,
+        "layout": layout,
     }
 
 
@@ -45,11 +47,11 @@ def pool_of(rank: int, ranks: int, hot: bool) -> list[torch.Tensor]:
     return [tensor.to(f"cuda:{rank}") for tensor in tensors]
 
 
-def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str) -> int:
+def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str, layout: str) -> int:
     """Replays over the pool, against what the collective transport gives."""
-    settings, first = settings_for(ranks, reduce), 8 * rank
+    settings, first = settings_for(ranks, reduce, layout), 8 * rank
     pool = pool_of(rank, ranks, hot=True)
-    with MoEQuantDispatcher(**settings, transport="collective", exchange="padded") as dispatcher:
+    with MoEQuantDispatcher(**settings | {"layout": "padded"}, transport="collective", exchange="padded") as dispatcher:
         expected = torch.stack([dispatcher(h, i, w, lambda batch: stand_in(batch, first)) for h, i, w in zip(*pool, strict=True)])
     with MoEQuantDispatcher(**settings, transport="symmetric") as dispatcher:
         out = torch.empty_like(expected[0])
@@ -65,22 +67,24 @@ def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str) ->
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("reduce", ["exact", "per_rank"])
-def test_replays_over_a_pool_of_inputs_give_what_the_collective_transport_gives(ranks, reduce):
+@LAYOUTS
+def test_replays_over_a_pool_of_inputs_give_what_the_collective_transport_gives(ranks, reduce, layout):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    assert run_ranks(run_replays, ranks, REPLAYS, False, reduce, backend=BACKEND) == [0] * ranks
+    assert run_ranks(run_replays, ranks, REPLAYS, False, reduce, layout, backend=BACKEND) == [0] * ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_a_rank_that_is_late_at_random_changes_no_bit(ranks):
+@LAYOUTS
+def test_a_rank_that_is_late_at_random_changes_no_bit(ranks, layout):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    assert run_ranks(run_replays, ranks, 1000, True, "exact", backend=BACKEND) == [0] * ranks
+    assert run_ranks(run_replays, ranks, 1000, True, "exact", layout, backend=BACKEND) == [0] * ranks
 
 
-def run_hostile_ids(rank: int, ranks: int, trials: int) -> None:
+def run_hostile_ids(rank: int, ranks: int, trials: int, layout: str) -> None:
     """Ids from all of int32 or int64: none becomes an address, and all are counted."""
-    device, local = f"cuda:{rank}", 8
+    device, local, settings = f"cuda:{rank}", 8, settings_for(ranks, layout=layout)
     for trial in range(trials):
         generator = torch.Generator().manual_seed(trial * ranks + rank)
         dtype = (torch.int32, torch.int64)[trial % 2]
@@ -96,7 +100,7 @@ def run_hostile_ids(rank: int, ranks: int, trials: int) -> None:
         weights = torch.rand(TOKENS, TOP_K, generator=generator)
         everyone: list[Any] = [None] * ranks
         dist.all_gather_object(everyone, [hidden, tamed.long(), weights])
-        dispatcher = MoEQuantDispatcher(**settings_for(ranks), transport="symmetric", slots=2)
+        dispatcher = MoEQuantDispatcher(**settings, transport="symmetric", slots=2)
         # canaries: rows of the other slot, and rows that are not valid
         for slot in dispatcher._slots:
             slot.buffers.values.view(torch.uint8).fill_(0x55)
@@ -106,26 +110,30 @@ def run_hostile_ids(rank: int, ranks: int, trials: int) -> None:
         if invalid:
             with pytest.raises(InvalidExpertIdError, match=f"{invalid} entries"):
                 dispatcher.check()
-        expected, outputs, _ = in_one_process(settings_for(ranks), everyone, stand_in)
+        expected, outputs, _ = in_one_process(settings, everyone, stand_in)
         assert_bit_equal(batch.num_tokens.cpu(), expected.num_tokens[local * rank : local * (rank + 1)])
         assert_bit_equal(out.cpu(), outputs[rank])
         assert bool((dispatcher._slots[1].buffers.values.view(torch.uint8) == 0x55).all())
-        rows = torch.arange(batch.values.shape[1], device=device)
-        assert bool((batch.values.view(torch.uint8)[rows >= batch.num_tokens[:, None]] == 0x55).all())
+        values = batch.values.view(torch.uint8)
+        for expert in range(local):
+            batch.rows_of(values, expert).fill_(0x55)
+        assert bool((values == 0x55).all()), "rows that belong to no expert"
         dispatcher.close()
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_hostile_ids_are_counted_and_never_addresses(ranks):
+@LAYOUTS
+def test_hostile_ids_are_counted_and_never_addresses(ranks, layout):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_hostile_ids, ranks, 20, backend=BACKEND)
+    run_ranks(run_hostile_ids, ranks, 20, layout, backend=BACKEND)
 
 
-def run_slots(rank: int, ranks: int) -> None:
+def run_slots(rank: int, ranks: int, layout: str) -> None:
     """Two micro-batches in flight, each in its slot, the halves of one around those of the other; and an overflow."""
     device, local, inputs = f"cuda:{rank}", 8, [pool_of(peer, ranks, hot=False) for peer in range(ranks)]
-    with MoEQuantDispatcher(**settings_for(ranks), transport="symmetric", slots=2) as dispatcher:
+    settings = settings_for(ranks, layout=layout)
+    with MoEQuantDispatcher(**settings, transport="symmetric", slots=2) as dispatcher:
         for trial in range(20):
             pair = [[tensor[2 * trial + slot].to(device) for tensor in inputs[rank]] for slot in range(2)]
             handles = [dispatcher.dispatch_send(*pair[slot], slot=slot) for slot in range(2)]
@@ -135,16 +143,18 @@ def run_slots(rank: int, ranks: int) -> None:
             sums = [dispatcher.combine_recv(handle) for handle in reversed(handles)][::-1]
             for slot in range(2):
                 everyone = [[tensor[2 * trial + slot].cpu() for tensor in theirs] for theirs in inputs]
-                assert_bit_equal(sums[slot].cpu(), in_one_process(settings_for(ranks), everyone, stand_in)[1][rank])
-    with MoEQuantDispatcher(**settings_for(ranks), transport="symmetric", capacity=16) as dispatcher:
+                assert_bit_equal(sums[slot].cpu(), in_one_process(settings, everyone, stand_in)[1][rank])
+    settings["rank_capacity" if layout == "ragged" else "capacity"] = 16
+    with MoEQuantDispatcher(**settings, transport="symmetric") as dispatcher:
         hidden, ids, weights = (tensor[0].to(device) for tensor in inputs[rank])
         dispatcher.dispatch(hidden, torch.zeros_like(ids), weights)
         with pytest.raises(CapacityOverflowError):
             dispatcher.check()
 
 
-def test_two_slots_in_flight_do_not_disturb_each_other():
-    run_ranks(run_slots, 2, backend=BACKEND)
+@LAYOUTS
+def test_two_slots_in_flight_do_not_disturb_each_other(layout):
+    run_ranks(run_slots, 2, layout, backend=BACKEND)
 
 
 def run_auto(rank: int, ranks: int) -> str:

@@ -43,7 +43,9 @@ def product_on(device: str) -> Callable[[], None]:
     return lambda: ops.grouped_gemm_blockscale(a, a_scales.fill_(1.0), b, b_scales, None, None, out)
 
 
-def run_streams(rank: int, ranks: int, tokens: int, two_dispatchers: bool, mirrored: bool, products: bool) -> None:
+def run_streams(
+    rank: int, ranks: int, tokens: int, two_dispatchers: bool, mirrored: bool, products: bool, layout: str = "padded"
+) -> None:
     """Layers in two slots, or of two dispatchers, on a stream each. On odd ranks (mirrored: on even ones) the first one begins later, on
     the others the second one; the host's order is the same everywhere. products: before each dispatch and each combine."""
     settings: dict[str, Any] = {
@@ -53,6 +55,7 @@ def run_streams(rank: int, ranks: int, tokens: int, two_dispatchers: bool, mirro
         "max_tokens_per_rank": tokens,
         "transport": "symmetric",
         "timeout": 10.0,
+        "layout": layout,
     }
     if two_dispatchers:
         dispatchers = [MoEQuantDispatcher(**settings) for _ in range(2)]
@@ -107,11 +110,13 @@ ORDERS = pytest.mark.parametrize("mirrored", [False, True], ids=["odd-ranks-late
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @ORDERS
 @pytest.mark.parametrize("two_dispatchers", [False, True], ids=["slots", "dispatchers"])
-@pytest.mark.parametrize("tokens", [128, 192, 256])
-def test_two_dispatches_on_two_streams_go_through_in_both_orders(tokens, two_dispatchers, mirrored, ranks):
+@pytest.mark.parametrize(
+    ("tokens", "layout"), [(128, "padded"), (192, "padded"), (256, "padded"), (128, "ragged"), (256, "ragged")]
+)
+def test_two_dispatches_on_two_streams_go_through_in_both_orders(tokens, layout, two_dispatchers, mirrored, ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_streams, ranks, tokens, two_dispatchers, mirrored, False, backend=BACKEND, timeout=120)
+    run_ranks(run_streams, ranks, tokens, two_dispatchers, mirrored, False, layout, backend=BACKEND, timeout=120)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -39,13 +39,13 @@ def stand_in(batch: ExpertBatch, first_expert: int = 0) -> torch.Tensor:
     """An elementwise expert, exact by construction, different for neighbouring experts."""
     values = batch.values.float()
     if batch.scales is not None:
-        values = values * batch.scales.repeat_interleave(128, 2)[..., : values.shape[2]]
-    expert = first_expert + torch.arange(values.shape[0], device=values.device)
-    return (values * (1.0 + expert % 3)[:, None, None]).bfloat16()
+        values = values * batch.scales.repeat_interleave(128, -1)[..., : values.shape[-1]]
+    return (values * (1.0 + (first_expert + batch.experts_of_rows()) % 3)[..., None]).bfloat16()
 
 
-def draw(trial: int, ranks: int, tokens: int) -> tuple[dict[str, Any], list[list[torch.Tensor]]]:
-    """Random settings, and each rank's hidden states, ids and weights; the same on every rank. tokens: a rank has fewer.
+def draw(trial: int, ranks: int, tokens: int, layout: str = "padded") -> tuple[dict[str, Any], list[list[torch.Tensor]]]:
+    """Random settings, and each rank's hidden states, ids and weights; the same on every rank. tokens: a rank has fewer. In layout
+    "ragged" the ranks have room for about as many rows as in "padded".
 
     What kernels are compiled for is drawn from SHAPES sets; everything else is new in each trial.
     """
@@ -66,7 +66,11 @@ def draw(trial: int, ranks: int, tokens: int) -> tuple[dict[str, Any], list[list
     }
     generator.manual_seed(1000 + trial)
     experts, most = ranks * pick(-(-top_k // ranks), 8), pick(1, tokens)
-    settings |= {"num_experts": experts, "max_tokens_per_rank": most, "capacity": (None, pick(1, 40))[pick(0, 2)]}
+    capacity = (None, pick(1, 40))[pick(0, 2)]
+    settings |= {"num_experts": experts, "max_tokens_per_rank": most, "capacity": capacity}
+    if layout == "ragged":
+        rank_capacity = None if capacity is None else capacity * (experts // ranks)
+        settings |= {"layout": layout, "capacity": None, "rank_capacity": rank_capacity}
     hot = pick(0, 4) == 0
     inputs = []
     for _ in range(ranks):
@@ -99,10 +103,11 @@ def check_trial(
     device: str,
     way: Way = there_and_back,
     tokens: int = 40,
+    layout: str = "padded",
 ) -> None:
     """One random setting through the group, compared with one process. transport: further settings. way: how, as `there_and_back`.
-    tokens: of each rank there are fewer; few where kernels are interpreted."""
-    settings, inputs = draw(trial, ranks, tokens)
+    tokens: of each rank there are fewer; few where kernels are interpreted. layout: of the batch."""
+    settings, inputs = draw(trial, ranks, tokens, layout)
     expected, outputs, dropped = in_one_process(settings, inputs, stand_in)
     with MoEQuantDispatcher(group, **settings, **transport, device=device) as dispatcher:
         for name, buffer in named(dispatcher._slots[0].buffers).items():
@@ -131,15 +136,17 @@ def assert_same_batch(
     local = settings["num_experts"] // ranks
     mine = slice(rank * local, (rank + 1) * local)
     assert_bit_equal(batch.num_tokens.cpu(), expected.num_tokens[mine], name)
+    if batch.expert_start is not None and expected.expert_start is not None:
+        assert_bit_equal(batch.expert_start.cpu(), expected.expert_start[mine] - rank * batch.values.shape[0], name)
     starts = torch.tensor([0, *(len(hidden) for hidden, _, _ in inputs)]).cumsum(0)
-    for expert, count in enumerate(batch.num_tokens.tolist()):
+    for expert in range(local):
         whole = rank * local + expert
-        assert_bit_equal(batch.values[expert, :count].cpu(), expected.values[whole, :count], name)
+        assert_bit_equal(batch.rows_of(batch.values, expert).cpu(), expected.rows_of(expected.values, whole), name)
         if batch.scales is not None and expected.scales is not None:
-            assert_bit_equal(batch.scales[expert, :count].cpu(), expected.scales[whole, :count], name)
-        source = batch.sources[expert, :count].cpu()
+            assert_bit_equal(batch.rows_of(batch.scales, expert).cpu(), expected.rows_of(expected.scales, whole), name)
+        source = batch.rows_of(batch.sources, expert).cpu()
         entry = starts[source >> 32] * settings["top_k"] + (source & 0xFFFFFFFF)
-        assert_bit_equal(entry, expected.sources[whole, :count], name)
+        assert_bit_equal(entry, expected.rows_of(expected.sources, whole), name)
 
 
 def count_wrong(

@@ -64,6 +64,16 @@ OPERATION_CASES = {
             small_counts(),
             torch.zeros(2, dtype=torch.int64),
         ),
+        "ragged": lambda: (
+            integers([3, 1], [6, 0]),
+            0,
+            16,
+            4,
+            integers([0, 0], [0, 0]),
+            small_counts(1),
+            torch.zeros(2, dtype=torch.int64),
+            small_counts(1),
+        ),
         "without status": lambda: (integers([3, 1], [6, 0]), 1, 5, 4, integers([0, 0], [0, 0]), small_counts(1)),
     },
 }

@@ -37,23 +37,34 @@ def both(arguments, written):
     [(1, 1, 1, 1, 8), (2, 3, 16, 32, 300), (4, 2, 20, 48, 128), (3, 2, 32, 40, 50)],
 )
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
-def test_both_directions_match_the_reference(ranks, experts, limit, capacity, columns, dtype, device):
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_both_directions_match_the_reference(ranks, experts, limit, capacity, columns, dtype, layout, device):
+    ragged = layout == "ragged"
     counts = torch.randint(0, limit + 5, (ranks, ranks * experts), dtype=torch.int32, device=device)
     offsets, num_tokens = torch.empty_like(counts), torch.empty(experts, dtype=torch.int32, device=device)
     first = (ranks - 1) * experts
-    reference.expert_offsets(counts, first, capacity, limit, offsets, num_tokens)
+    # of all experts together, with room for some of the rows
+    capacity = (capacity * experts // 32 + 1) * 16 if ragged else capacity
+    shape = (capacity,) if ragged else (experts, capacity)
+    starts = torch.empty_like(num_tokens) if ragged else None
+    reference.expert_offsets(counts, first, capacity, limit, offsets, num_tokens, None, starts)
     groups = 3
     padded = torch.randn(ranks, experts, limit, columns, device=device).to(dtype)
-    merged = poison(torch.empty(experts, capacity, columns, dtype=dtype, device=device))
+    merged = poison(torch.empty(*shape, columns, dtype=dtype, device=device))
     meta = torch.randint(0, 2**30, (ranks, experts, groups + 1, limit), dtype=torch.int32, device=device)
     scales = meta[:, :, :-1].view(torch.float32).transpose(2, 3)
-    merged_scales = poison(empty_transposed_scales(experts, capacity, groups, device))
-    sources = poison(torch.empty(experts, capacity, dtype=torch.int64, device=device))
+    merged_scales = poison(torch.empty(*shape[:-1], groups, capacity, device=device).mT)
+    sources = poison(torch.empty(shape, dtype=torch.int64, device=device))
     # of this rank's experts
     offsets, counts = offsets[:, first:], counts[:, first:]
     moved = both((padded, merged, offsets, counts, True, scales, merged_scales, meta[:, :, -1], sources), written=(1, 6, 8))
+    written = torch.zeros(shape, dtype=torch.bool, device=device)
     for expert, count in enumerate(num_tokens.tolist()):
-        assert (moved[2][expert, count:] == sources[expert, count:]).all()
+        if starts is None:
+            written[expert, :count] = True
+        else:
+            written[starts[expert] : starts[expert] + count] = True
+    assert ((moved[2] != sources) == written).all()
     back = poison(torch.empty_like(padded))
     both((back, moved[0], offsets, counts, False, None, None, None, None), written=(0,))
 
@@ -106,8 +117,10 @@ def test_the_worked_example(device):
         assert merged.flatten().tolist() == [1.0, 2.0, 3.0, 0.0]
 
 
-def call_move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
+def call_move_source_rows(dtype: torch.dtype, to_merged: bool = True, ragged: bool = False) -> None:
     padded, (merged, merged_scales) = empty(8, 32, 128, 7168, dtype=dtype), quantized(32, 1024, 7168, dtype)
+    if ragged:
+        merged, merged_scales = merged[0], None if merged_scales is None else merged_scales[0]
     offsets, counts = empty(8, 256, dtype=torch.int32)[:, 32:64], empty(8, 257, dtype=torch.int32)[:, 32:64]
     if not to_merged:
         ops.move_source_rows(padded, merged, offsets, counts, False)
@@ -117,7 +130,10 @@ def call_move_source_rows(dtype: torch.dtype, to_merged: bool = True) -> None:
     ops.move_source_rows(padded, merged, offsets, counts, True, padded_scales, merged_scales, sources, merged_sources)
 
 
-COMPILE_CASES = cases(call_move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True)
+COMPILE_CASES = [
+    *cases(call_move_source_rows, *each_format(BF16), {"dtype": BF16, "to_merged": False}, anywhere=True),
+    *cases(call_move_source_rows, *each_format(BF16, ragged=True), {"dtype": BF16, "to_merged": False, "ragged": True}),
+]
 
 
 def move_arguments(to_merged: bool) -> tuple:

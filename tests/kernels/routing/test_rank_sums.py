@@ -31,7 +31,8 @@ def test_partials_match_the_reference(tokens, top_k, ranks, local, dtype, listed
 
 
 @pytest.mark.parametrize("tokens, top_k, ranks, local", [(3, 2, 2, 1), (300, 6, 3, 4)])
-def test_located_entries_match_the_reference(tokens, top_k, ranks, local, device):
+@pytest.mark.parametrize("ragged", [False, True])
+def test_located_entries_match_the_reference(tokens, top_k, ranks, local, ragged, device):
     from moequant.kernels.routing.rank_sums import locate_entries
 
     # rows of a wider buffer, as counts stand before them
@@ -44,8 +45,8 @@ def test_located_entries_match_the_reference(tokens, top_k, ranks, local, device
     results = [
         (poison(torch.empty(shape, dtype=torch.int32, device=device)), poison(torch.empty(shape, device=device))) for _ in range(2)
     ]
-    locate_entries(entries, offsets, local, 3, 8, *results[0])
-    reference.locate_entries(entries, offsets, local, 3, 8, *results[1])
+    locate_entries(entries, offsets, local, 3, 8, *results[0], ragged)
+    reference.locate_entries(entries, offsets, local, 3, 8, *results[1], ragged)
     assert_bit_equal(results[0][0], results[1][0])
     assert_bit_equal(results[0][1], results[1][1])
 
@@ -56,7 +57,9 @@ def call_partials(listed: bool) -> None:
     ops.plan_rank_sums(ids, rows, 32, 128, empty(128, 8, dtype=torch.int32), starts)
     entries, offsets = empty(8, 3, 128, 8, dtype=torch.int32), empty(8, 256, dtype=torch.int32)
     shape = 8, 128, 8
-    ops.locate_entries(entries, offsets, 32, 128, 1024, empty(*shape, dtype=torch.int32), empty(*shape, dtype=torch.float32))
+    for ragged in (False, True):
+        rows, weights = empty(*shape, dtype=torch.int32), empty(*shape, dtype=torch.float32)
+        ops.locate_entries(entries, offsets, 32, 128, 1024, rows, weights, ragged)
 
 
 COMPILE_CASES = cases(call_partials, {"listed": False}, {"listed": True}, wide=False)

@@ -101,5 +101,6 @@ OPERATION_CASES = {
     "route": {
         "all outputs": lambda: route_arguments(1, small_counts(), torch.zeros(2, dtype=torch.int64)),
         "slots and counts": route_arguments,
+        "ragged": lambda: route_arguments(16, small_counts(), torch.zeros(2, dtype=torch.int64), small_counts()),
     },
 }

@@ -8,8 +8,9 @@ import torch
 from compile_case import BF16, FNUZ, cases, each_format, empty, quantized
 from far_memory import far, far_along
 from moequant import ops, reference
-from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.batch import ceil_div
 from moequant.formats import FORMATS
+from moequant.reference.routing import ragged_rows
 from moequant.testing import assert_bit_equal, poison, routing
 from operation_case import integers, quantize_outputs
 
@@ -26,12 +27,14 @@ def routed(tokens, top_k, experts, device):
 
 
 def run_scatter(kernel, x, ids, slots, experts, limit, dtype, quantized, recipe="default", **options):
-    """Returns poisoned-before values, scales, rows, sources."""
+    """Returns poisoned-before values, scales, rows, sources; of limit rows in all where options have expert_start."""
     columns, device = x.shape[1], x.device
-    values = torch.full((experts, limit, columns * dtype.itemsize), 0x55, dtype=torch.uint8, device=device).view(dtype)
-    scales = poison(empty_transposed_scales(experts, limit, ceil_div(columns, 128), device)) if quantized else None
+    shape = (experts, limit) if options.get("expert_start") is None else (limit,)
+    values = torch.full((*shape, columns * dtype.itemsize), 0x55, dtype=torch.uint8, device=device).view(dtype)
+    groups = ceil_div(columns, 128)
+    scales = poison(torch.empty(*shape[:-1], groups, shape[-1], device=device).mT) if quantized else None
     rows = poison(torch.empty(slots.shape, dtype=torch.int32, device=device))
-    sources = poison(torch.empty(experts, limit, dtype=torch.int64, device=device))
+    sources = poison(torch.empty(shape, dtype=torch.int64, device=device))
     if kernel:
         from moequant.kernels.routing.scatter import scatter
 
@@ -56,6 +59,25 @@ def test_quantizing_scatter_matches_the_reference(shape, name, device):
     x = torch.randn(tokens, columns, dtype=torch.bfloat16).to(device)
     ids, slots = routed(tokens, top_k, experts, device)
     assert_same(x, ids, slots, experts, max(1, tokens), FORMATS[name].dtype, True)
+
+
+@pytest.mark.parametrize("rows", [16, 64, 700])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("quantized", [True, False])
+def test_ragged_rows_are_the_padded_ones_and_none_lies_past_the_end(shape, rows, quantized, device):
+    tokens, top_k, experts, columns = shape
+    x = torch.randn(tokens, columns, dtype=torch.bfloat16).to(device)
+    ids, slots = routed(tokens, top_k, experts, device)
+    counts = torch.stack([(ids == expert).sum() for expert in range(experts)])
+    starts, placed = ragged_rows(counts, rows)
+    dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
+    ragged = assert_same(x, ids, slots, experts, rows, dtype, quantized, expert_start=starts.int())
+    padded = run_scatter(False, x, ids, slots, experts, max(1, tokens), dtype, quantized)
+    for expert, (start, count) in enumerate(zip(starts.tolist(), placed.tolist(), strict=True)):
+        # scales and values, and sources; rows are numbered otherwise
+        for flat, apart in zip((*ragged[:-2], ragged[-1]), (*padded[:-2], padded[-1]), strict=True):
+            assert_bit_equal(flat[start : start + count], apart[expert, :count])
+    assert int((ragged[-2] >= 0).sum()) == int(placed.sum())
 
 
 @pytest.mark.parametrize("recipe", ["deepgemm", "ue8m0"])
@@ -105,10 +127,12 @@ def test_quantized_rows_with_scales_travel_as_they_are(device):
     padded[:, :3] = scales
     sources = torch.zeros(20, 3, dtype=torch.int64, device=device)[:, 0]
     sources += torch.arange(20, device=device) * 1000 + (5 << 32)
-    moved = assert_same(values, ids, slots, 5, 20, torch.float8_e4m3fn, True, x_scales=padded[:, :3], row_sources=sources)
-    direct = run_scatter(True, x, ids, slots, 5, 20, torch.float8_e4m3fn, True)
-    for result, expected in zip(moved[:3], direct[:3], strict=True):
-        assert_bit_equal(result, expected)
+    for limit, starts in ((20, None), (96, torch.arange(0, 80, 16, dtype=torch.int32, device=device))):
+        given = {"x_scales": padded[:, :3], "row_sources": sources}
+        moved = assert_same(values, ids, slots, 5, limit, torch.float8_e4m3fn, True, **given, expert_start=starts)
+        direct = run_scatter(True, x, ids, slots, 5, limit, torch.float8_e4m3fn, True, expert_start=starts)
+        for result, expected in zip(moved[:3], direct[:3], strict=True):
+            assert_bit_equal(result, expected)
 
 
 def test_strided_tokens_and_int64_ids_match(device):
@@ -143,17 +167,22 @@ def test_model_sizes_match_the_reference_on_the_gpu(tokens):
     x = torch.randn(tokens, 7168, dtype=torch.bfloat16, device="cuda")
     ids, slots = routed(tokens, 8, 64, "cuda")
     assert_same(x, ids, slots, 64, tokens, torch.float8_e4m3fn, True)
+    starts, _ = ragged_rows(torch.bincount(ids[ids >= 0], minlength=64), 8 * tokens)
+    assert_same(x, ids, slots, 64, 8 * tokens, torch.float8_e4m3fn, True, expert_start=starts.int())
 
 
-def call_scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool = False) -> None:
+def call_scatter(dtype: torch.dtype, tokens: int = 128, quantized_before: bool = False, ragged: bool = False) -> None:
     values, scales = quantized(32, 1024, 7168, dtype)
+    starts = None
+    if ragged:
+        values, scales, starts = values[0], None if scales is None else scales[0], empty(32, dtype=torch.int32)
     x, x_scales = empty(tokens, 7168), None
     if quantized_before:
         x, x_scales = empty(tokens, 7168, dtype=dtype), empty(tokens, 56, dtype=torch.float32)
     topk_ids = empty(tokens, 8, dtype=torch.int64)
     slots, rows = empty(tokens, 8, dtype=torch.int32), empty(tokens, 8, dtype=torch.int32)
     offsets, sources = empty(256, dtype=torch.int32), empty(32, 1024, dtype=torch.int64)
-    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, offsets, 1024)
+    ops.scatter(x, topk_ids, slots, values, scales, x_scales, rows, sources, None, offsets, 1024, expert_start=starts)
 
 
 COMPILE_CASES = [
@@ -162,6 +191,7 @@ COMPILE_CASES = [
     *cases(call_scatter, *each_format(BF16, tokens=4), wide=False),
     *cases(call_scatter, {"dtype": FNUZ}, anywhere=True),
     *cases(call_scatter, *each_format(quantized_before=True)),
+    *cases(call_scatter, *each_format(BF16, ragged=True)),
 ]
 
 
@@ -174,6 +204,17 @@ def scatter_arguments(quantized: bool) -> tuple:
     return x, ids, slots, *quantize_outputs(), None, rows, sources, *options
 
 
+def ragged_arguments() -> tuple:
+    x, ids, slots = torch.randn(3, 140), integers([1, 0], [-1, 1], [1, 0]), integers([0, 0], [-1, 1], [2, 1])
+    outputs = torch.zeros(32, 140, dtype=torch.int8), torch.zeros(2, 32).t()
+    placed = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(32, dtype=torch.int64)
+    return x, ids, slots, *outputs, None, *placed, None, None, None, "default", integers(0, 16)
+
+
 OPERATION_CASES = {
-    "scatter": {"quantizing": lambda: scatter_arguments(True), "converting": lambda: scatter_arguments(False)},
+    "scatter": {
+        "quantizing": lambda: scatter_arguments(True),
+        "converting": lambda: scatter_arguments(False),
+        "ragged": ragged_arguments,
+    },
 }

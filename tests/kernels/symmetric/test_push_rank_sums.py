@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_case import cases, counted, empty
+from compile_case import cases, empty
 from compile_peers import peers_of
 from moequant import reference
 from moequant.batch import ceil_div
@@ -24,10 +24,19 @@ SHAPES = [
 
 
 class Sums:
-    """Rows and notes of rank 1: tokens of all ranks with some of their entries here. What is not valid is NaN, or 0x55."""
+    """Rows and notes of rank 1: tokens of all ranks with some of their entries here. What is not valid is NaN, or 0x55.
 
-    def __init__(self, shape, device, epoch=0, dtype=torch.bfloat16):
-        self.experts, self.capacity, self.columns, self.top_k, self.scale_words, counts = shape
+    ragged: the experts' rows lie in one buffer, a few rows apart, in which M rows of the last have room.
+    """
+
+    def __init__(self, shape, device, epoch=0, dtype=torch.bfloat16, ragged=False):
+        self.experts, capacity, self.columns, self.top_k, self.scale_words, counts = shape
+        starts = [expert * capacity for expert in range(self.experts)]
+        if ragged:
+            starts = [sum(min(max(count, 0), capacity) + 3 for count in counts[:expert]) for expert in range(self.experts)]
+        rows = starts[-1] + capacity
+        self.lie = (rows,) if ragged else (self.experts, capacity)
+        self.expert_start = torch.tensor(starts, dtype=torch.int32, device=device) if ragged else None
         self.counts = torch.tensor(counts, dtype=torch.int32)
         self.epoch, self.device = epoch, device
         lanes = 4 * ceil_div(self.top_k, 4)
@@ -35,14 +44,14 @@ class Sums:
         self.blocks = PeerBlocks(
             RANKS,
             device,
-            notes=((self.experts, self.capacity, self.weights_word + lanes), torch.int32),
+            notes=((*self.lie, self.weights_word + lanes), torch.int32),
             returns=((RANKS, MAX_TOKENS, self.columns), torch.bfloat16),
         )
         self.blocks["epoch"][RANK] = epoch
         self.blocks["flags"][RANK] = output_flag(following(epoch))
-        self.y = torch.full((self.experts * self.capacity, self.columns), float("nan"), dtype=dtype)
+        self.y = torch.full((rows, self.columns), float("nan"), dtype=dtype)
         self.valid = [
-            expert * self.capacity + row for expert, count in enumerate(counts) for row in range(min(max(count, 0), self.capacity))
+            first + row for first, count in zip(starts, counts, strict=True) for row in range(min(max(count, 0), capacity))
         ]
         self.y[self.valid] = torch.randn(len(self.valid), self.columns).to(dtype)
         self._give_notes()
@@ -70,7 +79,7 @@ class Sums:
             self.note(self.valid[place])[self.scale_words :][:4] = torch.tensor([0, 0, held[0], 0])
 
     def note(self, flat: int) -> torch.Tensor:
-        return self.blocks["notes"][RANK].flatten(0, 1)[flat]
+        return self.blocks["notes"][RANK].view(len(self.y), -1)[flat]
 
     def run(self, wait: bool = True, limit: int = LONG) -> None:
         from moequant.kernels.library.symmetric import notes_of
@@ -78,9 +87,10 @@ class Sums:
 
         blocks = self.blocks
         push_rank_sums(
-            self.y.to(self.device).view(self.experts, self.capacity, self.columns),
+            self.y.to(self.device).view(*self.lie, self.columns),
             notes_of(blocks["notes"][RANK], self.scale_words),
             self.counts.to(self.device),
+            self.expert_start,
             blocks.peers_of(RANK, limit),
             Place(blocks.offsets["returns"], MAX_TOKENS),
             self.top_k,
@@ -114,11 +124,16 @@ class Sums:
         assert_same_blocks(self.blocks, expected)
 
 
+@pytest.fixture(params=[False, True], ids=["padded", "ragged"])
+def ragged(request) -> bool:
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums_reach_their_tokens_with_the_bits_of_the_reference(shape, dtype, device):
+def test_sums_reach_their_tokens_with_the_bits_of_the_reference(shape, dtype, ragged, device):
     """Experts without rows, top-k 1, absent entries whose weights are NaN; no byte of any rank changes besides."""
-    Sums(shape, device, dtype=dtype).check()
+    Sums(shape, device, dtype=dtype, ragged=ragged).check()
 
 
 def test_the_worked_example(device):
@@ -168,9 +183,9 @@ def test_a_push_without_a_wait_waits_for_nobody(device):
     assert_same_blocks(sums.blocks, expected)
 
 
-def test_after_a_fault_no_sum_is_stored(device):
+def test_after_a_fault_no_sum_is_stored(ragged, device):
     """Notes may then be anything. The flags go up all the same, and the wait ends at once."""
-    sums = Sums(SHAPES[1], device)
+    sums = Sums(SHAPES[1], device, ragged=ragged)
     fault = fault_word(1, 1, 2)
     sums.blocks["fault"][RANK] = fault
     sums.blocks["abort"].fill_(fault)
@@ -185,17 +200,24 @@ def test_counts_out_of_range_stay_in_the_buffer(device):
     Sums((3, 5, 130, 2, 4, [-3, 6, 2**31 - 1]), device).check()
 
 
+def test_counts_that_the_buffer_has_no_room_for_stay_in_it(device):
+    sums = Sums((3, 5, 130, 2, 4, [-3, 4, 5]), device, ragged=True)
+    sums.counts[2] = 2**31 - 1
+    sums.check()
+
+
 FAR = [-1, -(2**31), 2**31 - 1]
 
 
 @pytest.mark.parametrize(
     "word, hostile",
-    [(0, [-(2**31), 2**31 - 1, -4, MAX_TOKENS * 4]), (1, [*FAR, RANKS]), (2, [*FAR, 24]), (4, [*FAR, 24]), (7, [*FAR, 24])],
+    [(0, [-(2**31), 2**31 - 1, -4, MAX_TOKENS * 4]), (1, [*FAR, RANKS]), (2, [*FAR, None]), (4, [*FAR, None]), (7, [*FAR, None])],
     ids=["entry", "source", "leader", "first row", "last row"],
 )
-def test_hostile_notes_become_no_address(word, hostile, device):
+def test_hostile_notes_become_no_address(word, hostile, ragged, device):
     """No sum of a row whose note names no token of any rank; of rows that are not in the buffer, no part of a sum."""
-    sums = Sums((3, 8, 300, 4, 4, [8, 8, 8]), device)
+    sums = Sums((3, 8, 300, 4, 4, [8, 8, 8]), device, ragged=ragged)
+    hostile = [len(sums.y) if number is None else number for number in hostile]
     leading = [flat for flat in sums.valid if sums.note(flat)[sums.scale_words + 2] == flat]
     for flat, value in zip(leading, hostile, strict=False):
         sums.note(flat)[sums.scale_words + word] = value
@@ -210,7 +232,7 @@ def test_a_negative_entry_is_of_no_token(entry, device):
     sums.check()
 
 
-def test_rows_past_2_to_the_31_elements(device):
+def test_rows_past_2_to_the_31_elements(ragged, device):
     """Memory that is reserved, but on a CPU not filled: only the last of three experts has a row, for the last of 2**21 tokens."""
     from moequant.kernels.library.symmetric import notes_of
     from moequant.kernels.symmetric.push_rank_sums import Sums as Place, push_rank_sums
@@ -225,17 +247,23 @@ def test_rows_past_2_to_the_31_elements(device):
     blocks = PeerBlocks(1, device)
     counts = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
     place = Place(returns.data_ptr() - blocks.memory.data_ptr(), max_tokens)
-    push_rank_sums(y, notes_of(notes, 0), counts, blocks.peers_of(0), place, 1, True)
-    assert (returns[-1] == y[2, 0] * 0.5).all()
+    starts = None
+    if ragged:
+        y, notes = y.flatten(0, 1), notes.flatten(0, 1)
+        starts = torch.tensor([0, 5, 2 * capacity], dtype=torch.int32, device=device)
+    push_rank_sums(y, notes_of(notes, 0), counts, starts, blocks.peers_of(0), place, 1, True)
+    assert (returns[-1] == y.view(3, capacity, columns)[2, 0] * 0.5).all()
     assert blocks["fault"].item() == NO_FAULT
 
 
-def call_push_rank_sums() -> None:
+def call_push_rank_sums(ragged: bool) -> None:
     from moequant.kernels.library.symmetric import notes_of
     from moequant.kernels.symmetric.push_rank_sums import Sums, push_rank_sums as kernel
 
-    y, notes = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32)
-    kernel(y, notes_of(notes, 56), counted(y), peers_of(), Sums(1024, 128), 8, True)
+    y, notes, counts = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(32, dtype=torch.int32)
+    if ragged:
+        y, notes = y[0], notes[0]
+    kernel(y, notes_of(notes, 56), counts, counts if ragged else None, peers_of(), Sums(1024, 128), 8, True)
 
 
-COMPILE_CASES = cases(call_push_rank_sums, {}, nvidia=True)
+COMPILE_CASES = cases(call_push_rank_sums, {"ragged": False}, {"ragged": True}, nvidia=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 
 import compile_peers
 from compile_case import BF16, E4M3, cases, each_format
@@ -25,11 +26,15 @@ def words_of_a_note(groups: int, top_k: int, per_rank: bool) -> tuple[int, int, 
 
 
 class Push:
-    """One rank's call: inputs, the blocks of all ranks, and what has to be in them afterwards."""
+    """One rank's call: inputs, the blocks of all ranks, and what has to be in them afterwards. capacity: rows of an expert, or, ragged,
+    of a rank."""
 
-    def __init__(self, shape, dtype, device, per_rank=False, rank=0, x_dtype=torch.bfloat16, epoch=1, recipe="default"):
+    def __init__(
+        self, shape, dtype, device, per_rank=False, rank=0, x_dtype=torch.bfloat16, epoch=1, recipe="default", ragged=False
+    ):
         tokens, self.top_k, self.ranks, self.local_experts, self.capacity, columns = shape
         self.dtype, self.rank, self.epoch, self.recipe, self.device = dtype, rank, epoch, recipe, device
+        self.ragged = ragged
         self.max_tokens = tokens + 3
         self.groups = ceil_div(columns, 128) if dtype != torch.bfloat16 else 0
         experts = self.ranks * self.local_experts
@@ -37,21 +42,32 @@ class Push:
         self.ids = torch.rand(tokens, experts).argsort(1)[:, : self.top_k].contiguous().int()
         self.ids[torch.rand(self.ids.shape) < 0.15] = -1
         self.slots = torch.empty(self.ids.shape, dtype=torch.int32)
-        reference.route(self.ids, self.slots, torch.empty(experts, dtype=torch.int32))
+        counts = torch.empty(experts, dtype=torch.int32)
+        reference.route(self.ids, self.slots, counts)
         # some experts are nearly full
         self.offsets = torch.randint(0, self.capacity + 1, (experts,), dtype=torch.int32)
+        if ragged:
+            # other ranks' rows lie between this one's, and the last of one rank have no room
+            gaps = torch.randint(0, 4, (self.ranks, self.local_experts), dtype=torch.int32)
+            ends = (counts.view(self.ranks, -1) + gaps).cumsum(1, dtype=torch.int32)
+            self.offsets = (ends - counts.view(self.ranks, -1)).flatten()
+            self.capacity = max(1, int(ends.max()) - 2)
         self.weights = torch.rand(tokens, self.top_k) if per_rank else None
         self.entry, self.weights_word, words = words_of_a_note(self.groups, self.top_k, per_rank)
         self.blocks = PeerBlocks(
             self.ranks,
             device,
-            values=((self.local_experts * self.capacity, columns), dtype),
-            notes=((self.local_experts * self.capacity, words), torch.int32),
+            values=((self.rows_of_rank, columns), dtype),
+            notes=((self.rows_of_rank, words), torch.int32),
             rows=((tokens, self.top_k), torch.int32),
             partials=((tokens, self.ranks), torch.int32),
         )
         self.blocks["epoch"][rank] = epoch
         self.blocks["flags"][rank] = epoch
+
+    @property
+    def rows_of_rank(self) -> int:
+        return self.capacity if self.ragged else self.local_experts * self.capacity
 
     def run(
         self,
@@ -84,6 +100,7 @@ class Push:
                 columns=self.x.shape[1],
                 max_tokens=self.max_tokens,
                 spec=ops.quant_spec(self.dtype, self.recipe) if self.groups else None,
+                ragged=tl.constexpr(self.ragged),
             ),
             blocks.peers_of(rank, limit),
             self.dtype,
@@ -99,13 +116,14 @@ class Push:
             for expert, slot in zip(ids, slots, strict=True):
                 named = 0 <= expert < self.ranks * self.local_experts and slot >= 0
                 place = int(self.offsets[expert]) + slot if named else -1
-                row.append(expert * self.capacity + place if 0 <= place < self.capacity else -1)
+                first = (expert // self.local_experts if self.ragged else expert) * self.capacity
+                row.append(first + place if 0 <= place < self.capacity else -1)
             places.append(row)
         return places
 
     def expected(self, wave: int = 0, first_experts: int = 0) -> PeerBlocks:
         """wave: 1: rows of each rank's first experts alone are there; 2: all, of which those of the first wave come first."""
-        expected, rows_of_rank, places = self.blocks.snapshot(), self.local_experts * self.capacity, self.places()
+        expected, rows_of_rank, places = self.blocks.snapshot(), self.rows_of_rank, self.places()
         values, scales = self.x.cpu().to(self.dtype if not self.groups else self.x.dtype), None
         if self.groups:
             values, scales = reference.quantize_groups(self.x.cpu(), 128, self.dtype, self.recipe, None)
@@ -114,12 +132,14 @@ class Push:
                 expected["rows"][self.rank, token] = torch.tensor(rows, dtype=torch.int32)
             for owner in range(self.ranks):
                 theirs = [row - owner * rows_of_rank if row >= 0 and row // rows_of_rank == owner else -1 for row in rows]
+                late = [expert % self.local_experts >= first_experts for expert in self.ids[token].tolist()]
                 # False, of the first wave, is sorted before True
-                held = sorted((row for row in theirs if row >= 0), key=lambda row: row // self.capacity >= first_experts)
+                entries = sorted((k for k, row in enumerate(theirs) if row >= 0), key=late.__getitem__)
+                held = [theirs[k] for k in entries]
                 if self.weights is not None:
                     expected["partials"][self.rank, token, owner] = owner * self.max_tokens + token if held else -1
                 for k, row in enumerate(theirs):
-                    if row < 0 or (wave == 1 and row // self.capacity >= first_experts):
+                    if row < 0 or (wave == 1 and late[k]):
                         continue
                     note = expected["notes"][owner, row]
                     note[self.entry :][:4] = torch.tensor([token * self.top_k + k, self.rank, held[0], 0])
@@ -140,18 +160,23 @@ class Push:
         assert_same_blocks(self.blocks, expected)
 
 
+@pytest.fixture(params=[False, True], ids=["padded", "ragged"])
+def ragged(request) -> bool:
+    return request.param
+
+
 @pytest.mark.parametrize("per_rank", [False, True], ids=["exact", "per_rank"])
 @pytest.mark.parametrize("dtype", [FP8, torch.int8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rows_and_notes_are_where_they_belong(shape, dtype, per_rank, device):
+def test_rows_and_notes_are_where_they_belong(shape, dtype, per_rank, ragged, device):
     """Experts that overflow, absent entries, no tokens, top-k 1, several experts of one rank; no other byte of any rank changes."""
-    Push(shape, dtype, device, per_rank, rank=shape[2] - 1).check()
+    Push(shape, dtype, device, per_rank, rank=shape[2] - 1, ragged=ragged).check()
 
 
 @pytest.mark.parametrize("first_experts", [1, 2])
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[3] > 2], ids=str)
-def test_in_two_waves_rows_of_the_first_experts_go_first_and_stand_for_the_others(shape, first_experts, device):
-    push = Push(shape, FP8, device)
+def test_in_two_waves_rows_of_the_first_experts_go_first_and_stand_for_the_others(shape, first_experts, ragged, device):
+    push = Push(shape, FP8, device, ragged=ragged)
     for wave in (1, 2):
         expected = push.expected(wave, first_experts)
         push.run(wave=wave, first_experts=first_experts)
@@ -167,6 +192,17 @@ def test_the_worked_example(device):
     assert push.blocks["rows"][0].tolist() == [[29, 5, -1]]
     assert push.blocks["notes"][1, 13, 4:].tolist() == [0, 0, 13, 0]
     assert push.blocks["notes"][0, 5, 4:].tolist() == [1, 0, 5, 0]
+
+
+def test_the_ragged_worked_example(device):
+    """In the same memory as if each of two experts had 8 rows."""
+    push = Push((1, 3, 2, 2, 8, 64), FP8, device)
+    push.ragged, push.capacity = True, 16
+    push.ids, push.slots = torch.tensor([[3, 0, 2]]), torch.tensor([[0, 1, 0]], dtype=torch.int32)
+    push.offsets = torch.tensor([4, 0, 16, 13], dtype=torch.int32)
+    push.check()
+    assert push.blocks["rows"][0].tolist() == [[29, 5, -1]]
+    assert push.blocks["notes"][1, 13, 4:].tolist() == [0, 0, 13, 0]
 
 
 def test_the_layout_of_notes_is_what_the_transport_allocates():
@@ -212,8 +248,8 @@ def test_a_token_that_names_an_expert_twice_leads_once(device):
     push.check()
 
 
-def test_ids_slots_and_offsets_out_of_range_become_no_address(device):
-    push = Push((2, 4, 2, 2, 8, 64), FP8, device, per_rank=True)
+def test_ids_slots_and_offsets_out_of_range_become_no_address(ragged, device):
+    push = Push((2, 4, 2, 2, 8, 64), FP8, device, per_rank=True, ragged=ragged)
     push.ids = torch.tensor([[4, 2**40, -1, -7], [0, 1, 2, 3]])
     push.slots = torch.tensor([[0, 0, 0, 1], [-1, -(2**31), 1, 1]], dtype=torch.int32)
     push.offsets = torch.tensor([0, 0, -5, 2**31 - 1], dtype=torch.int32)
@@ -246,9 +282,9 @@ def test_a_push_without_a_wait_waits_for_nobody(device):
 
 
 @pytest.mark.parametrize("tokens", [0, 4])
-def test_after_a_fault_nothing_is_addressed(tokens, device):
+def test_after_a_fault_nothing_is_addressed(tokens, ragged, device):
     """`exchange_counts` says then that no expert has room. The flags go up all the same, and the wait ends at once."""
-    push = Push((tokens, 2, 3, 2, 8, 64), FP8, device, per_rank=True, rank=2, epoch=50)
+    push = Push((tokens, 2, 3, 2, 8, 64), FP8, device, per_rank=True, rank=2, epoch=50, ragged=ragged)
     push.offsets.fill_(push.capacity)
     push.blocks["flags"][2] = 0
     push.blocks["abort"].fill_(fault_word(50, 0, 1))
@@ -259,10 +295,10 @@ def test_after_a_fault_nothing_is_addressed(tokens, device):
     assert (push.blocks["rows"][2] == -1).all()
 
 
-def test_rows_past_2_to_the_31_elements(device):
+def test_rows_past_2_to_the_31_elements(ragged, device):
     """Memory that is reserved, but on a CPU not filled."""
     capacity, columns = 2**21 + 3, 1024
-    push = Push((1, 1, 1, 1, 1, columns), torch.int8, device)
+    push = Push((1, 1, 1, 1, 1, columns), torch.int8, device, ragged=ragged)
     push.ids.zero_()
     push.slots.zero_()
     push.capacity, push.offsets = capacity, torch.tensor([capacity - 1], dtype=torch.int32)
@@ -280,4 +316,6 @@ COMPILE_CASES = [
     *cases(compile_peers.push_tokens, *each_format(BF16), nvidia=True),
     *cases(compile_peers.push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, nvidia=True),
     *cases(compile_peers.push_tokens, {"dtype": E4M3, "wave": 2}, nvidia=True),
+    *cases(compile_peers.push_tokens, *({"dtype": E4M3, "wave": wave, "ragged": True} for wave in (0, 2)), nvidia=True),
+    *cases(compile_peers.push_tokens, {"dtype": E4M3, "per_rank": True, "ragged": True}, nvidia=True),
 ]
