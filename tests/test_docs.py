@@ -50,7 +50,11 @@ def test_the_memory_of_the_page_is_what_a_dispatcher_takes():
         cases: tuple[tuple[dict[str, Any], int], ...] = (
             ({"transport": "collective", "exchange": "packed"}, batch),
             ({"transport": "collective", "exchange": "padded"}, batch + 2 * 256 * 128 * (2 * hidden + scales)),
-            ({"transport": "symmetric"}, batch + experts * rows * (2 * hidden + scales) + 128 * 8 * 2 * hidden),
+            ({"transport": "symmetric"}, batch + experts * rows * scales + 128 * 8 * 2 * hidden),
+            (
+                {"transport": "symmetric", "overlap": False},
+                batch + experts * rows * (2 * hidden + scales) + 128 * 8 * 2 * hidden,
+            ),
         )
         for more, expected in cases:
             taken = MoEQuantDispatcher.buffer_bytes(**sizes, quant=quant, **more)

@@ -1,7 +1,8 @@
 """Random settings of whole layers for `fuzz_gpu.py`: a dispatcher and its experts, on one rank, on ranks that are streams of one GPU, or
 on a GPU each. A family is a dispatcher; a call draws tokens, ids and the way that rows go.
 
-T tokens, K top-k, E experts, W ranks, L local experts, M rows of an expert's buffer, H hidden size, I intermediate size.
+T tokens, K top-k, E experts, W ranks, L local experts, M rows of an expert's buffer, R rows of a rank's, H hidden size, I
+intermediate size.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ def draw_layer(rng: random.Random, place: Place) -> dict[str, Any]:
     # what one process can check in a fraction of a second
     most = min(rng.choice([1, 7, 40, 129, 600]), 8 if tiny else max(1, 2**21 // (ranks * top_k * hidden)))
     quant = rng.choice(["fp8_e4m3fn", "fp8_e4m3fn", "int8", "none", "fp8_e5m2"])
+    layout, capacity = rng.choice(["padded", "ragged"]), rng.choice([None, None, rng.randint(1, 2 * most)])
+    if layout == "ragged":
+        # rows of a rank, or a factor of the mean
+        capacity = rng.choice([capacity and capacity * local, rng.uniform(0.2, 1.5)])
     return {
         "num_experts": ranks * local,
         "top_k": top_k,
@@ -50,7 +55,8 @@ def draw_layer(rng: random.Random, place: Place) -> dict[str, Any]:
         "quant": quant,
         "recipe": rng.choice(["default", "default", "ue8m0", "deepgemm"]),
         "reduce": rng.choice(["exact", "exact", "per_rank"]),
-        "capacity": rng.choice([None, None, rng.randint(1, 2 * most)]),
+        "layout": layout,
+        "rank_capacity" if layout == "ragged" else "capacity": capacity,
         "on_overflow": "drop",
         "slots": rng.choice([1, 2]),
     }
@@ -151,7 +157,7 @@ class Layers:
         guarded.assert_only(name="combine's output")
         assert_same_batch(rank, ranks, settings, inputs, batch, expected, self.name)
         assert_bit_equal(guarded.tensor.cpu(), outputs[rank], "combine")
-        self._products(rng, mine, slot)
+        self._products(rng, mine, slot, dropped)
         self._guards()
 
     def close(self) -> None:
@@ -195,8 +201,9 @@ class Layers:
         else:
             self.dispatcher.combine(y, handle, out=out)
 
-    def _products(self, rng: random.Random, mine: list[Tensor], slot: int) -> None:
-        """The layer by its steps, and as one call: with pushed rows, with waves or in halves, where that can be."""
+    def _products(self, rng: random.Random, mine: list[Tensor], slot: int, dropped: int) -> None:
+        """The layer by its steps, and as one call: with pushed rows, with waves or in halves, where that can be: each half has room for
+        rows that the whole drops."""
         with all_sizes(self.hopper):
             batch, handle = self.dispatcher.dispatch(*mine, slot=slot)
             apart = self.dispatcher.combine(self.experts(batch), handle)
@@ -211,7 +218,7 @@ class Layers:
                 first = rng.randint(1, local - 1)
                 out = self.dispatcher(*mine, self.experts, slot=slot, chunks=1, first_experts=first)
                 assert_near_layer(out, apart, f"waves of {first} of {local} experts")
-            if self.dispatcher.config.pushes and self.settings["slots"] == 2 and self.settings["capacity"] is None:
+            if self.dispatcher.config.pushes and self.settings["slots"] == 2 and not dropped:
                 out = self.dispatcher(*mine, self.experts, chunks=2, first_experts=0)
                 assert_near_layer(out, apart, "halves")
         self.dispatcher.check()
