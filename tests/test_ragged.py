@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guarded import Guarded
-from moequant import CapacityOverflowError, ExpertBatch, MoEQuantDispatcher, ops, reference
+from moequant import CapacityOverflowError, ExpertBatch, GroupedExperts, MoEQuantDispatcher, ops, reference
 from moequant.config import DispatcherConfig
 from moequant.reference.routing import ragged_rows
 from moequant.testing import assert_bit_equal, in_one_process, routing
@@ -74,6 +74,41 @@ def test_values_scales_sources_and_sums_are_the_padded_ones(quant, reduce, kind)
         for name in ("values", "scales", "sources") if quant != "none" else ("values", "sources"):
             mine, other = (batch.rows_of(getattr(batch, name), expert) for batch in (ragged, padded))
             assert_bit_equal(mine.clone(), other.clone(), f"{name} of expert {expert}")
+
+
+def check_layer(experts: GroupedExperts, settings: dict[str, Any], tokens: Sequence[torch.Tensor]) -> None:
+    """A whole layer has the padded bits. On the device of new tensors."""
+    outputs = []
+    for layout in ("padded", "ragged"):
+        with dispatcher(settings, layout=layout) as layer:
+            outputs.append(layer(*tokens, experts))
+            assert layer.check() == 0
+    assert outputs[0].isfinite().all()
+    assert_bit_equal(outputs[1], outputs[0])
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none"])
+def test_whole_layers_have_the_padded_bits(quant, kind):
+    hidden, ids, weights = inputs()
+    if ROUTINGS[kind] is not None:
+        ids[:] = torch.tensor(ROUTINGS[kind])
+    w13, w2 = torch.randn(EXPERTS, 2 * 40, HIDDEN).bfloat16() / 14, torch.randn(EXPERTS, HIDDEN, 40).bfloat16() / 6
+    experts = GroupedExperts.from_weights(w13, w2, quant=quant)
+    check_layer(experts, SETTINGS | {"quant": quant}, (hidden, ids, weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["uniform", "zipf:1.2", "one-hot"])
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none"])
+def test_layers_of_model_sizes_have_the_padded_bits(quant, kind):
+    sizes: dict[str, Any] = {"num_experts": 48, "top_k": 6, "hidden_size": 2880, "max_tokens_per_rank": 1500, "quant": quant}
+    with torch.device("cuda"):
+        w13, w2 = torch.randn(48, 2 * 768, 2880).bfloat16() / 54, torch.randn(48, 2880, 768).bfloat16() / 28
+        experts = GroupedExperts.from_weights(w13, w2, quant=quant)
+        for tokens in (0, 1, 16, 129, 1500):
+            ids, weights = (tensor.cuda() for tensor in routing(tokens, 6, 48, kind))
+            check_layer(experts, sizes, (torch.randn(tokens, 2880).bfloat16(), ids, weights))
 
 
 @both_paths
