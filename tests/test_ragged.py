@@ -172,6 +172,22 @@ def test_a_rank_that_is_full_is_an_error_that_says_what_to_do():
         assert layer(hidden[:1], ids[:1].fill_(0), weights[:1], stand_in).isfinite().all()
 
 
+@pytest.mark.gpu
+def test_a_full_rank_on_a_gpu_is_raised_by_the_next_dispatch_that_can_know_and_by_check():
+    with torch.device("cuda"):
+        hidden, ids, weights = inputs()
+        ids[:] = torch.tensor([0, 1, 2])
+        with dispatcher(rank_capacity=64) as layer:
+            layer(hidden, ids, weights, stand_in)
+            torch.cuda.synchronize()
+            with pytest.raises(CapacityOverflowError, match=r"20 rows .* raise rank_capacity"):
+                layer.dispatch(hidden, ids, weights)
+            assert layer.check(wait=False) == 0
+            layer.dispatch(hidden, ids, weights)
+            with pytest.raises(CapacityOverflowError, match=r"20 rows .* raise rank_capacity"):
+                layer.check()
+
+
 def test_tokens_that_name_an_expert_twice_are_an_error_only_where_their_rows_have_no_room():
     hidden, ids, weights = inputs()
     ids.fill_(2)
