@@ -22,6 +22,7 @@ from benchmarks.timing import Modes, Way, time_modes, time_turn_about
 from moequant import GroupedExperts, MoEQuantDispatcher, quantize_expert_batch, reference
 from moequant.batch import ceil_div
 from moequant.config import DispatcherConfig
+from moequant.reference.routing import ragged_rows
 from moequant.testing import routing
 from moequant.transport.base import Stage
 from moequant.transport.collective import CollectiveTransport, choose_exchange
@@ -103,11 +104,11 @@ def dense_layer(options: argparse.Namespace, hidden_states: Tensor, ids: Tensor,
 
 
 def all_ids(options: argparse.Namespace, kind: str, config: DispatcherConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(W, T, K) twice: every rank's ids, -1 where a rank has fewer tokens, and the same with -1 where the expert's buffer has no room
-    for the row."""
+    """(W, T, K) twice: every rank's ids, -1 where a rank has fewer tokens, and the same with -1 where the buffer has no room for the
+    row."""
     each = [make_tokens(options, kind, rank, device).ids for rank in range(config.world_size)]
     ids = torch.stack([F.pad(x, (0, 0, 0, options.num_tokens - len(x)), value=-1) for x in each])
-    if options.capacity is None:
+    if config.on_overflow == "error":
         return ids, ids
     # each half of a layer's tokens has the buffers for itself
     parts = ids.tensor_split((ceil_div(ids.shape[1], 2),), 1) if options.chunks == 2 else (ids,)
@@ -119,6 +120,9 @@ def without_overflow(ids: Tensor, config: DispatcherConfig) -> Tensor:
     flat = ids.flatten(0, 1)
     slots, counts = torch.empty_like(flat), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
     reference.route(flat, slots, counts)
+    if config.ragged:
+        starts, _ = ragged_rows(counts.view(config.world_size, -1), config.total_rows)
+        slots += starts.flatten()[flat.clamp_min(0)]
     return torch.where(slots.view(ids.shape) < config.max_rows, ids, -1)
 
 
@@ -193,6 +197,7 @@ class Layer:
             case |= {"overlap": way if config.pushes else "steps apart"}
         # as it is rounded
         case |= {"capacity": config.max_rows if config.capacity is not None else None}
+        case |= {"layout": "ragged", "rank_capacity": options.rank_capacity} if config.ragged else {}
         return {key: value for key, value in case.items() if value is not None}
 
     def time(self, name: str, step: Callable[[], Any]) -> Modes:

@@ -76,13 +76,25 @@ def make_parser(description: str | None) -> OneLineParser:
     )
     add("--skew", action="store_true", help=f"also time {', '.join(SKEWS)}")
     add("--peers", action="store_true", help="also time deep_ep and deep_gemm on the same inputs, where they are installed")
+    add("--layout", choices=CHOICES["layout"], default="padded", help="of a rank's rows (default: padded)")
     add("--capacity", type=int, metavar="M", help="rows of an expert's buffer; rows past it are dropped (default: none can be)")
+    add(
+        "--rank-capacity",
+        type=rows_or_factor,
+        metavar="R",
+        help="with --layout ragged: rows of a rank's buffer, or with a point in it a factor of the mean; rows past it are dropped "
+        "(default: none can be)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: a GPU if there is one)")
     add("--output-json", type=Path, metavar="PATH", help="append the records to this file, one JSON object a line")
     add("--trace", type=Path, metavar="DIR", help="also write a Chrome trace of each rank there, with a range for each step")
     add("--seed", type=int, default=0, help="of weights, tokens and routing (default: 0)")
     add("--iters", type=int, default=20, help="repetitions of each timing (default: 20)")
     return parser
+
+
+def rows_or_factor(text: str) -> int | float:
+    return float(text) if "." in text else int(text)
 
 
 def parse_options(argv: list[str] | None, world_size: int, description: str | None = None) -> argparse.Namespace:
@@ -113,7 +125,7 @@ def parse_options(argv: list[str] | None, world_size: int, description: str | No
     if needed > free:
         parser.error(
             f"a rank needs about {needed / 2**30:.1f} GiB for weights and buffers, and {free / 2**30:.1f} GiB are free; use more ranks, "
-            "or a smaller --num-tokens, --num-experts or --capacity"
+            "or a smaller --num-tokens, --num-experts or --capacity, or --layout ragged"
         )
     return options
 
@@ -176,10 +188,12 @@ def dispatcher_settings(options: argparse.Namespace) -> dict[str, Any]:
         "transport": options.transport,
         "exchange": options.exchange,
         "reduce": options.reduce,
+        "layout": options.layout,
         "capacity": options.capacity,
+        "rank_capacity": options.rank_capacity,
         "overlap": options.overlap == "on",
         "slots": 2 if options.chunks == 2 else 1,
-        "on_overflow": "error" if options.capacity is None else "drop",
+        "on_overflow": "error" if options.capacity is None and options.rank_capacity is None else "drop",
     }
 
 
@@ -189,7 +203,7 @@ def memory_needed(options: argparse.Namespace, config: DispatcherConfig) -> int:
     weights = config.num_local_experts * options.hidden * options.intermediate
     # bfloat16 and quantized, and float32 temporaries while w13 is quantized
     weight_bytes = weights * (3 * (2 + 1) + 24 * 2)
-    rows = config.num_local_experts * config.max_rows
+    rows = config.total_rows
     between = rows * (2 * 2 * options.intermediate + 2 * options.intermediate + 2 * options.hidden)
     # the bfloat16 layer, timed after it, has rows twice as wide
     return 2 * buffers + weight_bytes + between

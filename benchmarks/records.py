@@ -25,6 +25,14 @@ TITLES = {
     "combine_pull": "Combine, by loads from the other ranks",
     "combine_push": "Combine, of rows that GEMM 2 stored",
     "layer": "The whole layer",
+    "host_layer": "The host's time for a whole layer without a graph",
+    "host_dispatch": "The host's time for a dispatch",
+    "host_experts": "The host's time for the experts of a batch",
+    "host_product": "The host's time for GEMM 1 of a batch",
+    "host_product_triton": "The host's time for GEMM 1's kernel by Triton's launch",
+    "host_quantize": "The host's time for `quantize_expert_batch`",
+    "host_quantize_triton": "The host's time for the kernel of `quantize_expert_batch` by Triton's launch",
+    "host_torch_grouped_mm": "The host's time for `torch.nn.functional.grouped_mm`",
 }
 CEILINGS = ("copy", "matmul")
 V3, V4_FLASH = {"H": (7168,), "I": (2048,)}, {"H": (4096,), "I": (2048,)}
@@ -63,6 +71,7 @@ RESULTS_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
         *(V4_FLASH | SHARED | size for size in (FEW, MANY)),
         V3 | SHARED | {"E": (32,), "T": (8, 128, 4096)},
     ],
+    **{op: [{"T": (1, 64, 512)}] for op in TITLES if op.startswith("host_")},
 }
 SYMMETRIC, PADDED, PACKED = (
     [case | {"transport": (transport,), "exchange": exchanges} for case in EXCHANGED]

@@ -151,6 +151,7 @@ def results_page(records: list[Record], plots: Iterable[str]) -> str:
         "it is timed call by call.\n"
         "- Rows of four GPUs have 32 experts a rank, the load of eight GPUs and 256 experts; at T=4096 with room for 2048 rows an "
         "expert.\n"
+        "- The host's time is of calls in a row that the GPU keeps up with, of a layer of 32 experts.\n"
         "- Large GEMMs run into the cards' power cap, and times differ by a few percent from run to run."
     )
     images = "\n".join(f"![{name.replace('_', ' ')}](../benchmarks/plots/{name}.svg)" for name in plots if name != "overview")

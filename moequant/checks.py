@@ -222,12 +222,18 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
 def check_counted(config: DispatcherConfig, invalid: int, dropped: int) -> None:
     """Raises InvalidExpertIdError or CapacityOverflowError for what the kernels counted since the last check: ids that are no expert's,
     and rows without room."""
-    buffer = f"rank's buffer of {config.total_rows}" if config.ragged else f"expert's buffer of {config.max_rows}"
-    overflow = (
-        f"{dropped} rows had no room in their {buffer} rows and were not sent; raise {'rank_capacity' if config.ragged else 'capacity'} "
-        '(None holds every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it with '
-        'on_overflow="drop"'
-    )
+    if config.ragged:
+        overflow = (
+            f"{dropped} rows had no room in their rank's buffer of {config.total_rows} rows and were not sent; raise rank_capacity "
+            "(None holds every row of distinct experts; for experts that a token names twice give a number, and use "
+            'exchange="packed"), or accept it with on_overflow="drop"'
+        )
+    else:
+        overflow = (
+            f"{dropped} rows had no room in their expert's buffer of {config.max_rows} rows and were not sent; raise capacity "
+            '(None holds every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it '
+            'with on_overflow="drop"'
+        )
     if invalid:
         raise InvalidExpertIdError(
             f"{invalid} entries of topk_ids were outside -1..{config.num_experts - 1} and were treated as -1; check the router, and "

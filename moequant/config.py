@@ -120,11 +120,13 @@ class DispatcherConfig:
                 f"and {self.top_k}"
             )
         if max(self.world_size * self.total_rows, self.num_experts * self.rows_per_source) >= 2**31:
-            size = f"{self.num_experts} experts of {self.max_rows} rows"
-            if self.ragged:
-                size = f"{self.world_size} ranks of {self.total_rows} rows"
-            lower = "rank_capacity" if self.ragged else "capacity"
-            raise ValueError(f"{size} are too many: rows are numbered in int32; lower {lower} or max_tokens_per_rank")
+            raise ValueError(
+                f"{self.world_size} ranks of {self.total_rows} rows are too many: rows are numbered in int32; lower rank_capacity or "
+                "max_tokens_per_rank"
+                if self.ragged
+                else f"{self.num_experts} experts of {self.max_rows} rows are too many: rows are numbered in int32; lower capacity or "
+                "max_tokens_per_rank"
+            )
         if self.transport == "local" and self.world_size > 1:
             raise ValueError(f'transport "local" serves one rank, got a group of {self.world_size}; use "collective" or "auto"')
 

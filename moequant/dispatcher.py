@@ -1,7 +1,7 @@
 """`MoEQuantDispatcher`: sends tokens to their experts' ranks, quantized, and brings the weighted sums back.
 
-T tokens of this rank, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, H hidden size,
-G = ceil(H / 128) groups.
+T tokens of this rank, K top-k, E experts, W ranks, L = E / W local experts, M rows of an expert's buffer, R rows of a rank's (ragged),
+H hidden size, G = ceil(H / 128) groups.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from moequant.experts import GroupedExperts
 from moequant.layer import pushing_experts, run_layer, traced_layer
 from moequant.overlap import run_in_halves, run_in_waves, side_stream
 from moequant.send_recv import SendRecv
+from moequant.traced import numbered
 from moequant.transport.agreement import agree, attempt, choose_device, membership
 from moequant.transport.base import Stage
 from moequant.transport.lifecycle import step
 from moequant.transport.select import buffer_bytes, make_transport, resolve
 from moequant.transport.warm_up import warm_up
-
-_NUMBERS = itertools.count()
 
 
 class MoEQuantDispatcher(SendRecv):
@@ -109,7 +108,7 @@ class MoEQuantDispatcher(SendRecv):
         timeout: float = 60.0,
         device: torch.device | str | None = None,
     ) -> None:
-        self._number = next(_NUMBERS)
+        self._number = numbered.add(self)
         # of the modules that were called as experts, in the order of their first calls
         self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next_layer = itertools.count(1)
@@ -192,8 +191,8 @@ class MoEQuantDispatcher(SendRecv):
         It may be called again for the same dispatch.
 
         Args:
-            expert_output: (L, M, H) bfloat16 or float16: for each valid row of the batch what its expert made of it. Transport
-                "symmetric" pushes it as `push` does, or with overlap=False copies it first, unless it is `output_buffer`.
+            expert_output: (L, M, H), ragged (R, H), bfloat16 or float16: for each valid row of the batch what its expert made of it.
+                Transport "symmetric" pushes it as `push` does, or with overlap=False copies it first, unless it is `output_buffer`.
             handle: of the dispatch that this answers.
             out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
 
@@ -226,8 +225,8 @@ class MoEQuantDispatcher(SendRecv):
             dtype: of the rows, bfloat16 or float16, the same on all ranks.
 
         Returns:
-            (L, M) int64: for each valid row of the batch the address, in this process, of H numbers of that type. A multiple of 16
-            if H is one of 8. They stay as they are until the slot's next dispatch.
+            (L, M), ragged (R,), int64: for each valid row of the batch the address, in this process, of H numbers of that type. A
+            multiple of 16 if H is one of 8. They stay as they are until the slot's next dispatch.
 
         Raises:
             RuntimeError: another transport or reduce.
@@ -250,7 +249,7 @@ class MoEQuantDispatcher(SendRecv):
         Transport "symmetric" with reduce="exact" alone.
 
         Args:
-            expert_output: (L, M, H) bfloat16 or float16.
+            expert_output: (L, M, H), ragged (R, H), bfloat16 or float16.
             handle: of the dispatch.
 
         Raises:
@@ -302,7 +301,7 @@ class MoEQuantDispatcher(SendRecv):
             slot: which.
 
         Returns:
-            (L, M, H) bfloat16.
+            (L, M, H), ragged (R, H), bfloat16.
 
         Raises:
             ValueError: there is no such slot.
@@ -332,12 +331,12 @@ class MoEQuantDispatcher(SendRecv):
             hidden_states: as for `dispatch`.
             topk_ids: as for `dispatch`.
             topk_weights: as for `dispatch`.
-            experts: from a batch to its expert output, (L, M, H) bfloat16 or float16.
+            experts: from a batch to its expert output, (L, M, H), ragged (R, H), bfloat16 or float16.
             slot: whose buffers to use.
             layer: as for `dispatch`; None: for `GroupedExperts` and torch modules, a number for each in the order of their first
                 calls here.
             chunks: 1, or, with slots=2, 2: half of the tokens in each slot (`slot` is not used then), each with room for M rows of
-                an expert, and one half's dispatch under the other's GEMMs. The same on all ranks, and not together with
+                an expert or R of a rank, and one half's dispatch under the other's GEMMs. The same on all ranks, and not together with
                 first_experts.
             first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others
                 under their GEMMs. The same on all ranks.

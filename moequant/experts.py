@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,15 @@ from moequant.formats import FLOAT_DTYPES
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
 from moequant.repeats import Repeats
+from moequant.traced import numbered
 from moequant.weights import Weight, addresses_of, check_alike, check_batch, check_weights, dtype_of, parts_of, some_of
 from moequant.workspaces import Workspace, Workspaces
 
 Result = TypeVar("Result")
 # What a subclass may override to compute something else.
 STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "gemm2", "gemm2_push", "_product"))
+# What a copy has of its own.
+OWN = frozenset(("_number", "_workspaces", "_repeats", "_checked", "_parts"))
 
 
 class GroupedExperts:
@@ -57,11 +60,23 @@ class GroupedExperts:
         self.hidden_size, self.intermediate_size = hidden, doubled // 2
         # of these experts among all of a layer
         self._span = 0, experts
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is each object's own, and no copy's."""
+        self._number = numbered.add(self)
         self._workspaces = Workspaces()
         self._repeats: weakref.WeakKeyDictionary[ExpertBatch, Repeats] = weakref.WeakKeyDictionary()
         # the last batch that was found to be one for these experts
         self._checked: weakref.ref[ExpertBatch] | None = None
         self._parts: dict[tuple[int, int], GroupedExperts] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in OWN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     @classmethod
     def from_weights(

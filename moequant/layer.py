@@ -18,7 +18,7 @@ from moequant.batch import ExpertBatch
 from moequant.checks import check_int
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts, can_push
-from moequant.traced import Numbered
+from moequant.traced import numbered
 
 if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
@@ -72,16 +72,12 @@ def check_overlap(chunks: int, first_experts: int, config: DispatcherConfig, pus
         )
 
 
-# what a compiled graph calls, by the numbers that stand in it
-_NUMBERED = Numbered()
-
-
-def _numbers(dispatcher: MoEQuantDispatcher, experts: object) -> tuple[int, int]:
-    return _NUMBERED.number(dispatcher), _NUMBERED.number(experts)
+def _number(experts: object) -> int:
+    return numbered.number(experts)
 
 
 # as torch.compiler.assume_constant_result does, which imports the compiler
-_numbers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traced_layer(
@@ -96,8 +92,10 @@ def traced_layer(
     first_experts: int,
 ) -> Tensor:
     """A call of the dispatcher as one opaque operation, `torch.ops.moequant.layer`, for torch.compile."""
-    numbers = _numbers(dispatcher, experts)
-    return torch.ops.moequant.layer(hidden_states, topk_ids, topk_weights, *numbers, slot, layer, chunks, first_experts)
+    number = experts._number if isinstance(experts, GroupedExperts) else _number(experts)
+    return torch.ops.moequant.layer(
+        hidden_states, topk_ids, topk_weights, dispatcher._number, number, slot, layer, chunks, first_experts
+    )
 
 
 @torch.library.custom_op("moequant::layer", mutates_args=())
@@ -112,7 +110,7 @@ def _layer(
     chunks: int,
     first_experts: int,
 ) -> Tensor:
-    called, given = _NUMBERED[dispatcher], _NUMBERED[experts]
+    called, given = numbered[dispatcher], numbered[experts]
     return called(hidden_states, topk_ids, topk_weights, given, slot=slot, layer=layer, chunks=chunks, first_experts=first_experts)
 
 

@@ -36,6 +36,8 @@ HARMLESS = frozenset(
         *("__getitem__", "expand", "flatten", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
     )
 )
+# What a step may do once: workspaces that it keeps are made when they are first needed.
+MEMORY = frozenset(("empty", "empty_like", "new_empty"))
 
 
 class Repeated(NamedTuple):
@@ -48,10 +50,12 @@ class Repeated(NamedTuple):
 class Watch(TorchFunctionMode):
     """Notices whether torch itself does something to tensors, which no recording of launches has."""
 
-    harmless = True
+    harmless, took_memory = True, False
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        self.harmless &= getattr(function, "__name__", "") in HARMLESS
+        name = getattr(function, "__name__", "")
+        self.took_memory |= name in MEMORY
+        self.harmless &= name in HARMLESS or name in MEMORY
         return function(*arguments, **(named or {}))
 
 
@@ -70,6 +74,8 @@ class Repeats:
     def __init__(self) -> None:
         # None for a step that can't be repeated
         self._steps: dict[tuple[Any, ...], tuple[list[Repeated], Any] | None] = {}
+        # those that took memory when they first came
+        self._took_memory: set[tuple[Any, ...]] = set()
 
     def run(self, x: Tensor, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Result]) -> Result:
         """The result of a step: by the step itself, or by repeating its launches, and then it is the recorded step's result.
@@ -121,12 +127,16 @@ class Repeats:
                 result = call()
         finally:
             recording.on = False
-        # a kernel's first launch of a kind is Triton's: the next time, then
-        if None not in launches:
+        # a kernel's first launch of a kind is Triton's, and workspaces may be made: the next time, then
+        if watch.took_memory and key not in self._took_memory:
+            if len(self._took_memory) >= MOST_STEPS:
+                self._took_memory.clear()
+            self._took_memory.add(key)
+        elif None not in launches:
             repeated = [placed(launch, inputs, addresses) for launch in launches]
             # of two inputs in one place nothing says which is meant; those without elements are at 0
             given = [address for address in addresses if address]
-            whole = watch.harmless and None not in repeated and len({*given}) == len(given)
+            whole = watch.harmless and not watch.took_memory and None not in repeated and len({*given}) == len(given)
             if len(self._steps) >= MOST_STEPS:
                 self._steps.clear()
             self._steps[key] = ([step for step in repeated if step is not None], result) if whole else None

@@ -8,21 +8,30 @@ from typing import Any
 
 
 class Numbered:
-    """Gives each object a number, for as long as the object lives; a number is never given twice."""
+    """Gives each object a number, for as long as the object lives; a number is never given twice.
+
+    Dispatchers and `GroupedExperts` keep theirs, which a compiler can read and guard; other objects are looked up.
+    """
 
     def __init__(self) -> None:
         self._next = itertools.count()
         self._objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
+    def add(self, value: object) -> int:
+        number = next(self._next)
+        self._objects[number] = value
+        return number
+
     def number(self, value: object) -> int:
         for number, known in self._objects.items():
             if known is value:
                 return number
-        number = next(self._next)
-        self._objects[number] = value
-        return number
+        return self.add(value)
 
     def __getitem__(self, number: int) -> Any:
         if number not in self._objects:
             raise RuntimeError("a compiled graph calls a dispatcher or experts that are gone; keep them as long as the graph")
         return self._objects[number]
+
+
+numbered = Numbered()

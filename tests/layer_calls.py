@@ -34,8 +34,8 @@ def experts() -> GroupedExperts:
 
 def stand_in(batch: ExpertBatch) -> torch.Tensor:
     """Elementwise experts, whose result has the same bits everywhere."""
-    scales = torch.ones_like(batch.num_tokens).view(-1, 1, 1).float() if batch.scales is None else batch.scales
-    return (batch.values.float() * scales.repeat_interleave(128, 2)[..., : batch.values.shape[2]]).bfloat16()
+    scales = torch.ones_like(batch.values[..., :1]).float() if batch.scales is None else batch.scales
+    return (batch.values.float() * scales.repeat_interleave(128, -1)[..., : batch.values.shape[-1]]).bfloat16()
 
 
 def on(d: MoEQuantDispatcher, method: str, **arguments: Any) -> Call:
@@ -97,8 +97,13 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "expected_rows": 3,
             "slot": 0,
             "owner": None,
+            "expert_start": None,
         },
     ),
+    "ExpertBatch.rows_of": lambda: Call(
+        dispatcher(layout="ragged").dispatch(*tokens())[0].rows_of, {"x": torch.zeros(48, 40), "expert": 1}
+    ),
+    "ExpertBatch.experts_of_rows": lambda: Call(dispatcher(layout="ragged").dispatch(*tokens())[0].experts_of_rows, {}),
     "ExpertBatch.part": lambda: Call(dispatcher().dispatch(*tokens())[0].part, {"begin": 1, "end": 3}),
     "GroupedExperts": lambda: Call(GroupedExperts, dict(zip(("w13", "w2"), weights(), strict=True)) | {"activation": "silu"}),
     "GroupedExperts.from_weights": lambda: Call(
@@ -127,7 +132,9 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "quant": "fp8_e4m3fn",
             "transport": "local",
             "exchange": "auto",
+            "layout": "padded",
             "capacity": 16,
+            "rank_capacity": None,
             "on_overflow": "drop",
             "reduce": "exact",
             "recipe": "default",

@@ -270,6 +270,65 @@ def test_a_batch_of_other_tensors_is_refused_in_words():
             replace(batch, **{field: value})
 
 
+def ragged_batch(scales: bool = True) -> ExpertBatch:
+    """Two experts of 3 and 5 rows in a buffer of 32."""
+    values = torch.arange(32 * 300).view(32, 300).to(torch.int8 if scales else torch.bfloat16)
+    counts, starts = torch.tensor([3, 5], dtype=torch.int32), torch.tensor([0, 16], dtype=torch.int32)
+    rows = torch.ones(3, 32).t() if scales else None
+    return ExpertBatch(values, rows, counts, torch.arange(32), "default", 4, expert_start=starts)
+
+
+def test_a_ragged_batch_of_other_tensors_is_refused_in_words():
+    batch = ragged_batch()
+    assert batch.ragged and not expert_batch(None).ragged
+    for field, value, message in (
+        ("values", VALUES, "values must have 2 dimensions"),
+        ("scales", torch.ones(31, 3), r"scales must have shape \(32, 3\)"),
+        ("num_tokens", batch.num_tokens[:1], r"expert_start must have shape \(1,\)"),
+        ("num_tokens", batch.num_tokens[0], "num_tokens must have 1 dimensions"),
+        ("expert_start", batch.num_tokens.long(), "expert_start must be torch.int32"),
+        ("expert_start", batch.num_tokens.to("meta"), "expert_start must be on cpu, got meta"),
+        ("expert_start", None, "values must have 3 dimensions"),
+        ("sources", batch.sources.view(2, 16), r"sources must have shape \(32,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(batch, **{field: value})
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "quantized"])
+def test_a_part_of_a_ragged_batch_has_all_rows_and_its_experts_starts(scales):
+    batch = ragged_batch(scales)
+    part = batch.part(1, 2)
+    assert part.values is batch.values and part.scales is batch.scales and part.sources is batch.sources
+    assert part.num_tokens.tolist() == [5] and part.expert_start is not None and part.expert_start.tolist() == [16]
+    assert part.rows_of(part.sources, 0).tolist() == [16, 17, 18, 19, 20]
+    assert batch.part(1, 2) is part
+
+
+def test_the_rows_of_an_expert_are_views_in_both_layouts():
+    padded, ragged = expert_batch(None), ragged_batch()
+    assert padded.rows_of(padded.sources, 1).tolist() == [6, 7, 8, 9, 10]
+    assert ragged.rows_of(ragged.sources, 1).tolist() == [16, 17, 18, 19, 20]
+    for batch in (padded, ragged):
+        for expert, count in enumerate((3, 5)):
+            rows = batch.rows_of(batch.values, expert)
+            assert rows.shape == (count, 300)
+            assert rows.untyped_storage().data_ptr() == batch.values.untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match="expert must be in 0..1, got 2"):
+        ragged.rows_of(ragged.values, 2)
+    with pytest.raises(ValueError, match=r"x must have the batch's rows, \(32,\) .* got shape \(31, 300\)"):
+        ragged.rows_of(ragged.values[1:], 0)
+
+
+def test_every_row_has_an_expert_in_both_layouts():
+    assert expert_batch(None).experts_of_rows().tolist() == [[0], [1]]
+    assert ragged_batch().experts_of_rows().tolist() == [0] * 16 + [1] * 16
+    # experts without rows begin where the next one does, or at the end
+    starts = torch.tensor([0, 0, 16, 16, 32], dtype=torch.int32)
+    batch = replace(ragged_batch(), num_tokens=torch.tensor([0, 7, 0, 16, 0], dtype=torch.int32), expert_start=starts)
+    assert batch.experts_of_rows().tolist() == [1] * 16 + [3] * 16
+
+
 def test_a_part_of_a_batch_has_its_owner():
     batch = replace(expert_batch(transposed()), owner=Owner())
     assert batch.part(0, 1).owner is batch.owner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import MISSING, FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -58,6 +59,21 @@ BAD = {
         {"transport": "local", "world_size": 2},
         'serves one rank, got a group of 2; use "collective" or "auto"',
     ),
+    "rows of an expert in one buffer": (
+        {"layout": "ragged", "capacity": 16},
+        'capacity is of layout "padded".* use rank_capacity, got 16',
+    ),
+    "rows of a rank in buffers of experts": ({"rank_capacity": 1.5}, 'rank_capacity is of layout "ragged".* use capacity, got 1.5'),
+    "a rank without rows": ({"layout": "ragged", "rank_capacity": 0}, "rank_capacity must be a positive number of rows .* got 0"),
+    "a factor of nothing": ({"layout": "ragged", "rank_capacity": -0.5}, "rank_capacity must be a positive .* got -0.5"),
+    "a factor that is no number": ({"layout": "ragged", "rank_capacity": float("nan")}, "rank_capacity must be .* got nan"),
+    "a factor without end": ({"layout": "ragged", "rank_capacity": float("inf")}, "rank_capacity must be .* got inf"),
+    "rows that are true": ({"layout": "ragged", "rank_capacity": True}, "rank_capacity must be .* got True"),
+    "rows in words": ({"layout": "ragged", "rank_capacity": "all"}, "rank_capacity must be .* got 'all'"),
+    "more rows of ranks than int32 numbers": (
+        {"layout": "ragged", "rank_capacity": 2**28, "world_size": 8},
+        "8 ranks of 268435456 rows are too many: .* lower rank_capacity",
+    ),
     "a reduction that is not there": ({"reduce": "tree"}, "reduce must be one of 'exact', 'per_rank', got 'tree'"),
 }
 
@@ -72,6 +88,7 @@ def test_settings_that_do_not_fit_raise_a_value_error(case):
 def test_rows_up_to_the_last_that_int32_numbers_are_accepted():
     assert config(num_experts=2**27 - 1, capacity=16).max_rows == 16
     assert config(timeout=1e6).timeout == 1e6
+    assert config(layout="ragged", rank_capacity=2**31 - 16).total_rows == 2**31 - 16
 
 
 def test_the_constructors_defaults_are_those_of_the_settings():
@@ -107,6 +124,39 @@ def test_rows_follow_from_ranks_tokens_and_capacity(changes, local, rows, per_so
     assert (settings.num_local_experts, settings.max_rows, settings.rows_per_source) == (local, rows, per_source)
 
 
+@pytest.mark.parametrize(
+    "changes, rows",
+    [
+        # 20 tokens, two experts each: 40 rows, and up to 15 more for each expert but the last
+        ({}, 48 + 7 * 16),
+        ({"world_size": 4, "num_experts": 16}, 4 * 40 + 3 * 16),
+        # not more than padded: 80 rows of one expert or of each of two
+        ({"world_size": 4, "num_experts": 4}, 80),
+        ({"world_size": 4}, 2 * 80),
+        ({"max_tokens_per_rank": 2, "num_experts": 2}, 2 * 16),
+        ({"rank_capacity": 100}, 112),
+        ({"rank_capacity": 1}, 16),
+        # more than can come, if that is what is wanted
+        ({"rank_capacity": 5000}, 5008),
+        # 1.5 times 40, and 16 for each expert
+        ({"world_size": 4, "rank_capacity": 1.5}, 64 + 2 * 16),
+        ({"world_size": 4, "rank_capacity": 1e-9}, 16 + 2 * 16),
+        # not more than all
+        ({"world_size": 4, "num_experts": 16, "rank_capacity": 9.0}, 4 * 40 + 3 * 16),
+    ],
+    ids=str,
+)
+def test_rows_of_a_rank_follow_from_what_can_come_or_its_capacity(changes, rows):
+    settings = config(layout="ragged", **changes)
+    assert settings.ragged and settings.batch_shape == (rows,) and settings.total_rows == settings.max_rows == rows
+    assert settings.rows_per_source == min(rows, round_up(settings.max_tokens_per_rank, 16))
+
+
+def test_padded_rows_are_those_of_all_experts():
+    settings = config(world_size=4)
+    assert not settings.ragged and settings.batch_shape == (2, 80) and settings.total_rows == 160
+
+
 @pytest.mark.parametrize("hidden_size, groups", [(1, 1), (128, 1), (129, 2), (2880, 23), (7168, 56)])
 def test_groups_round_the_hidden_size_up(hidden_size, groups):
     assert config(hidden_size=hidden_size).num_groups == groups
@@ -134,13 +184,26 @@ def test_the_difference_names_each_setting_that_differs():
     assert mine.difference(replace(mine, top_k=3, quant="int8")) == "top_k: 2 and 3, quant: 'fp8_e4m3fn' and 'int8'"
 
 
-@pytest.mark.parametrize("changes", [{}, {"slots": 2}, {"capacity": 17}, {"hidden_size": 128, "top_k": 8}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"slots": 2},
+        {"capacity": 17},
+        {"hidden_size": 128, "top_k": 8},
+        {"layout": "ragged"},
+        {"layout": "ragged", "rank_capacity": 1.2},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("quant", QUANT_DTYPES)
 def test_buffer_bytes_is_what_a_local_dispatcher_allocates(quant, changes):
     settings = {**SIZES, "quant": quant, **changes}
     size = config(quant=quant, **changes)
-    rows, tokens = 8 * size.max_rows, 20 * size.top_k
-    batch = rows * (size.hidden_size * size.dtype.itemsize + (4 * size.num_groups if size.quantized else 0) + 8) + 8 * 4
+    rows, tokens = math.prod(size.batch_shape), 20 * size.top_k
+    # of each expert num_tokens, and where its rows start
+    experts = 8 * 4 * (2 if size.ragged else 1)
+    batch = rows * (size.hidden_size * size.dtype.itemsize + (4 * size.num_groups if size.quantized else 0) + 8) + experts
     expected = size.slots * (batch + 2 * 4 * tokens + 4 * 8)
     assert MoEQuantDispatcher.buffer_bytes(**settings) == expected
     with MoEQuantDispatcher(**settings, transport="local", device="cpu") as dispatcher:

@@ -50,6 +50,10 @@ def test_the_memory_of_the_page_is_what_a_dispatcher_takes():
         cases: tuple[tuple[dict[str, Any], int], ...] = (
             ({"transport": "collective", "exchange": "packed"}, batch),
             ({"transport": "collective", "exchange": "padded"}, batch + 2 * 256 * 128 * (2 * hidden + scales)),
+            (
+                {"transport": "collective", "exchange": "packed", "layout": "ragged"},
+                (8 * 128 * 8 + 31 * 16) * (width * hidden + scales),
+            ),
             ({"transport": "symmetric"}, batch + experts * rows * scales + 128 * 8 * 2 * hidden),
             (
                 {"transport": "symmetric", "overlap": False},

@@ -47,6 +47,21 @@ def test_offsets_are_the_rows_of_lower_ranks_cut_to_what_they_sent():
     assert num_tokens.tolist() == [2, 5] and status.tolist() == [1, 17]
 
 
+def test_ragged_offsets_are_rows_of_a_ranks_buffer_behind_the_experts_before():
+    # two ranks of two experts with room for 32 rows; rank 1 sends 4 of its 6 rows of expert 0
+    counts = torch.tensor([[3, 0, 1, 20], [6, 1, 0, 2]], dtype=torch.int32)
+    offsets, (num_tokens, starts) = torch.empty_like(counts), (torch.empty(2, dtype=torch.int32) for _ in range(2))
+    status = torch.tensor([1, 10])
+    reference.expert_offsets(counts, 2, 32, 4, offsets, num_tokens, status, starts)
+    assert offsets.tolist() == [[0, 16, 0, 16], [3, 16, 1, 20]]
+    assert num_tokens.tolist() == [1, 6] and starts.tolist() == [0, 16]
+    # 2 rows of expert 0 and 16 of expert 3 were more than C
+    assert status.tolist() == [1, 28]
+    reference.expert_offsets(counts, 0, 16, 100, offsets, num_tokens, status, starts)
+    assert offsets.tolist() == [[0, 16, 0, 16], [3, 16, 1, 36]]
+    assert num_tokens.tolist() == [9, 0] and starts.tolist() == [0, 16] and status.tolist() == [1, 28 + 1 + 22]
+
+
 def test_the_packed_exchange_lists_each_token_once_a_rank_and_numbers_returns_by_rank():
     # 3 ranks of 2 experts with room for 2 rows; expert 1 already has one row of a lower rank, so its second row of ours has no room
     ids, slots = torch.tensor([[1, 0], [5, 1], [-1, 4]]), torch.tensor([[0, 0], [0, 1], [-1, 0]], dtype=torch.int32)

@@ -113,6 +113,21 @@ def test_a_step_that_is_not_its_launches_is_done_itself_each_time(gpu, name):
     assert step.asked == 3
 
 
+def test_a_step_that_makes_a_workspace_is_recorded_the_next_time(gpu):
+    made = []
+
+    def change(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if not made:
+            made.append(torch.empty(16))
+        return x, y
+
+    step = Step()
+    step.change, step.repeats = change, Repeats()
+    for _ in range(4):
+        step(torch.zeros(16), torch.zeros(16))
+    assert step.asked == 2
+
+
 def test_two_inputs_in_one_place_are_not_recorded(gpu):
     step, x = Step(), torch.zeros(32)
     step.repeats = Repeats()

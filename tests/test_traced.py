@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from moequant import GroupedExperts, MoEQuantDispatcher
 from moequant.testing import assert_bit_equal
-from moequant.traced import Numbered
+from moequant.traced import Numbered, numbered
 
 
 class Layer(torch.nn.Module):
@@ -73,3 +75,32 @@ def test_an_object_keeps_its_number_and_no_other_gets_it():
     assert numbered.number(Thing()) not in numbers
     with pytest.raises(RuntimeError, match="calls a dispatcher or experts that are gone; keep them as long as the graph"):
         numbered[numbers[1]]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda experts: pickle.loads(pickle.dumps(experts))])
+def test_a_copy_of_experts_is_not_the_original_in_a_graph(copied):
+    experts = Layer("cpu").experts
+    other = copied(experts)
+    assert numbered[experts._number] is experts and numbered[other._number] is other
+    assert other._workspaces is not experts._workspaces
+
+
+def test_modules_of_one_class_are_not_taken_for_each_other():
+    torch._dynamo.reset()
+    layers = [Layer("cpu", seed) for seed in range(3)]
+    compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend="eager")
+    x = torch.randn(5, 128).bfloat16()
+    with torch.no_grad():
+        for layer in layers + layers:
+            assert_bit_equal(compiled(layer, x), layer(x))
+
+
+def test_experts_of_one_s_own_are_compiled_too():
+    torch._dynamo.reset()
+    module = Layer("cpu")
+    module.experts = module.experts.__call__  # type: ignore[assignment]
+    own = module.experts
+    module.experts = lambda batch: own(batch)  # type: ignore[assignment]
+    x = torch.randn(5, 128).bfloat16()
+    with torch.no_grad():
+        assert_bit_equal(torch.compile(module, fullgraph=True, backend="eager")(x), module(x))

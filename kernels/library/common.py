@@ -67,6 +67,18 @@ def converts_e4m3():
 
 
 @triton.jit
+def widened(x, out_type: tl.constexpr):
+    """x as float32, on its way to out_type. LLVM makes a sum of two widened numbers that is rounded to a type with as many digits or
+    more a sum in that type, and takes float16 for one that has all of bfloat16's numbers; so bfloat16 is widened by its bits.
+
+    Example: 0 + -2**-30 is -2**-30, which float16 rounds to -0. As float16 it is 0 + -0 = 0; and 2**17 - 2**17 is infinity - infinity.
+    """
+    if x.dtype == tl.bfloat16 and out_type == tl.float16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def group_scale(bits, spec):
     """The scale of groups whose absolute maximum has these float32 bits: floor, divide, round up; NaN for Inf and NaN.
 

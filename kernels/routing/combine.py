@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.library.common import num_sms
+from moequant.kernels.library.common import num_sms, widened
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import may_use_pdl, pdl_option, wait_for_previous
 from moequant.kernels.library.symmetric import NO_FAULT
@@ -95,7 +95,8 @@ def combine_kernel(
             block = tl.sum(tl.where(lane == k, blocks, 0), axis=0)
             # which the compiler can't know of an address from a table
             first = tl.multiple_of(block.to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
-        y = tl.load(first + row.to(tl.int64) * columns + column, mask=present & (column < columns), other=0.0).to(tl.float32)
+        y = tl.load(first + row.to(tl.int64) * columns + column, mask=present & (column < columns), other=0.0)
+        y = widened(y, out_ptr.dtype.element_ty)
         if weights_ptr is not None:
             y = tl.sum(tl.where(lane == k, weights, 0.0), axis=0) * y
         acc = tl.where(present, acc + y, acc)

@@ -85,8 +85,10 @@ def locate_entries_kernel(
     placed = (slots >= 0) & (slots < limit) & (local >= 0) & (local < experts.local)
     row = tl.load(offsets_ptr + source * experts.all + ids, mask=placed, other=0) + slots
     to = source.to(tl.int64) * rank_entries + entry
-    flat = row if RAGGED else local * capacity + row
-    tl.store(rows_ptr + to, tl.where(placed & (row < capacity), flat, -1), mask=inside)
+    if RAGGED:
+        tl.store(rows_ptr + to, tl.where(placed & (row < capacity), row, -1), mask=inside)
+    else:
+        tl.store(rows_ptr + to, tl.where(placed & (row < capacity), local * capacity + row, -1), mask=inside)
     tl.store(weights_ptr + to, weights.to(tl.float32, bitcast=True), mask=inside)
 
 

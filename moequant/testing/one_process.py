@@ -71,7 +71,7 @@ def in_one_process(
     else:
         reference.route(ids, slots, counts, status=status)
         starts, placed = ragged_rows(counts.unflatten(0, (ranks, -1)), config.total_rows // ranks)
-        starts += torch.arange(0, config.total_rows, config.total_rows // ranks, dtype=torch.int32)[:, None]
+        starts += torch.arange(0, config.total_rows, config.total_rows // ranks, dtype=torch.int32, device="cpu")[:, None]
         batch.expert_start.copy_(starts.flatten())
         batch.num_tokens.copy_(placed.flatten())
         status[1] += (counts - batch.num_tokens).sum()

@@ -1,6 +1,6 @@
 """The transport of a single rank: rows go straight into their experts' buffers.
 
-T tokens, K top-k, L local experts (here all), M rows of an expert's buffer, H hidden size, G groups.
+T tokens, K top-k, L local experts (here all), M rows of an expert's buffer, R rows of all (ragged), H hidden size, G groups.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Random settings of whole layers for `fuzz_gpu.py`: a dispatcher and its experts, on one rank, on ranks that are streams of one GPU, or
 on a GPU each. A family is a dispatcher; a call draws tokens, ids and the way that rows go.
 
-T tokens, K top-k, E experts, W ranks, L local experts, M rows of an expert's buffer, R rows of a rank's, H hidden size, I
-intermediate size.
+T tokens, K top-k, E experts, W ranks, L local experts, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
@@ -43,10 +42,9 @@ def draw_layer(rng: random.Random, place: Place) -> dict[str, Any]:
     # what one process can check in a fraction of a second
     most = min(rng.choice([1, 7, 40, 129, 600]), 8 if tiny else max(1, 2**21 // (ranks * top_k * hidden)))
     quant = rng.choice(["fp8_e4m3fn", "fp8_e4m3fn", "int8", "none", "fp8_e5m2"])
-    layout, capacity = rng.choice(["padded", "ragged"]), rng.choice([None, None, rng.randint(1, 2 * most)])
-    if layout == "ragged":
-        # rows of a rank, or a factor of the mean
-        capacity = rng.choice([capacity and capacity * local, rng.uniform(0.2, 1.5)])
+    layout = rng.choice(["padded", "ragged"])
+    padded_rows = rng.choice([None, None, rng.randint(1, 2 * most)])
+    ragged_rows = rng.choice([None, None, rng.randint(1, 2 * most * top_k), rng.uniform(0.1, 3.0)])
     return {
         "num_experts": ranks * local,
         "top_k": top_k,
@@ -56,7 +54,8 @@ def draw_layer(rng: random.Random, place: Place) -> dict[str, Any]:
         "recipe": rng.choice(["default", "default", "ue8m0", "deepgemm"]),
         "reduce": rng.choice(["exact", "exact", "per_rank"]),
         "layout": layout,
-        "rank_capacity" if layout == "ragged" else "capacity": capacity,
+        "capacity": padded_rows if layout == "padded" else None,
+        "rank_capacity": ragged_rows if layout == "ragged" else None,
         "on_overflow": "drop",
         "slots": rng.choice([1, 2]),
     }

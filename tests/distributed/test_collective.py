@@ -36,9 +36,9 @@ def run_interpreted(rank: int, ranks: int, trials: int, layout: str) -> None:
     run_trials(rank, ranks, trials, layout, tokens=20)
 
 
-@LAYOUTS
-def test_interpreted_kernels_have_the_bits_of_one_process(layout, interpreted):
-    run_ranks(run_interpreted, 2, 6, layout, setup=install_interpreter)
+@pytest.mark.parametrize(("ranks", "trials", "layout"), [(2, 6, "padded"), (2, 6, "ragged"), (8, 2, "ragged")])
+def test_interpreted_kernels_have_the_bits_of_one_process(ranks, trials, layout, interpreted):
+    run_ranks(run_interpreted, ranks, trials, layout, setup=install_interpreter)
 
 
 def run_subgroups(rank: int, ranks: int) -> None:
@@ -82,12 +82,18 @@ def test_repeated_calls_on_two_slots_leave_nothing_behind(layout):
     run_ranks(run_repeats, 2, layout)
 
 
-def run_repeated_experts(rank: int, ranks: int) -> int:
-    """Tokens that name one expert twice: packed places every row that M holds, padded those within C of each source, and says so."""
+def run_repeated_experts(rank: int, ranks: int, layout: str) -> int:
+    """Tokens that name one expert twice: packed places every row that M or R holds, padded those within C of each source, and says so."""
     dropped = []
     for exchange in EXCHANGES:
         with MoEQuantDispatcher(
-            num_experts=2, top_k=2, hidden_size=16, max_tokens_per_rank=16, exchange=exchange, on_overflow="drop"
+            num_experts=2,
+            top_k=2,
+            hidden_size=16,
+            max_tokens_per_rank=16,
+            exchange=exchange,
+            layout=layout,
+            on_overflow="drop",
         ) as dispatcher:
             tokens = 16 if rank == 0 else 0
             ids = torch.zeros(tokens, 2, dtype=torch.int32)
@@ -105,8 +111,9 @@ def run_repeated_experts(rank: int, ranks: int) -> int:
     return 0
 
 
-def test_tokens_that_name_an_expert_twice_are_placed_or_reported():
-    run_ranks(run_repeated_experts, 2)
+@LAYOUTS
+def test_tokens_that_name_an_expert_twice_are_placed_or_reported(layout):
+    run_ranks(run_repeated_experts, 2, layout)
 
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}

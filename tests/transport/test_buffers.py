@@ -40,8 +40,9 @@ def test_every_transport_says_what_it_will_need(kind, quant, reduce):
 
 
 @pytest.mark.parametrize("reduce", ["exact", "per_rank"])
-def test_what_is_allocated_is_what_was_said(reduce):
-    transport = local(reduce=reduce)
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_what_is_allocated_is_what_was_said(reduce, layout):
+    transport = local(reduce=reduce, layout=layout)
     specs, made = named(transport.buffer_specs(transport.config)), named(transport.allocate().buffers)
     assert {name: BufferSpec(tuple(buffer.shape), buffer.dtype) for name, buffer in made.items()} == specs
 
@@ -61,8 +62,9 @@ def test_the_part_of_a_number_of_tokens_is_kept_while_they_are_as_many():
     assert [slot.take(tokens).rows.shape[0] for tokens in (0, 6, 3)] == [0, 6, 3]
 
 
-def test_a_place_for_expert_output_is_made_once():
-    transport = local()
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_a_place_for_expert_output_is_made_once(layout):
+    transport = local(layout=layout)
     slot = transport.allocate()
     assert slot.output is None
     output = transport.output_buffer(slot)

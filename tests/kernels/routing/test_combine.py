@@ -57,6 +57,13 @@ def test_a_sum_without_weights_matches_the_reference(ranks, device):
     both(y, torch.randint(-1, 40, (9, ranks), dtype=torch.int32, device=device), None, torch.float32)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("numbers", [[-(2.0**-30)], [2.0**17, -(2.0**17)], [2.0**17, -(2.0**17) + 512], [-(2.0**-30), 2.0**-31]])
+def test_sums_of_bfloat16_are_float32_where_the_output_is_float16(numbers):
+    y = torch.tensor(numbers, device="cuda").bfloat16().unsqueeze(1).repeat(1, 64)
+    both(y, torch.arange(len(numbers), dtype=torch.int32, device="cuda").unsqueeze(0), None, torch.float16)
+
+
 @pytest.mark.parametrize("top_k", [1, 6])
 def test_a_ranks_sums_match_the_reference_and_leave_tokens_without_a_row(top_k, device):
     from moequant.kernels.routing.combine import presum
@@ -89,9 +96,9 @@ def test_model_sizes_match_the_reference_on_the_gpu():
     both(y, rows, torch.rand(4096, 8, device="cuda"), torch.bfloat16)
 
 
-def call_combine(weights: torch.dtype | None = torch.float32) -> None:
-    rows, topk_weights = empty(128, 8, dtype=torch.int32), None if weights is None else empty(128, 8, dtype=weights)
-    ops.combine(empty(32768, 7168), rows, topk_weights, empty(128, 7168))
+def call_combine(weights: torch.dtype | None = torch.float32, top_k: int = 8, out: torch.dtype = BF16) -> None:
+    rows, topk_weights = empty(128, top_k, dtype=torch.int32), None if weights is None else empty(128, top_k, dtype=weights)
+    ops.combine(empty(32768, 7168), rows, topk_weights, empty(128, 7168, dtype=out))
 
 
 def call_presum() -> None:
@@ -100,7 +107,7 @@ def call_presum() -> None:
 
 
 COMPILE_CASES = [
-    *cases(call_combine, {}, {"weights": BF16}, {"weights": None}),
+    *cases(call_combine, {}, {"weights": BF16}, {"weights": None}, {"weights": None, "top_k": 1, "out": torch.float16}),
     *cases(call_presum, {}),
     *cases(compile_peers.combine_shared, {}),
 ]

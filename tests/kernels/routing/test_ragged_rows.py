@@ -23,7 +23,7 @@ def run_offsets(function, counts, first, local, capacity, limit):
 def kernel(*args):
     from moequant.kernels.routing.ragged_rows import ragged_rows
 
-    ragged_rows(*args, ROW_ALIGNMENT)
+    ragged_rows(*args, alignment=ROW_ALIGNMENT)
 
 
 @pytest.mark.parametrize("function", [reference.expert_offsets, kernel], ids=["reference", "kernel"])
