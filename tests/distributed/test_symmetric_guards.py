@@ -152,7 +152,13 @@ def run_without_the_switch(rank: int, ranks: int, settings: dict[str, Any]) -> i
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"overlap": False}, {"overlap": False, "layout": "ragged"}, {"reduce": "per_rank", "overlap": False}, {"layout": "ragged"}],
+    [
+        {},
+        {"overlap": False},
+        {"overlap": False, "layout": "ragged"},
+        {"reduce": "per_rank", "overlap": False},
+        {"layout": "ragged"},
+    ],
     ids=str,
 )
 def test_nobody_looks_without_the_switch_and_buffer_bytes_counts_the_guards(settings, interpreted, monkeypatch):
