@@ -231,7 +231,7 @@ class MoEQuantDispatcher(SendRecv):
 
         Args:
             expert_output: (L, M, H), ragged (R, H), bfloat16 or float16: for each valid row of the batch what its expert made of it.
-                Transport "symmetric" copies it first, unless it is `output_buffer`.
+                Transport "symmetric" pushes it as `push` does, or with overlap=False copies it first, unless it is `output_buffer`.
             handle: of the dispatch that this answers.
             out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
 
@@ -331,7 +331,8 @@ class MoEQuantDispatcher(SendRecv):
         return out
 
     def output_buffer(self, slot: int = 0) -> Tensor:
-        """A slot's buffer for expert output. Transport "symmetric" combines from it without a copy.
+        """A slot's buffer for expert output, which all layers can share. Transport "symmetric" with overlap=False has it from the start,
+        and combines from it without a copy; otherwise it is made when it is first asked for, and `buffer_bytes` does not count it.
 
         It may be written from the slot's dispatch to its combine, not outside.
 

@@ -102,14 +102,15 @@ def buffer_bytes(
 
 
 def workspace_specs(config: DispatcherConfig, intermediate_size: int, fused: bool) -> list[BufferSpec]:
-    """What whole layers add to a slot: `moequant.workspaces`. The output of `symmetric` is the dispatcher's own."""
+    """What whole layers add to a slot: `moequant.workspaces`. With `symmetric` their output is among the buffers, where it is pulled,
+    and of rows that are pushed there is none."""
     rows = config.batch_shape
     specs = [BufferSpec((*rows, intermediate_size), config.dtype)]
     if config.quantized:
         specs.append(BufferSpec((*rows, ceil_div(intermediate_size, 128)), torch.float32))
     if not (config.quantized and fused):
         specs.append(BufferSpec((*rows, 2 * intermediate_size), torch.bfloat16))
-    if config.transport != "symmetric":
+    if config.transport != "symmetric" or config.per_rank:
         specs.append(BufferSpec((*rows, config.hidden_size), torch.bfloat16))
     return specs
 
