@@ -65,7 +65,9 @@ def reduce_split_k_kernel(
     at = row.to(tl.int64) * N + columns
     wait_for_previous(TILE.pdl)
     total = tl.load(partials + at, mask=mask, other=0.0)
-    for part in tl.static_range(1, TILE.parts):
+    # a member of a constant is a constant to static_range under a name of its own alone
+    PARTS: tl.constexpr = TILE.parts
+    for part in tl.static_range(1, PARTS):
         total += tl.load(partials + part * tl.cast(part_stride, tl.int64) + at, mask=mask, other=0.0)
     if destinations is None:
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
