@@ -5,6 +5,8 @@ W ranks, E experts, L local experts, R rows of a rank's buffer, C at most of an 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,18 +15,30 @@ from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
 
 
+class Written(NamedTuple):
+    """Of the experts of one rank, and, if anybody asks, of all ranks and experts."""
+
+    num_tokens: torch.Tensor
+    starts: torch.Tensor
+    offsets: torch.Tensor | None
+
+
+class Limits(NamedTuple):
+    """R, and C."""
+
+    rank: int
+    source: int
+
+
 @launchable
 @triton.jit
 def ragged_rows_kernel(
     counts,
-    offsets_ptr,
-    num_tokens_ptr,
-    starts_ptr,
+    written,
     status_ptr,
     ranks,
     experts,
-    capacity,
-    rows_per_source,
+    limits,
     ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -43,22 +57,22 @@ def ragged_rows_kernel(
         wanted = tl.zeros((BLOCK,), tl.int32)
         for source in range(ranks):
             count = tl.load(counts.pointer + source * counts.stride + expert, mask=inside, other=0)
-            arrived += tl.minimum(count, rows_per_source)
+            arrived += tl.minimum(count, limits.source)
             wanted += count
         aligned = ((arrived + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT).to(tl.int64)
-        start = tl.minimum(end + tl.cumsum(aligned, axis=0) - aligned, capacity).to(tl.int32)
+        start = tl.minimum(end + tl.cumsum(aligned, axis=0) - aligned, limits.rank).to(tl.int32)
         end += tl.sum(aligned, axis=0)
-        placed = tl.minimum(arrived, capacity - start)
+        placed = tl.minimum(arrived, limits.rank - start)
         dropped += tl.sum((wanted - placed).to(tl.int64), axis=0)
         local = expert - experts.first
         mine = inside & (local >= 0) & (local < experts.local)
-        tl.store(num_tokens_ptr + local, placed, mask=mine)
-        tl.store(starts_ptr + local, start, mask=mine)
-        if offsets_ptr is not None:
+        tl.store(written.num_tokens + local, placed, mask=mine)
+        tl.store(written.starts + local, start, mask=mine)
+        if written.offsets is not None:
             for source in range(ranks):
-                tl.store(offsets_ptr + source * experts.all + expert, start, mask=inside)
+                tl.store(written.offsets + source * experts.all + expert, start, mask=inside)
                 count = tl.load(counts.pointer + source * counts.stride + expert, mask=inside, other=0)
-                start += tl.minimum(count, rows_per_source)
+                start += tl.minimum(count, limits.source)
     if status_ptr is not None:
         if dropped > 0:
             tl.atomic_add(status_ptr + 1, dropped, sem="relaxed")
@@ -78,17 +92,13 @@ def ragged_rows(
     """As `moequant.reference.expert_offsets` with expert_start; offsets None: nobody asks. All tensors contiguous, but for the rows of
     counts. alignment: of each expert's first row."""
     ranks, local = counts.shape[0], num_tokens.shape[0]
-    experts = ranks * local
     ragged_rows_kernel[(ranks,)](
         rows_of(counts),
-        offsets,
-        num_tokens,
-        expert_start,
+        Written(num_tokens, expert_start, offsets),
         status,
         ranks=ranks,
-        experts=Experts(experts, local, first_expert),
-        capacity=capacity,
-        rows_per_source=rows_per_source,
+        experts=Experts(ranks * local, local, first_expert),
+        limits=Limits(capacity, rows_per_source),
         ALIGNMENT=alignment,
         BLOCK=min(128, triton.next_power_of_2(local)),
         num_warps=4,
