@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_expert_output, check_format, check_out
+from moequant.checks import check_expert_output, check_format, check_int, check_out
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts
 from moequant.layer import pushing_experts, run_layer, traced_layer
@@ -112,7 +113,8 @@ class MoEQuantDispatcher(SendRecv):
         # of the modules that were called as experts, in the order of their first calls
         self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next_layer = itertools.count(1)
-        group, rank, world_size = membership(group)
+        group, self._rank, world_size = membership(group)
+        self._group = group
         self.device = choose_device(group, None)
 
         def settings() -> DispatcherConfig:
@@ -140,17 +142,54 @@ class MoEQuantDispatcher(SendRecv):
             )
 
         mine = attempt(settings, alone=world_size == 1)
-        agreed, self._ordinal = agree(mine, self.device, group, rank, world_size)
+        agreed, self._ordinal = agree(mine, self.device, group, self._rank, world_size)
         # tensors that are kept are no inference tensors: they are written in any mode
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1), torch.inference_mode(False), torch.no_grad():
-            self.config = resolve(agreed, group, self.device)
             super().__init__(self.device)
-            self._transport = make_transport(self.config, rank, self.device, self._status, group)
-            self._slots = [self._transport.allocate(number) for number in range(slots)]
-            if self.device.type == "cuda":
-                warm_up(self._transport, self.config, self._slots[0], self.device)
-            self._transport.start()
+            self._build(resolve(agreed, group, self.device))
             self._side = side_stream(self.config, self.device)
+
+    def _build(self, config: DispatcherConfig, generation: int = 0) -> None:
+        """Makes the buffers. generation: dispatches that each slot has served, so that older handles stay stale."""
+        self.config = config
+        self._transport = make_transport(config, self._rank, self.device, self._status, self._group)
+        self._slots = [self._transport.allocate(number) for number in range(config.slots)]
+        if self.device.type == "cuda":
+            warm_up(self._transport, config, self._slots[0], self.device)
+        self._transport.start()
+        for slot in self._slots:
+            slot.generation = generation
+
+    @step
+    def ensure(self, max_tokens_per_rank: int) -> None:
+        """Makes room for so many tokens of a rank, if there isn't already. Collective where there isn't.
+
+        Growing waits for the device and takes new buffers: batches and handles of before are stale, and graphs that were captured with
+        them must not be replayed any more.
+
+        Args:
+            max_tokens_per_rank: the largest T, the same on all ranks.
+
+        Raises:
+            RuntimeError: there is no room, or a graph is being captured, which would keep the addresses of the old buffers.
+            ConfigMismatchError: another rank asks for another number.
+            ValueError: no positive integer, or more rows than can be numbered.
+        """
+        self._check_open()
+        check_int("max_tokens_per_rank", max_tokens_per_rank, 1)
+        if max_tokens_per_rank <= self.config.max_tokens_per_rank:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("buffers can't grow while a graph is captured; call ensure before")
+        alone = self.config.world_size == 1
+        mine = attempt(lambda: replace(self.config, max_tokens_per_rank=max_tokens_per_rank), alone)
+        agreed, self._ordinal = agree(mine, self.device, self._group, self._rank, self.config.world_size)
+        generation = 1 + max(slot.generation for slot in self._slots)
+        # what fails from here on leaves nothing behind
+        self.close()
+        with torch.inference_mode(False), torch.no_grad():
+            self._build(agreed, generation)
+        self._closed = False
 
     buffer_bytes = staticmethod(buffer_bytes)
 
@@ -192,7 +231,7 @@ class MoEQuantDispatcher(SendRecv):
 
         Args:
             expert_output: (L, M, H), ragged (R, H), bfloat16 or float16: for each valid row of the batch what its expert made of it.
-                Transport "symmetric" copies it first, unless it is `output_buffer`.
+                Transport "symmetric" pushes it as `push` does, or with overlap=False copies it first, unless it is `output_buffer`.
             handle: of the dispatch that this answers.
             out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
 
@@ -292,7 +331,8 @@ class MoEQuantDispatcher(SendRecv):
         return out
 
     def output_buffer(self, slot: int = 0) -> Tensor:
-        """A slot's buffer for expert output. Transport "symmetric" combines from it without a copy.
+        """A slot's buffer for expert output, which all layers can share. Transport "symmetric" with overlap=False has it from the start,
+        and combines from it without a copy; otherwise it is made when it is first asked for, and `buffer_bytes` does not count it.
 
         It may be written from the slot's dispatch to its combine, not outside.
 

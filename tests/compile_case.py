@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moequant.batch import ceil_div, empty_transposed_scales
+from moequant.batch import ceil_div, empty_scales_of, empty_transposed_scales
 
 BF16, INT8 = torch.bfloat16, torch.int8
 E4M3, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
@@ -52,6 +52,12 @@ def counted(x: Tensor) -> Tensor:
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype)
+
+
+def ragged(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Values (R, H) of experts * rows rows and their transposed scales, or no scales for a plain type."""
+    values = empty(experts * rows, columns, dtype=dtype)
+    return values, None if dtype == BF16 else empty_scales_of(values.shape, 128, "cpu")
 
 
 def quantized(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

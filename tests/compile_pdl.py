@@ -32,14 +32,18 @@ CASES = [
     *cases(calls.push_tokens, {"dtype": E4M3, "tokens": 128, "per_rank": True}),
     *cases(calls.push_tokens, *({"dtype": E4M3, "tokens": 100, "wave": wave} for wave in (1, 2)), {"dtype": BF16}),
     *cases(calls.push_tokens, {"dtype": E4M3, "columns": 2048, "top_k": 10, "experts": 512, "ranks": 2, "per_rank": True}),
+    *cases(calls.push_tokens, *({"dtype": E4M3, "tokens": 100, "wave": wave, "ragged": True} for wave in (0, 2))),
+    *cases(calls.push_tokens, {"dtype": E4M3, "tokens": 128, "per_rank": True, "ragged": True}),
     *cases(calls.unpack_rows, *({"dtype": dtype, "expected_rows": rows} for dtype, rows in ((E4M3, 32), (BF16, 16), (E4M3, 4096)))),
     *cases(calls.unpack_rows, {"dtype": E4M3, "expected_rows": 32, "columns": 2880, "experts": 64, "ranks": 2}),
+    *cases(calls.unpack_rows, *({"dtype": dtype, "expected_rows": 16, "ragged": True} for dtype in (E4M3, BF16))),
     *cases(
         calls.combine_shared,
         *({"tokens": tokens, "way": way} for way, tokens in (("pulled", 1), ("pulled", 32), ("pushed", 32), ("summed", 1))),
     ),
     *cases(calls.combine_shared, {"tokens": 64, "columns": 2048, "top_k": 10}, {"tokens": 1024}),
     *cases(calls.exchange_counts, {"experts": 512}, {"experts": 384}, {"experts": 512, "ranks": 2}),
+    *cases(calls.exchange_counts, *({"experts": 512, "ranks": ranks, "ragged": True} for ranks in (2, 8))),
     *cases(calls.signal_and_wait, {}),
     *cases(route, {}),
 ]

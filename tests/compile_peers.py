@@ -97,8 +97,10 @@ def combine_shared(
 def exchange_counts(experts: int = 256, ranks: int = 8, ragged: bool = False) -> None:
     counts, num_tokens = empty(experts, dtype=torch.int32), empty(experts // ranks, dtype=torch.int32)
     calls, status = empty(1, dtype=torch.int32), empty(3, dtype=torch.int64)
-    slot = exchange_counts_module.Counts(counts, counts, num_tokens, calls, status, 1024, num_tokens if ragged else None)
-    exchange_counts_module.exchange_counts(slot, peers_of(ranks), 1024, 7, ROW_ALIGNMENT)
+    slot = exchange_counts_module.Counts(counts, counts, num_tokens, calls, status, 1024)
+    if ragged:
+        slot = slot._replace(expert_start=num_tokens, alignment=tl.constexpr(ROW_ALIGNMENT))
+    exchange_counts_module.exchange_counts(slot, peers_of(ranks), 1024, 7)
 
 
 def signal_and_wait() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from compile_case import BF16, INT8, counted, empty, quantized
+from compile_case import BF16, INT8, counted, empty, quantized, ragged
 from moequant import ops, quantize_expert_batch, quantize_weight
 from moequant.batch import ceil_div
 from operation_case import COUNTS, quantize_outputs
@@ -18,16 +18,18 @@ def call_grouped_gemm(
     depth: int = 7168,
     experts: int = 4,
     push: bool = False,
+    starts: bool = False,
 ) -> None:
-    a, a_scales = quantized(experts, 1024, depth, dtype)
+    """starts: of ragged rows."""
+    a, a_scales = (ragged if starts else quantized)(experts, 1024, depth, dtype)
     b = empty(experts, columns, depth, dtype=dtype)
     b_scales = None if dtype == BF16 else empty(experts, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
+    operands, counts = (a, a_scales, b, b_scales), (counted(b), counted(b) if starts else None)
     if push:
-        destinations = empty(experts, 1024, dtype=torch.int64)
-        ops.grouped_gemm_push(a, a_scales, b, b_scales, counted(a), None, destinations, expected_rows, None)
+        ops.grouped_gemm_push(*operands, *counts, empty(*a.shape[:-1], dtype=torch.int64), expected_rows, None)
         return
-    out = empty(experts, 1024, columns, dtype=out_dtype)
-    ops.grouped_gemm_blockscale(a, a_scales, b, b_scales, counted(a), None, out, expected_rows=expected_rows)
+    out = empty(*a.shape[:-1], columns, dtype=out_dtype)
+    ops.grouped_gemm_blockscale(*operands, *counts, out, expected_rows=expected_rows)
 
 
 def call_int8_addmm(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moequant.batch import QuantizedTensor
+from moequant.batch import QuantizedTensor, empty_scales_of
 from moequant.config import ROW_ALIGNMENT, round_up
 
 
@@ -30,18 +30,13 @@ class Ragged(NamedTuple):
             packed[start : start + count] = padded[expert, :count]
         return packed
 
-    def unpack(self, ragged: Tensor, padded: Tensor) -> Tensor:
-        """The other way, over padded (L, M, ...), whose other rows stay."""
-        out = padded.clone()
-        for expert, (start, count) in enumerate(self.spans()):
-            out[expert, :count] = ragged[start : start + count]
-        return out
-
     def operand(self, x: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
         """An operand of a GEMM, packed. Scales of one group lie side by side."""
         if isinstance(x, Tensor):
             return self.pack(x)
-        return QuantizedTensor(self.pack(x.values), self.pack(x.scales).mT.contiguous().mT, "transposed", x.recipe, x.group_size)
+        values = self.pack(x.values)
+        scales = empty_scales_of(values.shape, x.group_size, values.device).copy_(self.pack(x.scales))
+        return QuantizedTensor(values, scales, "transposed", x.recipe, x.group_size)
 
     def spans(self) -> list[tuple[int, int]]:
         return list(zip(self.expert_start.tolist(), self.valid, strict=True))

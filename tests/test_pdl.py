@@ -74,14 +74,14 @@ def record(monkeypatch: pytest.MonkeyPatch, sms: int) -> list[dict[str, Any]]:
     return launches
 
 
-def launch_all(shape: Any, ranks: int, tokens: int, dtype: torch.dtype = E4M3, **push: Any) -> None:
+def launch_all(shape: Any, ranks: int, tokens: int, dtype: torch.dtype = E4M3, ragged: bool = False, **push: Any) -> None:
     """What stands behind the waits of a dispatch and a combine: push_tokens, unpack_rows, combine."""
-    sizes = {"columns": shape.hidden_size, "ranks": ranks}
+    sizes: dict[str, Any] = {"columns": shape.hidden_size, "ranks": ranks}
     experts, top_k = shape.num_experts, shape.top_k
     rows = min(ceil_div(tokens * top_k * ranks, experts), tokens * ranks)
     with torch.device("meta"):
-        calls.push_tokens(dtype, tokens, top_k=top_k, experts=experts, **sizes, **push)
-        calls.unpack_rows(dtype, rows, experts=experts // ranks, **sizes)
+        calls.push_tokens(dtype, tokens, top_k=top_k, experts=experts, ragged=ragged, **sizes, **push)
+        calls.unpack_rows(dtype, rows, experts=experts // ranks, ragged=ragged, **sizes)
         calls.combine_shared(tokens, top_k=top_k, **sizes)
 
 
@@ -136,6 +136,7 @@ def found() -> set[Launch]:
         launched = record(patch, SMS)
         for shape, ranks, tokens in itertools.product(MODELS.values(), RANKS, TOKENS):
             launch_all(shape, ranks, tokens)
+            launch_all(shape, ranks, tokens, ragged=True)
             launch_all(shape, ranks, tokens, BF16, wave=1)
     return {launch for launch in map(pdl_launch, launched) if launch is not None}
 
@@ -161,24 +162,25 @@ def test_the_bounds_hold_wherever_programs_lie(found):
         assert SMS * WARPS - 2 * warps >= SMS * SPINS.warps, launch
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("ranks", RANKS)
-def test_small_dispatches_and_combines_begin_early(ranks, launched):
+def test_small_dispatches_and_combines_begin_early(ranks, ragged, launched):
     """DeepSeek-V3's with up to 128 tokens, and combine with up to 32."""
     for tokens in range(1, 129):
         launched.clear()
-        launch_all(MODELS["deepseek-v3"], ranks, tokens)
+        launch_all(MODELS["deepseek-v3"], ranks, tokens, ragged=ragged)
         assert all(pdl_launch(options) is not None for options in launched[: 3 if tokens <= 32 else 2]), tokens
 
 
-@pytest.mark.parametrize("sms", [114, 132, 148])
-def test_every_launch_is_compiled_by_the_constructor(sms, monkeypatch):
+@pytest.mark.parametrize(("sms", "ragged"), [(114, False), (132, False), (132, True), (148, False)])
+def test_every_launch_is_compiled_by_the_constructor(sms, ragged, monkeypatch):
     """What a kernel is compiled for at any number of tokens, it is at one of those that `warm_up` takes."""
     launched = record(monkeypatch, sms)
     for shape in {shape.hidden_size: shape for shape in MODELS.values()}.values():
         kinds = []
         for tokens in range(1, 201):
             launched.clear()
-            launch_all(shape, 2, tokens)
+            launch_all(shape, 2, tokens, ragged=ragged)
             kinds.append([compiled_for(options) for options in launched])
         for most, kernel in itertools.product((1, 7, 20, 50, 100, 200), range(3)):
             warmed = [kinds[tokens - 1][kernel] for tokens in token_counts(most)]

@@ -1,6 +1,7 @@
 """GEMM 1 of the experts for Hopper (sm_90) in Gluon, with SwiGLU and quantization inside: gate and up never reach memory.
 
-Letters: L experts, M rows of an expert's buffer, H hidden size, G = ceil(H / 128) groups of it, I intermediate size, N = 2I.
+Letters: L experts, M rows of an expert's buffer, R rows of all experts together (ragged), H hidden size, G = ceil(H / 128)
+groups of it, I intermediate size, N = 2I.
 
     gate, up = the halves of bfloat16(grouped_gemm_blockscale(a, w13)); values, scales = quantize(silu(gate) * up) in groups of 128
 
@@ -31,7 +32,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from moequant.kernels.library.common import INF_BITS, multiprocessors, runs_gluon
+from moequant.kernels.library.common import INF_BITS, most_row_tiles, multiprocessors, runs_gluon
 from moequant.kernels.library.gluon import barrier, reinterpret, store_block
 from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_matrix, takes
 from moequant.kernels.library.hopper_ring import SCALAR, TILE_WORDS, Ring, advance, load_tiles, next_tile, product, release
@@ -124,10 +125,13 @@ def store_values(pointer, values_s, row, rows_left, column, I: gl.constexpr):  #
 
 
 @gluon.jit
-def store_scales(output, scale, expert, row, rows_left, column_tile):
-    """Writes the first rows_left of 64 scales. row: within the expert."""
+def store_scales(output, scale, expert, row, rows_left, column_tile, M, RAGGED: gl.constexpr):
+    """Writes the first rows_left of 64 scales. row: of values."""
     rows = gl.arange(0, 64, scale.type.layout)
-    at = output.scales + expert.to(gl.int64) * output.stride_l + column_tile.to(gl.int64) * output.stride_g + row
+    if RAGGED:
+        at = output.scales + column_tile.to(gl.int64) * output.stride_g + row
+    else:
+        at = output.scales + expert.to(gl.int64) * output.stride_l + column_tile.to(gl.int64) * output.stride_g + (row - expert * M)
     gl.store(at + rows, scale, mask=rows < rows_left)
 
 
@@ -158,6 +162,7 @@ def multiply_tiles(
     N: gl.constexpr,
     G: gl.constexpr,
     ARITHMETIC: gl.constexpr,
+    RAGGED: gl.constexpr,
 ):
     """Warpgroup W: multiplies, scales and adds the groups of its tiles, and stores SwiGLU of its part of them."""
     STAGES: gl.constexpr = ring.full.shape[0]
@@ -242,7 +247,7 @@ def multiply_tiles(
                 store_block(output.matrix, [my_row, my_column_tile * 128], values_s)
             else:
                 store_values(output.pointer, values_s, my_row, my_rows_left, my_column_tile * 128, N // 2)
-            store_scales(output, scale, my_expert, my_row - my_expert * M, my_rows_left, my_column_tile)
+            store_scales(output, scale, my_expert, my_row, my_rows_left, my_column_tile, M, RAGGED)
     tma.store_wait(pendings=0)
 
 
@@ -257,6 +262,7 @@ def gemm1_swiglu_hopper_kernel(
     scales,
     b_scales,
     num_tokens,
+    expert_start,
     counter,
     experts,
     M,
@@ -271,7 +277,8 @@ def gemm1_swiglu_hopper_kernel(
     STAGES: gl.constexpr,
 ):
     """a, b, a_scales, values: descriptors of (L*M, H) in blocks (64, 128), (L*N, H) in (128, 128), (.., M) in (1, 64), where an expert's
-    groups are scale_rows apart, and (L*M, I) in (64, 128). counter: two zeros. EXPERTS: L, rounded up to a power of two."""
+    groups are scale_rows apart, and (L*M, I) in (64, 128). expert_start: None, or (L,) int32: L*M is R then, M too, and scale_rows and
+    scales_stride_l nothing. counter: two zeros. EXPERTS: L, rounded up to a power of two."""
     a_s = gl.allocate_shared_memory(a.dtype, [STAGES * 2, 64, 128], a.layout)
     b_s = gl.allocate_shared_memory(b.dtype, [STAGES * 2, 128, 128], b.layout)
     scales_block = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, 64], a_scales.layout)
@@ -290,11 +297,15 @@ def gemm1_swiglu_hopper_kernel(
     ring = Ring(a_s, b_s, a_scales_s, tile_s, full, empty)
     load_ring = Ring(a_s, b_s, scales_block, tile_s, full, empty)
     output = Output(values, values_pointer, values_s, scales, scales_stride_l, scales_stride_g)
+    RAGGED: gl.constexpr = expert_start is not None
     gl.warp_specialize(
         [
-            (multiply_tiles, (0, ring, output, go, b_scales, M, eps, N, G, ARITHMETIC)),
-            (multiply_tiles, (1, ring, output, go, b_scales, M, eps, N, G, ARITHMETIC)),
-            (load_tiles, ((a, b, a_scales), load_ring, counter, num_tokens, experts, M, scale_rows, N, G, EXPERTS, True)),
+            (multiply_tiles, (0, ring, output, go, b_scales, M, eps, N, G, ARITHMETIC, RAGGED)),
+            (multiply_tiles, (1, ring, output, go, b_scales, M, eps, N, G, ARITHMETIC, RAGGED)),
+            (
+                load_tiles,
+                ((a, b, a_scales), load_ring, counter, num_tokens, expert_start, experts, M, scale_rows, N, G, EXPERTS, True),
+            ),
         ],
         [4, 1],
         [232, 32],
@@ -307,6 +318,7 @@ def gemm1_swiglu_hopper(
     w13: Tensor,
     w13_scales: Tensor,
     num_tokens: Tensor | None,
+    expert_start: Tensor | None,
     values: Tensor,
     scales: Tensor,
     *,
@@ -321,15 +333,16 @@ def gemm1_swiglu_hopper(
     a: (L, M, H) contiguous float8_e4m3fn. a_scales: (L, M, G) float32, strides (any, 1, any).
     w13: (L, 2I, H) contiguous float8_e4m3fn, gate first. w13_scales: (L, 2 * I / 128, G) float32 contiguous.
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
+    expert_start: (L,) int32, with a (R, H), a_scales (R, G), values (R, I) and scales (R, I / 128), both strides (1, any); or None.
     values: (L, M, I) contiguous float8_e4m3fn. scales: (L, M, I / 128) float32, strides (any, 1, any).
     max_value, eps, power_of_two, reciprocal: the format's and the recipe's, see `moequant.formats`. num_sms: multiprocessors to use;
     None for all, 0 to compile and no more.
     """
-    experts, rows, hidden = a.shape
-    columns = w13.shape[1]
+    experts, columns, hidden = w13.shape
+    rows = a.shape[-2]
     groups = triton.cdiv(hidden, 128)
     scales_matrix, scale_rows = scale_matrix(a_scales)
-    tiles = experts * triton.cdiv(rows, 128) * (columns // 256)
+    tiles = most_row_tiles(experts, rows, 128, expert_start) * (columns // 256)
     sms = multiprocessors(a.device) if num_sms is None else num_sms
     gemm1_swiglu_hopper_kernel[(min(sms, tiles),)](
         matrix(a, 64, 128),
@@ -340,12 +353,13 @@ def gemm1_swiglu_hopper(
         scales,
         w13_scales,
         num_tokens,
+        expert_start,
         counters.get(a.device),
         experts,
         rows,
         scale_rows,
         scales.stride(0),
-        scales.stride(2),
+        scales.stride(-1),
         eps,
         N=columns,
         G=groups,
@@ -381,5 +395,5 @@ def takes_gemm1_swiglu(
         and values.dtype == torch.float8_e4m3fn
         and values.is_contiguous()
         and scales.dtype == torch.float32
-        and scales.stride(1) == 1
+        and scales.stride(-2) == 1
     )

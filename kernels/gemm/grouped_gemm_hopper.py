@@ -1,6 +1,7 @@
 """Grouped blockscale GEMM of fp8 or int8 for Hopper (sm_90) in Gluon: `kernels/gemm/grouped_gemm.py` at the tensor cores' speed.
 
-Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, G = ceil(K_dim / 128) groups of it.
+Letters: L experts, M rows of an expert's buffer, R rows of all experts together (ragged), N columns, K_dim contraction, G =
+ceil(K_dim / 128) groups of it.
 
     out[l, m, n] = sum over g of (a[l, m, g] @ b[l, n, g].T) * a_scales[l, m, g] * b_scales[l, n // 128, g]    for m < num_tokens[l]
 
@@ -18,6 +19,8 @@ One persistent program for each multiprocessor, of three partitions: a TMA warp 
   at its beginning, and are there at its end.
 * Tiles are numbered expert by expert; within an expert by bands of row tiles, column by column, the rows of a band fastest: programs
   that run at the same time read the same weights.
+* With expert_start, an expert's rows lie from there on among R rows of all. A tile that ends past them loads rows of the next expert,
+  and doesn't store them.
 
 Example: two experts of 130 and 20 rows, N = 768: row tiles 2 and 1, column tiles 3. Tiles 0..5 are expert 0's (row tile, column tile)
 (0, 0) (1, 0) (0, 1) (1, 1) (0, 2) (1, 2), of which those of row tile 1 have 2 valid rows; tiles 6..8 are expert 1's, of 20 rows.
@@ -36,7 +39,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from moequant.kernels.library.common import multiprocessors
+from moequant.kernels.library.common import most_row_tiles, multiprocessors
 from moequant.kernels.library.gluon import barrier, reinterpret, store_block
 from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_matrix
 from moequant.kernels.library.hopper_ring import (
@@ -239,6 +242,7 @@ def grouped_gemm_hopper_kernel(
     destinations,
     b_scales,
     num_tokens,
+    expert_start,
     counter,
     experts,
     M,
@@ -252,7 +256,8 @@ def grouped_gemm_hopper_kernel(
 ):
     """a, b, a_scales, out: descriptors of (L*M, K_dim) in blocks (64, 128), (L*N, K_dim) in (128, 128), (.., M) in (1, 64), where an
     expert's groups are scale_rows apart, and (L*M, N) in (64, 64). destinations: (L*M,) int64, with which out and out_pointer are None.
-    counter: two zeros. EXPERTS: L, rounded up to a power of two. OUT: the type of the rows."""
+    expert_start: None, or (L,) int32: L*M is R then, M too, and scale_rows nothing. counter: two zeros. EXPERTS: L, rounded up to a
+    power of two. OUT: the type of the rows."""
     a_s = gl.allocate_shared_memory(a.dtype, [STAGES * 2, 64, 128], a.layout)
     b_s = gl.allocate_shared_memory(b.dtype, [STAGES * HALVES, 128, 128], b.layout)
     scales_block = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, 64], a_scales.layout)
@@ -273,7 +278,7 @@ def grouped_gemm_hopper_kernel(
         [
             (multiply_tiles, (0, ring, output, b_scales, N, G)),
             (multiply_tiles, (1, ring, output, b_scales, N, G)),
-            (load_tiles, ((a, b, a_scales), load_ring, counter, num_tokens, experts, M, scale_rows, N, G, EXPERTS)),
+            (load_tiles, ((a, b, a_scales), load_ring, counter, num_tokens, expert_start, experts, M, scale_rows, N, G, EXPERTS)),
         ],
         [4, 1],
         [232, 32],
@@ -320,6 +325,7 @@ def grouped_gemm_blockscale_hopper(
     b: Tensor,
     b_scales: Tensor,
     num_tokens: Tensor | None,
+    expert_start: Tensor | None,
     out: Tensor | None,
     *,
     destinations: Tensor | None = None,
@@ -333,22 +339,25 @@ def grouped_gemm_blockscale_hopper(
     a: (L, M, K_dim) contiguous float8_e4m3fn or int8. a_scales: (L, M, G) float32, strides (any, 1, any).
     b: (L, N, K_dim) contiguous, a's dtype. b_scales: (L, ceil(N / 128), G) float32 contiguous: segments are whole blocks.
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
+    expert_start: (L,) int32, with a (R, K_dim), a_scales (R, G), strides (1, any), out (R, N) and destinations (R,); or None.
     out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written. None with destinations.
     destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, a multiple of 16 if N is one of 8.
-    expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M. config: instead of that choice.
+    expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M, ragged R / L. config: instead of that
+    choice.
     num_sms: multiprocessors to use; None for all, 0 to compile and no more.
     """
     assert (out is None) != (destinations is None)
-    experts, rows, depth = a.shape
+    experts, columns, depth = b.shape
+    rows = a.shape[-2]
     dtype = torch.bfloat16 if out is None else out.dtype
     sms = multiprocessors(a.device) if num_sms is None else num_sms
-    columns = b.shape[1]
     if config is None:
-        expected = rows if expected_rows is None else max(1, min(expected_rows, rows))
+        mean = rows if expert_start is None else triton.cdiv(rows, experts)
+        expected = mean if expected_rows is None else max(1, min(expected_rows, rows))
         config = choose_config(experts, columns, expected, dtype.itemsize, multiprocessors(a.device))
     groups = triton.cdiv(depth, 128)
     scales_matrix, scale_rows = scale_matrix(a_scales)
-    tiles = experts * triton.cdiv(rows, 128) * triton.cdiv(columns, 128 * config.halves)
+    tiles = most_row_tiles(experts, rows, 128, expert_start) * triton.cdiv(columns, 128 * config.halves)
     grouped_gemm_hopper_kernel[(min(sms, tiles),)](
         matrix(a, 64, 128),
         matrix(b, 128, 128),
@@ -358,6 +367,7 @@ def grouped_gemm_blockscale_hopper(
         destinations,
         b_scales,
         num_tokens,
+        expert_start,
         counters.get(a.device),
         experts,
         rows,

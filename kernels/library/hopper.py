@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,14 +41,17 @@ def descriptor(address: Address, shape: tuple[int, int], stride: int, block: tup
 
 
 def matrix(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The descriptor of a contiguous (L, rows, columns) as one matrix (L * rows, columns)."""
-    shape = (x.shape[0] * x.shape[1], x.shape[2])
-    return descriptor(Address(x.data_ptr(), x.dtype), shape, x.shape[2], (rows, columns))
+    """The descriptor of a contiguous (L, rows, columns) or (R, columns) as one matrix (L * rows, columns)."""
+    *there, width = x.shape
+    return descriptor(Address(x.data_ptr(), x.dtype), (math.prod(there), width), width, (rows, columns))
 
 
 def scale_matrix(a_scales: Tensor) -> tuple[TensorDescriptor, int]:
     """The descriptor of scales (L, M, G) of strides (any, 1, any) as one matrix of groups by rows, in blocks of (1, 64), and how many of
-    its rows lie from one expert to the next."""
+    its rows lie from one expert to the next; of ragged ones (R, G) of strides (1, any) none do."""
+    if a_scales.dim() == 2:
+        rows, groups = a_scales.shape
+        return descriptor(Address(a_scales.data_ptr(), torch.float32), (groups, rows), a_scales.stride(1), (1, 64)), 0
     experts, rows, groups = a_scales.shape
     scale_rows = a_scales.stride(0) // a_scales.stride(2)
     shape = ((experts - 1) * scale_rows + groups, rows)
@@ -109,21 +113,22 @@ def takes(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None
     """`supports`, but for the device: formats, and what TMA can address."""
     if a.dtype not in (torch.float8_e4m3fn, torch.int8) or a_scales is None or b_scales is None:
         return False
-    experts, rows, depth = a.shape
-    columns = b.shape[1]
+    experts, columns, depth = b.shape
+    rows = a.shape[-2]
     if experts * rows * columns == 0:
         return False
     # int32 coordinates, and counts of all experts in one pass
-    if experts > 256 or experts * max(rows, columns) >= 2**31 or (segments > 1 and columns // segments % 128):
+    matrices = experts if a.dim() == 3 else 1
+    if experts > 256 or max(matrices * rows, experts * columns) >= 2**31 or (segments > 1 and columns // segments % 128):
         return False
-    strides = a_scales.stride()
+    *expert_strides, row_stride, group_stride = a_scales.stride()
     aligned = all(x.data_ptr() % 16 == 0 for x in (a, b, a_scales, out) if x is not None)
-    widths = (depth, columns * (2 if out is None else out.element_size()), strides[2] * 4)
+    widths = (depth, columns * (2 if out is None else out.element_size()), group_stride * 4)
     return (
         aligned
         and depth > 0
         and all(width % 16 == 0 for width in widths)
-        and strides[1] == 1
-        and strides[2] >= rows
-        and strides[0] % strides[2] == 0
+        and row_stride == 1
+        and group_stride >= rows
+        and all(stride % group_stride == 0 for stride in expert_strides)
     )

@@ -1,7 +1,9 @@
 """How the Hopper kernels' TMA warp feeds their warpgroups: a ring of stages in shared memory, and tiles drawn from a counter.
 
-Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, G = ceil(K_dim / 128) groups of it.
-`kernels/gemm/grouped_gemm_hopper.py` describes tiles and stages.
+Letters: L experts, M rows of an expert's buffer, R rows of all experts together (ragged), N columns, K_dim contraction, G =
+ceil(K_dim / 128) groups of it. `kernels/gemm/grouped_gemm_hopper.py` describes tiles and stages.
+
+expert_start is None, or the first row of each expert among R rows; M is R then.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def read_scalar(shared):
 
 
 @gluon.jit
-def count_tiles(num_tokens, experts, M, EXPERTS: gl.constexpr, COLUMN_TILES: gl.constexpr):
+def count_tiles(num_tokens, expert_start, experts, M, EXPERTS: gl.constexpr, COLUMN_TILES: gl.constexpr):
     """Of each expert the valid rows, and the number of tiles of the experts up to it."""
     index = gl.arange(0, EXPERTS, gl.BlockedLayout([1], [32], [1], [0]))
     if num_tokens is None:
@@ -64,15 +66,28 @@ def count_tiles(num_tokens, experts, M, EXPERTS: gl.constexpr, COLUMN_TILES: gl.
     else:
         counts = gl.load(num_tokens + index, mask=index < experts, other=0)
         counts = gl.minimum(gl.maximum(counts, 0), M)
+        if expert_start is not None:
+            counts = gl.minimum(counts, M - gl.load(expert_start + index, mask=index < experts, other=0))
     return counts, gl.associative_scan((counts + 127) // 128 * COLUMN_TILES, 0, add)
 
 
 @gluon.jit
-def locate_tile(tile, counts, ends, num_tokens, experts, M, COLUMN_TILES: gl.constexpr):
-    """The expert of a tile number, its valid rows, the row tile and the column tile. Past the last tile the expert is too large."""
+def first_row(expert_start, expert, experts, M):
+    """Where an expert's rows begin. Past the last expert it is anything."""
+    if expert_start is None:
+        return expert * M
+    else:
+        return gl.load(expert_start + gl.minimum(expert, experts - 1))
+
+
+@gluon.jit
+def locate_tile(tile, counts, ends, num_tokens, expert_start, experts, M, COLUMN_TILES: gl.constexpr):
+    """The expert of a tile number, its first row, its valid rows, the row tile and the column tile. Past the last tile the expert is too
+    large."""
     passed = ends <= tile
     expert = gl.sum(passed.to(gl.int32), 0)
     inside = tile - gl.max(gl.where(passed, ends, 0), 0)
+    start = first_row(expert_start, expert, experts, M)
     if num_tokens is None:
         count = M
     elif counts.shape[0] <= 128:
@@ -81,10 +96,12 @@ def locate_tile(tile, counts, ends, num_tokens, experts, M, COLUMN_TILES: gl.con
     else:
         # the TMA warp has few registers
         count = gl.minimum(gl.maximum(gl.load(num_tokens + gl.minimum(expert, experts - 1)), 0), M)
+        if expert_start is not None:
+            count = gl.minimum(count, M - start)
     band = inside // (GROUP_M * COLUMN_TILES)
     inside -= band * (GROUP_M * COLUMN_TILES)
     height = gl.maximum(gl.minimum((count + 127) // 128 - band * GROUP_M, GROUP_M), 1)
-    return expert, count, band * GROUP_M + inside % height, inside // height
+    return expert, start, count, band * GROUP_M + inside % height, inside // height
 
 
 @gluon.jit
@@ -93,6 +110,7 @@ def load_tiles(
     ring,
     counter,
     num_tokens,
+    expert_start,
     experts,
     M,
     scale_rows,
@@ -118,14 +136,21 @@ def load_tiles(
     drawn = tile
     stage = 0
     phase = 1
-    counts, ends = count_tiles(num_tokens, experts, M, EXPERTS, COLUMN_TILES)
-    expert, count, row_tile, column_tile = locate_tile(tile, counts, ends, num_tokens, experts, M, COLUMN_TILES)
+    counts, ends = count_tiles(num_tokens, expert_start, experts, M, EXPERTS, COLUMN_TILES)
+    expert, start, count, row_tile, column_tile = locate_tile(
+        tile, counts, ends, num_tokens, expert_start, experts, M, COLUMN_TILES
+    )
     while expert < experts:
         row = row_tile * 128
         column = column_tile * TILE_COLUMNS
-        a_row = expert * M + row
+        a_row = start + row
         b_row = expert * N + column
-        scale_row = expert * scale_rows
+        if expert_start is None:
+            scale_row = expert * scale_rows
+            scale_column = row
+        else:
+            scale_row = 0
+            scale_column = a_row
         both = count - row > 64
         for k in range(G):
             mbarrier.wait(ring.empty.index(stage), phase)
@@ -141,16 +166,18 @@ def load_tiles(
             mbarrier.expect(loaded, A_BYTES + B_BYTES, pred=both == 0)
             load_block(b, [b_row, k * 128], loaded, ring.b.index(stage * HALVES))
             load_block(a, [a_row, k * 128], loaded, ring.a.index(stage * 2))
-            load_block(a_scales, [scale_row + k, row], loaded, ring.a_scales.index(stage * 2))
+            load_block(a_scales, [scale_row + k, scale_column], loaded, ring.a_scales.index(stage * 2))
             if HALVES == 2:
                 load_block(b, [b_row + SECOND, k * 128], loaded, ring.b.index(stage * HALVES + 1))
             load_block(a, [a_row + 64, k * 128], loaded, ring.a.index(stage * 2 + 1), pred=both)
-            load_block(a_scales, [scale_row + k, row + 64], loaded, ring.a_scales.index(stage * 2 + 1), pred=both)
+            load_block(a_scales, [scale_row + k, scale_column + 64], loaded, ring.a_scales.index(stage * 2 + 1), pred=both)
             stage, phase = advance(stage, phase, STAGES)
             # the ring is full by now, so that the answer is there before it is wanted
             if k == G // 2:
                 drawn = programs + gl.atomic_add(counter, 1, sem="relaxed")
-        expert, count, row_tile, column_tile = locate_tile(drawn, counts, ends, num_tokens, experts, M, COLUMN_TILES)
+        expert, start, count, row_tile, column_tile = locate_tile(
+            drawn, counts, ends, num_tokens, expert_start, experts, M, COLUMN_TILES
+        )
     mbarrier.wait(ring.empty.index(stage), phase)
     write_scalar(ring.tile.index(stage * TILE_WORDS + 2), 0)
     write_scalar(ring.tile.index(stage * TILE_WORDS + 3), -1)

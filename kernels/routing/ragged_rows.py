@@ -15,30 +15,24 @@ from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
 
 
-class Written(NamedTuple):
-    """Of the experts of one rank, and, if anybody asks, of all ranks and experts."""
+class Into(NamedTuple):
+    """What is written: of this rank's experts the rows and where they begin; of all experts where each source's begin, or None."""
 
     num_tokens: torch.Tensor
     starts: torch.Tensor
     offsets: torch.Tensor | None
 
 
-class Limits(NamedTuple):
-    """R, and C."""
-
-    rank: int
-    source: int
-
-
 @launchable
 @triton.jit
 def ragged_rows_kernel(
     counts,
-    written,
+    into,
     status_ptr,
     ranks,
     experts,
-    limits,
+    capacity,
+    rows_per_source,
     ALIGNMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -57,22 +51,22 @@ def ragged_rows_kernel(
         wanted = tl.zeros((BLOCK,), tl.int32)
         for source in range(ranks):
             count = tl.load(counts.pointer + source * counts.stride + expert, mask=inside, other=0)
-            arrived += tl.minimum(count, limits.source)
+            arrived += tl.minimum(count, rows_per_source)
             wanted += count
         aligned = ((arrived + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT).to(tl.int64)
-        start = tl.minimum(end + tl.cumsum(aligned, axis=0) - aligned, limits.rank).to(tl.int32)
+        start = tl.minimum(end + tl.cumsum(aligned, axis=0) - aligned, capacity).to(tl.int32)
         end += tl.sum(aligned, axis=0)
-        placed = tl.minimum(arrived, limits.rank - start)
+        placed = tl.minimum(arrived, capacity - start)
         dropped += tl.sum((wanted - placed).to(tl.int64), axis=0)
         local = expert - experts.first
         mine = inside & (local >= 0) & (local < experts.local)
-        tl.store(written.num_tokens + local, placed, mask=mine)
-        tl.store(written.starts + local, start, mask=mine)
-        if written.offsets is not None:
+        tl.store(into.num_tokens + local, placed, mask=mine)
+        tl.store(into.starts + local, start, mask=mine)
+        if into.offsets is not None:
             for source in range(ranks):
-                tl.store(written.offsets + source * experts.all + expert, start, mask=inside)
+                tl.store(into.offsets + source * experts.all + expert, start, mask=inside)
                 count = tl.load(counts.pointer + source * counts.stride + expert, mask=inside, other=0)
-                start += tl.minimum(count, limits.source)
+                start += tl.minimum(count, rows_per_source)
     if status_ptr is not None:
         if dropped > 0:
             tl.atomic_add(status_ptr + 1, dropped, sem="relaxed")
@@ -92,13 +86,15 @@ def ragged_rows(
     """As `moequant.reference.expert_offsets` with expert_start; offsets None: nobody asks. All tensors contiguous, but for the rows of
     counts. alignment: of each expert's first row."""
     ranks, local = counts.shape[0], num_tokens.shape[0]
+    experts = ranks * local
     ragged_rows_kernel[(ranks,)](
         rows_of(counts),
-        Written(num_tokens, expert_start, offsets),
+        Into(num_tokens, expert_start, offsets),
         status,
         ranks=ranks,
-        experts=Experts(ranks * local, local, first_expert),
-        limits=Limits(capacity, rows_per_source),
+        experts=Experts(experts, local, first_expert),
+        capacity=capacity,
+        rows_per_source=rows_per_source,
         ALIGNMENT=alignment,
         BLOCK=min(128, triton.next_power_of_2(local)),
         num_warps=4,

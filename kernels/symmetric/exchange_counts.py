@@ -41,8 +41,8 @@ class Counts(NamedTuple):
     """What a slot has for its counts; all but counts are written. words: the offset of the words that travel.
 
     counts: (E,) int32, rows of this rank for each expert. offsets: (E,) int32. num_tokens: (L,) int32. calls: (1,) int32, how many the
-    slot has seen. status: (3,) int64. expert_start: (L,) int32, if the layout is ragged: then offsets count from the beginning of a rank's
-    buffer, otherwise of an expert's.
+    slot has seen. status: (3,) int64. expert_start: (L,) int32, if the layout is ragged: then offsets count from the beginning of a
+    rank's buffer, otherwise of an expert's, and experts begin at multiples of `alignment`.
     """
 
     counts: torch.Tensor
@@ -52,6 +52,7 @@ class Counts(NamedTuple):
     status: torch.Tensor
     words: int
     expert_start: torch.Tensor | None = None
+    alignment: tl.constexpr = tl.constexpr(1)
 
 
 @launchable
@@ -63,7 +64,6 @@ def exchange_counts_kernel(
     local_experts,
     capacity,
     call,
-    ALIGNMENT: tl.constexpr,
     EXPERTS: tl.constexpr,
     LANES: tl.constexpr,
     PDL: tl.constexpr,
@@ -77,7 +77,7 @@ def exchange_counts_kernel(
     Example: rank 1 of 2, M=5, L=1, counts [2, 4] of rank 0 and [1, 3] of rank 1: rank 1's rows begin at row 2 of expert 0 and row 4 of
     expert 1; of expert 1, which is rank 1's, min(4 + 3, 5) = 5 rows are valid and 2 have no place.
 
-    Ragged: R=32, ALIGNMENT=16, L=2, counts [2, 9, 8, 1] of rank 0 and [1, 8, 9, 16] of rank 1. The experts of a rank get 3, 17 | 17, 17
+    Ragged: R=32, alignment 16, L=2, counts [2, 9, 8, 1] of rank 0 and [1, 8, 9, 16] of rank 1. The experts of a rank get 3, 17 | 17, 17
     rows and begin at rows 0, 16 | 0, 32 of its buffer; rank 1's rows begin at 2, 25 | 8, 32. Of expert 1, one row has no place, and none
     of expert 3 has one.
     """
@@ -147,7 +147,7 @@ def exchange_counts_kernel(
         placed = tl.minimum(wanted, capacity)
     else:
         # behind the rows of all experts before; those of the rank's own count
-        taken = tl.cdiv(wanted.to(tl.int64), ALIGNMENT) * ALIGNMENT
+        taken = tl.cdiv(wanted.to(tl.int64), slot.alignment) * slot.alignment
         ahead = tl.cumsum(taken, axis=0) - taken
         start = ahead - tl.gather(ahead, expert // local_experts * local_experts, 0)
         before = tl.minimum(start + before, capacity).to(tl.int32)
@@ -163,13 +163,13 @@ def exchange_counts_kernel(
         tl.atomic_add(slot.status + 1, dropped, sem="relaxed")
 
 
-def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int, alignment: int = 1) -> None:
+def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int) -> None:
     """Writes offsets, num_tokens, expert_start, status, peers' epoch and calls.
 
     The launch before is `route`, which began when all before it had ended: `push_tokens` may begin early behind this one, and reads then
     what was there before `route`.
-    capacity: M, or R. alignment: of experts' first rows, if the layout is ragged. call: the word of this call (`moequant.transport.calls`), the same on all ranks that are in step; the ranks where it or
-    the number of calls differs are added to status[2].
+    capacity: M, or R. call: the word of this call (`moequant.transport.calls`), the same on all ranks that are in step; the ranks
+    where it or the number of calls differs are added to status[2].
     """
     experts = slot.counts.shape[0]
     pdl = uses_pdl(slot.counts.device)
@@ -180,7 +180,6 @@ def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int, alignm
         local_experts=slot.num_tokens.shape[0],
         capacity=capacity,
         call=call,
-        ALIGNMENT=alignment,
         EXPERTS=triton.next_power_of_2(experts),
         LANES=triton.next_power_of_2(peers.ranks),
         PDL=pdl,

@@ -48,8 +48,7 @@ class Tile(NamedTuple):
 def push_rank_sums_kernel(
     y_ptr,
     notes,
-    num_tokens_ptr,
-    expert_start_ptr,
+    counted,
     peers,
     sums,
     shape,
@@ -58,12 +57,14 @@ def push_rank_sums_kernel(
     TILE: tl.constexpr,
 ):
     """Tiles of one valid row and BLOCK columns are dealt to the programs in turn; only rows that lead have a sum. The last program
-    begins the next epoch, tells all ranks, and, with WAIT, waits for them. The launch forbids fused multiply-add.
+    begins the next epoch, tells all ranks, and, with WAIT, waits for them. The launch forbids fused multiply-add. counted: num_tokens
+    and expert_start.
 
     Example: K=3, rank 1, row 4 leads token 6 of rank 0, its note says rows [4, -1, 9]: acc = (0 + w[0] * y[4]) + w[2] * y[9] goes,
     rounded to bfloat16, to row 1 * max_tokens + 6 of rank 0's buffer.
     """
     BLOCK: tl.constexpr = TILE.columns
+    num_tokens_ptr, expert_start_ptr = counted
     rank, columns = peers.rank, shape.columns
     counts, ends = row_blocks(num_tokens_ptr, shape.experts, shape.rows, 1, TILE.experts, True, expert_start_ptr)
     column_blocks = tl.cdiv(columns, BLOCK)
@@ -125,8 +126,7 @@ def push_rank_sums(
     push_rank_sums_kernel[(min(worst, 16 * num_sms(y.device)),)](
         y,
         notes,
-        num_tokens,
-        expert_start,
+        (num_tokens, expert_start),
         peers,
         sums,
         shape,

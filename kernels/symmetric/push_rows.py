@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.arguments import Shape
-from moequant.kernels.library.common import first_row, locate_block, num_sms, row_blocks
+from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 
 
@@ -60,13 +60,12 @@ def push_rows(
     out: torch.Tensor | None,
     destinations: torch.Tensor | None,
 ) -> None:
-    """y: (L, M, H) of 2 bytes a number, contiguous, or (R, H) with expert_start. num_tokens, expert_start: (L,) int32. One of out, like y,
-    and destinations (L, M) or (R,) int64, addresses, says where the valid rows go."""
+    """y: (L, M, H) of 2 bytes a number, contiguous, or (R, H) with expert_start. num_tokens, expert_start: (L,) int32. One of out, like
+    y, and destinations (L, M) or (R,) int64, addresses, says where the valid rows go."""
     shape = Shape(num_tokens.shape[0], *y.shape[-2:])
     block, block_h = 8, 512
-    tiles = triton.cdiv(shape.rows, block)
-    tiles = shape.experts * tiles if expert_start is None else shape.experts + tiles
-    push_rows_kernel[(min(tiles * triton.cdiv(shape.columns, block_h), 8 * num_sms(y.device)),)](
+    worst = most_row_tiles(shape.experts, shape.rows, block, expert_start) * triton.cdiv(shape.columns, block_h)
+    push_rows_kernel[(min(worst, 8 * num_sms(y.device)),)](
         y,
         num_tokens,
         expert_start,

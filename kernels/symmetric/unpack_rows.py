@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.arguments import Shape
-from moequant.kernels.library.common import first_row, locate_block, num_sms, row_blocks
+from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import may_use_pdl, most_programs, pdl_option, wait_for_previous
 from moequant.kernels.library.symmetric import NO_FAULT, Notes, Peers
@@ -23,8 +23,8 @@ class Landed(NamedTuple):
     """The expert batch that is made.
 
     rows: (L, M, bytes of a row) uint8. scales: (L, M, G) float32 with strides (M*G, 1, M), or None. num_tokens: (L,) int32.
-    sources: (L, M) int64. expert_start: (L,) int32, if the layout is ragged: then rows are (R, bytes of a row), scales (R, G) with strides
-    (1, R), and sources (R,).
+    sources: (L, M) int64. expert_start: (L,) int32, if the layout is ragged: then rows are (R, bytes of a row), scales (R, G) with
+    strides (1, R), and sources (R,).
     """
 
     rows: torch.Tensor
@@ -134,12 +134,6 @@ def unpack_rows_kernel(
 REGISTERS, TURNS = 80, 2
 
 
-def most_tiles(batch: Landed, experts: int, block: int) -> int:
-    """The most tiles of `block` rows that so many experts fill."""
-    tiles = triton.cdiv(batch.rows.shape[-2], block)
-    return experts * tiles if batch.expert_start is None else tiles + experts
-
-
 def unpack_rows(
     batch: Landed,
     notes: Notes,
@@ -165,12 +159,14 @@ def unpack_rows(
     groups = triton.cdiv(columns, 128)
     # few programs with whole rows, if the launch may begin early and has few rows
     block, block_g, warps = 4, min(64 // width, triton.next_power_of_2(groups)), 8
-    programs = min(most_tiles(batch, experts, block) * triton.cdiv(groups, block_g), most_programs(device))
+    tiles = most_row_tiles(experts, capacity, block, batch.expert_start) * triton.cdiv(groups, block_g)
+    programs = min(tiles, most_programs(device))
     few = experts * triton.cdiv(groups, block_g) * triton.cdiv(expected_rows, block) <= TURNS * programs
     pdl = few and may_use_pdl(device, programs, warps, REGISTERS)
     if not pdl:
         block, block_g, warps = 8, min(8, triton.next_power_of_2(groups)), 4
-        programs = min(most_tiles(batch, experts, block) * triton.cdiv(groups, block_g), 8 * num_sms(device))
+        tiles = most_row_tiles(experts, capacity, block, batch.expert_start) * triton.cdiv(groups, block_g)
+        programs = min(tiles, 8 * num_sms(device))
     unpack_rows_kernel[(programs,)](
         batch,
         notes,

@@ -131,6 +131,7 @@ class Lifecycle:
             torch.cuda.synchronize(self.device)
         self._closed = True
         self._slots = []
+        self._transport.owner.workspaces.clear()
         try:
             if guards.wanted():
                 self._transport.check_guards()

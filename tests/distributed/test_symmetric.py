@@ -58,7 +58,12 @@ def run_trials(rank: int, ranks: int, trials: range, layout: str, device: str, t
     device = device.format(rank=rank)
     for trial in trials:
         way = WAYS[trial // 3 % len(WAYS)]
-        check_trial(rank, ranks, trial, {"transport": "symmetric"}, None, device, way, tokens, layout)
+        check_trial(rank, ranks, trial, settings_of(trial), None, device, way, tokens, layout)
+
+
+def settings_of(trial: int) -> dict[str, Any]:
+    """Without overlap, combine pulls the rows that it would push."""
+    return {"transport": "symmetric", "overlap": trial % 2 == 0}
 
 
 # of eight ranks one trial for each way and format
@@ -86,7 +91,7 @@ def run_subgroups(rank: int, ranks: int, trials: int, device: str, tokens: int) 
     for trial in range(mine, trials, 2):
         way = WAYS[trial // 2 % len(WAYS)]
         layout = ("padded", "ragged")[trial // 4 % 2]
-        check_trial(members[mine].index(rank), 2, trial, {"transport": "symmetric"}, groups[mine], device, way, tokens, layout)
+        check_trial(members[mine].index(rank), 2, trial, settings_of(trial // 8), groups[mine], device, way, tokens, layout)
     with pytest.raises(ValueError, match="not a member of the group"):
         MoEQuantDispatcher(
             groups[1 - mine], num_experts=4, top_k=1, hidden_size=8, max_tokens_per_rank=1, transport="symmetric", device=device

@@ -110,7 +110,9 @@ ORDERS = pytest.mark.parametrize("mirrored", [False, True], ids=["odd-ranks-late
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @ORDERS
 @pytest.mark.parametrize("two_dispatchers", [False, True], ids=["slots", "dispatchers"])
-@pytest.mark.parametrize(("tokens", "layout"), [(128, "padded"), (192, "padded"), (256, "padded"), (128, "ragged"), (256, "ragged")])
+@pytest.mark.parametrize(
+    ("tokens", "layout"), [(128, "padded"), (192, "padded"), (256, "padded"), (128, "ragged"), (256, "ragged")]
+)
 def test_two_dispatches_on_two_streams_go_through_in_both_orders(tokens, layout, two_dispatchers, mirrored, ranks):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compile_case import E4M3, cases, counted as no_rows, empty, quantized
+from compile_case import E4M3, cases, counted as no_rows, empty, quantized, ragged
 from moequant import ops, reference
 from moequant.batch import QuantizedTensor, empty_transposed_scales
 from moequant.formats import FORMATS, RECIPES
@@ -263,16 +263,22 @@ def test_what_is_faster_apart_was_measured(experts: int, inner: int, rows: int, 
 FP8 = torch.float8_e4m3fn
 
 
-def call_gemm1_swiglu(dtype: torch.dtype, columns: int, recipe: str = "default") -> None:
-    a, a_scales = quantized(16, 256, 4096, dtype)
-    values, scales = quantized(16, 256, columns, dtype)
+def call_gemm1_swiglu(dtype: torch.dtype, columns: int, recipe: str = "default", starts: bool = False) -> None:
+    make = ragged if starts else quantized
+    a, a_scales = make(16, 256, 4096, dtype)
+    values, scales = make(16, 256, columns, dtype)
     assert a_scales is not None and scales is not None
     w13, w13_scales = empty(16, 2 * columns, 4096, dtype=dtype), empty(16, columns // 64, 32, dtype=torch.float32)
-    ops.gemm1_swiglu(a, a_scales, w13, w13_scales, no_rows(a), None, values, scales, recipe, 128)
+    counts = no_rows(w13), no_rows(w13) if starts else None
+    ops.gemm1_swiglu(a, a_scales, w13, w13_scales, *counts, values, scales, recipe, 128)
 
 
 COMPILE_CASES = cases(
-    call_gemm1_swiglu, {"dtype": E4M3, "columns": 2048}, {"dtype": E4M3, "columns": 768, "recipe": "ue8m0"}, hopper=True
+    call_gemm1_swiglu,
+    {"dtype": E4M3, "columns": 2048},
+    {"dtype": E4M3, "columns": 768, "recipe": "ue8m0"},
+    {"dtype": E4M3, "columns": 2048, "starts": True},
+    hopper=True,
 )
 
 

@@ -372,6 +372,15 @@ def test_no_counter_is_freed_while_a_graph_may_hold_it(monkeypatch: pytest.Monke
 
 COMPILE_CASES = [
     *cases(call_grouped_gemm, *({"dtype": E4M3, "expected_rows": rows, "experts": 16} for rows in (16, 1024)), hopper=True),
+    *cases(
+        call_grouped_gemm,
+        *({"dtype": E4M3, "expected_rows": rows, "experts": 16, "starts": True} for rows in (16, 1024)),
+        {"dtype": E4M3, "columns": 1024, "push": True, "starts": True},
+        # counts that the TMA warp asks for anew
+        {"dtype": E4M3, "experts": 200, "columns": 512, "starts": True},
+        {"dtype": INT8, "starts": True},
+        hopper=True,
+    ),
     *cases(call_grouped_gemm, {"dtype": E4M3, "out_dtype": torch.float32}, hopper=True),
     *cases(call_grouped_gemm, *({"dtype": INT8, "out_dtype": dtype} for dtype in (BF16, torch.float32)), hopper=True),
     *cases(call_int8_addmm, {"bias": False}, hopper=True),

@@ -68,5 +68,6 @@ def test_without_counts_all_rows_are_added(device: str) -> None:
 # few tiles: several programs share one. On sm_80 int8 leaves no register for one scalar
 COMPILE_CASES = [
     *cases(call_grouped_gemm, *({"dtype": E4M3, "experts": 1, "columns": 512, "push": push} for push in (False, True))),
+    *cases(call_grouped_gemm, {"dtype": E4M3, "experts": 2, "columns": 128, "starts": True}),
     *cases(call_grouped_gemm, {"dtype": INT8, "experts": 1, "columns": 512}, may_spill=True),
 ]

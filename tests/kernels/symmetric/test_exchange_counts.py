@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 
 import compile_peers
 from compile_case import cases
@@ -53,8 +54,9 @@ def run(blocks: PeerBlocks, rank: int, capacity: int, limit: int = LONG, shift: 
         status=blocks["status"][rank],
         words=blocks.offsets["words"] + shift,
         expert_start=blocks["expert_start"][rank] if ragged else None,
+        alignment=tl.constexpr(ROW_ALIGNMENT),
     )
-    exchange_counts(slot, blocks.peers_of(rank, limit, shift), capacity, CALL, ROW_ALIGNMENT)
+    exchange_counts(slot, blocks.peers_of(rank, limit, shift), capacity, CALL)
 
 
 def expect_words(blocks: PeerBlocks, rank: int, epoch: int, counts: torch.Tensor) -> PeerBlocks:
