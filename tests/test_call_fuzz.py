@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import linecache
-import math
 import os
 import random
 import re
@@ -128,7 +127,7 @@ def judge_arguments(call: Call, given: dict[str, Any]) -> None:
         elif valid is not None and type(value) is not type(valid) and not (isinstance(value, Tensor) and isinstance(valid, Tensor)):
             if not {type(value), type(valid)} <= {Tensor, QuantizedTensor}:
                 raise Verdict(f"{name} of {type(value).__name__} was accepted")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or math.isnan(value)) and name != "dim":
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and (value < 0 or value != value) and name != "dim":
             raise Verdict(f"{name}={value} was accepted")
 
 
