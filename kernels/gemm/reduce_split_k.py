@@ -50,6 +50,7 @@ def reduce_split_k_kernel(
     Example: M=2, N=600, three parts, counts [1, 2]: program (3, 1) adds columns 512..599 of the second expert's row 1;
     program (1, 0) has nothing to do, as the first expert has one row.
     """
+    PARTS: tl.constexpr = TILE.parts
     M, N, part_stride = size
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -65,8 +66,6 @@ def reduce_split_k_kernel(
     at = row.to(tl.int64) * N + columns
     wait_for_previous(TILE.pdl)
     total = tl.load(partials + at, mask=mask, other=0.0)
-    # a member of a constant is a constant to static_range under a name of its own alone
-    PARTS: tl.constexpr = TILE.parts
     for part in tl.static_range(1, PARTS):
         total += tl.load(partials + part * tl.cast(part_stride, tl.int64) + at, mask=mask, other=0.0)
     if destinations is None:

@@ -44,9 +44,10 @@ def in_waves(dispatcher: MoEQuantDispatcher, inputs: list[torch.Tensor], first_e
     local = dispatcher.config.num_local_experts
     if local == 1:
         return there_and_back(dispatcher, inputs, first_expert)
-    _, handle = dispatcher.dispatch_first(*inputs, 0, local // 2)
+    hidden, ids, weights = inputs
+    _, handle = dispatcher.dispatch_first(hidden, ids, weights, 0, local // 2)
     dispatcher.dispatch_second(handle)
-    batch = dispatcher._transport.expert_batch(dispatcher._slots[0], len(inputs[0]))
+    batch = dispatcher._transport.expert_batch(dispatcher._slots[0], len(hidden))
     return batch, dispatcher.combine(stand_in(batch, first_expert), handle)
 
 

@@ -51,7 +51,8 @@ def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str, la
     """Replays over the pool, against what the collective transport gives. overlap: combine pushes rows, and pulls them otherwise."""
     settings, first = settings_for(ranks, reduce, layout), 8 * rank
     pool = pool_of(rank, ranks, hot=True)
-    with MoEQuantDispatcher(**settings | {"layout": "padded"}, transport="collective", exchange="padded") as dispatcher:
+    padded: dict[str, Any] = {**settings, "layout": "padded"}
+    with MoEQuantDispatcher(**padded, transport="collective", exchange="padded") as dispatcher:
         expected = torch.stack([dispatcher(h, i, w, lambda batch: stand_in(batch, first)) for h, i, w in zip(*pool, strict=True)])
     with MoEQuantDispatcher(**settings, transport="symmetric", overlap=overlap) as dispatcher:
         out = torch.empty_like(expected[0])
