@@ -5,7 +5,7 @@ Letters: L experts, M rows of an expert's buffer, R rows of all experts together
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ class Ragged(NamedTuple):
         for expert, (start, count) in enumerate(self.spans()):
             packed[start : start + count] = padded[expert, :count]
         return packed
+
+    @overload
+    def operand(self, x: QuantizedTensor) -> QuantizedTensor: ...
+
+    @overload
+    def operand(self, x: Tensor) -> Tensor: ...
 
     def operand(self, x: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
         """An operand of a GEMM, packed. Scales of one group lie side by side."""
@@ -61,5 +67,5 @@ def ragged(counts: list[int], device: str = "cpu", *, spare: int = 0, cut: int |
     rows = end + spare if cut is None else cut
     starts = [min(start, rows) for start in starts]
     valid = [min(max(count, 0), rows - start) for start, count in zip(starts, counts, strict=True)]
-    numbers = (torch.tensor(x, dtype=torch.int32, device=device) for x in (counts, starts))
-    return Ragged(*numbers, rows, valid)
+    num_tokens, expert_start = (torch.tensor(x, dtype=torch.int32, device=device) for x in (counts, starts))
+    return Ragged(num_tokens, expert_start, rows, valid)

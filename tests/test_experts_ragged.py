@@ -112,6 +112,7 @@ def test_a_batch_of_other_experts_and_steps_of_padded_rows_are_refused():
         experts.activation(experts.gemm1(padded), batch)
     with pytest.raises(ValueError, match=r"out must have shape \(80, 144\), got \(4, 48, 144\)"):
         experts(batch, out=torch.empty(padded.values.shape, dtype=torch.bfloat16))
+    assert batch.scales is not None
     wider = replace(batch, values=batch.values[:, :128].contiguous(), scales=batch.scales[:, :1])
     with pytest.raises(ValueError, match=r"the batch has values of shape \(80, 128\)"):
         experts(wider)

@@ -128,8 +128,8 @@ def hopper_kernel(*operands: Any, **settings: Any) -> None:
     from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
     from moequant.kernels.library.hopper import supports
 
-    *given, _, _, out = operands
-    assert supports(*given, out)
+    a, a_scales, b, b_scales, _, _, out = operands
+    assert supports(a, a_scales, b, b_scales, out)
     grouped_gemm_blockscale_hopper(*operands, **settings)
 
 
