@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import DispatchHandle, ExpertBatch
-from moequant.checks import check_expert_output, check_format, check_int, check_out
+from moequant.checks import check_expert_output, check_format, check_out
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts
 from moequant.layer import pushing_experts, run_layer, traced_layer
@@ -27,8 +26,7 @@ from moequant.traced import numbered
 from moequant.transport.agreement import agree, attempt, choose_device, membership
 from moequant.transport.base import Stage
 from moequant.transport.lifecycle import step
-from moequant.transport.select import buffer_bytes, make_transport, resolve
-from moequant.transport.warm_up import warm_up
+from moequant.transport.select import buffer_bytes, resolve
 
 
 class MoEQuantDispatcher(SendRecv):
@@ -148,48 +146,6 @@ class MoEQuantDispatcher(SendRecv):
             super().__init__(self.device)
             self._build(resolve(agreed, group, self.device))
             self._side = side_stream(self.config, self.device)
-
-    def _build(self, config: DispatcherConfig, generation: int = 0) -> None:
-        """Makes the buffers. generation: dispatches that each slot has served, so that older handles stay stale."""
-        self.config = config
-        self._transport = make_transport(config, self._rank, self.device, self._status, self._group)
-        self._slots = [self._transport.allocate(number) for number in range(config.slots)]
-        if self.device.type == "cuda":
-            warm_up(self._transport, config, self._slots[0], self.device)
-        self._transport.start()
-        for slot in self._slots:
-            slot.generation = generation
-
-    @step
-    def ensure(self, max_tokens_per_rank: int) -> None:
-        """Makes room for so many tokens of a rank, if there isn't already. Collective where there isn't.
-
-        Growing waits for the device and takes new buffers: batches and handles of before are stale, and graphs that were captured with
-        them must not be replayed any more.
-
-        Args:
-            max_tokens_per_rank: the largest T, the same on all ranks.
-
-        Raises:
-            RuntimeError: there is no room, or a graph is being captured, which would keep the addresses of the old buffers.
-            ConfigMismatchError: another rank asks for another number.
-            ValueError: no positive integer, or more rows than can be numbered.
-        """
-        self._check_open()
-        check_int("max_tokens_per_rank", max_tokens_per_rank, 1)
-        if max_tokens_per_rank <= self.config.max_tokens_per_rank:
-            return
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("buffers can't grow while a graph is captured; call ensure before")
-        alone = self.config.world_size == 1
-        mine = attempt(lambda: replace(self.config, max_tokens_per_rank=max_tokens_per_rank), alone)
-        agreed, self._ordinal = agree(mine, self.device, self._group, self._rank, self.config.world_size)
-        generation = 1 + max(slot.generation for slot in self._slots)
-        # what fails from here on leaves nothing behind
-        self.close()
-        with torch.inference_mode(False), torch.no_grad():
-            self._build(agreed, generation)
-        self._closed = False
 
     buffer_bytes = staticmethod(buffer_bytes)
 
