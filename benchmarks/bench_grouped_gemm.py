@@ -168,7 +168,7 @@ def plain_call(p: Problem) -> Callable[[], Any] | None:
     out = p.output()
     if gemm_kernel(*left, *right, out, 1, p.rows) is plain:
         return None
-    return lambda: plain(*left, *right, p.num_tokens, out, expected_rows=p.rows)
+    return lambda: plain(*left, *right, p.num_tokens, None, out, expected_rows=p.rows)
 
 
 def interleaved(*calls: Callable[[], Any], rounds: int = 5, reps: int = 10) -> list[Timing]:

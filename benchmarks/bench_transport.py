@@ -70,7 +70,7 @@ def wire_ceilings(rank: int, ranks: int, device: torch.device) -> dict[str, tupl
         combine_shared(mine, flat, None, mine[0, : rows // 8], well, remote=remote)
 
     ceilings = {}
-    for way, step in (("push", lambda: push_rows(mine, counts, None, addresses)), ("pull", pull)):
+    for way, step in (("push", lambda: push_rows(mine, counts, None, None, addresses)), ("pull", pull)):
         samples = time_collectively(step, device="cuda", in_graph=True, reps=5, inner=5)
         timing = Timing.of(slowest_rank(samples))
         ceilings[way] = timing, size / timing.us / 1e3

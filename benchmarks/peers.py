@@ -175,7 +175,7 @@ class Normal:
 
     def dispatch(self) -> None:
         recipe = self.layer.config.recipe
-        quantize_expert_batch(self.layer.tokens.hidden[None], None, self.values[None], self.scales[None], recipe=recipe)
+        quantize_expert_batch(self.layer.tokens.hidden[None], None, None, self.values[None], self.scales[None], recipe=recipe)
         per_rank, per_node, per_expert, goes, _ = self.buffer.get_dispatch_layout(self.ids, self.layer.config.num_experts)
         self.received, _, _, _, self.handle, _ = self.buffer.dispatch(
             (self.values, self.scales),

@@ -30,10 +30,7 @@ class MoE(nn.Module):
 
     def quantize(self) -> None:
         """Once the weights are there, and after each change of them."""
-        experts = GroupedExperts.from_weights(self.w13, self.w2, quant=self.dispatcher.config.quant)
-        if hasattr(self, "experts"):
-            experts.share_workspaces(self.experts)
-        self.experts = experts
+        self.experts = GroupedExperts.from_weights(self.w13, self.w2, quant=self.dispatcher.config.quant)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +46,6 @@ def build(device: str, layers: int = 2) -> tuple[MoEQuantDispatcher, nn.Sequenti
     dispatcher = MoEQuantDispatcher(num_experts=8, top_k=2, hidden_size=256, max_tokens_per_rank=64, device=device)
     model = nn.Sequential(*(MoE(dispatcher, intermediate_size=128) for _ in range(layers)))
     first = (dist.get_rank() if dist.is_initialized() else 0) * dispatcher.config.num_local_experts
-    shared = None
     for number, layer in enumerate(model):
         assert isinstance(layer, MoE)
         generator = torch.Generator().manual_seed(number)
@@ -63,8 +59,6 @@ def build(device: str, layers: int = 2) -> tuple[MoEQuantDispatcher, nn.Sequenti
             whole = normal(dispatcher.config.num_experts, *weight.shape[1:])
             weight.data.copy_(whole[first : first + len(weight)])
         layer.quantize()
-        shared = shared or layer.experts
-        layer.experts.share_workspaces(shared)
     return dispatcher, model
 
 

@@ -226,7 +226,10 @@ class QuantizedTensor:
 
 
 class Owner:
-    """Says whose batches are meant: workspaces are kept for each owner, as long as it lives."""
+    """Whose batches are meant, a dispatcher's. It has the workspaces of all experts that take them, as long as it lives."""
+
+    def __init__(self) -> None:
+        self.workspaces: dict[tuple[object, ...], Any] = {}
 
 
 @dataclass(frozen=True, eq=False)

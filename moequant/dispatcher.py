@@ -26,8 +26,7 @@ from moequant.traced import numbered
 from moequant.transport.agreement import agree, attempt, choose_device, membership
 from moequant.transport.base import Stage
 from moequant.transport.lifecycle import step
-from moequant.transport.select import buffer_bytes, make_transport, resolve
-from moequant.transport.warm_up import warm_up
+from moequant.transport.select import buffer_bytes, resolve
 
 
 class MoEQuantDispatcher(SendRecv):
@@ -112,7 +111,8 @@ class MoEQuantDispatcher(SendRecv):
         # of the modules that were called as experts, in the order of their first calls
         self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next_layer = itertools.count(1)
-        group, rank, world_size = membership(group)
+        group, self._rank, world_size = membership(group)
+        self._group = group
         self.device = choose_device(group, None)
 
         def settings() -> DispatcherConfig:
@@ -140,16 +140,11 @@ class MoEQuantDispatcher(SendRecv):
             )
 
         mine = attempt(settings, alone=world_size == 1)
-        agreed, self._ordinal = agree(mine, self.device, group, rank, world_size)
+        agreed, self._ordinal = agree(mine, self.device, group, self._rank, world_size)
         # tensors that are kept are no inference tensors: they are written in any mode
         with torch.cuda.device(self.device if self.device.type == "cuda" else -1), torch.inference_mode(False), torch.no_grad():
-            self.config = resolve(agreed, group, self.device)
             super().__init__(self.device)
-            self._transport = make_transport(self.config, rank, self.device, self._status, group)
-            self._slots = [self._transport.allocate(number) for number in range(slots)]
-            if self.device.type == "cuda":
-                warm_up(self._transport, self.config, self._slots[0], self.device)
-            self._transport.start()
+            self._build(resolve(agreed, group, self.device))
             self._side = side_stream(self.config, self.device)
 
     buffer_bytes = staticmethod(buffer_bytes)
@@ -192,7 +187,7 @@ class MoEQuantDispatcher(SendRecv):
 
         Args:
             expert_output: (L, M, H), ragged (R, H), bfloat16 or float16: for each valid row of the batch what its expert made of it.
-                Transport "symmetric" copies it first, unless it is `output_buffer`.
+                Transport "symmetric" pushes it as `push` does, or with overlap=False copies it first, unless it is `output_buffer`.
             handle: of the dispatch that this answers.
             out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it: the one allocation in this call.
 
@@ -292,7 +287,8 @@ class MoEQuantDispatcher(SendRecv):
         return out
 
     def output_buffer(self, slot: int = 0) -> Tensor:
-        """A slot's buffer for expert output. Transport "symmetric" combines from it without a copy.
+        """A slot's buffer for expert output, which all layers can share. Transport "symmetric" with overlap=False has it from the start,
+        and combines from it without a copy; otherwise it is made when it is first asked for, and `buffer_bytes` does not count it.
 
         It may be written from the slot's dispatch to its combine, not outside.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import ExpertBatch, QuantizedTensor, check_part
+from moequant.batch import ExpertBatch, Owner, QuantizedTensor, check_part
 from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_num_sms, check_tensor
 from moequant.config import QUANT_DTYPES
 from moequant.formats import FLOAT_DTYPES
@@ -22,21 +22,22 @@ from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
 from moequant.repeats import Repeats
 from moequant.traced import numbered
-from moequant.weights import Weight, addresses_of, check_alike, check_batch, check_weights, dtype_of, parts_of, some_of
-from moequant.workspaces import Workspace, Workspaces
+from moequant.weights import Weight, addresses_of, check_batch, check_weights, dtype_of, parts_of, some_of
+from moequant.workspaces import Sizes, Workspace, workspace_of
 
 Result = TypeVar("Result")
 # What a subclass may override to compute something else.
 STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "gemm2", "gemm2_push", "_product"))
 # What a copy has of its own.
-OWN = frozenset(("_number", "_workspaces", "_repeats", "_checked", "_parts"))
+OWN = frozenset(("_number", "_owner", "_repeats", "_checked", "_parts"))
 
 
 class GroupedExperts:
     """w2[l] @ (silu(gate) * up) with gate, up = the halves of w13[l] @ x, for each valid row x of expert l.
 
-    Made by `from_weights` or `from_quantized`. Workspaces are allocated for the first batch of each dispatcher, slot and M (R), and
-    kept until the dispatcher is gone; a result is one of them, valid until the next batch of that slot, unless `out` is given.
+    Made by `from_weights` or `from_quantized`. They hold weights: what passes between the steps, and the result unless `out` is given,
+    lies in workspaces of the batch's dispatcher, made for the first batch of a slot, shared by all experts of the same sizes, and kept
+    until the dispatcher is gone. So it is valid until the next call of any experts on a batch of that slot.
 
     Every step raises ValueError for a batch of other experts and RuntimeError for tensors that require grad under grad mode.
 
@@ -65,7 +66,8 @@ class GroupedExperts:
     def _begin(self) -> None:
         """What is each object's own, and no copy's."""
         self._number = numbered.add(self)
-        self._workspaces = Workspaces()
+        # of batches that are no dispatcher's
+        self._owner = Owner()
         self._repeats: weakref.WeakKeyDictionary[ExpertBatch, Repeats] = weakref.WeakKeyDictionary()
         # the last batch that was found to be one for these experts
         self._checked: weakref.ref[ExpertBatch] | None = None
@@ -230,26 +232,8 @@ class GroupedExperts:
                     f"{type(self).__name__} overrides steps of GroupedExperts, which a part would not have; override part"
                 )
             part = self._parts[begin, end] = GroupedExperts(*(some_of(w, begin, end) for w in (self.w13, self.w2)))
-            part._span, part._workspaces = (begin, end), self._workspaces
+            part._span, part._owner = (begin, end), self._owner
         return self._parts[begin, end]
-
-    def share_workspaces(self, other: GroupedExperts) -> None:
-        """Uses the other's workspaces, as layers of a model can that run one after the other: they then need no more memory than one.
-
-        Args:
-            other: experts of the same sizes, type and device.
-
-        Raises:
-            ValueError: the other's weights have other sizes, another type or device.
-            RuntimeError: there have been batches already: a captured graph may hold the workspaces that were made for them.
-        """
-        check_is("other", other, GroupedExperts)
-        for name, mine, theirs in (("w13", self.w13, other.w13), ("w2", self.w2, other.w2)):
-            check_alike(name, mine, theirs)
-        if self._workspaces and self._workspaces is not other._workspaces:
-            raise RuntimeError("workspaces can't be shared any more, as there have been batches; share them before the first")
-        self._workspaces = other._workspaces
-        self._parts.clear()
 
     def fuses(self, batch: ExpertBatch) -> bool:
         """Whether `gemm1_swiglu` is one kernel for a batch.
@@ -380,16 +364,12 @@ class GroupedExperts:
         self._checked = weakref.ref(batch)
 
     def _workspace(self, batch: ExpertBatch) -> Workspace:
-        """The workspace of the batch's owner, slot and rows. It is kept: a captured graph may hold it."""
+        """What all experts of these sizes share that take batches of the owner and slot."""
         self._check_batch(batch)
-        mine = self._workspaces.of(batch.owner)
-        rows = tuple(batch.values.shape[:-1])
-        key = batch.slot, rows, None if batch.ragged else self._span
-        if key not in mine:
-            # whatever mode the first batch comes in: torch refuses to write into what inference_mode has made outside it
-            with torch.inference_mode(False):
-                mine[key] = Workspace(self, rows)
-        return mine[key]
+        inner = dtype_of(self.w2), isinstance(self.w2, QuantizedTensor)
+        span, rows = None if batch.ragged else self._span, tuple(batch.values.shape[:-1])
+        sizes = Sizes(batch.slot, span, rows, self.hidden_size, self.intermediate_size, *inner, batch.values.device)
+        return workspace_of(batch.owner or self._owner, sizes)
 
 
 def can_push(experts: object) -> bool:

@@ -106,24 +106,6 @@ def some_of(w: Weight, begin: int, end: int) -> Weight:
     return w[begin:end]
 
 
-def check_alike(name: str, mine: Weight, theirs: Weight) -> None:
-    """Refuses weights of other experts, with whom workspaces can't be shared.
-
-    Args:
-        name: of the weight.
-        mine: a weight.
-        theirs: the same of the others.
-
-    Raises:
-        ValueError: they have other sizes, another type or device.
-    """
-    if (mine.shape, dtype_of(mine), mine.device) != (theirs.shape, dtype_of(theirs), theirs.device):
-        raise ValueError(
-            f"experts that share workspaces must be of the same size, type and device: {name} is {tuple(mine.shape)} in "
-            f"{dtype_of(mine)} on {mine.device}, the other's {tuple(theirs.shape)} in {dtype_of(theirs)} on {theirs.device}"
-        )
-
-
 def check_batch(batch: ExpertBatch, w13: Weight) -> None:
     """Refuses a batch of other experts.
 

@@ -1,79 +1,89 @@
 """What passes between the steps of experts. L local experts, M rows of an expert's buffer, R rows of all experts together, H hidden size,
-I intermediate size."""
+I intermediate size.
+
+They belong to the batches' owner, a dispatcher. Layers of a model run one after the other, so that all experts of the same sizes work in
+the same memory.
+"""
 
 from __future__ import annotations
 
 import functools
-import weakref
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moequant.batch import Owner, QuantizedTensor, empty_scales_of
-from moequant.weights import dtype_of
-
-if TYPE_CHECKING:
-    from moequant.experts import GroupedExperts
 
 
-# slot, rows of a batch, (L, M) or (R,), and the span of experts; None: of all
-Key = tuple[int, tuple[int, ...], tuple[int, int] | None]
+class Sizes(NamedTuple):
+    """What a workspace is made for.
 
+    Attributes:
+        slot: of the batch.
+        span: the experts of a part of a padded batch, which has rows of its own; None: all.
+        rows: (L, M), ragged (R,).
+        hidden_size: H.
+        intermediate_size: I.
+        dtype: of SwiGLU's output.
+        quantized: whether that has scales.
+        device: where.
+    """
 
-class Workspaces:
-    """Workspaces by slot, rows and span of experts, for each owner of batches, as long as it lives."""
-
-    def __init__(self) -> None:
-        self._default = Owner()
-        self._by_owner: weakref.WeakKeyDictionary[Owner, dict[Key, Workspace]] = weakref.WeakKeyDictionary()
-
-    def __len__(self) -> int:
-        return sum(map(len, self._by_owner.values()))
-
-    def of(self, owner: Owner | None) -> dict[Key, Workspace]:
-        """Those of an owner.
-
-        Args:
-            owner: of batches, or None for the batches that have none.
-
-        Returns:
-            Its workspaces, by slot, rows and span, to be looked at and added to.
-        """
-        return self._by_owner.setdefault(self._default if owner is None else owner, {})
+    slot: int
+    span: tuple[int, int] | None
+    rows: tuple[int, ...]
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype
+    quantized: bool
+    device: torch.device
 
 
 class Workspace:
     """What passes between the steps for batches of so many rows.
 
     Args:
-        experts: whose.
-        rows: (L, M), ragged (R,).
+        sizes: what it is made for.
 
     Attributes:
         inner: SwiGLU's output, (L, M, I), ragged (R, I).
     """
 
-    def __init__(self, experts: GroupedExperts, rows: tuple[int, ...]) -> None:
-        self.shape = rows
-        self.device = experts.w13.device
-        self.gate_up_columns = 2 * experts.intermediate_size
-        self.hidden_size = experts.hidden_size
-        self.inner: QuantizedTensor | Tensor = torch.empty(
-            *self.shape, experts.intermediate_size, dtype=dtype_of(experts.w2), device=self.device
-        )
-        if isinstance(experts.w2, QuantizedTensor):
-            scales = empty_scales_of(self.inner.shape, 128, self.device)
-            self.inner = QuantizedTensor(self.inner, scales, "transposed")
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.inner: QuantizedTensor | Tensor = self._empty(sizes.intermediate_size, sizes.dtype)
+        if sizes.quantized:
+            self.inner = QuantizedTensor(self.inner, empty_scales_of(self.inner.shape, 128, sizes.device), "transposed")
 
     @functools.cached_property
     def output(self) -> Tensor:
         """GEMM 2's output, (L, M, H), ragged (R, H), made when it is first asked for."""
-        with torch.inference_mode(False):
-            return torch.empty(*self.shape, self.hidden_size, dtype=torch.bfloat16, device=self.device)
+        return self._empty(self.sizes.hidden_size, torch.bfloat16)
 
     @functools.cached_property
     def gate_up(self) -> Tensor:
         """Gate and up, (L, M, 2I), ragged (R, 2I), made when they are first asked for."""
+        return self._empty(2 * self.sizes.intermediate_size, torch.bfloat16)
+
+    def _empty(self, columns: int, dtype: torch.dtype) -> Tensor:
+        # whatever mode the first batch comes in: torch refuses to write into what inference_mode has made outside it
         with torch.inference_mode(False):
-            return torch.empty(*self.shape, self.gate_up_columns, dtype=torch.bfloat16, device=self.device)
+            return torch.empty(*self.sizes.rows, columns, dtype=dtype, device=self.sizes.device)
+
+
+def workspace_of(owner: Owner, sizes: Sizes) -> Workspace:
+    """An owner's workspace. It is kept: a captured graph may hold it.
+
+    Args:
+        owner: of batches.
+        sizes: what it is for.
+
+    Returns:
+        The same one for the same sizes.
+    """
+    found = owner.workspaces.get(sizes)
+    if found is None:
+        with torch.inference_mode(False):
+            found = owner.workspaces[sizes] = Workspace(sizes)
+    return found

@@ -14,10 +14,12 @@ from torch import Tensor
 from guarded import Guarded
 from moequant import ops, reference
 from moequant.batch import QuantizedTensor, ceil_div
+from moequant.config import ROW_ALIGNMENT
 from moequant.formats import FORMATS
 from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale as plain_gemm
 from moequant.kernels.library import common, hopper
 from moequant.testing import assert_bit_equal, assert_nearly_quantized, relative_error
+from ragged_rows import Ragged, ragged
 
 # rounding to bfloat16 is 1.66e-3, fp8 tensor cores add with about 14 bits; of few numbers the error scatters
 TOLERANCE = 1.75e-3
@@ -66,6 +68,18 @@ def valid_rows(counts: list[int], rows: int, device: str) -> Tensor:
     return torch.arange(rows, device=device) < limits.unsqueeze(1)
 
 
+def draw_ragged(rng: random.Random, counts: list[int], rows: int, device: str) -> Ragged | None:
+    """Half of the time where ragged rows of these counts lie, of which some may be cut off at R."""
+    if rng.random() < 0.5:
+        return None
+    bounded = [max(-1, min(count, rows)) for count in counts]
+    needed = sum(ceil_div(max(count, 0), ROW_ALIGNMENT) * ROW_ALIGNMENT for count in bounded)
+    kind = rng.random()
+    if kind < 0.3 or not needed:
+        return ragged(bounded, device, spare=ROW_ALIGNMENT * rng.randint(not needed, 9))
+    return ragged(bounded, device, cut=None if kind < 0.8 else ROW_ALIGNMENT * rng.randint(1, needed // ROW_ALIGNMENT))
+
+
 def spoil(x: Tensor, valid: Tensor) -> None:
     """Rows past the counts hold NaN."""
     if x.itemsize == 1:
@@ -76,7 +90,8 @@ def spoil(x: Tensor, valid: Tensor) -> None:
 
 
 class Products:
-    """Grouped GEMMs: each row at its place and at an address of its own, with the same bits, near a float32 product."""
+    """Grouped GEMMs: each row at its place and at an address of its own, with the same bits, near a float32 product. Rows are padded or
+    ragged."""
 
     name = "product"
 
@@ -100,31 +115,36 @@ class Products:
         x = torch.randn(experts, rows, self.depth, device=device).bfloat16()
         a = x if self.dtype == torch.bfloat16 else reference.quantize_expert_batch(x, dtype=self.dtype)
         valid, num_tokens = valid_rows(counts, rows, device), torch.tensor(counts, dtype=torch.int32, device=device)
-        for tensor in parts(a):
-            if tensor is not None:
-                spoil(tensor, valid)
+        layout, starts = draw_ragged(rng, counts, rows, device), None
+        if layout is None:
+            for tensor in parts(a):
+                if tensor is not None:
+                    spoil(tensor, valid)
+        else:
+            a, valid, num_tokens, starts = layout.operand(a), layout.mask(), layout.num_tokens, layout.expert_start
         expected_rows = rng.choice([1, 40, rows])
         num_sms = rng.choice([None, None, rng.randint(1, 64)])
         settings: dict[str, Any] = {"expected_rows": expected_rows, "num_sms": num_sms}
         # rows whose addresses are no multiples of 16
         skew = rng.randint(0, 7) if columns % 8 else 0
-        stored = Guarded(experts, rows, columns, dtype=torch.bfloat16, device=device)
-        self._launch(a, num_tokens, stored.tensor, None, settings)
-        stored.assert_only(valid.unsqueeze(2), "the product")
-        pushed = Guarded(experts * rows, columns, dtype=torch.bfloat16, device=device, skew=skew)
-        places = torch.randperm(experts * rows, generator=torch.Generator().manual_seed(rng.randrange(2**31))).to(device)
-        destinations = pushed.tensor.data_ptr() + places.view(experts, rows) * (2 * columns)
+        stored = Guarded(*valid.shape, columns, dtype=torch.bfloat16, device=device)
+        self._launch(a, (num_tokens, starts), stored.tensor, None, settings)
+        stored.assert_only(valid.unsqueeze(-1), "the product")
+        pushed = Guarded(valid.numel(), columns, dtype=torch.bfloat16, device=device, skew=skew)
+        places = torch.randperm(valid.numel(), generator=torch.Generator().manual_seed(rng.randrange(2**31)))
+        places = places.to(device).view(valid.shape)
+        destinations = pushed.tensor.data_ptr() + places * (2 * columns)
         # nothing that is not valid is an address
         destinations[~valid] = 8
-        self._launch(a, num_tokens, None, destinations, settings)
-        written = torch.zeros(experts * rows, dtype=torch.bool, device=device)
-        written[places.view(experts, rows)[valid]] = True
+        self._launch(a, (num_tokens, starts), None, destinations, settings)
+        written = torch.zeros(valid.numel(), dtype=torch.bool, device=device)
+        written[places[valid]] = True
         pushed.assert_only(written.unsqueeze(1), "the pushed product")
         mine = stored.tensor[valid]
         if self._same_kernel(a, stored.tensor):
-            assert_bit_equal(pushed.tensor[places.view(experts, rows)[valid]], mine, "pushed rows")
-        expected = reference.grouped_gemm_blockscale(a, self.b, num_tokens.clamp(0, rows), out_dtype=torch.float32)[valid]
-        for result in (mine, pushed.tensor[places.view(experts, rows)[valid]]):
+            assert_bit_equal(pushed.tensor[places[valid]], mine, "pushed rows")
+        expected = reference.grouped_gemm_blockscale(a, self.b, num_tokens, starts, out_dtype=torch.float32)[valid]
+        for result in (mine, pushed.tensor[places[valid]]):
             assert_near(result, expected)
 
     def _kernel(self, a: Any, out: Tensor | None) -> Any:
@@ -140,16 +160,21 @@ class Products:
         return (self._kernel(a, out) is None) == (self._kernel(a, None) is None)
 
     def _launch(
-        self, a: Any, num_tokens: Tensor, out: Tensor | None, destinations: Tensor | None, settings: dict[str, Any]
+        self,
+        a: Any,
+        counts: tuple[Tensor, Tensor | None],
+        out: Tensor | None,
+        destinations: Tensor | None,
+        settings: dict[str, Any],
     ) -> None:
         operands, kernel = (*parts(a), *parts(self.b)), self._kernel(a, out)
         if kernel is not None:
-            kernel(*operands, num_tokens, out, destinations=destinations, **settings)
+            kernel(*operands, *counts, out, destinations=destinations, **settings)
         elif destinations is not None:
-            ops.grouped_gemm_push(*operands, num_tokens, destinations, settings["expected_rows"], settings["num_sms"])
+            ops.grouped_gemm_push(*operands, *counts, destinations, settings["expected_rows"], settings["num_sms"])
         else:
             assert out is not None
-            ops.grouped_gemm_blockscale(*operands, num_tokens, out, 1, settings["expected_rows"], settings["num_sms"])
+            ops.grouped_gemm_blockscale(*operands, *counts, out, 1, settings["expected_rows"], settings["num_sms"])
 
 
 def parts(x: Any) -> tuple[Tensor, Tensor | None]:
@@ -191,26 +216,32 @@ class FusedGemm1:
         x = torch.randn(experts, rows, self.hidden, device=device).bfloat16() * self.hidden**-0.5
         a = reference.quantize_expert_batch(x, recipe=self.recipe)
         valid, num_tokens = valid_rows(counts, rows, device), torch.tensor(counts, dtype=torch.int32, device=device)
-        spoil(a.values, valid)
-        spoil(a.scales, valid)
+        layout, starts = draw_ragged(rng, counts, rows, device), None
+        if layout is None:
+            spoil(a.values, valid)
+            spoil(a.scales, valid)
+        else:
+            a, valid, num_tokens, starts = layout.operand(a), layout.mask(), layout.num_tokens, layout.expert_start
+        *there, last = valid.shape
         operands, results = (a.values, a.scales, self.w13.values, self.w13.scales), []
         for fused in (True, False):
-            values = Guarded(experts, rows, inner, dtype=torch.float8_e4m3fn, device=device)
-            scales = Guarded(experts, inner // 128, rows, dtype=torch.float32, device=device)
-            by_row = scales.tensor.transpose(1, 2)
+            values = Guarded(*there, last, inner, dtype=torch.float8_e4m3fn, device=device)
+            scales = Guarded(*there, inner // 128, last, dtype=torch.float32, device=device)
+            by_row = scales.tensor.mT
             if fused:
                 assert supports_gemm1_swiglu(*operands, values.tensor, by_row)
                 spec = ops.quant_spec(values.tensor.dtype, self.recipe)
                 settings = {name: getattr(number, "value", number) for name, number in spec._asdict().items()}
-                gemm1_swiglu_hopper(*operands, num_tokens, values.tensor, by_row, num_sms=rng.choice([None, 7]), **settings)
+                counted = *operands, num_tokens, starts
+                gemm1_swiglu_hopper(*counted, values.tensor, by_row, num_sms=rng.choice([None, 7]), **settings)
             else:
-                gate_up = Guarded(experts, rows, 2 * inner, dtype=torch.bfloat16, device=device)
+                gate_up = Guarded(*there, last, 2 * inner, dtype=torch.bfloat16, device=device)
                 config = rng.choice([WIDE, NARROW])
-                grouped_gemm_blockscale_hopper(*operands, num_tokens, gate_up.tensor, segments=2, config=config)
-                gate_up.assert_only(valid.unsqueeze(2), "gate and up")
-                ops.silu_mul_quantize(gate_up.tensor, num_tokens, values.tensor, by_row, self.recipe)
-            values.assert_only(valid.unsqueeze(2), f"values, fused={fused}")
-            scales.assert_only(valid.unsqueeze(1), f"scales, fused={fused}")
+                grouped_gemm_blockscale_hopper(*operands, num_tokens, starts, gate_up.tensor, segments=2, config=config)
+                gate_up.assert_only(valid.unsqueeze(-1), "gate and up")
+                ops.silu_mul_quantize(gate_up.tensor, num_tokens, starts, values.tensor, by_row, self.recipe)
+            values.assert_only(valid.unsqueeze(-1), f"values, fused={fused}")
+            scales.assert_only(valid.unsqueeze(-2), f"scales, fused={fused}")
             results.append((values.tensor[valid], by_row[valid]))
         assert_bit_equal(results[0][0], results[1][0], "values")
         assert_bit_equal(results[0][1], results[1][1], "scales")
@@ -238,26 +269,32 @@ class Quantizers:
         wide = 2 * columns if self.gated else columns
         dtype_in = torch.bfloat16 if self.gated else self.input
         pitch = wide + rng.choice([0, 0, 1, 8])
-        x = torch.randn(experts, rows, pitch, device=device).to(dtype_in)[..., :wide]
-        groups = ceil_div(columns, self.group)
-        values = Guarded(experts, rows, columns, dtype=dtype, device=device, skew=rng.choice([0, 0, rng.randint(1, 15)]))
-        scales = Guarded(experts, groups, rows, dtype=torch.float32, device=device, skew=rng.choice([0, 0, 1]))
-        by_row = scales.tensor.transpose(1, 2)
+        x = torch.randn(experts, rows, pitch, device=device).to(dtype_in)
+        layout, starts = draw_ragged(rng, counts, rows, device), None
+        if layout is not None:
+            x, valid, num_tokens, starts = layout.pack(x), layout.mask(), layout.num_tokens, layout.expert_start
+        *there, last = valid.shape
+        x, groups = x[..., :wide], ceil_div(columns, self.group)
+        values = Guarded(*there, last, columns, dtype=dtype, device=device, skew=rng.choice([0, 0, rng.randint(1, 15)]))
+        scales = Guarded(*there, groups, last, dtype=torch.float32, device=device, skew=rng.choice([0, 0, 1]))
+        by_row = scales.tensor.mT
+        # of all rows, as if each matrix had as many
+        x_cpu = x.cpu() if layout is None else x.cpu().unsqueeze(0)
         if self.gated:
-            ops.silu_mul_quantize(x, num_tokens, values.tensor, by_row, self.recipe)
-            expected = reference.silu_mul_quantize(x.cpu(), dtype=dtype, recipe=self.recipe)
+            ops.silu_mul_quantize(x, num_tokens, starts, values.tensor, by_row, self.recipe)
+            expected = reference.silu_mul_quantize(x_cpu, dtype=dtype, recipe=self.recipe)
         else:
-            ops.quantize_expert_batch(x, num_tokens, values.tensor, by_row, self.group, self.recipe)
-            new = torch.empty(experts, rows, columns, dtype=dtype), torch.empty(experts, rows, groups)
-            reference.quantize_rows(x.cpu(), None, None, *new, self.group, self.recipe)
+            ops.quantize_expert_batch(x, num_tokens, starts, values.tensor, by_row, self.group, self.recipe)
+            new = torch.empty(*x_cpu.shape[:2], columns, dtype=dtype), torch.empty(*x_cpu.shape[:2], groups)
+            reference.quantize_rows(x_cpu, None, None, *new, self.group, self.recipe)
             expected = QuantizedTensor(
                 new[0], new[1].transpose(1, 2).contiguous().transpose(1, 2), "transposed", group_size=self.group
             )
-        values.assert_only(valid.unsqueeze(2), "values")
-        scales.assert_only(valid.unsqueeze(1), "scales")
+        values.assert_only(valid.unsqueeze(-1), "values")
+        scales.assert_only(valid.unsqueeze(-2), "scales")
         mine = values.tensor.view(torch.int8)[valid].view(dtype).cpu(), by_row[valid].cpu()
-        there = valid.cpu()
-        theirs = expected.values.view(torch.int8)[there].view(dtype), expected.scales[there]
+        chosen = valid.cpu().view(x_cpu.shape[:2])
+        theirs = expected.values.view(torch.int8)[chosen].view(dtype), expected.scales[chosen]
         if self.gated:
             # of few values one step more or less is a large part
             if mine[0].numel() >= 4096:

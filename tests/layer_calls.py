@@ -123,7 +123,6 @@ LAYERS: dict[str, Callable[[], Call]] = {
     "GroupedExperts.push": lambda: on_experts("push", num_sms=2),
     "GroupedExperts.gemm2_push": lambda: on_experts("gemm2_push", num_sms=2),
     "GroupedExperts.part": lambda: Call(experts().part, {"begin": 1, "end": 3}),
-    "GroupedExperts.share_workspaces": lambda: Call(experts().share_workspaces, {"other": experts()}),
     "MoEQuantDispatcher": lambda: Call(
         MoEQuantDispatcher,
         {
@@ -149,7 +148,16 @@ LAYERS: dict[str, Callable[[], Call]] = {
         DispatcherConfig, {**SETTINGS, "num_experts": 4, "world_size": 2, "capacity": None, "timeout": 10}
     ),
     "MoEQuantDispatcher.buffer_bytes": lambda: Call(
-        MoEQuantDispatcher.buffer_bytes, {**SETTINGS, "num_experts": 4, "world_size": 2, "transport": "collective", "slots": 2}
+        MoEQuantDispatcher.buffer_bytes,
+        {
+            **SETTINGS,
+            "num_experts": 4,
+            "world_size": 2,
+            "intermediate_size": 32,
+            "fused": False,
+            "transport": "collective",
+            "slots": 2,
+        },
     ),
     "MoEQuantDispatcher.dispatch": lambda: on(dispatcher(), "dispatch", **named(tokens()), slot=0, layer=3),
     "MoEQuantDispatcher.dispatch_send": lambda: on(dispatcher(slots=2), "dispatch_send", **named(tokens()), slot=1),
@@ -167,6 +175,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
         dispatcher(), "__call__", **named(tokens()), experts=stand_in, slot=0, layer=0, chunks=1, first_experts=0
     ),
     "MoEQuantDispatcher.check": lambda: on(dispatcher(), "check", wait=True),
+    "MoEQuantDispatcher.ensure": lambda: on(dispatcher(), "ensure", max_tokens_per_rank=40),
     "MoEQuantDispatcher.close": lambda: on(dispatcher(), "close"),
     "environment": lambda: Call(environment, {}),
     "format_of": lambda: Call(formats.format_of, {"dtype": E4M3}, **quantizer(NARROW)),

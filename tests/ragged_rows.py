@@ -5,12 +5,12 @@ Letters: L experts, M rows of an expert's buffer, R rows of all experts together
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from moequant.batch import QuantizedTensor
+from moequant.batch import QuantizedTensor, empty_scales_of
 from moequant.config import ROW_ALIGNMENT, round_up
 
 
@@ -30,18 +30,19 @@ class Ragged(NamedTuple):
             packed[start : start + count] = padded[expert, :count]
         return packed
 
-    def unpack(self, ragged: Tensor, padded: Tensor) -> Tensor:
-        """The other way, over padded (L, M, ...), whose other rows stay."""
-        out = padded.clone()
-        for expert, (start, count) in enumerate(self.spans()):
-            out[expert, :count] = ragged[start : start + count]
-        return out
+    @overload
+    def operand(self, x: QuantizedTensor) -> QuantizedTensor: ...
+
+    @overload
+    def operand(self, x: Tensor) -> Tensor: ...
 
     def operand(self, x: QuantizedTensor | Tensor) -> QuantizedTensor | Tensor:
         """An operand of a GEMM, packed. Scales of one group lie side by side."""
         if isinstance(x, Tensor):
             return self.pack(x)
-        return QuantizedTensor(self.pack(x.values), self.pack(x.scales).mT.contiguous().mT, "transposed", x.recipe, x.group_size)
+        values = self.pack(x.values)
+        scales = empty_scales_of(values.shape, x.group_size, values.device).copy_(self.pack(x.scales))
+        return QuantizedTensor(values, scales, "transposed", x.recipe, x.group_size)
 
     def spans(self) -> list[tuple[int, int]]:
         return list(zip(self.expert_start.tolist(), self.valid, strict=True))
@@ -66,5 +67,5 @@ def ragged(counts: list[int], device: str = "cpu", *, spare: int = 0, cut: int |
     rows = end + spare if cut is None else cut
     starts = [min(start, rows) for start in starts]
     valid = [min(max(count, 0), rows - start) for start, count in zip(starts, counts, strict=True)]
-    numbers = (torch.tensor(x, dtype=torch.int32, device=device) for x in (counts, starts))
-    return Ragged(*numbers, rows, valid)
+    num_tokens, expert_start = (torch.tensor(x, dtype=torch.int32, device=device) for x in (counts, starts))
+    return Ragged(num_tokens, expert_start, rows, valid)

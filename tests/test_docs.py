@@ -54,7 +54,11 @@ def test_the_memory_of_the_page_is_what_a_dispatcher_takes():
                 {"transport": "collective", "exchange": "packed", "layout": "ragged"},
                 (8 * 128 * 8 + 31 * 16) * (width * hidden + scales),
             ),
-            ({"transport": "symmetric"}, batch + experts * rows * (2 * hidden + scales) + 128 * 8 * 2 * hidden),
+            ({"transport": "symmetric"}, batch + experts * rows * scales + 128 * 8 * 2 * hidden),
+            (
+                {"transport": "symmetric", "overlap": False},
+                batch + experts * rows * (2 * hidden + scales) + 128 * 8 * 2 * hidden,
+            ),
         )
         for more, expected in cases:
             taken = MoEQuantDispatcher.buffer_bytes(**sizes, quant=quant, **more)

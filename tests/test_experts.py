@@ -155,27 +155,6 @@ def test_parts_are_the_experts_of_the_whole(quant):
     assert experts.part(0, 1) is experts.part(0, 1)
 
 
-def test_layers_share_workspaces_and_keep_their_results():
-    pairs = weights(), weights()
-    first, second, alone = (GroupedExperts.from_weights(*pair) for pair in (*pairs, pairs[1]))
-    batch = make_batch("fp8_e4m3fn", torch.randn(EXPERTS, ROWS, HIDDEN))
-    second.share_workspaces(first)
-    assert first(batch).data_ptr() == second(batch).data_ptr()
-    assert first.part(1, 3)(batch.part(1, 3)).data_ptr() == second.part(1, 3)(batch.part(1, 3)).data_ptr()
-    assert_bit_equal(valid(second(batch)), valid(alone(batch)))
-    assert_bit_equal(second.part(1, 3)(batch.part(1, 3))[1, :5], alone(batch)[2, :5])
-    with pytest.raises(RuntimeError, match="share them before the first"):
-        alone.share_workspaces(first)
-
-
-@pytest.mark.parametrize("other", [{"inner": 8}, {"quant": "int8"}], ids=str)
-def test_experts_of_other_sizes_or_types_share_no_workspaces(other):
-    sizes = {"inner": INNER, "quant": "fp8_e4m3fn"} | other
-    experts = GroupedExperts.from_weights(*weights(inner=sizes["inner"]), quant=sizes["quant"])
-    with pytest.raises(ValueError, match="experts that share workspaces must be of the same size"):
-        experts.share_workspaces(GroupedExperts.from_weights(*weights()))
-
-
 @pytest.mark.parametrize("quant", ["none", "int8"])
 def test_the_steps_alone_are_the_call(quant):
     experts = GroupedExperts.from_weights(*weights(), quant=quant)

@@ -51,17 +51,17 @@ def test_workspaces_go_when_their_dispatcher_is_gone():
     experts(owned(owner))
     experts.part(0, 2)(owned(owner).part(0, 2))
     experts(owned(None))
-    assert len(experts._workspaces) == 3 and freed() is not None
+    assert len(owner.workspaces) == 2 and len(experts._owner.workspaces) == 1 and freed() is not None
     del owner
     gc.collect()
-    assert len(experts._workspaces) == 1 and freed() is None
+    assert freed() is None
 
 
-def test_shared_workspaces_are_one_for_each_owner():
+def test_experts_share_the_workspaces_of_a_dispatcher_and_no_others():
     experts, other = GroupedExperts.from_weights(*weights()), GroupedExperts.from_weights(*weights())
-    experts.share_workspaces(other)
-    for batch in (owned(None), owned(Owner())):
-        assert experts(batch).data_ptr() == other(batch).data_ptr()
+    for owner, shared in ((None, False), (Owner(), True)):
+        batch = owned(owner)
+        assert (experts(batch).data_ptr() == other(batch).data_ptr()) == shared
 
 
 class Doubled(GroupedExperts):

@@ -74,7 +74,7 @@ def test_parts_are_the_experts_of_the_whole_in_the_same_rows():
             assert_bit_equal(out[start : start + count], whole[start : start + count])
     # other parts' rows stay, so that one workspace serves all
     assert_bit_equal(out[rows.mask()], whole[rows.mask()])
-    assert len(experts._workspaces) == 1
+    assert len(experts._owner.workspaces) == 1
 
 
 def test_workspaces_follow_the_rows_of_a_rank_and_of_an_expert():
@@ -82,7 +82,7 @@ def test_workspaces_follow_the_rows_of_a_rank_and_of_an_expert():
     _, _, longer, _ = make("int8", spare=32)
     results = [experts(x) for x in (padded, batch, longer)]
     assert [tuple(x.shape) for x in results] == [tuple(x.values.shape) for x in (padded, batch, longer)]
-    assert experts(batch).data_ptr() == results[1].data_ptr() and len(experts._workspaces) == 3
+    assert experts(batch).data_ptr() == results[1].data_ptr() and len(experts._owner.workspaces) == 3
 
 
 @pytest.mark.parametrize("quant", ["none", "int8"])
@@ -112,6 +112,7 @@ def test_a_batch_of_other_experts_and_steps_of_padded_rows_are_refused():
         experts.activation(experts.gemm1(padded), batch)
     with pytest.raises(ValueError, match=r"out must have shape \(80, 144\), got \(4, 48, 144\)"):
         experts(batch, out=torch.empty(padded.values.shape, dtype=torch.bfloat16))
+    assert batch.scales is not None
     wider = replace(batch, values=batch.values[:, :128].contiguous(), scales=batch.scales[:, :1])
     with pytest.raises(ValueError, match=r"the batch has values of shape \(80, 128\)"):
         experts(wider)

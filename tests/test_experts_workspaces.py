@@ -32,17 +32,25 @@ def test_batches_of_two_slots_go_through_memory_of_their_own():
         assert layer(first).data_ptr() == steps[0][1].data_ptr()
 
 
-def test_parts_made_before_workspaces_were_shared_share_them_too():
-    first, second = experts(), experts()
-    pdl = second.part(1, 3)
-    second.share_workspaces(first)
+def test_layers_of_a_model_work_in_the_same_memory_and_keep_their_bits():
+    layers = [experts() for _ in range(3)]
     with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
-        batch = batch_of(dispatcher, 0).part(1, 3)
-        expected = pdl(batch).clone()
-        shared = first.part(1, 3)(batch).data_ptr()
-        assert second.part(1, 3)(batch).data_ptr() == shared
-        for expert, count in enumerate(batch.num_tokens.tolist()):
-            assert_bit_equal(second.part(1, 3)(batch)[expert, :count], expected[expert, :count])
+        batch = batch_of(dispatcher, 0)
+        outputs = [layer(batch) for layer in layers]
+        assert len({output.data_ptr() for output in outputs}) == 1
+        assert len({layer.gemm1(batch).data_ptr() for layer in layers}) == 1
+        for layer in layers:
+            got = layer(batch).clone()
+            alone = layer(batch, out=torch.empty_like(got))
+            for expert, count in enumerate(batch.num_tokens.tolist()):
+                assert_bit_equal(got[expert, :count], alone[expert, :count])
+
+
+def test_experts_of_other_sizes_have_workspaces_of_their_own():
+    narrow = GroupedExperts.from_weights(torch.randn(3, 16, 40).bfloat16(), torch.randn(3, 40, 8).bfloat16(), quant="none")
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
+        batch = batch_of(dispatcher, 0)
+        assert experts().gemm1(batch).shape == (3, 16, 32) and narrow.gemm1(batch).shape == (3, 16, 16)
 
 
 def pushing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:

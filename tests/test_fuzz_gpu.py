@@ -37,8 +37,8 @@ def failing(damage: Callable[[torch.Tensor], object]) -> tuple[str | None, bool]
     family.gated, family.group = False, 128
     before = fuzz_operations.ops.quantize_expert_batch
 
-    def broken(x, num_tokens, values, scales, *settings):
-        before(x, num_tokens, values, scales, *settings)
+    def broken(x, num_tokens, starts, values, scales, *settings):
+        before(x, num_tokens, starts, values, scales, *settings)
         damage(values)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -87,7 +87,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_wrong_arguments_raise_a_value_error(case):
     changed, message = BAD[case]
-    arguments = {"a": A, "b": B, "num_tokens": COUNT, "expert_start": START} | changed
+    arguments: dict[str, Any] = {"a": A, "b": B, "num_tokens": COUNT, "expert_start": START} | changed
     with pytest.raises(ValueError, match=message):
         grouped_gemm_blockscale(**arguments)
 

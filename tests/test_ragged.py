@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from guarded import Guarded
-from moequant import CapacityOverflowError, ExpertBatch, MoEQuantDispatcher, ops, reference
+from moequant import CapacityOverflowError, ExpertBatch, GroupedExperts, MoEQuantDispatcher, ops, reference
 from moequant.config import DispatcherConfig
 from moequant.reference.routing import ragged_rows
 from moequant.testing import assert_bit_equal, in_one_process, routing
@@ -76,6 +76,41 @@ def test_values_scales_sources_and_sums_are_the_padded_ones(quant, reduce, kind)
             assert_bit_equal(mine.clone(), other.clone(), f"{name} of expert {expert}")
 
 
+def check_layer(experts: GroupedExperts, settings: dict[str, Any], tokens: Sequence[torch.Tensor]) -> None:
+    """A whole layer has the padded bits. On the device of new tensors."""
+    outputs = []
+    for layout in ("padded", "ragged"):
+        with dispatcher(settings, layout=layout) as layer:
+            outputs.append(layer(*tokens, experts))
+            assert layer.check() == 0
+    assert outputs[0].isfinite().all()
+    assert_bit_equal(outputs[1], outputs[0])
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none"])
+def test_whole_layers_have_the_padded_bits(quant, kind):
+    hidden, ids, weights = inputs()
+    if ROUTINGS[kind] is not None:
+        ids[:] = torch.tensor(ROUTINGS[kind])
+    w13, w2 = torch.randn(EXPERTS, 2 * 40, HIDDEN).bfloat16() / 14, torch.randn(EXPERTS, HIDDEN, 40).bfloat16() / 6
+    experts = GroupedExperts.from_weights(w13, w2, quant=quant)
+    check_layer(experts, SETTINGS | {"quant": quant}, (hidden, ids, weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["uniform", "zipf:1.2", "one-hot"])
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none"])
+def test_layers_of_model_sizes_have_the_padded_bits(quant, kind):
+    sizes: dict[str, Any] = {"num_experts": 48, "top_k": 6, "hidden_size": 2880, "max_tokens_per_rank": 1500, "quant": quant}
+    with torch.device("cuda"):
+        w13, w2 = torch.randn(48, 2 * 768, 2880).bfloat16() / 54, torch.randn(48, 2880, 768).bfloat16() / 28
+        experts = GroupedExperts.from_weights(w13, w2, quant=quant)
+        for tokens in (0, 1, 16, 129, 1500):
+            ids, weights = (tensor.cuda() for tensor in routing(tokens, 6, 48, kind))
+            check_layer(experts, sizes, (torch.randn(tokens, 2880).bfloat16(), ids, weights))
+
+
 @both_paths
 def test_the_batch_has_the_contracts_shapes_strides_and_starts():
     hidden, ids, weights = inputs(7)
@@ -135,6 +170,22 @@ def test_a_rank_that_is_full_is_an_error_that_says_what_to_do():
             layer.dispatch(hidden, ids, weights)
         assert layer.check() == 0
         assert layer(hidden[:1], ids[:1].fill_(0), weights[:1], stand_in).isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_full_rank_on_a_gpu_is_raised_by_the_next_dispatch_that_can_know_and_by_check():
+    with torch.device("cuda"):
+        hidden, ids, weights = inputs()
+        ids[:] = torch.tensor([0, 1, 2])
+        with dispatcher(rank_capacity=64) as layer:
+            layer(hidden, ids, weights, stand_in)
+            torch.cuda.synchronize()
+            with pytest.raises(CapacityOverflowError, match=r"20 rows .* raise rank_capacity"):
+                layer.dispatch(hidden, ids, weights)
+            assert layer.check(wait=False) == 0
+            layer.dispatch(hidden, ids, weights)
+            with pytest.raises(CapacityOverflowError, match=r"20 rows .* raise rank_capacity"):
+                layer.check()
 
 
 def test_tokens_that_name_an_expert_twice_are_an_error_only_where_their_rows_have_no_room():

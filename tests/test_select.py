@@ -191,3 +191,18 @@ def test_buffer_bytes_of_auto_with_an_exchange_are_those_of_collective(monkeypat
         for exchange in ("padded", "packed"):
             exact = select.buffer_bytes(**sizes, transport="collective", exchange=exchange)
             assert select.buffer_bytes(**sizes, exchange=exchange) == exact
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+@pytest.mark.parametrize(("settings", "outputs"), [({}, 0), ({"overlap": False}, 1), ({"reduce": "per_rank"}, 1)], ids=str)
+def test_the_output_of_layers_over_symmetric_is_counted_where_there_is_one(settings, outputs, layout):
+    """Rows that GEMM 2 pushes need none. What is pulled lies in shared memory, sums of ranks are made of what doesn't."""
+    sizes: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 256, "max_tokens_per_rank": 32, "world_size": 2}
+    sizes["layout"] = layout
+    pushing = select.buffer_bytes(**sizes, transport="symmetric", intermediate_size=128)
+    rows = DispatcherConfig(**sizes).total_rows
+    inner = rows * (128 + 4)
+    assert pushing - select.buffer_bytes(**sizes, transport="symmetric") == inner
+    taken = select.buffer_bytes(**sizes, **settings, transport="symmetric", intermediate_size=128)
+    # notes are longer, fewer rows come back, and no addresses are kept for them: all that is less than the output
+    assert round((taken - pushing) / (rows * 256 * 2)) == outputs

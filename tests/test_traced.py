@@ -82,7 +82,7 @@ def test_a_copy_of_experts_is_not_the_original_in_a_graph(copied):
     experts = Layer("cpu").experts
     other = copied(experts)
     assert numbered[experts._number] is experts and numbered[other._number] is other
-    assert other._workspaces is not experts._workspaces
+    assert other._owner is not experts._owner
 
 
 def test_modules_of_one_class_are_not_taken_for_each_other():

@@ -1,6 +1,7 @@
 """GEMM 1 of the experts for Hopper (sm_90) in Gluon, with SwiGLU and quantization inside: gate and up never reach memory.
 
-Letters: L experts, M rows of an expert's buffer, R rows of all experts together (ragged), H hidden size, G = ceil(H / 128) groups of it, I intermediate size, N = 2I.
+Letters: L experts, M rows of an expert's buffer, R rows of all experts together (ragged), H hidden size, G = ceil(H / 128)
+groups of it, I intermediate size, N = 2I.
 
     gate, up = the halves of bfloat16(grouped_gemm_blockscale(a, w13)); values, scales = quantize(silu(gate) * up) in groups of 128
 

@@ -38,6 +38,13 @@ class Output(NamedTuple):
     partials: Tensor | None
 
 
+class Valid(NamedTuple):
+    """Which rows are there: num_tokens (L,) of each expert, or None for all, from expert_start (L,) on, or None if padded."""
+
+    num_tokens: Tensor | None
+    expert_start: Tensor | None
+
+
 class Product(NamedTuple):
     """experts: rounded up to a power of two."""
 
@@ -91,8 +98,7 @@ def grouped_gemm_kernel(
     out,
     destinations,
     scales,
-    num_tokens,
-    expert_start,
+    valid,
     size,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
@@ -100,8 +106,8 @@ def grouped_gemm_kernel(
     """Each program computes every num_programs-th tile (BLOCK_M, BLOCK_N) of the valid output. Only counts are read to find them.
 
     a, b: descriptors of (L*M, K_DIM) and (L*N, K_DIM) if TILE.tma, else pointers. size: L and M.
-    expert_start: None, or the first row of each expert, among R rows of all; a has (R, K_DIM) then, and M is R. A tile that ends past its
-    expert's rows loads rows of the next one, and doesn't store them.
+    valid.expert_start: None, or the first row of each expert, among R rows of all; a has (R, K_DIM) then, and M is R. A tile that ends
+    past its expert's rows loads rows of the next one, and doesn't store them.
     destinations: the address for each row, or None: then out.rows holds them.
     out.partials: None, or (SPLIT_K, L, M, N) float32, ragged (SPLIT_K, R, N): SPLIT_K programs share a tile, each sums a part of the
     steps, and `reduce_split_k` does the rest.
@@ -133,13 +139,13 @@ def grouped_gemm_kernel(
 
     experts, M = size
     index = tl.arange(0, SHAPE.experts)
-    if num_tokens is None:
+    if valid.num_tokens is None:
         counts = tl.where(index < experts, M, 0)
     else:
-        counts = tl.load(num_tokens + index, mask=index < experts, other=0)
+        counts = tl.load(valid.num_tokens + index, mask=index < experts, other=0)
         counts = tl.minimum(tl.maximum(counts, 0), M)
-        if expert_start is not None:
-            counts = tl.minimum(counts, M - tl.load(expert_start + index, mask=index < experts, other=0))
+        if valid.expert_start is not None:
+            counts = tl.minimum(counts, M - tl.load(valid.expert_start + index, mask=index < experts, other=0))
     ends = tl.cumsum(tl.cdiv(counts, BLOCK_M) * COLUMN_TILES, 0)
     tiles = tl.max(ends, 0)
     group_stride = tl.cast(scales.a_group, tl.int64)
@@ -150,8 +156,8 @@ def grouped_gemm_kernel(
         expert, count, row_tile, column_tile = locate_tile(tile, ends, counts, BLOCK_M, TILE.band, COLUMN_TILES)
         # the expert's rows begin at the start-th buffer of so many
         start, buffer = expert, M
-        if expert_start is not None:
-            start, buffer = tl.load(expert_start + expert), 1
+        if valid.expert_start is not None:
+            start, buffer = tl.load(valid.expert_start + expert), 1
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         first_column = column_tile // SEGMENT_TILES * SEGMENT_N + column_tile % SEGMENT_TILES * BLOCK_N
         columns_left = SEGMENT_N - column_tile % SEGMENT_TILES * BLOCK_N
@@ -200,7 +206,7 @@ def grouped_gemm_kernel(
         if destinations is None or SPLIT_K > 1:
             output = out.rows
             if SPLIT_K > 1:
-                output = out.partials + tl.cast(unit % SPLIT_K, tl.int64) * (experts if expert_start is None else 1) * M * N
+                output = out.partials + tl.cast(unit % SPLIT_K, tl.int64) * (experts if valid.expert_start is None else 1) * M * N
             output_rows = output + (start.to(tl.int64) * buffer + rows)[:, None] * N
             tl.store(output_rows + first_column + in_tile[None, :], acc.to(output.dtype.element_ty), mask=mask)
         else:
@@ -370,8 +376,7 @@ def grouped_gemm_blockscale(
         Output(out, partials),
         destinations,
         Scales(None, None, 0, 0) if a_scales is None else Scales(a_scales, b_scales, a_scales.stride(0), a_scales.stride(-1)),
-        num_tokens,
-        expert_start,
+        Valid(num_tokens, expert_start),
         size=(experts, rows),
         SHAPE=Product(columns, depth, segments, triton.next_power_of_2(experts)),
         TILE=Tile(

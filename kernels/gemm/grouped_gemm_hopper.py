@@ -256,7 +256,8 @@ def grouped_gemm_hopper_kernel(
 ):
     """a, b, a_scales, out: descriptors of (L*M, K_dim) in blocks (64, 128), (L*N, K_dim) in (128, 128), (.., M) in (1, 64), where an
     expert's groups are scale_rows apart, and (L*M, N) in (64, 64). destinations: (L*M,) int64, with which out and out_pointer are None.
-    expert_start: None, or (L,) int32: L*M is R then, M too, and scale_rows nothing. counter: two zeros. EXPERTS: L, rounded up to a power of two. OUT: the type of the rows."""
+    expert_start: None, or (L,) int32: L*M is R then, M too, and scale_rows nothing. counter: two zeros. EXPERTS: L, rounded up to a
+    power of two. OUT: the type of the rows."""
     a_s = gl.allocate_shared_memory(a.dtype, [STAGES * 2, 64, 128], a.layout)
     b_s = gl.allocate_shared_memory(b.dtype, [STAGES * HALVES, 128, 128], b.layout)
     scales_block = gl.allocate_shared_memory(gl.float32, [STAGES * 2, 1, 64], a_scales.layout)

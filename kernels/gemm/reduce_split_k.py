@@ -6,6 +6,7 @@ Letters: L experts, M rows of an expert's buffer, R rows of all experts together
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,6 +19,20 @@ from moequant.kernels.library.pdl import pdl_option, wait_for_previous
 BLOCK = tl.constexpr(512)
 
 
+class Tile(NamedTuple):
+    """How a launch is compiled.
+
+    parts: to add. aligned: rows are multiples of 16 bytes. pdl: the launch before may still run. experts, lanes: how many there are with
+    expert_start, as they are and rounded up to a power of two; 0 and 1 without.
+    """
+
+    parts: int
+    aligned: bool
+    pdl: bool
+    experts: int
+    lanes: int
+
+
 @launchable
 @triton.jit
 def reduce_split_k_kernel(
@@ -27,40 +42,37 @@ def reduce_split_k_kernel(
     num_tokens,
     expert_start,
     size,
-    SPLIT_K: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PDL: tl.constexpr,
-    EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Program (i, j) adds columns j * BLOCK.. of row i of all experts' rows, part after part. size: M, N, and the
-    elements from one part to the next. ALIGNED: rows of 16 bytes each. EXPERTS: how many there are, as they are and rounded up to a power
-    of two. With expert_start the rows are R, and M is R.
+    """Program (i, j) adds columns j * BLOCK.. of row i of all experts' rows, part after part. size: M, N, and the elements from one part
+    to the next. With expert_start the rows are R, and M is R.
 
-    Example: M=2, N=600, SPLIT_K=3, counts [1, 2]: program (3, 1) adds columns 512..599 of the second expert's row 1, of three parts;
+    Example: M=2, N=600, three parts, counts [1, 2]: program (3, 1) adds columns 512..599 of the second expert's row 1;
     program (1, 0) has nothing to do, as the first expert has one row.
     """
+    PARTS: tl.constexpr = TILE.parts
     M, N, part_stride = size
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < N
     if expert_start is not None:
-        index = tl.arange(0, EXPERTS[1])
-        starts = tl.load(expert_start + index, mask=index < EXPERTS[0], other=0)
-        counts = tl.minimum(tl.load(num_tokens + index, mask=index < EXPERTS[0], other=0), M)
+        index = tl.arange(0, TILE.lanes)
+        starts = tl.load(expert_start + index, mask=index < TILE.experts, other=0)
+        counts = tl.minimum(tl.load(num_tokens + index, mask=index < TILE.experts, other=0), M)
         mask = mask & (tl.sum(((starts <= row) & (row < starts + counts)).to(tl.int32), 0) > 0)
     elif num_tokens is not None:
         # before the parts are there: the launch before doesn't write the counts, and began when they were there
         mask = mask & (row % M < tl.load(num_tokens + row // M))
     at = row.to(tl.int64) * N + columns
-    wait_for_previous(PDL)
+    wait_for_previous(TILE.pdl)
     total = tl.load(partials + at, mask=mask, other=0.0)
-    for part in tl.static_range(1, SPLIT_K):
+    for part in tl.static_range(1, PARTS):
         total += tl.load(partials + part * tl.cast(part_stride, tl.int64) + at, mask=mask, other=0.0)
     if destinations is None:
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
     else:
         start = tl.load(destinations + row).to(tl.pointer_type(tl.bfloat16))
-        if ALIGNED:
+        if TILE.aligned:
             # the compiler knows nothing of addresses in a table
             start = tl.multiple_of(start, 16)
         tl.store(start + columns, total.to(tl.bfloat16), mask=mask)
@@ -92,10 +104,7 @@ def reduce_split_k(
         num_tokens,
         expert_start,
         size=(rows, columns, all_rows * columns),
-        SPLIT_K=parts,
-        ALIGNED=columns % 8 == 0,
-        PDL=pdl,
-        EXPERTS=(experts, triton.next_power_of_2(experts)),
+        TILE=Tile(parts, aligned=columns % 8 == 0, pdl=pdl, experts=experts, lanes=triton.next_power_of_2(experts)),
         # 8 columns a thread
         num_warps=2,
         **pdl_option(pdl),

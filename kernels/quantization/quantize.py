@@ -34,13 +34,16 @@ class Cut(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """rows, groups: of a tile. group: columns of one. experts: rounded up to a power of two. even: the tiles divide the columns."""
+    """rows, groups: of a tile. group: columns of one. experts: rounded up to a power of two. even: the tiles divide the columns.
+    gated: of two halves the product. packed: scales are exponents."""
 
     rows: int
     groups: int
     group: int
     experts: int
     even: bool
+    gated: bool
+    packed: bool
 
 
 @triton.jit
@@ -95,17 +98,15 @@ def quantize_kernel(
     scales,
     shape,
     spec,
-    GATED: tl.constexpr,
-    PACKED: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Each tile is BLOCK_M rows of one expert by BLOCK_G groups of the output's columns; tiles cover valid rows only and are dealt to
     the programs in turn. A program loads its next tile before it works on the present one.
 
-    GATED: column i of the output is silu(x[i]) * x[columns + i]. Without scales the product is stored as it is.
+    TILE.gated: column i of the output is silu(x[i]) * x[columns + i]. Without scales the product is stored as it is.
     expert_start_ptr: None, or each expert's first row; tensors have two dimensions then, and rows as `Strided` says.
-    PACKED: scales are exponents, a byte each; four groups lie side by side, scales.column bytes from the next four. BLOCK_G is then a
-    multiple of 4.
+    TILE.packed: scales are exponents, a byte each; four groups lie side by side, scales.column bytes from the next four. BLOCK_G is
+    then a multiple of 4.
 
     Example: counts [9, 0, 3], BLOCK_M=8, G=3, BLOCK_G=2: 3 row blocks by 2 group blocks are 6 tiles; tile 3 is row block 1 (rows 8..15
     of expert 0, of which row 8 is valid) and groups 2..3 (of which 2 exists).
@@ -116,6 +117,8 @@ def quantize_kernel(
     BLOCK_G: tl.constexpr = TILE.groups
     EXPERTS: tl.constexpr = TILE.experts
     EVEN: tl.constexpr = TILE.even
+    GATED: tl.constexpr = TILE.gated
+    PACKED: tl.constexpr = TILE.packed
     experts, rows, columns = shape
     counts, ends = row_blocks(num_tokens_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED, expert_start_ptr)
     groups = tl.cdiv(columns, GROUP)
@@ -201,14 +204,14 @@ def launch_quantize(
         packed_bytes(scales) if packed else strided(scales),
         shape,
         spec,
-        GATED=gated,
-        PACKED=packed,
         TILE=Tile(
             rows=cut.rows,
             groups=cut.groups,
             group=group_size,
             experts=triton.next_power_of_2(shape.experts),
             even=shape.columns % (group_size * cut.groups) == 0,
+            gated=gated,
+            packed=packed,
         ),
         num_warps=cut.warps,
         # a product that is rounded to an integer by an addition must be rounded by itself first

@@ -5,6 +5,8 @@ W ranks, E experts, L local experts, R rows of a rank's buffer, C at most of an 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,13 +15,19 @@ from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
 
 
+class Into(NamedTuple):
+    """What is written: of this rank's experts the rows and where they begin; of all experts where each source's begin, or None."""
+
+    num_tokens: torch.Tensor
+    starts: torch.Tensor
+    offsets: torch.Tensor | None
+
+
 @launchable
 @triton.jit
 def ragged_rows_kernel(
     counts,
-    offsets_ptr,
-    num_tokens_ptr,
-    starts_ptr,
+    into,
     status_ptr,
     ranks,
     experts,
@@ -52,11 +60,11 @@ def ragged_rows_kernel(
         dropped += tl.sum((wanted - placed).to(tl.int64), axis=0)
         local = expert - experts.first
         mine = inside & (local >= 0) & (local < experts.local)
-        tl.store(num_tokens_ptr + local, placed, mask=mine)
-        tl.store(starts_ptr + local, start, mask=mine)
-        if offsets_ptr is not None:
+        tl.store(into.num_tokens + local, placed, mask=mine)
+        tl.store(into.starts + local, start, mask=mine)
+        if into.offsets is not None:
             for source in range(ranks):
-                tl.store(offsets_ptr + source * experts.all + expert, start, mask=inside)
+                tl.store(into.offsets + source * experts.all + expert, start, mask=inside)
                 count = tl.load(counts.pointer + source * counts.stride + expert, mask=inside, other=0)
                 start += tl.minimum(count, rows_per_source)
     if status_ptr is not None:
@@ -81,9 +89,7 @@ def ragged_rows(
     experts = ranks * local
     ragged_rows_kernel[(ranks,)](
         rows_of(counts),
-        offsets,
-        num_tokens,
-        expert_start,
+        Into(num_tokens, expert_start, offsets),
         status,
         ranks=ranks,
         experts=Experts(experts, local, first_expert),

@@ -41,8 +41,8 @@ class Counts(NamedTuple):
     """What a slot has for its counts; all but counts are written. words: the offset of the words that travel.
 
     counts: (E,) int32, rows of this rank for each expert. offsets: (E,) int32. num_tokens: (L,) int32. calls: (1,) int32, how many the
-    slot has seen. status: (3,) int64. expert_start: (L,) int32, if the layout is ragged: then offsets count from the beginning of a rank's
-    buffer, otherwise of an expert's, and experts begin at multiples of `alignment`.
+    slot has seen. status: (3,) int64. expert_start: (L,) int32, if the layout is ragged: then offsets count from the beginning of a
+    rank's buffer, otherwise of an expert's, and experts begin at multiples of `alignment`.
     """
 
     counts: torch.Tensor
@@ -168,8 +168,8 @@ def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int) -> Non
 
     The launch before is `route`, which began when all before it had ended: `push_tokens` may begin early behind this one, and reads then
     what was there before `route`.
-    capacity: M, or R. call: the word of this call (`moequant.transport.calls`), the same on all ranks that are in step; the ranks where it or
-    the number of calls differs are added to status[2].
+    capacity: M, or R. call: the word of this call (`moequant.transport.calls`), the same on all ranks that are in step; the ranks
+    where it or the number of calls differs are added to status[2].
     """
     experts = slot.counts.shape[0]
     pdl = uses_pdl(slot.counts.device)

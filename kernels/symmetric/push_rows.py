@@ -60,8 +60,8 @@ def push_rows(
     out: torch.Tensor | None,
     destinations: torch.Tensor | None,
 ) -> None:
-    """y: (L, M, H) of 2 bytes a number, contiguous, or (R, H) with expert_start. num_tokens, expert_start: (L,) int32. One of out, like y,
-    and destinations (L, M) or (R,) int64, addresses, says where the valid rows go."""
+    """y: (L, M, H) of 2 bytes a number, contiguous, or (R, H) with expert_start. num_tokens, expert_start: (L,) int32. One of out, like
+    y, and destinations (L, M) or (R,) int64, addresses, says where the valid rows go."""
     shape = Shape(num_tokens.shape[0], *y.shape[-2:])
     block, block_h = 8, 512
     worst = most_row_tiles(shape.experts, shape.rows, block, expert_start) * triton.cdiv(shape.columns, block_h)

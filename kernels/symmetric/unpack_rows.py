@@ -23,8 +23,8 @@ class Landed(NamedTuple):
     """The expert batch that is made.
 
     rows: (L, M, bytes of a row) uint8. scales: (L, M, G) float32 with strides (M*G, 1, M), or None. num_tokens: (L,) int32.
-    sources: (L, M) int64. expert_start: (L,) int32, if the layout is ragged: then rows are (R, bytes of a row), scales (R, G) with strides
-    (1, R), and sources (R,).
+    sources: (L, M) int64. expert_start: (L,) int32, if the layout is ragged: then rows are (R, bytes of a row), scales (R, G) with
+    strides (1, R), and sources (R,).
     """
 
     rows: torch.Tensor

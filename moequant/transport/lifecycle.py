@@ -6,21 +6,26 @@ import functools
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import DispatchHandle
-from moequant.checks import check_counted, check_is, check_tokens, with_rows
+from moequant.checks import check_counted, check_int, check_is, check_tokens, with_rows
 from moequant.config import DispatcherConfig
 from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError, StaleHandleError
 from moequant.transport import guards
+from moequant.transport.agreement import agree, attempt
 from moequant.transport.base import Slot, Stage, Transport
 from moequant.transport.calls import LAYERS, Call
 from moequant.transport.peer_memory import host_words, view_of
+from moequant.transport.select import make_transport
 from moequant.transport.symmetric import SymmetricTransport
+from moequant.transport.warm_up import warm_up
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,6 +71,8 @@ class Lifecycle:
     # among all dispatchers of the process, and among those of the group
     _number: int
     _ordinal: int
+    _group: dist.ProcessGroup | None
+    _rank: int
     _transport: Transport
     # of the transport's own kind
     _slots: list[Any]
@@ -80,6 +87,48 @@ class Lifecycle:
         self._status = host_words(3, torch.int64, device)
         self._reported = [0, 0, 0]
         self._counted = view_of(self._status)
+
+    def _build(self, config: DispatcherConfig, generation: int = 0) -> None:
+        """Makes the buffers. generation: dispatches that each slot has served, so that older handles stay stale."""
+        self.config = config
+        self._transport = make_transport(config, self._rank, self.device, self._status, self._group)
+        self._slots = [self._transport.allocate(number) for number in range(config.slots)]
+        if self.device.type == "cuda":
+            warm_up(self._transport, config, self._slots[0], self.device)
+        self._transport.start()
+        for slot in self._slots:
+            slot.generation = generation
+
+    @step
+    def ensure(self, max_tokens_per_rank: int) -> None:
+        """Makes room for so many tokens of a rank, if there isn't already. Collective where there isn't.
+
+        Growing waits for the device and takes new buffers: batches and handles of before are stale, and graphs that were captured with
+        them must not be replayed any more.
+
+        Args:
+            max_tokens_per_rank: the largest T, the same on all ranks.
+
+        Raises:
+            RuntimeError: there is no room, or a graph is being captured, which would keep the addresses of the old buffers.
+            ConfigMismatchError: another rank asks for another number.
+            ValueError: no positive integer, or more rows than can be numbered.
+        """
+        self._check_open()
+        check_int("max_tokens_per_rank", max_tokens_per_rank, 1)
+        if max_tokens_per_rank <= self.config.max_tokens_per_rank:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("buffers can't grow while a graph is captured; call ensure before")
+        alone = self.config.world_size == 1
+        mine = attempt(lambda: replace(self.config, max_tokens_per_rank=max_tokens_per_rank), alone)
+        agreed, self._ordinal = agree(mine, self.device, self._group, self._rank, self.config.world_size)
+        generation = 1 + max(slot.generation for slot in self._slots)
+        # what fails from here on leaves nothing behind
+        self.close()
+        with torch.inference_mode(False), torch.no_grad():
+            self._build(agreed, generation)
+        self._closed = False
 
     def check(self, *, wait: bool = True) -> int:
         """Reports what dispatches since the last check could not raise. Not collective.
@@ -131,6 +180,7 @@ class Lifecycle:
             torch.cuda.synchronize(self.device)
         self._closed = True
         self._slots = []
+        self._transport.owner.workspaces.clear()
         try:
             if guards.wanted():
                 self._transport.check_guards()

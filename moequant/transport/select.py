@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moequant.batch import ceil_div
+from moequant.checks import check_int, check_is
 from moequant.config import DispatcherConfig
 from moequant.errors import UnreachableError
 from moequant.transport.base import Transport
-from moequant.transport.buffers import named
+from moequant.transport.buffers import BufferSpec, named
 from moequant.transport.collective import CollectiveTransport, choose_exchange
 from moequant.transport.local import LocalTransport
 from moequant.transport.packed import PackedTransport
@@ -49,9 +51,18 @@ def resolve(config: DispatcherConfig, group: dist.ProcessGroup | None, device: t
 
 
 def buffer_bytes(
-    *, num_experts: int, top_k: int, hidden_size: int, max_tokens_per_rank: int, world_size: int = 1, **settings: Any
+    *,
+    num_experts: int,
+    top_k: int,
+    hidden_size: int,
+    max_tokens_per_rank: int,
+    world_size: int = 1,
+    intermediate_size: int | None = None,
+    fused: bool = True,
+    **settings: Any,
 ) -> int:
-    """Bytes of device memory that a dispatcher with these settings allocates on each rank. Needs no GPU and no group.
+    """Bytes of device memory that a dispatcher with these settings allocates on each rank, and, with intermediate_size, those of the
+    workspaces that whole layers on it add. Needs no GPU and no group.
 
     Args:
         num_experts: as the constructor's.
@@ -59,6 +70,8 @@ def buffer_bytes(
         hidden_size: as the constructor's.
         max_tokens_per_rank: as the constructor's.
         world_size: stands in for the group.
+        intermediate_size: I of the experts; None: without their workspaces.
+        fused: whether GEMM 1 needs no gate and up in memory, for quantized experts alone (`GroupedExperts.fuses`).
         **settings: as the constructor's. transport="auto" with several ranks means "symmetric" on a machine that has GPUs, and
             "collective" on one that has none.
 
@@ -80,8 +93,26 @@ def buffer_bytes(
         shared = config.exchange == "auto" and torch.cuda.is_available()
         transport = "local" if config.world_size == 1 else "symmetric" if shared else "collective"
         config = dataclasses.replace(config, transport=transport)
-    specs = named(transport_class(config).buffer_specs(config))
-    return config.slots * sum(spec.nbytes for spec in specs.values())
+    specs = [*named(transport_class(config).buffer_specs(config)).values()]
+    check_is("fused", fused, bool)
+    if intermediate_size is not None:
+        check_int("intermediate_size", intermediate_size, 1)
+        specs += workspace_specs(config, intermediate_size, fused)
+    return config.slots * sum(spec.nbytes for spec in specs)
+
+
+def workspace_specs(config: DispatcherConfig, intermediate_size: int, fused: bool) -> list[BufferSpec]:
+    """What whole layers add to a slot: `moequant.workspaces`. With `symmetric` their output is among the buffers, where it is pulled,
+    and of rows that are pushed there is none."""
+    rows = config.batch_shape
+    specs = [BufferSpec((*rows, intermediate_size), config.dtype)]
+    if config.quantized:
+        specs.append(BufferSpec((*rows, ceil_div(intermediate_size, 128)), torch.float32))
+    if not (config.quantized and fused):
+        specs.append(BufferSpec((*rows, 2 * intermediate_size), torch.bfloat16))
+    if config.transport != "symmetric" or config.per_rank:
+        specs.append(BufferSpec((*rows, config.hidden_size), torch.bfloat16))
+    return specs
 
 
 def transport_class(config: DispatcherConfig) -> type[Transport]:

@@ -4,8 +4,10 @@
                exchange_counts  counts to all ranks, which carry their own flags; where each row goes
                push_tokens      quantizes each token once, stores it to its final rows; the last program raises the flags
                unpack_rows        transposes scales, fills in sources, copies tokens that came once for several experts
-    combine    "exact", pulled  a flag round, then `combine` reads the rows where they lie
-               "exact", pushed  whoever makes the rows stores them at the slot's destinations; a flag round, then a local `combine`
+    combine    "exact", pushed  whoever makes the rows stores them at the slot's destinations, or `push_rows` does; a flag round, then a
+                                local `combine`
+               "exact", pulled  with overlap=False: a flag round, then `combine` reads the rows where they lie, in the output buffer,
+                                which no other way needs
                "per_rank"       push_rank_sums sums what this rank holds of a token and stores it at its rank; a local `combine`
 
 Why no buffer is overwritten too early stands in `kernels/library/symmetric.py`, with flags, epochs and faults. Nothing here syncs with
@@ -16,7 +18,6 @@ T tokens, K top-k, E experts, W ranks, L = E / W local experts, M rows of an exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,15 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moequant.batch import ExpertBatch
-from moequant.config import ROW_ALIGNMENT, DispatcherConfig
+from moequant.config import DispatcherConfig
 from moequant.errors import PeerTimeoutError
-from moequant.ops import quant_spec
-from moequant.transport.base import Slot, Transport
-from moequant.transport.buffers import Buffers, BufferSpec, T, named, shared_by_all
+from moequant.transport.base import Transport
+from moequant.transport.buffers import BufferSpec, named, shared_by_all
 from moequant.transport.calls import Call
 from moequant.transport.guards import Guards, offsets_of
 from moequant.transport.peer_memory import PeerMemory, host_words, view_of
 from moequant.transport.rendezvous import exchange
+from moequant.transport.symmetric_slot import SymmetricBuffers, SymmetricSlot, shared_specs
 
 if TYPE_CHECKING:
     from moequant.kernels.library.symmetric import Peers
@@ -41,100 +42,6 @@ if TYPE_CHECKING:
 PHASES = ("say how many rows it sends", "send its rows", "finish its experts' output")
 # the first call compiles kernels, each rank at its own speed
 WARM_UP_SECONDS = 600.0
-
-
-def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
-    """What other ranks write to and read from, for one slot."""
-    from moequant.kernels.symmetric.push_tokens import note_words
-
-    ranks, rows, columns = config.world_size, config.batch_shape, config.hidden_size
-    words = note_words(config.num_groups if config.quantized else 0, config.top_k, config.per_rank)
-    returned = ranks if config.per_rank else config.top_k
-    return {
-        # of the rows, of the outputs and of the rows of a second wave, one for each rank
-        "flags": BufferSpec((3, ranks), torch.int32),
-        # of each rank: rows for each expert, the number of the call and its word, with the epoch in the upper half
-        "count_words": BufferSpec((ranks, config.num_experts + 2), torch.int64),
-        "values": BufferSpec((*rows, columns), config.dtype),
-        "notes": BufferSpec((*rows, words), torch.int32),
-        "output": BufferSpec((*rows, columns), torch.bfloat16),
-        # rows pushed back to this rank: one an entry, or one for each rank and token
-        "returns": BufferSpec((config.max_tokens_per_rank * returned, columns), torch.bfloat16),
-    }
-
-
-@dataclass(kw_only=True, eq=False)
-class SymmetricBuffers(Buffers[T]):
-    # those of `shared_specs`, besides values
-    flags: T
-    count_words: T
-    notes: T
-    output: T
-    returns: T
-    # no tensor: what lies between those that are shared
-    guards: T | None = None
-    row_offsets: T
-    # how many dispatches and combines the slot has seen; and how many dispatches were called, with those that raised; how many programs
-    # of a kernel are done; what the last wait found
-    epochs: T
-    calls: T
-    ticket: T
-    fault: T
-    # where rows that are pushed back go, unless sums are
-    destinations: T | None = None
-
-
-class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
-    """With what its kernels are told in every call. peers: with the flags of the rows, the outputs, and the rows of a second wave."""
-
-    def __init__(self, number: int, buffers: SymmetricBuffers[Tensor], peers: list[Peers], transport: SymmetricTransport) -> None:
-        import triton.language as tl
-
-        from moequant.kernels.library.symmetric import notes_of
-        from moequant.kernels.routing.combine import Remote
-        from moequant.kernels.symmetric.exchange_counts import Counts
-        from moequant.kernels.symmetric.push_rank_sums import Sums
-        from moequant.kernels.symmetric.push_tokens import Landing
-        from moequant.kernels.symmetric.unpack_rows import Landed, Returns
-
-        super().__init__(number, buffers, buffers.calls)
-        config, offsets = transport.config, transport.offsets_of(number)
-        self.output = buffers.output
-        self.peers = peers
-        self.exchanged = Counts(
-            buffers.counts,
-            buffers.row_offsets,
-            buffers.num_tokens,
-            buffers.calls,
-            transport.status,
-            words=offsets["count_words"],
-            expert_start=buffers.expert_start,
-            alignment=tl.constexpr(ROW_ALIGNMENT),
-        )
-        self.landing = Landing(
-            rows=offsets["values"],
-            notes=offsets["notes"],
-            experts=config.num_experts,
-            local_experts=config.num_local_experts,
-            # of an expert, or of the rank
-            capacity=config.max_rows,
-            columns=config.hidden_size,
-            max_tokens=config.max_tokens_per_rank,
-            spec=quant_spec(config.dtype, config.recipe) if config.quantized else None,
-            ragged=tl.constexpr(config.ragged),
-        )
-        self.landed = Landed(
-            buffers.values.view(torch.uint8), self.scales, buffers.num_tokens, buffers.sources, buffers.expert_start
-        )
-        self.notes = notes_of(buffers.notes, config.num_groups if config.quantized else 0)
-        self.returns = Returns(
-            buffers.destinations,
-            offset=offsets["returns"],
-            entries=config.max_tokens_per_rank * config.top_k,
-            row_bytes=2 * config.hidden_size,
-        )
-        self.sums = Sums(offsets["returns"], config.max_tokens_per_rank)
-        self.remote = Remote(peers[0].pointers, offsets["output"], config.total_rows, config.world_size)
 
 
 class SymmetricTransport(Transport[SymmetricSlot]):
@@ -337,7 +244,9 @@ class SymmetricTransport(Transport[SymmetricSlot]):
             counts = buffers.num_tokens, buffers.expert_start
             push_rank_sums(expert_output, slot.notes, *counts, peers, slot.sums, self.config.top_k, wait)
             return
-        if expert_output.data_ptr() != buffers.output.data_ptr():
+        if buffers.output is None:
+            self.push(expert_output, slot)
+        elif expert_output.data_ptr() != buffers.output.data_ptr():
             push_rows(expert_output, buffers.num_tokens, buffers.expert_start, buffers.output.view(expert_output.dtype), None)
         self._flag_round(slot, 2, wait=wait, way=self._way(slot, expert_output.dtype))
 
@@ -352,10 +261,13 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         push_rows(expert_output, slot.buffers.num_tokens, slot.buffers.expert_start, None, self.destinations(slot))
 
     def combine_pushed(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, state: Tensor) -> None:
+        self._flag_round(slot, 2, way=self._way(slot, dtype))
+        self._sum_pushed(dtype, topk_weights, out, slot, state)
+
+    def _sum_pushed(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, rows: Tensor) -> None:
         from moequant.kernels.routing.combine import combine_shared
 
-        self._flag_round(slot, 2, way=self._way(slot, dtype))
-        combine_shared(slot.buffers.returns.view(dtype), state, topk_weights, out, slot.buffers.fault, in_order=True)
+        combine_shared(slot.buffers.returns.view(dtype), rows, topk_weights, out, slot.buffers.fault, in_order=True)
 
     def _sum(self, dtype: torch.dtype, topk_weights: Tensor, out: Tensor, slot: SymmetricSlot, rows: Tensor) -> None:
         from moequant.kernels.routing.combine import combine_shared
@@ -363,6 +275,8 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         buffers = slot.buffers
         if self.config.per_rank:
             combine_shared(buffers.returns, slot.take(out.shape[0]).partials, None, out, buffers.fault)
+        elif buffers.output is None:
+            self._sum_pushed(dtype, topk_weights, out, slot, rows)
         else:
             combine_shared(buffers.output.view(dtype), rows, topk_weights, out, buffers.fault, remote=slot.remote)
 

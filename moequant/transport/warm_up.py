@@ -22,7 +22,7 @@ def warm_up(transport: Transport, config: DispatcherConfig, slot: Slot, device: 
     weights = torch.zeros(most, config.top_k, device=device)
     # stands in for expert output, of which nothing is read: a whole one may be gigabytes
     nothing = torch.zeros(1, dtype=torch.bfloat16, device=device)
-    output = nothing.expand(config.num_local_experts, config.max_rows, config.hidden_size)
+    output = nothing.expand(*config.batch_shape, config.hidden_size)
     # how a kernel is launched depends on whether tokens are few or many
     sizes = token_counts(most)
     for dtype in (torch.int32, torch.int64):

@@ -156,7 +156,7 @@ class Layers:
         guarded.assert_only(name="combine's output")
         assert_same_batch(rank, ranks, settings, inputs, batch, expected, self.name)
         assert_bit_equal(guarded.tensor.cpu(), outputs[rank], "combine")
-        self._products(rng, mine, slot)
+        self._products(rng, mine, slot, dropped)
         self._guards()
 
     def close(self) -> None:
@@ -200,8 +200,9 @@ class Layers:
         else:
             self.dispatcher.combine(y, handle, out=out)
 
-    def _products(self, rng: random.Random, mine: list[Tensor], slot: int) -> None:
-        """The layer by its steps, and as one call: with pushed rows, with waves or in halves, where that can be."""
+    def _products(self, rng: random.Random, mine: list[Tensor], slot: int, dropped: int) -> None:
+        """The layer by its steps, and as one call: with pushed rows, with waves or in halves, where that can be: each half has room for
+        rows that the whole drops."""
         with all_sizes(self.hopper):
             batch, handle = self.dispatcher.dispatch(*mine, slot=slot)
             apart = self.dispatcher.combine(self.experts(batch), handle)
@@ -216,8 +217,7 @@ class Layers:
                 first = rng.randint(1, local - 1)
                 out = self.dispatcher(*mine, self.experts, slot=slot, chunks=1, first_experts=first)
                 assert_near_layer(out, apart, f"waves of {first} of {local} experts")
-            all_fit = self.settings["capacity"] is None and self.settings["rank_capacity"] is None
-            if self.dispatcher.config.pushes and self.settings["slots"] == 2 and all_fit:
+            if self.dispatcher.config.pushes and self.settings["slots"] == 2 and not dropped:
                 out = self.dispatcher(*mine, self.experts, chunks=2, first_experts=0)
                 assert_near_layer(out, apart, "halves")
         self.dispatcher.check()

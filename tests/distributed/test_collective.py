@@ -36,9 +36,9 @@ def run_interpreted(rank: int, ranks: int, trials: int, layout: str) -> None:
     run_trials(rank, ranks, trials, layout, tokens=20)
 
 
-@LAYOUTS
-def test_interpreted_kernels_have_the_bits_of_one_process(layout, interpreted):
-    run_ranks(run_interpreted, 2, 6, layout, setup=install_interpreter)
+@pytest.mark.parametrize(("ranks", "trials", "layout"), [(2, 6, "padded"), (2, 6, "ragged"), (8, 2, "ragged")])
+def test_interpreted_kernels_have_the_bits_of_one_process(ranks, trials, layout, interpreted):
+    run_ranks(run_interpreted, ranks, trials, layout, setup=install_interpreter)
 
 
 def run_subgroups(rank: int, ranks: int) -> None:

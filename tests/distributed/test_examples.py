@@ -84,8 +84,6 @@ def loaded_later(device: str) -> None:
         assert_bit_equal(model(x), 2 * before)
         model.load_state_dict(state, assign=True)
         assert_bit_equal(model(x), 2 * before)
-    first, second = (layer.experts for layer in model if isinstance(layer, moe_module.MoE))
-    assert first._workspaces is second._workspaces
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])

@@ -19,9 +19,14 @@ from moequant.testing import assert_bit_equal, run_ranks
 BACKEND = "cpu:gloo,cuda:nccl"
 
 
-def settings_for(ranks: int, tokens: int, hidden: int, quant: str, local_experts: int = 2) -> dict[str, Any]:
+LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
+
+
+def settings_for(
+    ranks: int, tokens: int, hidden: int, quant: str, local_experts: int = 2, layout: str = "padded"
+) -> dict[str, Any]:
     settings = {"num_experts": max(3, local_experts * ranks), "top_k": 3, "hidden_size": hidden, "max_tokens_per_rank": tokens}
-    return settings | {"quant": quant, "transport": "symmetric", "slots": 2}
+    return settings | {"quant": quant, "transport": "symmetric", "slots": 2, "layout": layout}
 
 
 def experts_of(rank: int, settings: dict[str, Any], ranks: int, inner: int, device: str) -> GroupedExperts:
@@ -40,10 +45,10 @@ def tokens_of(seed: int, settings: dict[str, Any], tokens: int, device: str) -> 
     return hidden.to(device), ids.to(device), torch.rand(ids.shape, generator=generator).to(device)
 
 
-def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], device: str) -> None:
+def run_ways(rank: int, ranks: int, quant: str, layout: str, sizes: tuple[int, int, int], device: str) -> None:
     """The layer with and without overlap, in waves and in halves; other ranks have other numbers of tokens, the last one has none."""
     (most, hidden, inner), device = sizes, device.format(rank=rank)
-    settings = settings_for(ranks, most, hidden, quant)
+    settings = settings_for(ranks, most, hidden, quant, layout=layout)
     experts = experts_of(rank, settings, ranks, inner, device)
     tokens = tokens_of(rank, settings, 0 if rank and rank == ranks - 1 else most - rank, device)
     with MoEQuantDispatcher(**settings, overlap=False, device=device) as dispatcher:
@@ -67,27 +72,30 @@ def run_ways(rank: int, ranks: int, quant: str, sizes: tuple[int, int, int], dev
 
 
 @pytest.mark.parametrize(("ranks", "quant"), [(2, "fp8_e4m3fn"), (4, "int8"), (8, "fp8_e4m3fn"), (1, "fp8_e4m3fn")])
-def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_other(ranks, quant, interpreted):
-    run_ranks(run_ways, ranks, quant, (9, 136, 72), "cpu", setup=install_interpreter)
+@LAYOUTS
+def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_other(layout, ranks, quant, interpreted):
+    run_ranks(run_ways, ranks, quant, layout, (9, 136, 72), "cpu", setup=install_interpreter)
 
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none"])
-def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(ranks, quant):
+@LAYOUTS
+def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(layout, ranks, quant):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    run_ranks(run_ways, ranks, quant, (700, 1032, 384), "cuda:{rank}", backend=BACKEND)
+    run_ranks(run_ways, ranks, quant, layout, (700, 1032, 384), "cuda:{rank}", backend=BACKEND)
 
 
+IN_ONE_PIECE: dict[str, int] = {}
 IN_HALVES, IN_WAVES = {"chunks": 2}, {"first_experts": 1}
 WAYS = pytest.mark.parametrize("way", [IN_HALVES, IN_WAVES], ids=["halves", "waves"])
 
 
-def run_replays(rank: int, ranks: int, replays: int, late: bool, way: dict[str, int]) -> int:
-    """Replays of a layer in halves or waves, against the layer without overlap."""
+def run_replays(rank: int, ranks: int, replays: int, late: bool, way: dict[str, int], layout: str) -> int:
+    """Replays of a layer whose rows are pushed, against the layer without overlap."""
     device, pool_size = f"cuda:{rank}", 64
-    settings = settings_for(ranks, 256, 512, "fp8_e4m3fn", local_experts=4)
+    settings = settings_for(ranks, 256, 512, "fp8_e4m3fn", local_experts=4, layout=layout)
     experts = experts_of(rank, settings, ranks, 256, device)
     inputs = [tokens_of(1000 * rank + number, settings, 256, device) for number in range(pool_size)]
     pool = [torch.stack(tensors) for tensors in zip(*inputs, strict=True)]
@@ -104,12 +112,16 @@ def run_replays(rank: int, ranks: int, replays: int, late: bool, way: dict[str, 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("late", [False, True])
-@WAYS
-def test_replays_of_a_layer_on_two_streams_change_no_bit(way, ranks, late):
+@pytest.mark.parametrize(
+    ("layout", "way"),
+    [("padded", IN_HALVES), ("padded", IN_WAVES), ("ragged", IN_ONE_PIECE), ("ragged", IN_HALVES), ("ragged", IN_WAVES)],
+    ids=str,
+)
+def test_replays_of_a_layer_change_no_bit(layout, way, ranks, late):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     replays = 1000 if late else int(os.environ.get("MOEQUANT_REPLAYS", "2000"))
-    assert run_ranks(run_replays, ranks, replays, late, way, backend=BACKEND) == [0] * ranks
+    assert run_ranks(run_replays, ranks, replays, late, way, layout, backend=BACKEND) == [0] * ranks
 
 
 def two_layers(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from trials import install_interpreter, stand_in
 
-from moequant import CallOrderError, MoEQuantDispatcher
+from moequant import CallOrderError, ConfigMismatchError, GroupedExperts, MoEQuantDispatcher, StaleHandleError
 from moequant.testing import assert_bit_equal, run_ranks
 from moequant.transport.buffers import named
 
@@ -201,6 +201,43 @@ def test_threads_take_turns():
     assert not wrong
 
 
+def run_growth(rank: int, ranks: int, transport: str, layout: str) -> None:
+    with MoEQuantDispatcher(**SMALL, transport=transport, layout=layout, device="cpu") as dispatcher:
+        before = layer_of(dispatcher)
+        _, stale = dispatcher.dispatch(*tokens_of(0, hidden=16))
+        for most, now in ((5, 8), (20, 20), (20, 20)):
+            dispatcher.ensure(most)
+            assert dispatcher.config.max_tokens_per_rank == now
+        assert_bit_equal(layer_of(dispatcher), before)
+        more = [torch.cat([part, part]) for part in tokens_of(1, hidden=16)]
+        assert_bit_equal(dispatcher(*more, stand_in)[:8], layer_of(dispatcher, 1))
+        with pytest.raises(StaleHandleError):
+            dispatcher.combine(dispatcher.output_buffer(), stale)
+        with pytest.raises(ConfigMismatchError, match="max_tokens_per_rank"):
+            dispatcher.ensure(21 + rank)
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_a_dispatcher_grows_on_all_ranks_and_keeps_its_bits_on_gloo(layout):
+    run_ranks(run_growth, 2, "collective", layout)
+
+
+def test_a_dispatcher_grows_on_all_ranks_and_keeps_its_bits_on_symmetric(interpreted):
+    run_ranks(run_growth, 2, "symmetric", "ragged", setup=install_interpreter)
+
+
+def test_growth_of_one_rank_needs_nobody():
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
+        expected = layer_of(dispatcher)
+        owner = dispatcher._transport.owner
+        owner.workspaces["of experts",] = object()
+        dispatcher.ensure(64)
+        assert_bit_equal(layer_of(dispatcher), expected)
+        assert not owner.workspaces and dispatcher.config.max_rows == 64
+        with pytest.raises(ValueError, match="max_tokens_per_rank"):
+            dispatcher.ensure(0)
+
+
 def run_close(rank: int, ranks: int) -> None:
     """The memory that ranks share goes with close(), not with the object."""
     dispatcher = MoEQuantDispatcher(**SETTINGS, transport="symmetric", device="cpu")
@@ -232,6 +269,35 @@ def test_close_gives_the_memory_of_a_gpu_back():
     assert torch.cuda.memory_allocated() - before >= MoEQuantDispatcher.buffer_bytes(**MANY)
     dispatcher.close()
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "none"])
+def test_a_layer_takes_the_memory_that_buffer_bytes_says(layout, quant):
+    """To the byte, but that torch takes memory by 512 bytes."""
+    settings: dict[str, Any] = {"num_experts": 64, "top_k": 4, "hidden_size": 1024, "max_tokens_per_rank": 2048, "quant": quant}
+    settings |= {"layout": layout}
+    w13, w2 = torch.randn(64, 1024, 1024).bfloat16().cuda(), torch.randn(64, 1024, 512).bfloat16().cuda()
+    layers = [GroupedExperts.from_weights(w13, w2, quant=quant) for _ in range(3)]
+    x, ids = torch.randn(2048, 1024).bfloat16().cuda(), torch.rand(2048, 64).argsort(1)[:, :4].contiguous().cuda()
+    weights = torch.rand(2048, 4).cuda()
+
+    def taken() -> int:
+        before = torch.cuda.memory_allocated()
+        dispatcher = MoEQuantDispatcher(**settings, device="cuda")
+        for layer in layers:
+            dispatcher(x, ids, weights, layer)
+        torch.cuda.synchronize()
+        after = torch.cuda.memory_allocated()
+        dispatcher.close()
+        return after - before
+
+    # what a device has once, tile counters
+    taken()
+    fused = layers[0].fuses(MoEQuantDispatcher(**settings, device="cuda").dispatch(x, ids, weights)[0])
+    said = MoEQuantDispatcher.buffer_bytes(**settings, intermediate_size=512, fused=fused)
+    assert said <= taken() <= said + 20 * 512
 
 
 @pytest.mark.multigpu

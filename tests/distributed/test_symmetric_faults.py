@@ -18,7 +18,6 @@ from trials import install_interpreter, patience, stand_in
 from moequant import MoEQuantDispatcher, PeerTimeoutError
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
 
-
 LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
 
 

@@ -47,13 +47,14 @@ def pool_of(rank: int, ranks: int, hot: bool) -> list[torch.Tensor]:
     return [tensor.to(f"cuda:{rank}") for tensor in tensors]
 
 
-def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str, layout: str) -> int:
-    """Replays over the pool, against what the collective transport gives."""
+def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str, layout: str, overlap: bool) -> int:
+    """Replays over the pool, against what the collective transport gives. overlap: combine pushes rows, and pulls them otherwise."""
     settings, first = settings_for(ranks, reduce, layout), 8 * rank
     pool = pool_of(rank, ranks, hot=True)
-    with MoEQuantDispatcher(**settings | {"layout": "padded"}, transport="collective", exchange="padded") as dispatcher:
+    padded: dict[str, Any] = {**settings, "layout": "padded"}
+    with MoEQuantDispatcher(**padded, transport="collective", exchange="padded") as dispatcher:
         expected = torch.stack([dispatcher(h, i, w, lambda batch: stand_in(batch, first)) for h, i, w in zip(*pool, strict=True)])
-    with MoEQuantDispatcher(**settings, transport="symmetric") as dispatcher:
+    with MoEQuantDispatcher(**settings, transport="symmetric", overlap=overlap) as dispatcher:
         out = torch.empty_like(expected[0])
 
         def layer(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -66,20 +67,21 @@ def run_replays(rank: int, ranks: int, replays: int, late: bool, reduce: str, la
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+@pytest.mark.parametrize(("reduce", "overlap"), [("exact", True), ("exact", False), ("per_rank", True)])
 @LAYOUTS
-def test_replays_over_a_pool_of_inputs_give_what_the_collective_transport_gives(ranks, reduce, layout):
+def test_replays_over_a_pool_of_inputs_give_what_the_collective_transport_gives(ranks, reduce, overlap, layout):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    assert run_ranks(run_replays, ranks, REPLAYS, False, reduce, layout, backend=BACKEND) == [0] * ranks
+    assert run_ranks(run_replays, ranks, REPLAYS, False, reduce, layout, overlap, backend=BACKEND) == [0] * ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @LAYOUTS
-def test_a_rank_that_is_late_at_random_changes_no_bit(ranks, layout):
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_rank_that_is_late_at_random_changes_no_bit(ranks, layout, overlap):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
-    assert run_ranks(run_replays, ranks, 1000, True, "exact", layout, backend=BACKEND) == [0] * ranks
+    assert run_ranks(run_replays, ranks, 1000, True, "exact", layout, overlap, backend=BACKEND) == [0] * ranks
 
 
 def run_hostile_ids(rank: int, ranks: int, trials: int, layout: str) -> None:

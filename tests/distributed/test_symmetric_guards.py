@@ -16,6 +16,7 @@ from moequant.transport.buffers import named
 from moequant.transport.guards import GUARD_BYTES, Guards, offsets_of
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 40, "max_tokens_per_rank": 3, "transport": "symmetric"}
+LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
 SPECS = {
     "flags": BufferSpec((3,), torch.int32),
     "rows": BufferSpec((2, 128), torch.bfloat16),
@@ -70,10 +71,11 @@ def test_the_error_names_the_buffers_on_both_sides_and_how_far_off_it_was():
         guards.check(memory, 0)
 
 
-def run_stray_stores(rank: int, ranks: int, device: str) -> list[str]:
+def run_stray_stores(rank: int, ranks: int, layout: str, device: str) -> list[str]:
     """What rank 1 hears of stores around its buffers, one after the other, and rank 0 does not."""
     device = device.format(rank=rank)
-    dispatcher = MoEQuantDispatcher(**SETTINGS, slots=2, device=device)
+    # the rows that combine pulls are in a buffer of their own
+    dispatcher = MoEQuantDispatcher(**SETTINGS, slots=2, overlap=False, layout=layout, device=device)
     inputs = torch.ones(2, 40).bfloat16(), torch.tensor([[0, 3], [1, 2]]), torch.ones(2, 2)
     batch, handle = dispatcher.dispatch(*(x.to(device) for x in inputs), slot=1)
     dispatcher.combine(stand_in(batch), handle)
@@ -107,7 +109,7 @@ def refused(step: Callable[[], object]) -> list[str]:
 
 
 def check_stray_stores(heard: list[list[str]]) -> None:
-    names = ["flags", "count_words", "values", "notes", "output", "returns"]
+    names = ["flags", "count_words", "values", "notes", "returns", "output"]
     assert heard[0] == [] and len(heard[1]) == 2 * len(names) + 1
     for index, name in enumerate(names):
         before, behind = heard[1][2 * index : 2 * index + 2]
@@ -116,18 +118,20 @@ def check_stray_stores(heard: list[list[str]]) -> None:
     assert heard[1][-1] == heard[1][-2], "close says the same"
 
 
-def test_check_and_close_say_what_was_stored_outside_a_buffer(interpreted, monkeypatch):
+@LAYOUTS
+def test_check_and_close_say_what_was_stored_outside_a_buffer(layout, interpreted, monkeypatch):
     monkeypatch.setenv("MOEQUANT_CHECK_GUARDS", "1")
-    check_stray_stores(run_ranks(run_stray_stores, 2, "cpu", setup=install_interpreter))
+    check_stray_stores(run_ranks(run_stray_stores, 2, layout, "cpu", setup=install_interpreter))
 
 
 @pytest.mark.multigpu
-def test_check_and_close_on_gpus_say_what_was_stored_outside_a_buffer():
-    check_stray_stores(run_ranks(run_stray_stores, 2, "cuda:{rank}", backend="cpu:gloo,cuda:nccl"))
+@LAYOUTS
+def test_check_and_close_on_gpus_say_what_was_stored_outside_a_buffer(layout):
+    check_stray_stores(run_ranks(run_stray_stores, 2, layout, "cuda:{rank}", backend="cpu:gloo,cuda:nccl"))
 
 
-def run_without_the_switch(rank: int, ranks: int) -> int:
-    dispatcher = MoEQuantDispatcher(**SETTINGS, device="cpu")
+def run_without_the_switch(rank: int, ranks: int, settings: dict[str, Any]) -> int:
+    dispatcher = MoEQuantDispatcher(**SETTINGS, **settings, device="cpu")
     transport: Any = dispatcher._transport
     transport.memory.local[0] = 0
     assert dispatcher.check() == 0
@@ -138,12 +142,26 @@ def run_without_the_switch(rank: int, ranks: int) -> int:
     # the abort word has 256 bytes of its own
     assert transport.memory.local.numel() == shared + 256
     made = named(dispatcher._slots[0].buffers).values()
-    assert sum(x.numel() * x.itemsize for x in made) == sum(spec.nbytes for spec in specs.values()) - specs["guards"].nbytes
+    told = MoEQuantDispatcher.buffer_bytes(**SETTINGS, **settings, world_size=ranks)
+    assert sum(x.numel() * x.itemsize for x in made) == told - specs["guards"].nbytes
+    # expert output is shared by those alone whose combine pulls it
+    assert ("output" in specs) == (not settings.get("overlap", True) and settings.get("reduce") != "per_rank")
     dispatcher.close()
     return shared
 
 
-def test_nobody_looks_without_the_switch_and_buffer_bytes_counts_the_guards(interpreted, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"overlap": False},
+        {"overlap": False, "layout": "ragged"},
+        {"reduce": "per_rank", "overlap": False},
+        {"layout": "ragged"},
+    ],
+    ids=str,
+)
+def test_nobody_looks_without_the_switch_and_buffer_bytes_counts_the_guards(settings, interpreted, monkeypatch):
     monkeypatch.setenv("MOEQUANT_CHECK_GUARDS", "0")
-    shared = run_ranks(run_without_the_switch, 2, setup=install_interpreter)
-    assert min(shared) > 7 * GUARD_BYTES
+    shared = run_ranks(run_without_the_switch, 2, settings, setup=install_interpreter)
+    assert min(shared) > 6 * GUARD_BYTES

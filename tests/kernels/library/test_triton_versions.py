@@ -105,7 +105,7 @@ def test_the_probe_compiles_the_kernels_and_runs_none(monkeypatch):
     assert triton_versions.probe(torch.device("cuda", 0)) is None
     a, out = torch.ones(1, 128, 128, device="cuda").to(torch.float8_e4m3fn), torch.zeros(1, 128, 256, device="cuda").bfloat16()
     b, scales = torch.ones(1, 256, 128, device="cuda").to(torch.float8_e4m3fn), torch.ones(1, 1, 128, device="cuda")
-    arguments = a, scales.transpose(1, 2), b, torch.ones(1, 2, 1, device="cuda"), None, out
+    arguments = a, scales.transpose(1, 2), b, torch.ones(1, 2, 1, device="cuda"), None, None, out
     grouped_gemm_hopper.grouped_gemm_blockscale_hopper(*arguments, num_sms=0)
     assert not out.any()
     # and the same launch, of programs, writes

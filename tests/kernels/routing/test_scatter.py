@@ -142,7 +142,8 @@ def test_strided_tokens_and_int64_ids_match(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=str)
-def test_tokens_rows_and_scales_past_2_to_the_31_elements(dtype, device):
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_tokens_rows_and_scales_past_2_to_the_31_elements(dtype, layout, device):
     from moequant.kernels.routing.scatter import scatter
 
     experts, limit, columns = 3, 2**23, 128
@@ -151,7 +152,15 @@ def test_tokens_rows_and_scales_past_2_to_the_31_elements(dtype, device):
     scales = far((experts, limit, 1), (2**30, 1, 2**30), torch.float32, device) if dtype == torch.int8 else None
     ids = torch.tensor([[2], [-1], [2]], dtype=torch.int32, device=device)
     slots = torch.tensor([[0], [-1], [limit - 1]], dtype=torch.int32, device=device)
-    scatter(far_along(0, x), ids, slots, values, scales, spec=None if scales is None else ops.quant_spec(dtype, "default"))
+    spec = None if scales is None else ops.quant_spec(dtype, "default")
+    if layout == "padded":
+        scatter(far_along(0, x), ids, slots, values, scales, spec=spec)
+    else:
+        starts = torch.arange(experts, dtype=torch.int32, device=device) * limit
+        # experts' scales far from each other have no ragged form
+        scales = None if scales is None else far((experts * limit, 1), (2**8, 1), torch.float32, device)
+        scatter(far_along(0, x), ids, slots, values.flatten(0, 1), scales, spec=spec, expert_start=starts)
+        scales = None if scales is None else scales.unflatten(0, (experts, limit))
     written = values[2, [0, limit - 1]]
     if scales is None:
         assert_bit_equal(written, x[::2])
