@@ -14,7 +14,6 @@ pytest.importorskip("transformers", "5.23")
 from hf_models import build, prompt
 
 from examples import generate
-from moequant.testing import run_ranks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "transformers.md"
 
@@ -31,14 +30,6 @@ def test_the_example_prints_a_table(capsys):
     assert all(float(number) > 0 for row in rows for number in row[1:])
     # fewer bytes with experts in fp8
     assert float(rows[2][3]) < float(rows[1][3])
-
-
-def run_example(rank: int, ranks: int) -> None:
-    generate.main(["--new-tokens", "2", "--batch", "1", "--ways", "moequant"])
-
-
-def test_the_example_runs_on_two_ranks():
-    run_ranks(run_example, 2)
 
 
 def test_the_page_shows_what_runs(tmp_path):

@@ -14,9 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 pytest.importorskip("transformers", "5.23")
 
-from hf_experts import error, make, quantize, run, scan, tokens
+from hf_experts import ExpertsClass, error, make, quantize, run, scan, tokens
 from hf_models import build, prompt
 
+from examples import generate
 from moequant import reference
 from moequant.integrations.transformers import MoEQuantConfig, configure
 from moequant.integrations.transformers.expert_parallel import MoEQuantEP
@@ -71,20 +72,22 @@ def exact_product(
         out[place] = (left @ right.T).to(out.dtype)
 
 
-def run_all(rank: int, ranks: int) -> tuple[list[str], tuple[bool, float, bool, str] | None]:
+def run_all(
+    rank: int, ranks: int, classes: dict[ExpertsClass, tuple[str, ...]]
+) -> tuple[list[str], tuple[bool, float, bool, str] | None]:
     """What was wrong, and what came of three ranks."""
-    return wrong_layouts(rank), of_three(rank)
+    return wrong_layouts(classes), of_three(rank, next(iter(classes)))
 
 
-def wrong_layouts(rank: int) -> list[str]:
+def wrong_layouts(classes: dict[ExpertsClass, tuple[str, ...]]) -> list[str]:
     """What was wrong: names of layouts, classes and numbers of tokens."""
     on_cpu.grouped_gemm_blockscale = exact_product
     configure(max_tokens=8)
     wrong: list[str] = []
     meshes = {name: (mesh_of(ep), mesh_of(tp)) for name, (ep, tp) in LAYOUTS.items()}
-    for name, quants in CLASSES.items():
+    for which, quants in classes.items():
         for quant in quants:
-            module = make(scan()[name], EXPERTS)
+            module = make(which, EXPERTS)
             module.config._experts_implementation_internal = "moequant"
             if quant != "none":
                 quantize(module, quant)
@@ -97,17 +100,17 @@ def wrong_layouts(rank: int) -> list[str]:
                     with torch.no_grad():
                         found = implementation(*inputs)
                     if not torch.equal(found, run(module, "moequant", *inputs)):
-                        wrong.append(f"{name} {quant} {layout} {count}")
+                        wrong.append(f"{which.name} {quant} {layout} {count}")
     return wrong
 
 
-def of_three(rank: int) -> tuple[bool, float, bool, str] | None:
+def of_three(rank: int, which: ExpertsClass) -> tuple[bool, float, bool, str] | None:
     """Equal bits in inference; under grad how far from it the built-in is, and whether grads came; what is said of too many tokens."""
     three, alone = DeviceMesh("cpu", [[0, 1, 2]], mesh_dim_names=("others", "mine")), mesh_of([[0], [1], [2], [3]])
     if rank == 3:
         return None
     mesh = three["mine"]
-    module = make(scan()["Qwen3MoeExperts"], EXPERTS)
+    module = make(which, EXPERTS)
     module.config._experts_implementation_internal = "moequant"
     mine = split(module, mesh)
     implementation = MoEQuantEP(mine, mesh, alone)
@@ -131,7 +134,7 @@ def of_three(rank: int) -> tuple[bool, float, bool, str] | None:
 
 
 def test_ranks_have_the_bits_of_one_rank_in_every_layout_and_under_grad_the_built_in_computes():
-    results = run_ranks(run_all, RANKS)
+    results = run_ranks(run_all, RANKS, {scan()[name]: quants for name, quants in CLASSES.items()})
     assert [wrong for wrong, _ in results] == [[]] * RANKS
     for three in [three for _, three in results][:3]:
         assert three is not None
@@ -176,10 +179,11 @@ MODELS = {"qwen3_moe": ("fp8_e4m3fn", (1, 2)), "gpt_oss": ("none", (2, 1))}
 
 
 def run_models(rank: int, ranks: int, folder: str) -> list[bool]:
+    generate.main(["--new-tokens", "2", "--batch", "1", "--ways", "moequant"])
     return [run_model(rank, ranks, f"{folder}/{family}", *how) for family, how in MODELS.items()]
 
 
-def test_models_that_transformers_splits(tmp_path):
+def test_models_that_transformers_splits_and_the_example_on_two_ranks(tmp_path):
     for family in MODELS:
         build(family).save_pretrained(tmp_path / family)
     assert run_ranks(run_models, 2, str(tmp_path)) == [[True] * len(MODELS)] * 2

@@ -42,6 +42,9 @@ class MoEQuantConfig(QuantizationConfigMixin):
         modules_to_not_convert: names of experts modules that stay as they are, or parts of names.
         **ignored: what else a saved configuration has.
 
+    Attributes:
+        quant_method: "moequant", by which a saved configuration is known.
+
     Raises:
         ValueError: a wrong quant or recipe.
     """
@@ -62,7 +65,12 @@ class MoEQuantConfig(QuantizationConfigMixin):
 
 
 class MoEQuantizer(HfQuantizer):
-    """What transformers asks while it loads a model with a MoEQuantConfig."""
+    """What transformers asks while it loads a model with a MoEQuantConfig.
+
+    Args:
+        quantization_config: the user's.
+        **kwargs: of transformers' own class.
+    """
 
     quantization_config: MoEQuantConfig
 

@@ -70,7 +70,7 @@ def contract_of(module: nn.Module) -> Contract:
         What it says.
 
     Raises:
-        UnknownExpertsError: it asks for something that is not known here.
+        ValueError: as UnknownExpertsError: it asks for something that is not known here.
     """
     _check_known(module)
     gated = bool(getattr(module, "has_gate", True))

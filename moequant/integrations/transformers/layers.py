@@ -50,11 +50,11 @@ _CONTRACTS: weakref.WeakKeyDictionary[nn.Module, Contract] = weakref.WeakKeyDict
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
 
 
-def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of an experts module, as transformers' ExpertsInterface calls it.
 
     Args:
-        self: the module.
+        module: it.
         hidden_states: (T, H) bfloat16, float16 or float32.
         top_k_index: (T, K) int64, ids of this module's experts.
         top_k_weights: (T, K) of any float type.
@@ -62,11 +62,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Returns:
         (T, H) of the hidden states' type.
     """
-    if wants_grad(self, hidden_states, top_k_weights):
-        return built_in(self)(self, hidden_states, top_k_index, top_k_weights)
+    if wants_grad(module, hidden_states, top_k_weights):
+        return built_in(module)(module, hidden_states, top_k_index, top_k_weights)
     if torch.compiler.is_compiling():
-        return torch.ops.moequant.transformers_experts(hidden_states, top_k_index, top_k_weights, _number(self))
-    return run(self, hidden_states, top_k_index, top_k_weights)
+        return torch.ops.moequant.transformers_experts(hidden_states, top_k_index, top_k_weights, _number(module))
+    return run(module, hidden_states, top_k_index, top_k_weights)
 
 
 def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -23,9 +23,6 @@ from moequant.weights import Weight, dtype_of
 
 Experts = Callable[[ExpertBatch], Tensor]
 
-# Experts whose workspaces those of other layers share, as layers run one after the other.
-_FIRST: weakref.WeakValueDictionary[tuple[object, ...], GroupedExperts] = weakref.WeakValueDictionary()
-
 
 def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
     """What computes a module's experts.
@@ -38,7 +35,7 @@ def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
         It, and the `quant` of the dispatchers that it goes with.
 
     Raises:
-        UnknownExpertsError: their weights are of a kind that is not known here.
+        ValueError: as UnknownExpertsError: their weights are of a kind that is not known here.
     """
     w13, w2 = products(module, contract)
     quant = "none" if isinstance(w13, Tensor) else _NAMES[dtype_of(w13)]
@@ -50,11 +47,7 @@ def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
             "Python code; the products run in moequant"
         )
         return OwnActivation(module, contract, w13, w2), quant
-    experts = GroupedExperts(w13, w2, activation=activation)
-    first = _FIRST.setdefault((w13.shape, w2.shape, dtype_of(w2), w2.device), experts)
-    if first is not experts:
-        experts.share_workspaces(first)
-    return experts, quant
+    return GroupedExperts(w13, w2, activation=activation), quant
 
 
 _NAMES = {

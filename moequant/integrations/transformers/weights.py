@@ -40,7 +40,7 @@ def products(module: nn.Module, contract: Contract) -> tuple[QuantizedTensor | T
         w13, (E, 2I, H), or (E, I, H) without a gate, and w2, (E, H, I): quantized in blocks, or bfloat16. Views where they can be.
 
     Raises:
-        UnknownExpertsError: they are quantized in a way that is not known here.
+        ValueError: as UnknownExpertsError: they are quantized in a way that is not known here.
     """
     weights = sources(module, contract)
     if len(weights) == 4:
