@@ -98,12 +98,12 @@ def test_weights_and_tokens_of_other_types(name, dtype):
     other = copy.deepcopy(module).to(dtype)
     found = run(other, "moequant", hidden.to(dtype), ids, weights.to(dtype))
     assert found.dtype == dtype and error(found, expected) < 6e-3
-    # a copy of the weights is made anew when they change
-    with torch.no_grad():
-        other.down_proj.mul_(2)
-        if other.has_bias:
-            other.down_proj_bias.mul_(2)
-    assert error(run(other, "moequant", hidden.to(dtype), ids, weights.to(dtype)), 2 * found) < 1e-3
+    # a copy of the weights is made anew when they change, in place or for others that may lie where they lay
+    for factor in (2, 4, 8, 16):
+        state = {key: value * 2 if "down" in key else value for key, value in other.state_dict().items()}
+        other.load_state_dict(state, assign=factor > 2)
+        del state
+        assert_bit_equal(run(other, "moequant", hidden.to(dtype), ids, weights.to(dtype)), factor * found)
 
 
 @pytest.mark.parametrize("name", [QWEN, GPT])
@@ -166,6 +166,20 @@ def test_tokens_that_name_an_expert_twice_lose_no_rows(name):
     for same in (torch.zeros_like(ids), ids // 4):
         found = run(module, "moequant", hidden, same, weights)
         assert error(found, run(copy.deepcopy(module).float(), "eager", hidden.float(), same, weights)) < 6e-3
+
+
+def test_places_that_a_gpu_does_not_count_change_nothing(monkeypatch):
+    module, inputs = moequant(GPT), tokens(7)
+    # entries of no expert have no row
+    inputs[1][:2] = -1
+    expected = run(module, "moequant", *inputs)
+
+    def static(valid: torch.Tensor, most: int) -> torch.Tensor:
+        assert most == 7 * TOP_K == valid.sum() + 2 * TOP_K
+        return torch.nonzero_static(valid, size=most, fill_value=0)[:, 0]
+
+    monkeypatch.setattr("moequant.integrations.transformers.products.places", static)
+    assert_bit_equal(run(module, "moequant", *inputs), expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 16, 17])

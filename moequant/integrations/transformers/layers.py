@@ -16,15 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from moequant.experts import GroupedExperts
-from moequant.integrations.transformers.contract import Contract, contract_of
+from moequant.integrations.transformers.contract import contract_of, local
 from moequant.integrations.transformers.dispatchers import Sizes, dispatcher_of
 from moequant.integrations.transformers.products import Experts, OwnActivation, experts_of
 from moequant.integrations.transformers.settings import Settings, current, say_once
-from moequant.integrations.transformers.weights import SCALES, sources
+from moequant.integrations.transformers.weights import SCALES, parameter_names
 from moequant.traced import numbered
 
 # What takes over where gradients are wanted.
@@ -36,17 +37,20 @@ class Layer:
     """What is kept of an experts module.
 
     Attributes:
-        stamp: of the weights that it was made from.
+        names: of the parameters that it was made from.
+        sources: what these were, so that no others can come to lie where they lay.
+        stamp: of them.
         experts: what computes them.
         quant: of the dispatchers that they go with.
     """
 
-    stamp: tuple[object, ...]
+    names: tuple[str, ...]
+    sources: tuple[Tensor, ...]
+    stamp: tuple[int, ...]
     experts: Experts
     quant: str
 
 
-_CONTRACTS: weakref.WeakKeyDictionary[nn.Module, Contract] = weakref.WeakKeyDictionary()
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
 
 
@@ -136,27 +140,32 @@ def layer_of(module: nn.Module) -> Layer:
     Returns:
         It.
     """
-    contract = _CONTRACTS.get(module)
-    if contract is None:
-        contract = _CONTRACTS[module] = contract_of(module)
-    weights = sources(module, contract)
-    stamp = tuple((weight.data_ptr(), weight.dtype, weight.device, _version(weight)) for weight in weights)
     kept = _LAYERS.get(module)
-    if kept is not None and kept.stamp == stamp:
+    if kept is not None and kept.stamp == _stamp(module, kept.names):
         return kept
+    contract = contract_of(module)
+    names = parameter_names(module, contract)
     experts, quant = experts_of(module, contract)
-    layer = Layer(stamp, experts, quant)
-    first = layer.experts.w13 if isinstance(layer.experts, GroupedExperts | OwnActivation) else None
-    if isinstance(module, FSDPModule) and isinstance(first, Tensor) and first.data_ptr() != weights[0].data_ptr():
-        # FSDP gathers new weights at old addresses, and a copy would be taken for theirs
+    sources = tuple(local(getattr(module, name)) for name in names)
+    layer = Layer(names, sources, _stamp(module, names), experts, quant)
+    first = experts.w13 if isinstance(experts, GroupedExperts | OwnActivation) else None
+    if isinstance(module, FSDPModule) and isinstance(first, Tensor) and first.data_ptr() != sources[0].data_ptr():
+        # FSDP gathers new weights where the old ones were, and a copy would be taken for theirs
         say_once(f"{type(module).__name__}: weights of another type or order are copied in every call under FSDP")
         return layer
     _LAYERS[module] = layer
     return layer
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+def _stamp(module: nn.Module, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Addresses and versions of a module's parameters."""
+    stamp: list[int] = []
+    for name in names:
+        weight = getattr(module, name)
+        if isinstance(weight, DTensor):
+            weight = weight.to_local()
+        stamp += weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return tuple(stamp)
 
 
 def wants_grad(module: nn.Module, *inputs: Tensor) -> bool:

@@ -122,6 +122,19 @@ def valid_rows(batch: ExpertBatch, most: int | None) -> Tensor:
     experts = batch.experts_of_rows()
     rows = torch.arange(batch.values.shape[0], device=batch.values.device)
     valid = rows - batch.expert_start[experts] < batch.num_tokens[experts]
+    return places(valid, len(valid) if most is None else min(most, len(valid)))
+
+
+def places(valid: Tensor, most: int) -> Tensor:
+    """Where a mask holds.
+
+    Args:
+        valid: (R,) bool.
+        most: on a GPU as many places as are returned.
+
+    Returns:
+        (S,) int64, on a GPU filled up with 0.
+    """
     if valid.device.type == "cpu":
         return valid.nonzero()[:, 0]
-    return torch.nonzero_static(valid, size=min(len(valid), len(valid) if most is None else most), fill_value=0)[:, 0]
+    return torch.nonzero_static(valid, size=most, fill_value=0)[:, 0]

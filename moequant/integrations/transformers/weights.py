@@ -14,7 +14,7 @@ SCALES = "_scale_inv"
 BLOCK = 128
 
 
-def sources(module: nn.Module, contract: Contract) -> list[Tensor]:
+def parameter_names(module: nn.Module, contract: Contract) -> tuple[str, ...]:
     """The parameters that `products` come from.
 
     Args:
@@ -22,11 +22,11 @@ def sources(module: nn.Module, contract: Contract) -> list[Tensor]:
         contract: theirs.
 
     Returns:
-        This rank's parts of them: the two weights, and their scales where they are quantized.
+        Names of the two weights, and of their scales where they are quantized.
     """
-    names = (contract.up, "down_proj")
-    found = [local(getattr(module, name)) for name in names]
-    return found + [local(getattr(module, name + SCALES)) for name in names if getattr(module, name + SCALES, None) is not None]
+    names = contract.up, "down_proj"
+    scales = tuple(name + SCALES for name in names)
+    return names + scales if getattr(module, scales[0], None) is not None else names
 
 
 def products(module: nn.Module, contract: Contract) -> tuple[QuantizedTensor | Tensor, QuantizedTensor | Tensor]:
@@ -42,7 +42,7 @@ def products(module: nn.Module, contract: Contract) -> tuple[QuantizedTensor | T
     Raises:
         ValueError: as UnknownExpertsError: they are quantized in a way that is not known here.
     """
-    weights = sources(module, contract)
+    weights = [local(getattr(module, name)) for name in parameter_names(module, contract)]
     if len(weights) == 4:
         up, down, up_scales, down_scales = weights
         _check_quantized(module, up, down)
