@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.records import Record, case_text, goal_rows, is_gemm, readme_rows, share
 
 # What a layer consists of, by the op or the step that it is recorded as; SwiGLU stands in GEMM 1 where that takes it in.
-SPLIT_K = {
+PARTS = {
     "dispatch": "dispatch",
     "gemm1": "GEMM 1",
     "silu_mul_quantize": "SwiGLU + quantize",
@@ -159,7 +159,7 @@ def layer_parts(records: list[Record]) -> dict[str, tuple[Record, dict[str, floa
     steps: dict[str, dict[str, float]] = defaultdict(dict)
     for record in records:
         name = record["case"].get("step", record["op"])
-        if name in SPLIT_K:
+        if name in PARTS:
             case = {key: value for key, value in record["case"].items() if key not in GEMM_KEYS}
             steps[f"{record['machine']}: {case_text(case)}"][name] = record["us"]
     found = {}
@@ -172,7 +172,7 @@ def layer_parts(records: list[Record]) -> dict[str, tuple[Record, dict[str, floa
         ends = ({"gemm2", "combine"}, {"gemm2_push", "combine_push"})
         complete = "dispatch" in parts and ("gemm1_fused" in parts or "gemm1" in parts) and any(end <= set(parts) for end in ends)
         if record["op"] == "layer" and complete:
-            found[key] = record, {name: parts[name] for name in SPLIT_K if name in parts}
+            found[key] = record, {name: parts[name] for name in PARTS if name in parts}
     return found
 
 
@@ -182,7 +182,7 @@ def draw_layer_parts(plt: Any, records: list[Record]) -> Any:
     figure, axes = plt.subplots(figsize=(9, 1.4 + 0.45 * len(bars)))
     for height, (record, parts) in enumerate(reversed(list(bars.values()))):
         total, left = sum(parts.values()), 0.0
-        for color, name in enumerate(SPLIT_K):
+        for color, name in enumerate(PARTS):
             if name in parts:
                 width = 100 * parts[name] / total
                 axes.barh(height, width, left=left, color=f"C{color}", height=0.7)
@@ -194,8 +194,8 @@ def draw_layer_parts(plt: Any, records: list[Record]) -> Any:
     axes.set_xlim(0, 145)
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel("% of the steps' sum; numbers: us")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{color}") for color in range(len(SPLIT_K))]
-    figure.legend(handles, list(SPLIT_K.values()), loc="outside upper center", ncols=3, fontsize="small")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{color}") for color in range(len(PARTS))]
+    figure.legend(handles, list(PARTS.values()), loc="outside upper center", ncols=3, fontsize="small")
     return figure
 
 
@@ -223,6 +223,8 @@ def draw(records: list[Record], folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
+    # one release of Triton beside another is for the tables
+    records = [record for record in records if "-triton-" not in record["machine"]]
     for name in plot_names(records):
         figure = PLOTS[name][1](plt, records)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})

@@ -338,7 +338,7 @@ def record(
         "gpus": torch.cuda.device_count(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit or os.environ.get("COMMIT", ""),
+        "commit": os.environ.get("COMMIT") or commit,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 

@@ -76,8 +76,8 @@ def probe(device: torch.device) -> str | None:
         from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
 
         with torch.cuda.device_of(values):
-            grouped_gemm_blockscale_hopper(values, scales, weights, weight_scales, None, out, num_sms=0)
-            gemm1_swiglu_hopper(values, scales, weights, weight_scales, None, values, scales, num_sms=0, **recipe)
+            grouped_gemm_blockscale_hopper(values, scales, weights, weight_scales, None, None, out, num_sms=0)
+            gemm1_swiglu_hopper(values, scales, weights, weight_scales, None, None, values, scales, num_sms=0, **recipe)
     except Exception as error:
         cause: BaseException = error
         # where in the source it was is of no use to a user

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 import triton
 
-from moequant.kernels.gemm import grouped_gemm_hopper
+from moequant.kernels.gemm import gemm1_swiglu_hopper, grouped_gemm_hopper
 from moequant.kernels.library import common, triton_versions
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -96,6 +97,12 @@ def test_a_kernel_that_does_not_compile_is_a_reason_and_no_error(monkeypatch):
 
     monkeypatch.setattr(grouped_gemm_hopper, "grouped_gemm_blockscale_hopper", fail)
     assert triton_versions.probe(CPU) == "AttributeError: module 'gl' has no attribute 'barrier'"
+
+
+def test_the_probe_calls_the_kernels_as_they_are_called(monkeypatch):
+    for module, name in ((grouped_gemm_hopper, "grouped_gemm_blockscale_hopper"), (gemm1_swiglu_hopper, "gemm1_swiglu_hopper")):
+        monkeypatch.setattr(module, name, create_autospec(getattr(module, name)))
+    assert triton_versions.probe(CPU) is None
 
 
 @pytest.mark.gpu
