@@ -74,8 +74,6 @@ def dispatcher_of(group: dist.ProcessGroup | None, sizes: Sizes, tokens: int, se
             max_tokens_per_rank=room,
             quant=sizes.quant,
             transport="auto" if ranks == 1 else settings.transport,
-            # the padded exchange has no room for an expert that is named twice
-            exchange="packed" if ranks > 1 and sizes.device.type == "cpu" else "auto",
             layout="ragged",
             rank_capacity=ranks * room * sizes.top_k + ROW_ALIGNMENT * (sizes.num_experts // ranks),
             reduce=settings.reduce,
