@@ -22,7 +22,8 @@ def rows_of(printed: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
 
 
-def test_the_example_prints_a_table(capsys):
+def test_the_example_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     generate.main(["--new-tokens", "2", "--batch", "2"])
     title, _, *rows = rows_of(capsys.readouterr().out)
     assert title[:2] == ["experts", "tokens/s"]

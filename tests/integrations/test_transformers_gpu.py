@@ -14,14 +14,18 @@ pytest.importorskip("transformers", "5.23")
 from hf_experts import EXPERTS, error, make, quantize, run, scan, tokens
 from hf_models import build, prompt
 from test_transformers_experts import LIMITS
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from examples import generate
-from moequant.testing import assert_bit_equal
+from moequant.integrations.transformers import MoEQuantConfig
+from moequant.testing import assert_bit_equal, run_ranks
 
-pytestmark = pytest.mark.gpu
+GPU = pytest.mark.gpu
 NAMES = ("Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts", "Gemma4TextExperts", "DeepseekV4Experts", "MuseSparkExperts")
 
 
+@GPU
 @pytest.mark.parametrize("quant", LIMITS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_class_computes_what_its_own_forward_does(name, quant):
@@ -43,6 +47,7 @@ def test_a_class_computes_what_its_own_forward_does(name, quant):
         assert error(run(tried, "moequant", inputs[0], ids, weights), expected) < 1.2 * LIMITS[quant]
 
 
+@GPU
 @pytest.mark.parametrize("name", NAMES[:3])
 def test_a_graph_is_replayed_with_other_tokens(name):
     module = make(scan()[name]).cuda()
@@ -63,6 +68,7 @@ def test_a_graph_is_replayed_with_other_tokens(name):
         assert_bit_equal(replayed, run(module, "moequant", *(tensor.cuda() for tensor in other)))
 
 
+@GPU
 def test_the_host_waits_for_nothing():
     for name in NAMES[:3]:
         module = make(scan()[name]).cuda()
@@ -75,6 +81,7 @@ def test_the_host_waits_for_nothing():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@GPU
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_generation_with_a_cache_that_is_compiled(family):
     model = build(family).cuda()
@@ -87,7 +94,41 @@ def test_generation_with_a_cache_that_is_compiled(family):
     assert bool((static[:, :12] == expected[:, :12]).all())
 
 
+@GPU
 def test_the_example_prints_a_table(capsys):
     generate.main(["--new-tokens", "2", "--batch", "2", "--ways", "grouped_mm", "moequant", "moequant:int8"])
     printed = capsys.readouterr().out
     assert "| moequant:int8 | " in printed and "memory, GiB" in printed
+
+
+def run_model(rank: int, ranks: int, folder: str, quant: str) -> tuple[float, str]:
+    """How far the experts of a model that is split over GPUs are from those of the whole one on one, given the same inputs."""
+    torch.cuda.set_device(rank)
+    settings: dict[str, Any] = {"dtype": torch.bfloat16}
+    if quant != "none":
+        settings["quantization_config"] = MoEQuantConfig(quant)
+    layout = DistributedConfig(tp_size=ranks, ep_size=ranks, ep_implementation="moequant")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, distributed_config=layout, **settings)
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder, **{"experts_implementation": "moequant"} | settings)
+    recorded: list[tuple[Any, Any, Any]] = []
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            alone = whole.get_submodule(name).to("cuda")
+            module.register_forward_hook(
+                lambda module, inputs, output, alone=alone: recorded.append((alone, inputs, output.clone()))
+            )
+    with torch.no_grad():
+        made = model.generate(prompt().cuda(), max_new_tokens=4, do_sample=False)
+        errors = [error(output, alone(*inputs)) for alone, inputs, output in recorded]
+    assert len(errors) >= 8
+    return max(errors), str(made.tolist())
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize(("family", "quant"), [("qwen3_moe", "none"), ("qwen3_moe", "int8"), ("gpt_oss", "none")])
+def test_a_model_on_two_gpus_says_what_it_says_on_one(family, quant, tmp_path):
+    build(family).save_pretrained(tmp_path)
+    (first, made), (second, other) = run_ranks(run_model, 2, str(tmp_path), quant, backend="cpu:gloo,cuda:nccl")
+    assert made == other
+    # other tiles, other last bits
+    assert max(first, second) < 2e-3
