@@ -90,7 +90,7 @@ def test_ragged_rows_have_the_bits_of_padded_ones(name):
 def test_interleaved_columns_of_any_strides_are_found():
     activation = Activation(interleaved=True)
     x, bias = drawn(activation)
-    apart = torch.empty(len(COUNTS), M, 4 * I + 6).bfloat16()[:, :, 3 : 4 * I + 3 : 2].copy_(x)
+    apart = torch.empty(len(COUNTS), M, 4 * INNER + 6).bfloat16()[:, :, 3 : 4 * INNER + 3 : 2].copy_(x)
     halves = torch.cat((x[..., ::2], x[..., 1::2]), -1), torch.cat((bias[:, ::2], bias[:, 1::2]), -1)
     expected = silu_mul(halves[0], counted(), bias=halves[1])
     for strided in (x, apart, x.mT.contiguous().mT):

@@ -85,8 +85,8 @@ def limited_function(gate, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def soft_capped(x, CAP: tl.constexpr):
-    """CAP * tanh(x / CAP), within a few units in the last place: near 0, where 1 - 2 / (1 + exp(2y)) cancels, by tanh's series, whose next
-    term is below 5e-8 of the result there."""
+    """CAP * tanh(x / CAP), within a few units in the last place: near 0, where 1 - 2 / (1 + exp(2y)) cancels, by tanh's series, whose
+    next term is below 5e-8 of the result there."""
     y = x * (1.0 / CAP)
     square = y * y
     series = y * (1.0 + square * (-0.3333333333 + square * (0.1333333333 + square * (-0.0539682540 + square * 0.0218694885))))

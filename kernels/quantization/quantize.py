@@ -118,9 +118,9 @@ def quantize_kernel(
     """Each tile is BLOCK_M rows of one expert by BLOCK_G groups of the output's columns; tiles cover valid rows only and are dealt to
     the programs in turn. A program loads its next tile before it works on the present one.
 
-    ACTIVATION: None, or column i of the output is made of x[i] and x[columns + i], interleaved of x[i] and the column behind it: columns of
-    x are two apart then. bias_ptr: one row for each expert, in the order of x, added in float32 to begin with. Without scales the numbers are
-    stored as they are.
+    ACTIVATION: None, or column i of the output is made of x[i] and x[columns + i], interleaved of x[i] and the column behind it:
+    columns of x are two apart then. bias_ptr: one row for each expert, in the order of x's columns, added in float32 to begin with.
+    Without scales the numbers are stored as they are.
     expert_start_ptr: None, or each expert's first row; tensors have two dimensions then, and rows as `Strided` says.
     TILE.packed: scales are exponents, a byte each; four groups lie side by side, scales.column bytes from the next four. BLOCK_G is
     then a multiple of 4.
