@@ -173,8 +173,8 @@ class GroupedExperts(ExpertWeights):
                 raise RuntimeError(
                     f"{type(self).__name__} overrides steps of GroupedExperts, which a part would not have; override part"
                 )
-            w13, w2, *biases = (some_of(w, begin, end) for w in (self.w13, self.w2, self.bias13, self.bias2))
-            assert w13 is not None and w2 is not None
+            w13, w2 = (some_of(w, begin, end) for w in (self.w13, self.w2))
+            biases = (None if bias is None else bias[begin:end] for bias in (self.bias13, self.bias2))
             part = GroupedExperts(w13, w2, activation=self.kind, **dict(zip(("bias13", "bias2"), biases, strict=True)))
             self._parts[begin, end] = part
             part._span, part._owner = (begin, end), self._owner
@@ -250,6 +250,10 @@ class GroupedExperts(ExpertWeights):
 
         Returns:
             out; its valid rows are written.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: a tensor requires grad under grad mode.
         """
         self._check_inner(inner, batch)
         check_no_grad(bias2=self.bias2)

@@ -161,20 +161,20 @@ def dtype_of(w: Weight) -> torch.dtype:
     return w.values.dtype if isinstance(w, QuantizedTensor) else w.dtype
 
 
-def some_of(w: Weight | None, begin: int, end: int) -> Weight | None:
+def some_of(w: Weight, begin: int, end: int) -> Weight:
     """The weights of some experts.
 
     Args:
-        w: of L experts, or None.
+        w: of L experts.
         begin: the first.
         end: the one after the last.
 
     Returns:
-        Views of them, or None.
+        Views of them.
     """
     if isinstance(w, QuantizedTensor):
         return replace(w, values=w.values[begin:end], scales=w.scales[begin:end])
-    return None if w is None else w[begin:end]
+    return w[begin:end]
 
 
 def check_batch(batch: ExpertBatch, w13: Weight) -> None:
