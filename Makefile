@@ -33,7 +33,7 @@ format: .venv/.ready-to-test
 	@.ci/setup && touch $@
 
 .venv/.ready-to-test: pyproject.toml constraints.txt .ci/setup
-	@.ci/setup test lint bench && touch $@
+	@.ci/setup test lint bench transformers && touch $@
 
 # without network the tests of other releases of Triton are skipped; .ci/run wants them
 .venv/.tritons: .venv/.ready-to-test kernels/library/triton_versions.py .ci/fetch_tritons

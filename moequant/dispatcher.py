@@ -55,9 +55,12 @@ class MoEQuantDispatcher(SendRecv):
         transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory:
             NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
         exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once
-            to each rank that needs it, least on the wire, one host sync; "auto": padded while its buffers are small.
+            to each rank that needs it, least on the wire, one host sync; "auto": packed on a CPU, elsewhere padded while its buffers
+            are small.
         layout: of a batch. "padded": each expert has M rows; "ragged": the rows of all experts of a rank lie in one buffer, expert by
-            expert: memory follows the rows that can come. The same values, scales and sums, to the bit.
+            expert: memory follows the rows that can come. The same values, scales and sums, to the bit. "auto": "ragged" with
+            rank_capacity, and for more than 256 tokens without capacity; `config.layout` says which it is. Experts of one's own that
+            take a batch's rows by its shape want one of the other two.
         capacity: with layout="padded": M, rounded up to a multiple of 16; None: W * max_tokens_per_rank, where nothing can overflow
             unless tokens name an expert twice. The padded exchange has room for max_tokens_per_rank (rounded up too) of these for
             each source rank.

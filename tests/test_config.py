@@ -42,7 +42,8 @@ def test_a_choice_that_is_not_there_names_those_that_are(name, value):
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in CHOICES.items() for value in values])
 def test_every_choice_is_accepted(name, value):
-    assert getattr(config(**{name: value}), name) == value
+    # "auto" is only asked for of a layout
+    assert getattr(config(**{name: value}), name) == ("padded" if (name, value) == ("layout", "auto") else value)
 
 
 BAD = {
@@ -244,3 +245,19 @@ def test_entries_that_int32_can_not_number_are_refused():
 def test_choices_of_other_types_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be one of"):
         config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ({"max_tokens_per_rank": 256}, "padded"),
+        ({"max_tokens_per_rank": 257}, "ragged"),
+        ({"max_tokens_per_rank": 257, "capacity": 512}, "padded"),
+        ({"max_tokens_per_rank": 8, "rank_capacity": 1.5}, "ragged"),
+    ],
+    ids=str,
+)
+def test_auto_is_ragged_for_many_tokens_and_says_so(settings, layout):
+    config = DispatcherConfig(**SIZES | settings, layout="auto")
+    assert config.layout == layout and config.ragged == (layout == "ragged")
+    assert replace(config, max_tokens_per_rank=4096).layout == layout

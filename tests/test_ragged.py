@@ -81,7 +81,8 @@ def check_layer(experts: GroupedExperts, settings: dict[str, Any], tokens: Seque
     outputs = []
     for layout in ("padded", "ragged"):
         with dispatcher(settings, layout=layout) as layer:
-            outputs.append(layer(*tokens, experts))
+            x, ids, weights = tokens
+            outputs.append(layer(x, ids, weights, experts))
             assert layer.check() == 0
     assert outputs[0].isfinite().all()
     assert_bit_equal(outputs[1], outputs[0])

@@ -44,6 +44,13 @@ def test_auto_is_symmetric_where_memory_can_be_reached(monkeypatch):
     assert resolved(monkeypatch, None, GPU, transport="collective") == "collective"
 
 
+@pytest.mark.parametrize("transport", ["auto", "collective"])
+def test_an_exchange_is_packed_on_a_cpu_unless_another_is_asked_for(transport):
+    assert select.resolve(config(transport), GROUP, CPU).exchange == "packed"
+    assert select.resolve(config(transport, exchange="padded"), GROUP, CPU).exchange == "padded"
+    assert select.resolve(config("collective"), GROUP, GPU).exchange == "auto"
+
+
 def test_auto_falls_back_to_collective_with_one_line_that_says_why(monkeypatch, caplog):
     assert resolved(monkeypatch, "ranks are on two hosts", GPU) == "collective"
     assert [record.levelname for record in caplog.records] == ["WARNING"]

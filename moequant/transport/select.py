@@ -27,10 +27,13 @@ LOG = logging.getLogger("moequant")
 
 
 def resolve(config: DispatcherConfig, group: dist.ProcessGroup | None, device: torch.device) -> DispatcherConfig:
-    """config with the transport that "auto" means here. Collective, with the same answer on all ranks.
+    """config with the transport that "auto" means here, and on a CPU the exchange: packed, as no graph is captured there, and what is
+    sent is copied. Collective, with the same answer on all ranks.
 
     Raises UnreachableError for "symmetric" where ranks can't address each other's memory.
     """
+    if device.type == "cpu" and config.exchange == "auto" and config.world_size > 1 and config.transport != "symmetric":
+        return dataclasses.replace(config, transport="collective", exchange="packed")
     if config.transport in ("local", "collective"):
         return config
     if config.transport == "auto":
@@ -73,7 +76,7 @@ def buffer_bytes(
         intermediate_size: I of the experts; None: without their workspaces.
         fused: whether GEMM 1 needs no gate and up in memory, for quantized experts alone (`GroupedExperts.fuses`).
         **settings: as the constructor's. transport="auto" with several ranks means "symmetric" on a machine that has GPUs, and
-            "collective" on one that has none.
+            "collective" on one that has none, where exchange="auto" is "packed".
 
     Returns:
         The bytes.
@@ -93,6 +96,8 @@ def buffer_bytes(
         shared = config.exchange == "auto" and torch.cuda.is_available()
         transport = "local" if config.world_size == 1 else "symmetric" if shared else "collective"
         config = dataclasses.replace(config, transport=transport)
+    if config.transport == "collective" and config.exchange == "auto" and not torch.cuda.is_available():
+        config = dataclasses.replace(config, exchange="packed")
     specs = [*named(transport_class(config).buffer_specs(config)).values()]
     check_is("fused", fused, bool)
     if intermediate_size is not None:

@@ -61,7 +61,19 @@ def test_two_ranks_write_well_formed_records(tmp_path, exchange):
 
 def test_skewed_routing_has_rows_of_its_own_and_traces_name_the_steps(tmp_path):
     path, folder = tmp_path / "records.jsonl", tmp_path / "chrome"
-    options = ["--num-experts", "4", "--skew", "--reduce", "per_rank", "--trace", str(folder), "--output-json", str(path)]
+    options = [
+        "--num-experts",
+        "4",
+        "--skew",
+        "--exchange",
+        "padded",
+        "--reduce",
+        "per_rank",
+        "--trace",
+        str(folder),
+        "--output-json",
+        str(path),
+    ]
     done = start(*TINY, *options, ranks=2)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in path.read_text().splitlines()]

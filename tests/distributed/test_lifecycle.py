@@ -209,8 +209,8 @@ def run_growth(rank: int, ranks: int, transport: str, layout: str) -> None:
             dispatcher.ensure(most)
             assert dispatcher.config.max_tokens_per_rank == now
         assert_bit_equal(layer_of(dispatcher), before)
-        more = [torch.cat([part, part]) for part in tokens_of(1, hidden=16)]
-        assert_bit_equal(dispatcher(*more, stand_in)[:8], layer_of(dispatcher, 1))
+        x, ids, weights = (torch.cat([part, part]) for part in tokens_of(1, hidden=16))
+        assert_bit_equal(dispatcher(x, ids, weights, stand_in)[:8], layer_of(dispatcher, 1))
         with pytest.raises(StaleHandleError):
             dispatcher.combine(dispatcher.output_buffer(), stale)
         with pytest.raises(ConfigMismatchError, match="max_tokens_per_rank"):

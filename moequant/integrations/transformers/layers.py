@@ -1,0 +1,224 @@
+"""A call of an experts module on one rank: what transformers calls under the name "moequant".
+
+T tokens, K top-k, E experts, H hidden size.
+"""
+
+# pyright: reportMissingImports=false
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInterface
+from transformers.integrations.moe import ExpertsInterface
+
+from moequant.experts import GroupedExperts
+from moequant.integrations.transformers.contract import contract_of, local
+from moequant.integrations.transformers.dispatchers import Sizes, dispatcher_of
+from moequant.integrations.transformers.products import Experts, OwnActivation, experts_of
+from moequant.integrations.transformers.settings import Settings, current, say_once
+from moequant.integrations.transformers.weights import SCALES, parameter_names
+from moequant.traced import numbered
+
+# What takes over where gradients are wanted.
+BUILT_IN = "grouped_mm"
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What is kept of an experts module.
+
+    Attributes:
+        names: of the parameters that it was made from.
+        sources: what these were, so that no others can come to lie where they lay.
+        stamp: of them.
+        experts: what computes them.
+        quant: of the dispatchers that they go with.
+    """
+
+    names: tuple[str, ...]
+    sources: tuple[Tensor, ...]
+    stamp: tuple[int, ...]
+    experts: Experts
+    quant: str
+
+
+_LAYERS: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of an experts module, as transformers' ExpertsInterface calls it.
+
+    Args:
+        module: it.
+        hidden_states: (T, H) bfloat16, float16 or float32.
+        top_k_index: (T, K) int64, ids of this module's experts.
+        top_k_weights: (T, K) of any float type.
+
+    Returns:
+        (T, H) of the hidden states' type.
+    """
+    if wants_grad(module, hidden_states, top_k_weights):
+        return built_in(module)(module, hidden_states, top_k_index, top_k_weights)
+    if torch.compiler.is_compiling():
+        return torch.ops.moequant.transformers_experts(hidden_states, top_k_index, top_k_weights, _number(module))
+    return run(module, hidden_states, top_k_index, top_k_weights)
+
+
+def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of one rank, without grad.
+
+    Args:
+        module: experts.
+        hidden_states: as `experts_forward`.
+        top_k_index: as `experts_forward`.
+        top_k_weights: as `experts_forward`.
+
+    Returns:
+        (T, H) of the hidden states' type.
+    """
+    experts = int(module.num_experts)
+    if getattr(module, "_is_expert_parallel", False):
+        # beyond the range: another rank's
+        top_k_index = torch.where(top_k_index >= experts, -1, top_k_index)
+    return run_on(None, module, experts, (hidden_states, top_k_index, top_k_weights), hidden_states.shape[0], current())
+
+
+def run_on(
+    group: dist.ProcessGroup | None,
+    module: nn.Module,
+    num_experts: int,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    most: int,
+    settings: Settings,
+) -> Tensor:
+    """The experts of a group's ranks, without grad. Collective.
+
+    Args:
+        group: of the ranks; None: this rank alone.
+        module: this rank's experts.
+        num_experts: E.
+        tokens: hidden states, ids and weights of this rank, T of each.
+        most: the largest T of any rank.
+        settings: as the user has them.
+
+    Returns:
+        (T, H) of the hidden states' type.
+    """
+    hidden, ids, weights = (tensor.detach() for tensor in tokens)
+    if weights.dtype == torch.float16:
+        weights = weights.float()
+    with torch.no_grad():
+        layer = layer_of(module)
+        sizes = Sizes(num_experts, ids.shape[1], hidden.shape[1], layer.quant, hidden.device)
+        piece = min(most, settings.max_tokens)
+        dispatcher = dispatcher_of(group, sizes, piece, settings)
+        experts: Callable[..., Tensor] = layer.experts
+        if isinstance(experts, OwnActivation):
+            experts = functools.partial(experts, most=dispatcher.config.world_size * piece * sizes.top_k)
+        # every rank goes through as many pieces as the largest needs
+        cuts = range(0, most, piece) if piece else (0,)
+        spans = [slice(cut, cut + piece) for cut in cuts]
+        parts = [dispatcher(hidden[span], ids[span], weights[span], experts) for span in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def layer_of(module: nn.Module) -> Layer:
+    """What is kept of a module, made anew when its weights are others.
+
+    Args:
+        module: experts.
+
+    Returns:
+        It.
+    """
+    kept = _LAYERS.get(module)
+    if kept is not None and kept.stamp == _stamp(module, kept.names):
+        return kept
+    contract = contract_of(module)
+    names = parameter_names(module, contract)
+    experts, quant = experts_of(module, contract)
+    sources = tuple(local(getattr(module, name)) for name in names)
+    layer = Layer(names, sources, _stamp(module, names), experts, quant)
+    first = experts.w13 if isinstance(experts, GroupedExperts | OwnActivation) else None
+    if isinstance(module, FSDPModule) and isinstance(first, Tensor) and first.data_ptr() != sources[0].data_ptr():
+        # FSDP gathers new weights where the old ones were, and a copy would be taken for theirs
+        say_once(f"{type(module).__name__}: weights of another type or order are copied in every call under FSDP")
+        return layer
+    _LAYERS[module] = layer
+    return layer
+
+
+def _stamp(module: nn.Module, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Addresses and versions of a module's parameters."""
+    stamp: list[int] = []
+    for name in names:
+        weight = getattr(module, name)
+        if isinstance(weight, DTensor):
+            weight = weight.to_local()
+        stamp += weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return tuple(stamp)
+
+
+def wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
+    """Whether the result of a call has to have a derivative.
+
+    Args:
+        module: experts.
+        *inputs: of the call.
+
+    Returns:
+        Whether grad mode is on and something requires grad.
+    """
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
+
+
+def built_in(module: nn.Module) -> Callable[..., Tensor]:
+    """What transformers has for a module where gradients are wanted.
+
+    Args:
+        module: experts.
+
+    Returns:
+        The function.
+
+    Raises:
+        RuntimeError: transformers can't compute these weights.
+    """
+    if isinstance(module, FP8Experts):
+        functions = FP8ExpertsInterface()
+    elif getattr(module, "down_proj" + SCALES, None) is not None:
+        raise RuntimeError(
+            f"{type(module).__name__} was quantized by MoEQuantConfig and has no backward; call the model under torch.no_grad()"
+        )
+    else:
+        functions = ExpertsInterface()
+    say_once(f'experts under grad run as experts_implementation="{BUILT_IN}": moequant has no backward; call under torch.no_grad()')
+    return functions[BUILT_IN]
+
+
+def _number(module: nn.Module) -> int:
+    return numbered.number(module)
+
+
+# as torch.compiler.assume_constant_result does, which imports the compiler
+_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@torch.library.custom_op("moequant::transformers_experts", mutates_args=())
+def _experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, module: int) -> Tensor:
+    """`run` as one opaque operation, for torch.compile."""
+    return run(numbered[module], hidden_states, top_k_index, top_k_weights)
+
+
+@_experts.register_fake
+def _(hidden_states: Tensor, *arguments: object) -> Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)

@@ -1,0 +1,140 @@
+"""What computes the experts of one module on a batch of a dispatcher.
+
+L local experts, R rows of a rank, S valid rows, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moequant.batch import ExpertBatch, QuantizedTensor
+from moequant.experts import GroupedExperts
+from moequant.gemm import grouped_gemm_blockscale
+from moequant.integrations.transformers.contract import Contract, activation_of, local
+from moequant.integrations.transformers.settings import say_once
+from moequant.integrations.transformers.weights import products
+from moequant.quantization import quantize_expert_batch
+from moequant.weights import Weight, dtype_of
+
+Experts = Callable[[ExpertBatch], Tensor]
+
+
+def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
+    """What computes a module's experts.
+
+    Args:
+        module: experts.
+        contract: theirs.
+
+    Returns:
+        It, and the `quant` of the dispatchers that it goes with.
+
+    Raises:
+        ValueError: as UnknownExpertsError: their weights are of a kind that is not known here.
+    """
+    w13, w2 = products(module, contract)
+    quant = "none" if isinstance(w13, Tensor) else _NAMES[dtype_of(w13)]
+    activation = activation_of(module)
+    blocked = isinstance(w13, QuantizedTensor) and w13.segments != 2
+    if activation is None or contract.biased or contract.normed or blocked:
+        say_once(
+            f"{type(module).__name__}: what it computes between its products is not in moequant's kernels, and runs as the model's own "
+            "Python code; the products run in moequant"
+        )
+        return OwnActivation(module, contract, w13, w2), quant
+    return GroupedExperts(w13, w2, activation=activation), quant
+
+
+_NAMES = {
+    torch.float8_e4m3fn: "fp8_e4m3fn",
+    torch.float8_e4m3fnuz: "fp8_e4m3fnuz",
+    torch.float8_e5m2: "fp8_e5m2",
+    torch.int8: "int8",
+}
+
+
+class OwnActivation:
+    """Both products by moequant, and what is between and behind them by the module itself, on valid rows only.
+
+    Args:
+        module: experts; kept weakly.
+        contract: theirs.
+        w13: the first weight, (L, 2I, H), or (L, I, H) without a gate.
+        w2: the second, (L, H, I).
+    """
+
+    def __init__(self, module: nn.Module, contract: Contract, w13: Weight, w2: Weight) -> None:
+        self._module, self._contract = weakref.ref(module), contract
+        self.w13, self.w2 = w13, w2
+
+    def __call__(self, batch: ExpertBatch, most: int | None = None) -> Tensor:
+        """What the experts make of a batch.
+
+        Args:
+            batch: of a dispatcher with layout "ragged".
+            most: valid rows that it may have; None: as many as it has rows.
+
+        Returns:
+            (R, H) bfloat16; its valid rows are written.
+        """
+        module: Any = self._module()
+        counts = batch.num_tokens, batch.expert_start
+        assert module is not None
+        hint = batch.expected_rows
+        up = grouped_gemm_blockscale(batch.activations, self.w13, *counts, expected_rows=hint)
+        rows = valid_rows(batch, most)
+        experts = batch.experts_of_rows()[rows] if self._contract.biased else None
+        inner = up.new_empty(up.shape[0], self.w2.shape[2])
+        inner[rows] = self._activation(module, up[rows], experts).to(inner.dtype)
+        activations: QuantizedTensor | Tensor = inner
+        if isinstance(self.w2, QuantizedTensor):
+            activations = quantize_expert_batch(inner, *counts, dtype=dtype_of(self.w2), recipe=batch.recipe)
+        out = grouped_gemm_blockscale(activations, self.w2, *counts, expected_rows=hint)
+        if experts is not None:
+            out[rows] = (out[rows] + local(module.down_proj_bias)[experts]).to(out.dtype)
+        if self._contract.normed:
+            out[rows] = module.post_expert_norm(out[rows]).to(out.dtype)
+        return out
+
+    def _activation(self, module: Any, up: Tensor, experts: Tensor | None) -> Tensor:
+        """Rows of the first product, (S, 2I), or (S, I) without a gate, with their experts (S,), to (S, I)."""
+        if experts is not None:
+            up = up + local(getattr(module, f"{self._contract.up}_bias"))[experts]
+        return module._apply_gate(up) if self._contract.gated else module.act_fn(up)
+
+
+def valid_rows(batch: ExpertBatch, most: int | None) -> Tensor:
+    """The rows of a batch that belong to an expert. Syncs with no GPU.
+
+    Args:
+        batch: with layout "ragged".
+        most: as many as there may be; None: as the buffer has.
+
+    Returns:
+        (S,) int64. On a GPU S is `most`, and those too many are row 0: what is computed for each row alone may be written there again.
+    """
+    assert batch.expert_start is not None
+    experts = batch.experts_of_rows()
+    rows = torch.arange(batch.values.shape[0], device=batch.values.device)
+    valid = rows - batch.expert_start[experts] < batch.num_tokens[experts]
+    return places(valid, len(valid) if most is None else min(most, len(valid)))
+
+
+def places(valid: Tensor, most: int) -> Tensor:
+    """Where a mask holds.
+
+    Args:
+        valid: (R,) bool.
+        most: on a GPU as many places as are returned.
+
+    Returns:
+        (S,) int64, on a GPU filled up with 0.
+    """
+    if valid.device.type == "cpu":
+        return valid.nonzero()[:, 0]
+    return torch.nonzero_static(valid, size=most, fill_value=0)[:, 0]
