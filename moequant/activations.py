@@ -28,6 +28,10 @@ class Activation:
 
     An Inf that a limit or a soft cap makes finite counts as the finite number; a NaN stays NaN.
 
+    SwiGLU is Activation(), "silu" for short; DeepSeek-V4 Activation(limit=10.0); gpt-oss, min(gate, 7) * sigmoid(1.702 * min(gate, 7)) *
+    (clamp(up, -7, 7) + 1), is Activation(limit=7.0, alpha=1.702, offset=1.0, interleaved=True); Gemma "gelu_tanh"; Nemotron-H, without a
+    gate, Activation("relu2", gated=False); Step-3.7 Activation(limit=7.0, limit_after=True). The formulas are those of transformers 5.24.
+
     Attributes:
         function: f: "silu", "gelu", "gelu_tanh", "relu" or "relu2".
         gated: GEMM 1 has gate and up; False: it has I columns, and nothing is multiplied.
@@ -40,11 +44,6 @@ class Activation:
         interleaved: gate and up alternate, gate first.
         text: all of it, as operations of torch.library take it: the function's name, and the settings that aren't the defaults in JSON
             behind it. `parsed` is the way back.
-
-    Examples:
-        SwiGLU: Activation(), "silu" for short. DeepSeek-V4: Activation(limit=10.0). gpt-oss, min(gate, 7) * sigmoid(1.702 * min(gate, 7))
-        * (clamp(up, -7, 7) + 1): Activation(limit=7.0, alpha=1.702, offset=1.0, interleaved=True). Gemma: "gelu_tanh". Nemotron-H,
-        without a gate: Activation("relu2", gated=False). Step-3.7: Activation(limit=7.0, limit_after=True).
 
     Raises:
         ValueError: an unknown function, a number that isn't finite or above 0 where it has to be, or settings that don't go together.
