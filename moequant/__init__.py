@@ -1,5 +1,6 @@
 """Expert-parallel runtime for mixture-of-experts models in pure Python: route, quantize, dispatch, grouped GEMM, combine."""
 
+from moequant.activations import Activation
 from moequant.batch import DispatchHandle, ExpertBatch, QuantizedTensor
 from moequant.dispatcher import MoEQuantDispatcher
 from moequant.environment import environment
@@ -22,6 +23,7 @@ from moequant.quantization import dequantize, quantize_expert_batch, quantize_we
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "CallOrderError",
     "CapacityOverflowError",
     "ClosedError",

@@ -1,4 +1,4 @@
-"""`GroupedExperts`: the experts' feed-forward networks on an expert batch: grouped GEMM 1, SwiGLU + quantize, grouped GEMM 2.
+"""`GroupedExperts`: the experts' feed-forward networks on an expert batch: grouped GEMM 1, activation + quantize, grouped GEMM 2.
 
 L local experts, M rows of an expert's buffer, H hidden size, I intermediate size. What is (L, M, ...) is (R, ...) for a ragged batch.
 """
@@ -15,14 +15,13 @@ from torch import Tensor
 
 from moequant import ops
 from moequant.batch import ExpertBatch, Owner, QuantizedTensor, check_part
-from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_num_sms, check_tensor
-from moequant.config import QUANT_DTYPES
+from moequant.checks import check_contiguous, check_is, check_no_grad, check_num_sms, check_tensor
 from moequant.formats import FLOAT_DTYPES
 from moequant.gemm import grouped_gemm_blockscale
-from moequant.quantization import quantize_weight, silu_mul, silu_mul_quantize
+from moequant.quantization import silu_mul, silu_mul_quantize
 from moequant.repeats import Repeats
 from moequant.traced import numbered
-from moequant.weights import Weight, addresses_of, check_batch, check_weights, dtype_of, parts_of, some_of
+from moequant.weights import ExpertWeights, Weight, addresses_of, check_batch, dtype_of, parts_of, some_of
 from moequant.workspaces import Sizes, Workspace, workspace_of
 
 Result = TypeVar("Result")
@@ -32,8 +31,9 @@ STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "g
 OWN = frozenset(("_number", "_owner", "_repeats", "_checked", "_parts"))
 
 
-class GroupedExperts:
-    """w2[l] @ (silu(gate) * up) with gate, up = the halves of w13[l] @ x, for each valid row x of expert l.
+class GroupedExperts(ExpertWeights):
+    """w2[l] @ (silu(gate) * up) with gate, up = the halves of w13[l] @ x, for each valid row x of expert l; or with another activation,
+    and with biases added to both products.
 
     Made by `from_weights` or `from_quantized`. They hold weights: what passes between the steps, and the result unless `out` is given,
     lies in workspaces of the batch's dispatcher, made for the first batch of a slot, shared by all experts of the same sizes, and kept
@@ -45,26 +45,19 @@ class GroupedExperts:
     every transport (`can_push`).
 
     Args:
-        w13: (L, 2I, H), gate first, then up: bfloat16, or quantized in layout "block" with segments=2.
+        w13: (L, 2I, H), gate first, then up, not gated (L, I, H): bfloat16, or quantized in layout "block", gate and up in segments=2,
+            interleaved or not gated in one.
         w2: (L, H, I) of the same type.
-        activation: only "silu" is there.
+        activation: an `Activation`, or the name of its function.
+        bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None.
+        bias2: (L, H), or None. Experts that have it don't push: a layer calls and combines.
 
     Raises:
         LayoutError: blocks of another size than 128x128.
-        ValueError: other wrong weights.
+        ValueError: other wrong weights, or a wrong activation.
     """
 
-    def __init__(self, w13: Weight, w2: Weight, *, activation: str = "silu") -> None:
-        check_weights(w13, w2, activation)
-        experts, doubled, hidden = w13.shape
-        self.w13, self.w2 = w13, w2
-        self.hidden_size, self.intermediate_size = hidden, doubled // 2
-        # of these experts among all of a layer
-        self._span = 0, experts
-        self._begin()
-
     def _begin(self) -> None:
-        """What is each object's own, and no copy's."""
         self._number = numbered.add(self)
         # of batches that are no dispatcher's
         self._owner = Owner()
@@ -79,58 +72,6 @@ class GroupedExperts:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._begin()
-
-    @classmethod
-    def from_weights(
-        cls, w13: Tensor, w2: Tensor, *, quant: str = "fp8_e4m3fn", activation: str = "silu", recipe: str = "default"
-    ) -> GroupedExperts:
-        """Quantizes bfloat16 weights in 128x128 blocks, gate and up apart.
-
-        Args:
-            w13: (L, 2I, H), gate first, then up.
-            w2: (L, H, I).
-            quant: the dispatcher's; "none" keeps the weights as they are.
-            activation: only "silu" is there.
-            recipe: see `moequant.formats.RECIPES`.
-
-        Returns:
-            The experts.
-
-        Raises:
-            ValueError: wrong weights or settings, or a format that the GPU doesn't have.
-        """
-        if not isinstance(quant, str) or quant not in QUANT_DTYPES:
-            raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
-        for name, w in (("w13", w13), ("w2", w2)):
-            check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
-        check_format(quant, w13.device)
-        if quant == "none":
-            return cls(w13.contiguous(), w2.contiguous(), activation=activation)
-        if w13.shape[1] % 2:
-            raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
-        dtype = QUANT_DTYPES[quant]
-        first = quantize_weight(w13, dtype=dtype, recipe=recipe, segments=2)
-        return cls(first, quantize_weight(w2, dtype=dtype, recipe=recipe), activation=activation)
-
-    @classmethod
-    def from_quantized(cls, w13: QuantizedTensor, w2: QuantizedTensor, *, activation: str = "silu") -> GroupedExperts:
-        """Takes weights that are quantized already.
-
-        Args:
-            w13: (L, 2I, H), gate first, layout "block" with segments=2.
-            w2: (L, H, I), layout "block".
-            activation: only "silu" is there.
-
-        Returns:
-            The experts.
-
-        Raises:
-            LayoutError: blocks of another size than 128x128.
-            ValueError: other wrong weights.
-        """
-        for name, w in (("w13", w13), ("w2", w2)):
-            check_is(name, w, QuantizedTensor, "quantize_weight makes one, and from_weights takes bfloat16 weights")
-        return cls(w13, w2, activation=activation)
 
     def __call__(self, batch: ExpertBatch, *, out: Tensor | None = None, num_sms: int | None = None) -> Tensor:
         """What the experts make of a batch.
@@ -188,11 +129,12 @@ class GroupedExperts:
         if repeats is None:
             repeats = self._repeats[batch] = Repeats()
         # with what may be refused: weights that require grad
-        weights = *addresses_of(self.w13), *addresses_of(self.w2), torch.is_grad_enabled()
+        tensors = self.w13, self.w2, self.bias13, self.bias2
+        weights = *(address for w in tensors for address in addresses_of(w)), torch.is_grad_enabled()
         return repeats.run(batch.values, inputs, (name, num_sms, batch.values.data_ptr(), *weights), call)
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
-        """GEMM 1, SwiGLU and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
+        """GEMM 1, activation and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
         bits.
 
         Args:
@@ -227,11 +169,14 @@ class GroupedExperts:
         """
         check_part(begin, end, self.w13.shape[0])
         if (begin, end) not in self._parts:
-            if not can_push(self):
+            if _overridden(self):
                 raise RuntimeError(
                     f"{type(self).__name__} overrides steps of GroupedExperts, which a part would not have; override part"
                 )
-            part = self._parts[begin, end] = GroupedExperts(*(some_of(w, begin, end) for w in (self.w13, self.w2)))
+            w13, w2 = (some_of(w, begin, end) for w in (self.w13, self.w2))
+            biases = (None if bias is None else bias[begin:end] for bias in (self.bias13, self.bias2))
+            part = GroupedExperts(w13, w2, activation=self.kind, **dict(zip(("bias13", "bias2"), biases, strict=True)))
+            self._parts[begin, end] = part
             part._span, part._owner = (begin, end), self._owner
         return self._parts[begin, end]
 
@@ -245,7 +190,7 @@ class GroupedExperts:
             The answer.
         """
         inner, w13 = self._workspace(batch).inner, self.w13
-        if _overridden(self) & {"gemm1", "activation", "_product"}:
+        if not self.kind.plain or self.bias13 is not None or _overridden(self) & {"gemm1", "activation", "_product"}:
             return False
         if not (isinstance(w13, QuantizedTensor) and isinstance(inner, QuantizedTensor)) or batch.scales is None:
             return False
@@ -259,7 +204,7 @@ class GroupedExperts:
             num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
 
         Returns:
-            (L, M, 2I) bfloat16.
+            (L, M, 2I) bfloat16, not gated (L, M, I), without bias.
         """
 
         def run() -> Tensor:
@@ -269,10 +214,10 @@ class GroupedExperts:
         return self._repeated("gemm1", batch, (), num_sms, run)
 
     def activation(self, gate_up: Tensor, batch: ExpertBatch) -> QuantizedTensor | Tensor:
-        """SwiGLU, quantized by the batch's recipe.
+        """SwiGLU or another activation, after w13's bias, quantized by the batch's recipe.
 
         Args:
-            gate_up: (L, M, 2I) of `gemm1`.
+            gate_up: (L, M, 2I) of `gemm1`, not gated (L, M, I).
             batch: of `MoEQuantDispatcher.dispatch`.
 
         Returns:
@@ -283,18 +228,19 @@ class GroupedExperts:
             RuntimeError: a tensor requires grad under grad mode.
         """
         self._check_batch(batch)
-        rows = (*batch.values.shape[:-1], 2 * self.intermediate_size)
+        rows = (*batch.values.shape[:-1], self.w13.shape[1])
         check_tensor("gate_up", gate_up, shape=rows, dtypes=FLOAT_DTYPES, device=batch.values.device)
         check_no_grad(gate_up=gate_up)
         inner, given = self._workspace(batch).inner, (gate_up, batch.num_tokens, batch.expert_start)
         if isinstance(inner, Tensor):
-            return silu_mul(*given, out=inner)
-        return silu_mul_quantize(*given, dtype=inner.values.dtype, recipe=batch.recipe, values=inner.values, scales=inner.scales)
+            return silu_mul(*given, activation=self.kind, bias=self.bias13, out=inner)
+        outputs = {"recipe": batch.recipe, "values": inner.values, "scales": inner.scales}
+        return silu_mul_quantize(*given, activation=self.kind, bias=self.bias13, dtype=inner.values.dtype, **outputs)
 
     def gemm2(
         self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, *, out: Tensor | None = None, num_sms: int | None = None
     ) -> Tensor:
-        """inner times w2.
+        """inner times w2, plus w2's bias.
 
         Args:
             inner: (L, M, I) of `activation`.
@@ -304,9 +250,17 @@ class GroupedExperts:
 
         Returns:
             out; its valid rows are written.
+
+        Raises:
+            ValueError: a batch of other experts, or another wrong argument.
+            RuntimeError: a tensor requires grad under grad mode.
         """
         self._check_inner(inner, batch)
-        return self._product(inner, self.w2, batch, self._output(batch, out), num_sms)
+        check_no_grad(bias2=self.bias2)
+        product = self._product(inner, self.w2, batch, self._output(batch, out), num_sms)
+        if self.bias2 is not None:
+            ops.add_bias(product, batch.num_tokens, batch.expert_start, self.bias2)
+        return product
 
     def gemm2_push(
         self, inner: QuantizedTensor | Tensor, batch: ExpertBatch, destinations: Tensor, *, num_sms: int | None = None
@@ -321,9 +275,11 @@ class GroupedExperts:
 
         Raises:
             ValueError: a batch of other experts, or another wrong argument.
-            RuntimeError: the batch is on a CPU, or a tensor requires grad under grad mode.
+            RuntimeError: the batch is on a CPU, w2 has a bias, or a tensor requires grad under grad mode.
         """
         self._check_inner(inner, batch)
+        if self.bias2 is not None:
+            raise RuntimeError("bias2 is not added to rows that are pushed; call the experts, and use combine")
         check_num_sms(num_sms)
         rows = tuple(batch.values.shape[:-1])
         check_tensor("destinations", destinations, shape=rows, dtypes=(torch.int64,), device=batch.values.device)
@@ -368,7 +324,8 @@ class GroupedExperts:
         self._check_batch(batch)
         inner = dtype_of(self.w2), isinstance(self.w2, QuantizedTensor)
         span, rows = None if batch.ragged else self._span, tuple(batch.values.shape[:-1])
-        sizes = Sizes(batch.slot, span, rows, self.hidden_size, self.intermediate_size, *inner, batch.values.device)
+        columns = self.hidden_size, self.intermediate_size, self.w13.shape[1]
+        sizes = Sizes(batch.slot, span, rows, *columns, *inner, batch.values.device)
         return workspace_of(batch.owner or self._owner, sizes)
 
 
@@ -379,9 +336,9 @@ def can_push(experts: object) -> bool:
         experts: anything.
 
     Returns:
-        False where a step is overridden, by a subclass or an attribute, and for what is no GroupedExperts.
+        False where a step is overridden, by a subclass or an attribute, where w2 has a bias, and for what is no GroupedExperts.
     """
-    return isinstance(experts, GroupedExperts) and not _overridden(experts)
+    return isinstance(experts, GroupedExperts) and experts.bias2 is None and not _overridden(experts)
 
 
 def _overridden(experts: GroupedExperts) -> frozenset[str]:

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from moequant import ops
+from moequant.activations import Activation, activation_of
 from moequant.batch import QuantizedTensor, ceil_div, empty_scales_of, scale_layout
-from moequant.checks import check_choice, check_counts, check_eps, check_int, check_no_grad, check_output, check_tensor
+from moequant.checks import (
+    check_choice,
+    check_contiguous,
+    check_counts,
+    check_eps,
+    check_int,
+    check_no_grad,
+    check_output,
+    check_tensor,
+)
 from moequant.dense.int8 import act_dequant, act_quant, int8_gelu, weight_dequant, weight_quant
 from moequant.dense.per_tensor import (
     FP8Format,
@@ -107,20 +117,26 @@ def silu_mul_quantize(
     num_tokens: Tensor | None = None,
     expert_start: Tensor | None = None,
     *,
+    activation: str | Activation = "silu",
+    bias: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
     recipe: str = "default",
     eps: float | None = None,
     values: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
-    """SwiGLU of the valid rows, quantized in groups of 128 columns: silu(gate) * up with gate = x[..., :I], up = x[..., I:].
+    """SwiGLU of the valid rows, quantized in groups of 128 columns: silu(gate) * up with gate = x[..., :I], up = x[..., I:]; or another
+    activation, as `Activation` says.
 
     The product is computed in float32 and not rounded before quantization. What is not said here is as for `quantize_expert_batch`.
 
     Args:
-        x: (L, M, 2I) bfloat16, float16 or float32, any strides. With expert_start (R, 2I), and so are the results.
+        x: (L, M, 2I) bfloat16, float16 or float32, any strides. With expert_start (R, 2I), and so are the results. Not gated: I for 2I.
         num_tokens: (L,) int32, or None for all M.
         expert_start: (L,) int32, each expert's first row, or None.
+        activation: an `Activation`, or the name of its function.
+        bias: (L, 2I) bfloat16, float16 or float32 contiguous, not gated (L, I): added to each expert's rows in float32 before the
+            activation; or None.
         dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
         recipe: see `moequant.formats.RECIPES`.
         eps: floor of a group's absolute maximum; None for the recipe's own.
@@ -132,25 +148,34 @@ def silu_mul_quantize(
         scales were given ("row").
 
     Raises:
-        ValueError: a wrong shape, dtype, device, recipe or eps.
-        RuntimeError: x requires grad under grad mode.
+        ValueError: a wrong shape, dtype, device, activation, recipe or eps.
+        RuntimeError: x or bias requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, expert_start, recipe, eps)
     check_no_grad(values=values, scales=scales)
-    out = _outputs(_halved(x), x.device, dtype, 128, recipe, values, scales)
-    ops.silu_mul_quantize(x, num_tokens, expert_start, out.values, out.scales, recipe, eps)
+    text, shape = _activation(x, expert_start, activation, bias)
+    out = _outputs(shape, x.device, dtype, 128, recipe, values, scales)
+    ops.silu_mul_quantize(x, num_tokens, expert_start, out.values, out.scales, recipe, eps, text, bias)
     return out
 
 
 def silu_mul(
-    x: Tensor, num_tokens: Tensor | None = None, expert_start: Tensor | None = None, *, out: Tensor | None = None
+    x: Tensor,
+    num_tokens: Tensor | None = None,
+    expert_start: Tensor | None = None,
+    *,
+    activation: str | Activation = "silu",
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """SwiGLU of the valid rows without quantization: silu(gate) * up in float32, rounded once.
+    """SwiGLU of the valid rows without quantization: silu(gate) * up in float32, rounded once; or another activation.
 
     Args:
-        x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first. With expert_start (R, 2I).
+        x: (L, M, 2I) bfloat16, float16 or float32, any strides, gate first. With expert_start (R, 2I). Not gated: I for 2I.
         num_tokens: (L,) int32, or None for all M: rows from num_tokens[l] on are not written.
         expert_start: (L,) int32, each expert's first row, as for `quantize_expert_batch`, or None.
+        activation: an `Activation`, or the name of its function.
+        bias: (L, 2I), not gated (L, I), as for `silu_mul_quantize`, or None.
         out: (L, M, I), with expert_start (R, I), of any strides by which no two elements share memory, or None to allocate it in
             bfloat16.
 
@@ -158,18 +183,18 @@ def silu_mul(
         out.
 
     Raises:
-        ValueError: a wrong shape, dtype or device.
-        RuntimeError: x requires grad under grad mode.
+        ValueError: a wrong shape, dtype, device or activation.
+        RuntimeError: x or bias requires grad under grad mode.
     """
     check_quantize_arguments(x, num_tokens, expert_start, "default", None)
     check_no_grad(out=out)
-    shape = _halved(x)
+    text, shape = _activation(x, expert_start, activation, bias)
     if out is None:
         out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
     else:
         check_tensor("out", out, shape=tuple(shape), dtypes=FLOAT_DTYPES, device=x.device)
         check_output("out", out)
-    ops.silu_mul(x, num_tokens, expert_start, out)
+    ops.silu_mul(x, num_tokens, expert_start, out, text, bias)
     return out
 
 
@@ -226,14 +251,22 @@ def check_quantize_arguments(
     check_eps(eps)
 
 
-def _halved(x: Tensor) -> torch.Size:
-    """The shape of SwiGLU's output."""
-    if x.shape[-1] % 2:
+def _activation(
+    x: Tensor, expert_start: Tensor | None, activation: str | Activation, bias: Tensor | None
+) -> tuple[str, torch.Size]:
+    """The activation as operations take it, and the shape of its result. Raises for a wrong activation, bias, or number of columns."""
+    kind = activation_of(activation)
+    if x.shape[-1] % kind.columns(1):
         raise ValueError(
             f"x must be (L, M, 2 * I), ragged (R, 2 * I), gate first then up: its last dimension must be even, got shape "
             f"{tuple(x.shape)}"
         )
-    return torch.Size((*x.shape[:-1], x.shape[-1] // 2))
+    if bias is not None:
+        experts = x.shape[0] if expert_start is None else expert_start.shape[0]
+        check_tensor("bias", bias, shape=(experts, x.shape[-1]), dtypes=FLOAT_DTYPES, device=x.device)
+        check_contiguous("bias", bias)
+        check_no_grad(bias=bias)
+    return kind.text, torch.Size((*x.shape[:-1], x.shape[-1] // kind.columns(1)))
 
 
 def _outputs(

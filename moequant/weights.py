@@ -3,47 +3,96 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from moequant.activations import Activation, activation_of
 from moequant.batch import ExpertBatch, QuantizedTensor
-from moequant.checks import check_contiguous, check_is, check_no_grad, check_tensor
+from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_tensor
+from moequant.config import QUANT_DTYPES
 from moequant.errors import LayoutError
+from moequant.formats import FLOAT_DTYPES
+from moequant.quantization import quantize_weight
 
 Weight = QuantizedTensor | Tensor
+Made = TypeVar("Made", bound="ExpertWeights")
 
 
-def check_weights(w13: Weight, w2: Weight, activation: str) -> None:
+def made_of(w13: Tensor, w2: Tensor, quant: str, recipe: str, activation: Activation) -> tuple[Weight, Weight]:
+    """The weights of `GroupedExperts.from_weights`, quantized.
+
+    Args:
+        w13: (L, 2I, H) bfloat16, not gated (L, I, H).
+        w2: (L, H, I) bfloat16.
+        quant: the dispatcher's.
+        recipe: see `moequant.formats.RECIPES`.
+        activation: what w13's rows are for.
+
+    Returns:
+        w13, gate and up apart, and w2.
+
+    Raises:
+        ValueError: wrong weights or settings.
+    """
+    if not isinstance(quant, str) or quant not in QUANT_DTYPES:
+        raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
+    for name, w in (("w13", w13), ("w2", w2)):
+        check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
+    check_format(quant, w13.device)
+    if w13.shape[1] % activation.columns(1):
+        raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
+    apart = halves_apart(w13) if activation.interleaved else w13
+    if quant == "none":
+        return apart.contiguous(), w2.contiguous()
+    segments, dtype = activation.columns(1), QUANT_DTYPES[quant]
+    return quantize_weight(apart, dtype=dtype, recipe=recipe, segments=segments), quantize_weight(w2, dtype=dtype, recipe=recipe)
+
+
+def halves_apart(x: Tensor) -> Tensor:
+    """Interleaved rows with those of even numbers first.
+
+    Args:
+        x: (L, 2I, ...).
+
+    Returns:
+        A copy.
+    """
+    return torch.cat((x[:, ::2], x[:, 1::2]), 1)
+
+
+def check_weights(w13: Weight, w2: Weight, activation: Activation) -> None:
     """What `GroupedExperts` asks of its weights.
 
     Args:
-        w13: (L, 2I, H), gate first, then up.
+        w13: (L, 2I, H), not gated (L, I, H).
         w2: (L, H, I).
-        activation: its name.
+        activation: what w13's rows are for.
 
     Raises:
         LayoutError: blocks of another size than 128x128.
         ValueError: anything else that is wrong with them.
     """
-    if not isinstance(activation, str) or activation != "silu":
-        raise ValueError(f'activation must be "silu" (SwiGLU), got {activation!r}')
     for name, w in (("w13", w13), ("w2", w2)):
         check_is(name, w, (QuantizedTensor, Tensor))
         if isinstance(w, Tensor):
             check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
             check_contiguous(name, w)
+    form = "(L, 2 * I, H), gate first" if activation.gated else "(L, I, H), without a gate"
     if len(w13.shape) != 3:
-        raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
-    experts, doubled, hidden = w13.shape
-    if doubled % 2 or tuple(w2.shape) != (experts, hidden, doubled // 2):
-        raise ValueError(f"w13 must be (L, 2 * I, H), gate first, and w2 (L, H, I); got {tuple(w13.shape)} and {tuple(w2.shape)}")
+        raise ValueError(f"w13 must be {form}, got shape {tuple(w13.shape)}")
+    experts, columns, hidden = w13.shape
+    if columns % activation.columns(1) or tuple(w2.shape) != (experts, hidden, columns // activation.columns(1)):
+        raise ValueError(f"w13 must be {form}, and w2 (L, H, I); got {tuple(w13.shape)} and {tuple(w2.shape)}")
     if w13.device != w2.device:
         raise ValueError(f"w13 and w2 must be on one device, got {w13.device} and {w2.device}")
-    if isinstance(w13, QuantizedTensor) and (w13.layout != "block" or w13.segments != 2):
+    segments = activation.halves
+    if isinstance(w13, QuantizedTensor) and (w13.layout != "block" or w13.segments != segments):
+        why = "gate and up blocked apart" if segments == 2 else "gate and up alternate, or there is no gate"
         raise ValueError(
-            f'w13 must have layout "block" with segments=2 (gate and up blocked apart), got "{w13.layout}" with '
-            f"segments={w13.segments}; quantize_weight(w13, segments=2) makes it"
+            f'w13 must have layout "block" with segments={segments} ({why}), got "{w13.layout}" with '
+            f"segments={w13.segments}; quantize_weight(w13, segments={segments}) makes it"
         )
     for name, w in (("w13", w13), ("w2", w2)):
         if isinstance(w, QuantizedTensor) and (w.layout != "block" or w.group_size != 128):
@@ -52,15 +101,37 @@ def check_weights(w13: Weight, w2: Weight, activation: str) -> None:
         raise ValueError(f"w13 and w2 must have one dtype, got {dtype_of(w13)} and {dtype_of(w2)}")
 
 
-def addresses_of(w: Weight) -> tuple[int, ...]:
+def checked_bias(name: str, bias: Tensor | None, w: Weight) -> Tensor | None:
+    """A bias of a weight's products.
+
+    Args:
+        name: the argument's.
+        bias: (L, N) float, or None.
+        w: (L, N, K_dim).
+
+    Returns:
+        It, contiguous.
+
+    Raises:
+        ValueError: another shape or type, or on another device.
+    """
+    if bias is None:
+        return None
+    check_tensor(name, bias, shape=tuple(w.shape[:2]), dtypes=FLOAT_DTYPES, device=w.device)
+    return bias.contiguous()
+
+
+def addresses_of(w: Weight | None) -> tuple[int, ...]:
     """Where a weight lies, and whether it requires grad, for which its use may be refused.
 
     Args:
-        w: the weight.
+        w: the weight, or a bias, or None for none.
 
     Returns:
-        The addresses of values and scales, or of a plain weight and 1 if it requires grad.
+        The addresses of values and scales, or of a plain tensor and 1 if it requires grad.
     """
+    if w is None:
+        return ()
     if isinstance(w, QuantizedTensor):
         return w.values.data_ptr(), w.scales.data_ptr()
     return w.data_ptr(), w.requires_grad
@@ -128,3 +199,103 @@ def check_batch(batch: ExpertBatch, w13: Weight) -> None:
     check_no_grad(batch=batch.values)
     if batch.values.device != w13.device:
         raise ValueError(f"the experts are on {w13.device}, the batch on {batch.values.device}; they must be on one device")
+
+
+class ExpertWeights:
+    """The weights, biases and activation of experts, and how they are made: what `GroupedExperts` says of them.
+
+    Args:
+        w13: (L, 2I, H), not gated (L, I, H).
+        w2: (L, H, I).
+        activation: an `Activation`, or the name of its function.
+        bias13: (L, 2I), not gated (L, I), or None.
+        bias2: (L, H), or None.
+    """
+
+    def __init__(
+        self,
+        w13: Weight,
+        w2: Weight,
+        *,
+        activation: str | Activation = "silu",
+        bias13: Tensor | None = None,
+        bias2: Tensor | None = None,
+    ) -> None:
+        self.kind = activation_of(activation)
+        check_weights(w13, w2, self.kind)
+        self.w13, self.w2 = w13, w2
+        self.bias13, self.bias2 = checked_bias("bias13", bias13, w13), checked_bias("bias2", bias2, w2)
+        self.hidden_size, self.intermediate_size = tuple(w2.shape[1:])
+        # of these experts among all of a layer
+        self._span = 0, w13.shape[0]
+        self._begin()
+
+    def _begin(self) -> None:
+        """What is each object's own, and no copy's."""
+
+    @classmethod
+    def from_weights(
+        cls: type[Made],
+        w13: Tensor,
+        w2: Tensor,
+        *,
+        quant: str = "fp8_e4m3fn",
+        activation: str | Activation = "silu",
+        bias13: Tensor | None = None,
+        bias2: Tensor | None = None,
+        recipe: str = "default",
+    ) -> Made:
+        """Quantizes bfloat16 weights in 128x128 blocks, gate and up apart.
+
+        Args:
+            w13: (L, 2I, H), gate first, then up, or interleaved, which are laid apart; not gated (L, I, H).
+            w2: (L, H, I).
+            quant: the dispatcher's; "none" keeps the weights as they are.
+            activation: an `Activation`, or the name of its function.
+            bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None.
+            bias2: (L, H), or None.
+            recipe: see `moequant.formats.RECIPES`.
+
+        Returns:
+            The experts.
+
+        Raises:
+            ValueError: wrong weights or settings, or a format that the GPU doesn't have.
+        """
+        kind = activation_of(activation)
+        first, second = made_of(w13, w2, quant, recipe, kind)
+        if kind.interleaved:
+            bias13 = checked_bias("bias13", bias13, w13)
+            bias13 = None if bias13 is None else halves_apart(bias13)
+            kind = replace(kind, interleaved=False)
+        return cls(first, second, activation=kind, bias13=bias13, bias2=bias2)
+
+    @classmethod
+    def from_quantized(
+        cls: type[Made],
+        w13: QuantizedTensor,
+        w2: QuantizedTensor,
+        *,
+        activation: str | Activation = "silu",
+        bias13: Tensor | None = None,
+        bias2: Tensor | None = None,
+    ) -> Made:
+        """Takes weights that are quantized already.
+
+        Args:
+            w13: (L, 2I, H), gate first, layout "block" with segments=2; interleaved, or not gated (L, I, H), with segments=1.
+            w2: (L, H, I), layout "block".
+            activation: an `Activation`, or the name of its function.
+            bias13: as for `from_weights`.
+            bias2: (L, H), or None.
+
+        Returns:
+            The experts.
+
+        Raises:
+            LayoutError: blocks of another size than 128x128.
+            ValueError: other wrong weights.
+        """
+        for name, w in (("w13", w13), ("w2", w2)):
+            check_is(name, w, QuantizedTensor, "quantize_weight makes one, and from_weights takes bfloat16 weights")
+        return cls(w13, w2, activation=activation, bias13=bias13, bias2=bias2)

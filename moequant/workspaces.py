@@ -25,7 +25,8 @@ class Sizes(NamedTuple):
         rows: (L, M), ragged (R,).
         hidden_size: H.
         intermediate_size: I.
-        dtype: of SwiGLU's output.
+        product_size: columns of GEMM 1's output, 2I, or I where nothing is gated.
+        dtype: of the activation's output.
         quantized: whether that has scales.
         device: where.
     """
@@ -35,6 +36,7 @@ class Sizes(NamedTuple):
     rows: tuple[int, ...]
     hidden_size: int
     intermediate_size: int
+    product_size: int
     dtype: torch.dtype
     quantized: bool
     device: torch.device
@@ -47,7 +49,7 @@ class Workspace:
         sizes: what it is made for.
 
     Attributes:
-        inner: SwiGLU's output, (L, M, I), ragged (R, I).
+        inner: the activation's output, (L, M, I), ragged (R, I).
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -63,8 +65,8 @@ class Workspace:
 
     @functools.cached_property
     def gate_up(self) -> Tensor:
-        """Gate and up, (L, M, 2I), ragged (R, 2I), made when they are first asked for."""
-        return self._empty(2 * self.sizes.intermediate_size, torch.bfloat16)
+        """Gate and up, (L, M, 2I), ragged (R, 2I), made when they are first asked for. Not gated: I."""
+        return self._empty(self.sizes.product_size, torch.bfloat16)
 
     def _empty(self, columns: int, dtype: torch.dtype) -> Tensor:
         # whatever mode the first batch comes in: torch refuses to write into what inference_mode has made outside it

@@ -56,6 +56,8 @@ FUNCTIONS: dict[str, Callable[[], Call]] = {
         {
             "x": torch.randn(2, 4, 280),
             "num_tokens": counts(3, 4),
+            "activation": "gelu",
+            "bias": torch.randn(2, 280),
             "dtype": torch.int8,
             "recipe": "default",
             "eps": 1e-4,
@@ -66,7 +68,15 @@ FUNCTIONS: dict[str, Callable[[], Call]] = {
         **quantizer(NARROW),
     ),
     "silu_mul": lambda: Call(
-        moequant.silu_mul, {"x": torch.randn(2, 4, 80), "num_tokens": counts(3, 4), "out": torch.zeros(2, 4, 40)}, exact=False
+        moequant.silu_mul,
+        {
+            "x": torch.randn(2, 4, 80),
+            "num_tokens": counts(3, 4),
+            "activation": moequant.Activation(limit=7.0, alpha=1.702, offset=1.0, interleaved=True),
+            "bias": torch.randn(2, 80),
+            "out": torch.zeros(2, 4, 40),
+        },
+        exact=False,
     ),
     "quantize_weight": lambda: Call(
         quantize_weight, {"w": torch.randn(2, 6, 140), "dtype": E4M3, "recipe": "default", "segments": 2}, **quantizer(NARROW)

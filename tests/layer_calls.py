@@ -8,7 +8,16 @@ from typing import Any
 import torch
 
 from function_calls import E4M3, NARROW, Call, counts, quantizer
-from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher, formats, quantize_expert_batch, quantize_weight, testing
+from moequant import (
+    Activation,
+    ExpertBatch,
+    GroupedExperts,
+    MoEQuantDispatcher,
+    formats,
+    quantize_expert_batch,
+    quantize_weight,
+    testing,
+)
 from moequant.config import DispatcherConfig
 from moequant.environment import environment
 
@@ -26,6 +35,10 @@ def dispatcher(**settings: Any) -> MoEQuantDispatcher:
 
 def weights() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 2 * 24, 40).bfloat16(), torch.randn(3, 40, 24).bfloat16()
+
+
+def biases() -> dict[str, Any]:
+    return {"bias13": torch.randn(3, 48), "bias2": torch.randn(3, 40)}
 
 
 def experts() -> GroupedExperts:
@@ -105,14 +118,22 @@ LAYERS: dict[str, Callable[[], Call]] = {
     ),
     "ExpertBatch.experts_of_rows": lambda: Call(dispatcher(layout="ragged").dispatch(*tokens())[0].experts_of_rows, {}),
     "ExpertBatch.part": lambda: Call(dispatcher().dispatch(*tokens())[0].part, {"begin": 1, "end": 3}),
-    "GroupedExperts": lambda: Call(GroupedExperts, dict(zip(("w13", "w2"), weights(), strict=True)) | {"activation": "silu"}),
+    "Activation": lambda: Call(
+        Activation,
+        {"function": "silu", "gated": True, "alpha": 1.702, "limit": 7.0, "limit_after": False, "offset": 1.0}
+        | {"gate_softcap": 3.0, "up_softcap": 2.0, "interleaved": True},
+    ),
+    "Activation.columns": lambda: Call(Activation().columns, {"inner": 8}),
+    "GroupedExperts": lambda: Call(
+        GroupedExperts, dict(zip(("w13", "w2"), weights(), strict=True)) | {"activation": "silu"} | biases()
+    ),
     "GroupedExperts.from_weights": lambda: Call(
         GroupedExperts.from_weights,
-        dict(zip(("w13", "w2"), weights(), strict=True)) | {"quant": "int8", "activation": "silu", "recipe": "default"},
+        dict(zip(("w13", "w2"), weights(), strict=True)) | {"quant": "int8", "activation": "silu", "recipe": "default"} | biases(),
     ),
     "GroupedExperts.from_quantized": lambda: Call(
         GroupedExperts.from_quantized,
-        {"w13": quantize_weight(weights()[0], segments=2), "w2": quantize_weight(weights()[1]), "activation": "silu"},
+        {"w13": quantize_weight(weights()[0], segments=2), "w2": quantize_weight(weights()[1]), "activation": "silu"} | biases(),
     ),
     "GroupedExperts.__call__": lambda: on_experts("__call__", out=torch.zeros(3, 16, 40).bfloat16(), num_sms=None),
     "GroupedExperts.gemm1_swiglu": lambda: on_experts("gemm1_swiglu", num_sms=2),

@@ -58,6 +58,7 @@ def public_names() -> set[str]:
     # handles are opaque: dispatch makes them; the others are the package's own
     own = {
         "DispatchHandle",
+        "activation_of",
         "QuantizedTensor.made_of",
         "quantize_blocks",
         "ceil_div",

@@ -18,6 +18,7 @@ import moequant
 from moequant import errors, gemm, quantization, testing
 
 MODULES = (
+    "activations",
     "batch",
     "config",
     "dense.gemm",

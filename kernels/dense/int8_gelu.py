@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.activations import gelu_of_twice
 from moequant.kernels.library.arguments import QuantSpec
-from moequant.kernels.library.common import num_sms, quantize_group, quotient
+from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.launch import launchable
 
 
@@ -23,36 +24,6 @@ class Tile(NamedTuple):
     groups: int
     group: int
     even: bool
-
-
-@triton.jit
-def gelu_of_twice(h):
-    """GELU of x = 2h, x * (1 + erf(x / sqrt(2))) / 2, in float32, within a few units in the last place also below -1, where 1 + erf would
-    cancel. Half of x is what the formula wants everywhere.
-
-    With u = |h|, 1 + erf(-2u / sqrt(2)) = exp(-2 * u**2) * p(t), t = (u - 2) / (u + 2). p is the polynomial of degree 7 whose largest
-    relative error down to x = -6.7 is the smallest, 6e-8, found by Lawson's iteration. Beyond, the result is below the floor of any
-    group, and its error a thousandth of that floor's step.
-    """
-    u = tl.minimum(tl.abs(h), 4.15)
-    t = quotient(u - 2.0, u + 2.0, False)
-    p = tl.full(h.shape, 0.001562363700941205, tl.float32)
-    p = tl.fma(p, t, tl.full(h.shape, 0.00099001987837255, tl.float32))
-    p = tl.fma(p, t, tl.full(h.shape, -0.01706968992948532, tl.float32))
-    p = tl.fma(p, t, tl.full(h.shape, 0.061718374490737915, tl.float32))
-    p = tl.fma(p, t, tl.full(h.shape, -0.14340807497501373, tl.float32))
-    p = tl.fma(p, t, tl.full(h.shape, 0.24875926971435547, tl.float32))
-    p = tl.fma(p, t, tl.full(h.shape, -0.3407956063747406, tl.float32))
-    p = tl.fma(p, t, tl.full(h.shape, 0.18882127106189728, tl.float32))
-    # exp(-2 * u**2) is 2**power; what the roundings of u**2 and of power lost is small: lost = u**2 + power * ln(2) / 2
-    square = u * u
-    power = square * -2.885390043258667
-    half_ln_2 = tl.full(h.shape, 0.3465735912322998, tl.float32)
-    lost = tl.fma(u, u, square * -1.0) + tl.fma(power, half_ln_2, square)
-    e = tl.exp2(power)
-    tail = p * tl.fma(e, lost * -2.0, e)
-    # max(x, 0) - u * tail on both sides of zero; h + |h| is NaN for -Inf, as the formula is
-    return tl.fma(u * -1.0, tail, h + tl.abs(h))
 
 
 @launchable

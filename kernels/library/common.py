@@ -263,23 +263,28 @@ def quotient(x, y, REFINED: tl.constexpr):
 
 
 @triton.jit
-def silu(gate, REFINED: tl.constexpr = False):
-    """gate / (1 + exp(-gate)) in float32. REFINED: as `quotient`.
+def one_plus_exp(x):
+    """1 + exp(-x) in float32.
 
-    The hardware's 2**t alone is not enough: rounding t = -gate * log2(e) to float32 costs as many bits as its integer part has. What the
-    rounding lost, -gate - t * ln(2), is small, and exp(-gate) = 2**t * (1 + lost). Below -87.3 the quotient may be 0: silu is nearer to
-    0 there than 1.1e-36.
+    The hardware's 2**t alone is not enough: rounding t = -x * log2(e) to float32 costs as many bits as its integer part has. What the
+    rounding lost, -x - t * ln(2), is small, and exp(-x) = 2**t * (1 + lost).
     """
     # one instruction, because the bounds are symmetric; at the lower one, and only there, t is 128, 2**t infinite and lost above 0
-    x = tl.clamp(gate, -88.72283935546875, 88.72283935546875)
+    x = tl.clamp(x, -88.72283935546875, 88.72283935546875)
     t = x * -1.4426950216293335
     # ln(2) is high - low
     high = tl.full(x.shape, -0.6931471824645996, tl.float32)
     low = tl.full(x.shape, 1.904654323148236e-09, tl.float32)
     lost = tl.fma(t, low, tl.fma(t, high, x * -1.0))
     e = tl.exp2(t)
-    divisor = 1.0 + tl.fma(e, lost, e)
-    return quotient(gate, divisor, REFINED)
+    return 1.0 + tl.fma(e, lost, e)
+
+
+@triton.jit
+def silu(gate, REFINED: tl.constexpr = False):
+    """gate / (1 + exp(-gate)) in float32. REFINED: as `quotient`. Below -87.3 the quotient may be 0: silu is nearer to 0 there than
+    1.1e-36."""
+    return quotient(gate, one_plus_exp(gate), REFINED)
 
 
 @triton.jit

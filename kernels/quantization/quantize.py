@@ -1,4 +1,4 @@
-"""Quantizes the valid rows of an expert batch in groups along the hidden dimension, as they are or after SwiGLU.
+"""Quantizes the valid rows of an expert batch in groups along the hidden dimension, as they are or after an activation.
 
 L experts, M rows of an expert's buffer, R rows of all experts together (ragged), H columns, G groups of GROUP columns.
 """
@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.activations import Activation, activated
 from moequant.kernels.library.arguments import QuantSpec, Shape, Strided, strided
 from moequant.kernels.library.common import (
     locate_block,
@@ -18,7 +19,6 @@ from moequant.kernels.library.common import (
     num_sms,
     quantize_group,
     row_blocks,
-    silu_mul_product,
     storable,
 )
 from moequant.kernels.library.launch import launchable
@@ -35,14 +35,13 @@ class Cut(NamedTuple):
 
 class Tile(NamedTuple):
     """rows, groups: of a tile. group: columns of one. experts: rounded up to a power of two. even: the tiles divide the columns.
-    gated: of two halves the product. packed: scales are exponents."""
+    packed: scales are exponents."""
 
     rows: int
     groups: int
     group: int
     experts: int
     even: bool
-    gated: bool
     packed: bool
 
 
@@ -57,13 +56,27 @@ def tile_mask(first_row, first_column, row, column, count, columns, EVEN: tl.con
 
 
 @triton.jit
-def load_tile(x, expert, first_row, first_column, in_tile, mask, columns, GATED: tl.constexpr):
-    """The tile's numbers, in their own type, and for SwiGLU the ones that they gate, `columns` further on."""
+def load_tile(x, expert, first_row, first_column, in_tile, mask, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The tile's numbers, in their own type, and the ones that they gate: `columns` further on, or, interleaved, half a step."""
     at = x.pointer + expert.to(tl.int64) * x.matrix + first_row.to(tl.int64) * x.row + first_column.to(tl.int64) * x.column
     gate = tl.load(at + in_tile, mask=mask, other=0.0)
     up = gate
     if GATED:
-        up = tl.load(at + tl.cast(columns, tl.int64) * x.column + in_tile, mask=mask, other=0.0)
+        away = x.column // 2 if INTERLEAVED else tl.cast(columns, tl.int64) * x.column
+        up = tl.load(at + away + in_tile, mask=mask, other=0.0)
+    return gate, up
+
+
+@triton.jit
+def load_bias(bias_ptr, expert, column, columns, GATED: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """An expert's biases of some of the output's columns, for what `load_tile` loads, in float32."""
+    wide: tl.constexpr = 2 if GATED else 1
+    step: tl.constexpr = 2 if INTERLEAVED else 1
+    at = bias_ptr + expert.to(tl.int64) * (columns * wide) + column * step
+    gate = tl.load(at, mask=column < columns, other=0.0).to(tl.float32)
+    up = gate
+    if GATED:
+        up = tl.load(at + (1 if INTERLEAVED else columns), mask=column < columns, other=0.0).to(tl.float32)
     return gate, up
 
 
@@ -94,16 +107,20 @@ def quantize_kernel(
     num_tokens_ptr,
     expert_start_ptr,
     x,
+    bias_ptr,
     values,
     scales,
     shape,
     spec,
     TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """Each tile is BLOCK_M rows of one expert by BLOCK_G groups of the output's columns; tiles cover valid rows only and are dealt to
     the programs in turn. A program loads its next tile before it works on the present one.
 
-    TILE.gated: column i of the output is silu(x[i]) * x[columns + i]. Without scales the product is stored as it is.
+    ACTIVATION: None, or column i of the output is made of x[i] and x[columns + i], interleaved of x[i] and the column behind it:
+    columns of x are two apart then. bias_ptr: one row for each expert, in the order of x's columns, added in float32 to begin with.
+    Without scales the numbers are stored as they are.
     expert_start_ptr: None, or each expert's first row; tensors have two dimensions then, and rows as `Strided` says.
     TILE.packed: scales are exponents, a byte each; four groups lie side by side, scales.column bytes from the next four. BLOCK_G is
     then a multiple of 4.
@@ -117,7 +134,8 @@ def quantize_kernel(
     BLOCK_G: tl.constexpr = TILE.groups
     EXPERTS: tl.constexpr = TILE.experts
     EVEN: tl.constexpr = TILE.even
-    GATED: tl.constexpr = TILE.gated
+    GATED: tl.constexpr = ACTIVATION is not None and ACTIVATION.gated
+    INTERLEAVED: tl.constexpr = GATED and ACTIVATION.interleaved
     PACKED: tl.constexpr = TILE.packed
     experts, rows, columns = shape
     counts, ends = row_blocks(num_tokens_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED, expert_start_ptr)
@@ -140,7 +158,7 @@ def quantize_kernel(
     expert, first_row, count = locate_rows(block, counts, ends, expert_start_ptr, experts, rows, BLOCK_M, EXPERTS, COUNTED)
     first_group = tile % group_blocks * BLOCK_G
     mask = tile_mask(first_row, first_group * GROUP, row, column, count, columns, EVEN)
-    gate, up = load_tile(x, expert, first_row, first_group * GROUP, in_tile, mask, columns, GATED)
+    gate, up = load_tile(x, expert, first_row, first_group * GROUP, in_tile, mask, columns, GATED, INTERLEAVED)
     while tile < tiles:
         next_tile = tile + tl.num_programs(0)
         # past the last tile there is no valid row
@@ -150,13 +168,20 @@ def quantize_kernel(
         )
         next_group = next_tile % group_blocks * BLOCK_G
         mask = tile_mask(next_row, next_group * GROUP, row, column, next_count, columns, EVEN)
-        next_gate, next_up = load_tile(x, next_expert, next_row, next_group * GROUP, in_tile, mask, columns, GATED)
+        next_gate, next_up = load_tile(x, next_expert, next_row, next_group * GROUP, in_tile, mask, columns, GATED, INTERLEAVED)
 
         e = expert.to(tl.int64)
         m = first_row.to(tl.int64)
         g = first_group.to(tl.int64)
         mask = tile_mask(first_row, first_group * GROUP, row, column, count, columns, EVEN)
-        numbers = silu_mul_product(gate.to(tl.float32), up.to(tl.float32)) if GATED else gate.to(tl.float32)
+        numbers, gated = gate.to(tl.float32), up.to(tl.float32)
+        if bias_ptr is not None:
+            # asked anew: with expert_start `expert` is a row
+            number, _, _ = locate_rows(tile // group_blocks, counts, ends, None, experts, rows, BLOCK_M, EXPERTS, COUNTED)
+            gate_bias, up_bias = load_bias(bias_ptr, number, first_group * GROUP + column, columns, GATED, INTERLEAVED)
+            numbers, gated = numbers + gate_bias, gated + up_bias
+        if ACTIVATION is not None:
+            numbers = activated(numbers, gated, ACTIVATION)
         values_at = values.pointer + e * values.matrix + m * values.row + g * GROUP * values.column
         if scales.pointer is None:
             tl.store(values_at + out_in_tile, numbers.to(values.pointer.dtype.element_ty), mask=mask)
@@ -186,20 +211,24 @@ def launch_quantize(
     spec: QuantSpec | None,
     cut: Cut,
     *,
-    gated: bool,
+    activation: Activation | None = None,
+    bias: torch.Tensor | None = None,
     group_size: int = 128,
 ) -> None:
-    """Launches the kernel on the valid rows of values (L, M, columns), or (R, columns) with expert_start. spec: None without scales."""
+    """Launches the kernel on the valid rows of values (L, M, columns), or (R, columns) with expert_start. spec: None without scales.
+    bias: (L, x's columns) contiguous."""
     shape = Shape(*values.shape) if expert_start is None else Shape(expert_start.shape[0], *values.shape)
     if values.numel() == 0 or shape.experts == 0:
         return
     row_tiles = most_row_tiles(shape.experts, shape.rows, cut.rows, expert_start)
     worst = row_tiles * triton.cdiv(shape.columns, group_size * cut.groups)
     packed = scales is not None and scales.dtype == torch.int32
+    interleaved = activation is not None and activation.interleaved
     quantize_kernel[(min(worst, num_sms(x.device) * cut.programs_per_sm),)](
         num_tokens,
         expert_start,
-        strided(x),
+        strided(x[..., ::2] if interleaved else x),
+        bias,
         strided(storable(values)),
         packed_bytes(scales) if packed else strided(scales),
         shape,
@@ -210,9 +239,9 @@ def launch_quantize(
             group=group_size,
             experts=triton.next_power_of_2(shape.experts),
             even=shape.columns % (group_size * cut.groups) == 0,
-            gated=gated,
             packed=packed,
         ),
+        ACTIVATION=activation,
         num_warps=cut.warps,
         # a product that is rounded to an integer by an addition must be rounded by itself first
         enable_fp_fusion=False,
@@ -249,4 +278,4 @@ def quantize_expert_batch(
     tiles = most_row_tiles(experts, values.shape[-2], block_m, expert_start) * triton.cdiv(groups_there, block_g)
     small = tiles < 6 * num_sms(x.device)
     cut = Cut(block_m // 4, block_g, 2, 24) if small else Cut(block_m, block_g, 2, 6)
-    launch_quantize(x, num_tokens, expert_start, values, scales, spec, cut, gated=False, group_size=group_size)
+    launch_quantize(x, num_tokens, expert_start, values, scales, spec, cut, group_size=group_size)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from moequant import reference
+from moequant.activations import parsed
 from moequant.formats import max_of, recipe_of
 from moequant.ops.registration import registered, uses_kernels
 
 if TYPE_CHECKING:
+    from moequant.kernels.library.activations import Activation
     from moequant.kernels.library.arguments import QuantSpec
 
 __all__ = [
+    "add_bias",
     "dequantize_blocks",
     "fused_rms_quantize",
     "quant_spec",
@@ -33,6 +36,15 @@ def quant_spec(dtype: torch.dtype, recipe: str, eps: float | None = None) -> Qua
 
     rule = recipe_of(recipe)
     return spec(max_of(dtype, recipe), rule.eps if eps is None else eps, rule.power_of_two, rule.reciprocal)
+
+
+@functools.lru_cache(256)
+def activation_spec(text: str) -> Activation:
+    """An activation, by its text, as the kernels take it."""
+    from moequant.kernels.library.activations import Activation as Spec
+
+    kind = parsed(text)
+    return Spec(*(getattr(kind, name) for name in Spec._fields))
 
 
 @registered(mutates=("values", "scales"))
@@ -64,15 +76,18 @@ def silu_mul_quantize(
     scales: Tensor,
     recipe: str = "default",
     eps: float | None = None,
+    activation: str = "silu",
+    bias: Tensor | None = None,
 ) -> None:
-    """`reference.silu_mul_quantize` into given outputs."""
+    """`reference.silu_mul_quantize` into given outputs. activation: `Activation.text`."""
     if not uses_kernels(x):
-        outputs = {"values": values, "scales": scales}
-        reference.silu_mul_quantize(x, num_tokens, expert_start, dtype=values.dtype, recipe=recipe, eps=eps, **outputs)
+        valid, rows = reference.rows_activated(x, num_tokens, expert_start, parsed(activation), bias)
+        reference.write_rows(reference.quantize_groups(rows, 128, values.dtype, recipe, eps), valid, values, scales)
         return
     from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize as kernel
 
-    kernel(x, num_tokens, expert_start, values, scales, quant_spec(values.dtype, recipe, eps))
+    spec = quant_spec(values.dtype, recipe, eps)
+    kernel(x, num_tokens, expert_start, values, scales, spec, activation_spec(activation), bias)
 
 
 @registered(mutates=("values", "scales"))
@@ -120,14 +135,32 @@ def fused_rms_quantize(
 
 
 @registered(mutates=("out",))
-def silu_mul(x: Tensor, num_tokens: Tensor | None, expert_start: Tensor | None, out: Tensor) -> None:
-    """`reference.silu_mul` into a given output."""
+def silu_mul(
+    x: Tensor,
+    num_tokens: Tensor | None,
+    expert_start: Tensor | None,
+    out: Tensor,
+    activation: str = "silu",
+    bias: Tensor | None = None,
+) -> None:
+    """`reference.silu_mul` into a given output. activation: `Activation.text`."""
     if not uses_kernels(x):
-        reference.silu_mul(x, num_tokens, expert_start, out=out)
+        reference.silu_mul(x, num_tokens, expert_start, activation=parsed(activation), bias=bias, out=out)
         return
     from moequant.kernels.quantization.silu_mul_quantize import silu_mul as kernel
 
-    kernel(x, num_tokens, expert_start, out)
+    kernel(x, num_tokens, expert_start, out, activation_spec(activation), bias)
+
+
+@registered(mutates=("x",))
+def add_bias(x: Tensor, num_tokens: Tensor | None, expert_start: Tensor | None, bias: Tensor) -> None:
+    """`reference.add_bias`. bias: contiguous."""
+    if not uses_kernels(x):
+        reference.add_bias(x, num_tokens, expert_start, bias)
+        return
+    from moequant.kernels.quantization.silu_mul_quantize import add_bias as kernel
+
+    kernel(x, num_tokens, expert_start, bias)
 
 
 def reads(dtype: torch.dtype, device: torch.device) -> bool:

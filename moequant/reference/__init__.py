@@ -15,6 +15,7 @@ Letters: T tokens of this rank, K top-k, E experts in all, W ranks, L = E / W lo
 expert's buffer per source rank, H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a GEMM.
 """
 
+from moequant.reference.activations import *
 from moequant.reference.dense import *
 from moequant.reference.gemm import *
 from moequant.reference.quantization import *

@@ -9,11 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moequant.activations import Activation, activation_of
 from moequant.batch import QuantizedTensor, ceil_div, empty_scales_of, scale_layout
 from moequant.formats import format_of, max_of, recipe_of
+from moequant.reference.activations import activated
 
 __all__ = [
     "INF_BITS",
+    "add_bias",
     "blocks_of",
     "counted_rows",
     "dequantize",
@@ -27,9 +30,10 @@ __all__ = [
     "quantize_weight",
     "rms_norm",
     "round_to",
+    "rows_activated",
     "silu_mul",
     "silu_mul_quantize",
-    "swiglu",
+    "write_rows",
 ]
 
 INF_BITS = 0x7F800000
@@ -197,12 +201,6 @@ def blocks_of(q: QuantizedTensor) -> tuple[Tensor, Tensor, int]:
     return q.values.reshape(matrices, rows // q.segments, columns), scales, q.group_size if q.layout == "block" else 1
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """(..., 2I), gate first, to silu(gate) * up (..., I) in float32, not rounded in between."""
-    gate, up = x.float().chunk(2, -1)
-    return gate / (1.0 + torch.exp(-gate)) * up
-
-
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -214,14 +212,53 @@ def rms_norm(
     return (normed if gate is None else normed * F.silu(gate.double())).float(), summed
 
 
+def add_bias(x: Tensor, num_tokens: Tensor | None, expert_start: Tensor | None, bias: Tensor) -> None:
+    """Adds each expert's bias to its valid rows, in float32, rounded once. x: (L, M, N), with expert_start (R, N). bias: (L, N)."""
+    valid = counted_rows(num_tokens, x, expert_start)
+    x[valid] = (x[valid].float() + biases(bias, valid, num_tokens, expert_start)).to(x.dtype)
+
+
+def biases(bias: Tensor, valid: Tensor, num_tokens: Tensor | None, expert_start: Tensor | None) -> Tensor:
+    """Each valid row's bias, float32. bias: (L, N). valid: of `counted_rows`."""
+    if expert_start is None:
+        return bias.float()[valid.nonzero()[:, 0]]
+    assert num_tokens is not None
+    if not valid.any():
+        return bias.float()[:0]
+    # the last expert that has rows and begins no later than a row
+    rows = valid.nonzero()
+    begun = (rows >= expert_start) & (num_tokens > 0)
+    return bias.float()[torch.where(begun, expert_start, -1).argmax(1)]
+
+
+def rows_activated(
+    x: Tensor, num_tokens: Tensor | None, expert_start: Tensor | None, activation: str | Activation, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Which rows of x are valid, and what the activation makes of them, one after the other, float32."""
+    valid = counted_rows(num_tokens, x, expert_start)
+    rows = None if bias is None else biases(bias, valid, num_tokens, expert_start)
+    return valid, activated(x[valid], activation, rows)
+
+
+def inner_shape(x: Tensor, activation: str | Activation) -> torch.Size:
+    """The shape of what an activation makes of x."""
+    return torch.Size((*x.shape[:-1], x.shape[-1] // activation_of(activation).columns(1)))
+
+
 def silu_mul(
-    x: Tensor, num_tokens: Tensor | None = None, expert_start: Tensor | None = None, *, out: Tensor | None = None
+    x: Tensor,
+    num_tokens: Tensor | None = None,
+    expert_start: Tensor | None = None,
+    *,
+    activation: str | Activation = "silu",
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """As `moequant.silu_mul`."""
     if out is None:
-        out = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.bfloat16, device=x.device)
-    valid = counted_rows(num_tokens, x, expert_start)
-    out[valid] = swiglu(x[valid]).to(out.dtype)
+        out = torch.empty(inner_shape(x, activation), dtype=torch.bfloat16, device=x.device)
+    valid, rows = rows_activated(x, num_tokens, expert_start, activation, bias)
+    out[valid] = rows.to(out.dtype)
     return out
 
 
@@ -230,6 +267,8 @@ def silu_mul_quantize(
     num_tokens: Tensor | None = None,
     expert_start: Tensor | None = None,
     *,
+    activation: str | Activation = "silu",
+    bias: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
     recipe: str = "default",
     eps: float | None = None,
@@ -237,7 +276,7 @@ def silu_mul_quantize(
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
     """As `moequant.silu_mul_quantize`."""
-    values, scales = outputs((*x.shape[:-1], x.shape[-1] // 2), 128, x.device, dtype, values, scales)
-    valid = counted_rows(num_tokens, x, expert_start)
-    write_rows(quantize_groups(swiglu(x[valid]), 128, values.dtype, recipe, eps), valid, values, scales)
+    values, scales = outputs(inner_shape(x, activation), 128, x.device, dtype, values, scales)
+    valid, rows = rows_activated(x, num_tokens, expert_start, activation, bias)
+    write_rows(quantize_groups(rows, 128, values.dtype, recipe, eps), valid, values, scales)
     return QuantizedTensor(values, scales, scale_layout(scales), recipe)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from activation_cases import CASES
 from compile_case import FNUZ, INT8, cases, counted, each_format, empty, quantized
 from far_memory import far
-from moequant import ops, reference
+from moequant import Activation, ops, reference
 from moequant.batch import ceil_div, empty_transposed_scales
 from moequant.formats import FORMATS
 from moequant.testing import assert_bit_equal, assert_nearly_quantized, poison
@@ -102,28 +103,45 @@ def test_a_large_batch_matches_the_reference_on_the_gpu():
 FP8 = torch.float8_e4m3fn
 
 
-def call_silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "default") -> None:
-    x = empty(4, 256, 2 * columns)
+def call_silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "default", activation: str = "SwiGLU") -> None:
+    kind = CASES[activation][0]
+    x = empty(4, 256, kind.columns(columns))
     values, scales = quantized(4, 256, columns, dtype)
     assert scales is not None
-    ops.silu_mul_quantize(x, counted(x), None, values, scales, recipe=recipe)
+    bias = None if activation == "SwiGLU" else empty(4, x.shape[-1])
+    ops.silu_mul_quantize(x, counted(x), None, values, scales, recipe=recipe, activation=kind.text, bias=bias)
+
+
+def call_add_bias(columns: int) -> None:
+    x = empty(4, 256, columns)
+    ops.add_bias(x, counted(x), None, empty(4, columns))
 
 
 COMPILE_CASES = [
     *cases(call_silu_mul_quantize, *each_format(), *each_format(recipe="ue8m0")),
     *cases(call_silu_mul_quantize, {"dtype": FNUZ}, anywhere=True),
+    *cases(call_silu_mul_quantize, *({"dtype": INT8, "activation": name} for name in ("MiniMax-M3", "Inkling-2", "Nemotron-H"))),
+    *cases(call_silu_mul_quantize, {"dtype": INT8, "activation": "gelu by erf"}),
+    *cases(call_silu_mul_quantize, {"dtype": INT8, "activation": "gpt-oss"}, wide=False),
+    *cases(call_add_bias, {"columns": 2048}),
     *cases(call_silu_mul_quantize, {"dtype": INT8, "columns": 1445}, {"dtype": INT8, "columns": 1}, wide=False, may_spill=True),
 ]
 
 
 def silu_quantize_arguments(dtype: torch.dtype, counts: torch.Tensor | None) -> tuple:
-    return torch.randn(2, 4, 280).bfloat16(), counts, None, *quantize_outputs(dtype), "default", None
+    return torch.randn(2, 4, 280).bfloat16(), counts, None, *quantize_outputs(dtype), "default", None, "silu", None
 
 
 OPERATION_CASES = {
     "silu_mul_quantize": {
         "int8, counted": lambda: silu_quantize_arguments(torch.int8, COUNTS),
         "fp8": lambda: silu_quantize_arguments(FP8, None),
+        "another activation, bias": lambda: (
+            *silu_quantize_arguments(FP8, None)[:-2],
+            Activation(limit=1.0).text,
+            torch.randn(2, 280),
+        ),
     },
-    "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, None, torch.zeros(2, 4, 140).bfloat16())},
+    "silu_mul": {"counted": lambda: (torch.randn(2, 4, 280), COUNTS, None, torch.zeros(2, 4, 140).bfloat16(), "gelu", None)},
+    "add_bias": {"counted": lambda: (torch.randn(2, 4, 140).bfloat16(), COUNTS, None, torch.ones(2, 140))},
 }
