@@ -75,7 +75,7 @@ class LayerTimes:
             spans = [1000 * before.elapsed_time(after) for before, after in pairs]
         else:
             spans = [1e6 * (after - before) for before, after in pairs]
-        return float(torch.tensor(spans).median())
+        return float(torch.tensor(spans, device="cpu").median())
 
 
 def tiny(folder: str) -> str:

@@ -6,7 +6,7 @@ import functools
 import json
 from dataclasses import dataclass, field, fields
 
-from moequant.checks import check_choice, check_is
+from moequant.checks import check_choice, check_int, check_is
 
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -99,7 +99,11 @@ class Activation:
 
         Returns:
             2I, or I where nothing is gated.
+
+        Raises:
+            ValueError: no positive integer.
         """
+        check_int("inner", inner, 1)
         return 2 * inner if self.gated else inner
 
 

@@ -121,7 +121,6 @@ def silu_mul_quantize(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
     recipe: str = "default",
-    eps: float | None = None,
     values: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
@@ -139,7 +138,6 @@ def silu_mul_quantize(
             activation; or None.
         dtype: float8_e4m3fn, float8_e4m3fnuz, float8_e5m2 or int8.
         recipe: see `moequant.formats.RECIPES`.
-        eps: floor of a group's absolute maximum; None for the recipe's own.
         values: (L, M, I) of dtype, or None to allocate.
         scales: (L, M, ceil(I / 128)) float32, or None to allocate.
 
@@ -148,14 +146,14 @@ def silu_mul_quantize(
         scales were given ("row").
 
     Raises:
-        ValueError: a wrong shape, dtype, device, activation, recipe or eps.
+        ValueError: a wrong shape, dtype, device, activation or recipe.
         RuntimeError: x or bias requires grad under grad mode.
     """
-    check_quantize_arguments(x, num_tokens, expert_start, recipe, eps)
+    check_quantize_arguments(x, num_tokens, expert_start, recipe, None)
     check_no_grad(values=values, scales=scales)
     text, shape = _activation(x, expert_start, activation, bias)
     out = _outputs(shape, x.device, dtype, 128, recipe, values, scales)
-    ops.silu_mul_quantize(x, num_tokens, expert_start, out.values, out.scales, recipe, eps, text, bias)
+    ops.silu_mul_quantize(x, num_tokens, expert_start, out.values, out.scales, recipe, text, bias)
     return out
 
 

@@ -60,7 +60,6 @@ FUNCTIONS: dict[str, Callable[[], Call]] = {
             "bias": torch.randn(2, 280),
             "dtype": torch.int8,
             "recipe": "default",
-            "eps": 1e-4,
             "values": torch.zeros(2, 4, 140, dtype=torch.int8),
             "scales": torch.zeros(2, 4, 2),
         },

@@ -126,7 +126,7 @@ def test_inputs_of_any_strides_give_the_bits_of_their_copies(order, function):
     assert_bit_equal(strided.scales, copied.scales)
 
 
-@pytest.mark.parametrize("options", [{}, {"recipe": "ue8m0"}, {"recipe": "deepgemm"}, {"eps": 5.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"recipe": "ue8m0"}, {"recipe": "deepgemm"}], ids=str)
 def test_silu_mul_quantize_equals_its_two_steps(options):
     x = torch.randn(2, 3, 2 * 200).bfloat16()
     fused = silu_mul_quantize(x, dtype=torch.int8, **options)
@@ -135,11 +135,10 @@ def test_silu_mul_quantize_equals_its_two_steps(options):
     assert_bit_equal(fused.scales, apart.scales)
 
 
-@quantizers
-def test_the_floor_that_is_given_is_that_of_the_scales(quantize):
+def test_the_floor_that_is_given_is_that_of_the_scales():
     x = torch.randn(2, 5, 300).clamp(-0.9, 0.9)
     x[1, 2, 150] = 1000.0
-    scales = quantize(x, eps=1.0).scales
+    scales = quantize_expert_batch(x, eps=1.0).scales
     assert (scales == torch.tensor(1.0) / 448).flatten().tolist().count(False) == 1 and scales[1, 2, 1] > 1
 
 
@@ -259,10 +258,12 @@ BAD_ARGUMENTS = {
     "counts on another device": ((X, COUNTS.to("meta")), {}, "num_tokens must be on cpu, got meta; move it with"),
     "an unknown recipe": ((X,), {"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, fnuz_224, got 'mx'"),
     "a type without recipes": ((X,), {"dtype": torch.bfloat16}, "dtype must be one of torch.float8_e4m3fn, .* got torch.bfloat16"),
-    "a floor whose reciprocal overflows": ((X,), {"eps": 9e-21}, "eps must be at least 1e-20 and below 1e30 .* got 9e-21"),
-    "a floor of zero": ((X,), {"eps": 0.0}, "eps must be at least 1e-20 and below 1e30 .* got 0.0"),
-    "a floor of NaN": ((X,), {"eps": math.nan}, "eps must be .* got nan"),
-    "an infinite floor": ((X,), {"eps": math.inf}, "eps must be .* got inf"),
+}
+BAD_FLOORS = {
+    "a reciprocal that overflows": (9e-21, "eps must be at least 1e-20 and below 1e30 .* got 9e-21"),
+    "zero": (0.0, "eps must be at least 1e-20 and below 1e30 .* got 0.0"),
+    "NaN": (math.nan, "eps must be .* got nan"),
+    "infinity": (math.inf, "eps must be .* got inf"),
 }
 OUTPUTS = {
     "values of another shape": (
@@ -281,6 +282,13 @@ OUTPUTS = {
     "scales of another type": ({"scales": torch.empty(2, 4, 1).half()}, "scales must be torch.float32, got torch.float16"),
     "scales on another device": ({"scales": torch.empty(2, 4, 1, device="meta")}, "scales must be on cpu, got meta"),
 }
+
+
+@pytest.mark.parametrize("case", BAD_FLOORS)
+def test_floors_that_are_none_raise_a_value_error(case):
+    eps, message = BAD_FLOORS[case]
+    with pytest.raises(ValueError, match=message):
+        quantize_expert_batch(X, eps=eps)
 
 
 @pytest.mark.parametrize("function", [quantize_expert_batch, silu_mul_quantize], ids=lambda f: f.__name__)

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moequant.kernels.gemm.reduce_split_k import reduce_split_k
+from moequant.kernels.library.arguments import Valid
 from moequant.kernels.library.common import most_row_tiles
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, uses_pdl
@@ -36,13 +37,6 @@ class Scales(NamedTuple):
 class Output(NamedTuple):
     rows: Tensor | None
     partials: Tensor | None
-
-
-class Valid(NamedTuple):
-    """Which rows are there: num_tokens (L,) of each expert, or None for all, from expert_start (L,) on, or None if padded."""
-
-    num_tokens: Tensor | None
-    expert_start: Tensor | None
 
 
 class Product(NamedTuple):

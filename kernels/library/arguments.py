@@ -52,6 +52,13 @@ class Shape(NamedTuple):
     columns: int
 
 
+class Valid(NamedTuple):
+    """Which rows are there: num_tokens (L,) of each expert, or None for all, from expert_start (L,) on, or None if padded."""
+
+    num_tokens: Tensor | None
+    expert_start: Tensor | None
+
+
 class Experts(NamedTuple):
     """How many there are, and which of them are this rank's: `local` from `first` on."""
 

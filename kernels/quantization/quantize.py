@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.activations import Activation, activated
-from moequant.kernels.library.arguments import QuantSpec, Shape, Strided, strided
+from moequant.kernels.library.arguments import QuantSpec, Shape, Strided, Valid, strided
 from moequant.kernels.library.common import (
     locate_block,
     most_row_tiles,
@@ -35,7 +35,7 @@ class Cut(NamedTuple):
 
 class Tile(NamedTuple):
     """rows, groups: of a tile. group: columns of one. experts: rounded up to a power of two. even: the tiles divide the columns.
-    packed: scales are exponents."""
+    packed: scales are exponents. activation: or None."""
 
     rows: int
     groups: int
@@ -43,6 +43,7 @@ class Tile(NamedTuple):
     experts: int
     even: bool
     packed: bool
+    activation: Activation | None
 
 
 @triton.jit
@@ -113,12 +114,11 @@ def quantize_kernel(
     shape,
     spec,
     TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
 ):
     """Each tile is BLOCK_M rows of one expert by BLOCK_G groups of the output's columns; tiles cover valid rows only and are dealt to
     the programs in turn. A program loads its next tile before it works on the present one.
 
-    ACTIVATION: None, or column i of the output is made of x[i] and x[columns + i], interleaved of x[i] and the column behind it:
+    TILE.activation: None, or column i of the output is made of x[i] and x[columns + i], interleaved of x[i] and the column behind it:
     columns of x are two apart then. bias_ptr: one row for each expert, in the order of x's columns, added in float32 to begin with.
     Without scales the numbers are stored as they are.
     expert_start_ptr: None, or each expert's first row; tensors have two dimensions then, and rows as `Strided` says.
@@ -134,6 +134,7 @@ def quantize_kernel(
     BLOCK_G: tl.constexpr = TILE.groups
     EXPERTS: tl.constexpr = TILE.experts
     EVEN: tl.constexpr = TILE.even
+    ACTIVATION: tl.constexpr = TILE.activation
     GATED: tl.constexpr = ACTIVATION is not None and ACTIVATION.gated
     INTERLEAVED: tl.constexpr = GATED and ACTIVATION.interleaved
     PACKED: tl.constexpr = TILE.packed
@@ -204,8 +205,7 @@ def quantize_kernel(
 
 def launch_quantize(
     x: torch.Tensor,
-    num_tokens: torch.Tensor | None,
-    expert_start: torch.Tensor | None,
+    valid: Valid,
     values: torch.Tensor,
     scales: torch.Tensor | None,
     spec: QuantSpec | None,
@@ -215,8 +215,9 @@ def launch_quantize(
     bias: torch.Tensor | None = None,
     group_size: int = 128,
 ) -> None:
-    """Launches the kernel on the valid rows of values (L, M, columns), or (R, columns) with expert_start. spec: None without scales.
+    """Launches the kernel on the valid rows of values (L, M, columns), or (R, columns) if ragged. spec: None without scales.
     bias: (L, x's columns) contiguous."""
+    num_tokens, expert_start = valid
     shape = Shape(*values.shape) if expert_start is None else Shape(expert_start.shape[0], *values.shape)
     if values.numel() == 0 or shape.experts == 0:
         return
@@ -240,8 +241,8 @@ def launch_quantize(
             experts=triton.next_power_of_2(shape.experts),
             even=shape.columns % (group_size * cut.groups) == 0,
             packed=packed,
+            activation=activation,
         ),
-        ACTIVATION=activation,
         num_warps=cut.warps,
         # a product that is rounded to an integer by an addition must be rounded by itself first
         enable_fp_fusion=False,
@@ -278,4 +279,4 @@ def quantize_expert_batch(
     tiles = most_row_tiles(experts, values.shape[-2], block_m, expert_start) * triton.cdiv(groups_there, block_g)
     small = tiles < 6 * num_sms(x.device)
     cut = Cut(block_m // 4, block_g, 2, 24) if small else Cut(block_m, block_g, 2, 6)
-    launch_quantize(x, num_tokens, expert_start, values, scales, spec, cut, group_size=group_size)
+    launch_quantize(x, Valid(num_tokens, expert_start), values, scales, spec, cut, group_size=group_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from moequant.kernels.library.activations import SWIGLU, Activation
-from moequant.kernels.library.arguments import QuantSpec
+from moequant.kernels.library.arguments import QuantSpec, Valid
 from moequant.kernels.quantization.quantize import Cut, launch_quantize
 
 # exp keeps the arithmetic units busier than plain quantization does: more threads to a tile
@@ -31,7 +31,7 @@ def silu_mul_quantize(
     (L, M, G) float32, any strides. expert_start: (L,) int32, with x (R, 2I), values (R, I) and scales (R, G); or None. bias: float,
     contiguous, one row of x's for each expert; or None.
     """
-    launch_quantize(x, num_tokens, expert_start, values, scales, spec, CUT, activation=activation, bias=bias)
+    launch_quantize(x, Valid(num_tokens, expert_start), values, scales, spec, CUT, activation=activation, bias=bias)
 
 
 def silu_mul(
@@ -43,9 +43,9 @@ def silu_mul(
     bias: torch.Tensor | None = None,
 ) -> None:
     """As `moequant.reference.silu_mul`, any strides."""
-    launch_quantize(x, num_tokens, expert_start, out, None, None, CUT, activation=activation, bias=bias)
+    launch_quantize(x, Valid(num_tokens, expert_start), out, None, None, CUT, activation=activation, bias=bias)
 
 
 def add_bias(x: torch.Tensor, num_tokens: torch.Tensor | None, expert_start: torch.Tensor | None, bias: torch.Tensor) -> None:
     """As `moequant.reference.add_bias`. A program writes a tile after it has loaded it, and no other's."""
-    launch_quantize(x, num_tokens, expert_start, x, None, None, CUT, bias=bias)
+    launch_quantize(x, Valid(num_tokens, expert_start), x, None, None, CUT, bias=bias)

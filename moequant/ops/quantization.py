@@ -75,18 +75,17 @@ def silu_mul_quantize(
     values: Tensor,
     scales: Tensor,
     recipe: str = "default",
-    eps: float | None = None,
     activation: str = "silu",
     bias: Tensor | None = None,
 ) -> None:
     """`reference.silu_mul_quantize` into given outputs. activation: `Activation.text`."""
     if not uses_kernels(x):
         valid, rows = reference.rows_activated(x, num_tokens, expert_start, parsed(activation), bias)
-        reference.write_rows(reference.quantize_groups(rows, 128, values.dtype, recipe, eps), valid, values, scales)
+        reference.write_rows(reference.quantize_groups(rows, 128, values.dtype, recipe, None), valid, values, scales)
         return
     from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize as kernel
 
-    spec = quant_spec(values.dtype, recipe, eps)
+    spec = quant_spec(values.dtype, recipe)
     kernel(x, num_tokens, expert_start, values, scales, spec, activation_spec(activation), bias)
 
 

@@ -271,12 +271,11 @@ def silu_mul_quantize(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float8_e4m3fn,
     recipe: str = "default",
-    eps: float | None = None,
     values: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> QuantizedTensor:
     """As `moequant.silu_mul_quantize`."""
     values, scales = outputs(inner_shape(x, activation), 128, x.device, dtype, values, scales)
     valid, rows = rows_activated(x, num_tokens, expert_start, activation, bias)
-    write_rows(quantize_groups(rows, 128, values.dtype, recipe, eps), valid, values, scales)
+    write_rows(quantize_groups(rows, 128, values.dtype, recipe, None), valid, values, scales)
     return QuantizedTensor(values, scales, scale_layout(scales), recipe)

@@ -21,7 +21,7 @@ FLAGS = frozenset(("is_concatenated", "is_transposed", "has_bias", "has_gate", "
 # Its functions on the class.
 STEPS = frozenset(("_apply_gate",))
 # gates and ups that go past every clamp, and around zero
-PROBE = torch.tensor([-3000.0, -40.0, -9.0, -2.0, -0.5, 0.0, 0.3, 1.7, 6.0, 8.0, 30.0, 2000.0])
+PROBE = torch.tensor([-3000.0, -40.0, -9.0, -2.0, -0.5, 0.0, 0.3, 1.7, 6.0, 8.0, 30.0, 2000.0], device="cpu")
 
 
 class UnknownExpertsError(ValueError):

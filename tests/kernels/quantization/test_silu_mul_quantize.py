@@ -129,7 +129,7 @@ COMPILE_CASES = [
 
 
 def silu_quantize_arguments(dtype: torch.dtype, counts: torch.Tensor | None) -> tuple:
-    return torch.randn(2, 4, 280).bfloat16(), counts, None, *quantize_outputs(dtype), "default", None, "silu", None
+    return torch.randn(2, 4, 280).bfloat16(), counts, None, *quantize_outputs(dtype), "default", "silu", None
 
 
 OPERATION_CASES = {
