@@ -128,10 +128,11 @@ def addresses_of(w: Weight | None) -> tuple[int, ...]:
         w: the weight, or a bias, or None for none.
 
     Returns:
-        The addresses of values and scales, or of a plain tensor and 1 if it requires grad.
+        The addresses of values and scales, or of a plain tensor and 1 if it requires grad; 0 for none.
     """
     if w is None:
-        return ()
+        # so that one bias is not taken for the other
+        return (0,)
     if isinstance(w, QuantizedTensor):
         return w.values.data_ptr(), w.scales.data_ptr()
     return w.data_ptr(), w.requires_grad
