@@ -6,7 +6,7 @@ import functools
 import json
 from dataclasses import dataclass, field, fields
 
-from moequant.checks import check_choice, check_int, check_is
+from moequant.checks import check_choice, check_is
 
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
@@ -91,20 +91,10 @@ class Activation:
         """2 if gate and up are columns of their own, which blocks of w13 keep apart; otherwise 1."""
         return 2 if self.gated and not self.interleaved else 1
 
-    def columns(self, inner: int) -> int:
-        """Columns of GEMM 1's result.
-
-        Args:
-            inner: I.
-
-        Returns:
-            2I, or I where nothing is gated.
-
-        Raises:
-            ValueError: no positive integer.
-        """
-        check_int("inner", inner, 1)
-        return 2 * inner if self.gated else inner
+    @property
+    def width(self) -> int:
+        """Columns of GEMM 1's result for each of the I: 2, or 1 where nothing is gated."""
+        return 2 if self.gated else 1
 
 
 def _finite(name: str, value: object, optional: bool) -> float | None:

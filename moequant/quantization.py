@@ -254,7 +254,7 @@ def _activation(
 ) -> tuple[str, torch.Size]:
     """The activation as operations take it, and the shape of its result. Raises for a wrong activation, bias, or number of columns."""
     kind = activation_of(activation)
-    if x.shape[-1] % kind.columns(1):
+    if x.shape[-1] % kind.width:
         raise ValueError(
             f"x must be (L, M, 2 * I), ragged (R, 2 * I), gate first then up: its last dimension must be even, got shape "
             f"{tuple(x.shape)}"
@@ -264,7 +264,7 @@ def _activation(
         check_tensor("bias", bias, shape=(experts, x.shape[-1]), dtypes=FLOAT_DTYPES, device=x.device)
         check_contiguous("bias", bias)
         check_no_grad(bias=bias)
-    return kind.text, torch.Size((*x.shape[:-1], x.shape[-1] // kind.columns(1)))
+    return kind.text, torch.Size((*x.shape[:-1], x.shape[-1] // kind.width))
 
 
 def _outputs(

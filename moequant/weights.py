@@ -35,18 +35,22 @@ def made_of(w13: Tensor, w2: Tensor, quant: str, recipe: str, activation: Activa
 
     Raises:
         ValueError: wrong weights or settings.
+        RuntimeError: weights to be quantized require grad under grad mode.
     """
     if not isinstance(quant, str) or quant not in QUANT_DTYPES:
         raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
     for name, w in (("w13", w13), ("w2", w2)):
         check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
+        if quant != "none":
+            # which `quantize_weight` would say of an argument of its own
+            check_no_grad(**{name: w})
     check_format(quant, w13.device)
-    if w13.shape[1] % activation.columns(1):
+    if w13.shape[1] % activation.width:
         raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
     apart = halves_apart(w13) if activation.interleaved else w13
     if quant == "none":
         return apart.contiguous(), w2.contiguous()
-    segments, dtype = activation.columns(1), QUANT_DTYPES[quant]
+    segments, dtype = activation.width, QUANT_DTYPES[quant]
     return quantize_weight(apart, dtype=dtype, recipe=recipe, segments=segments), quantize_weight(w2, dtype=dtype, recipe=recipe)
 
 
@@ -83,7 +87,7 @@ def check_weights(w13: Weight, w2: Weight, activation: Activation) -> None:
     if len(w13.shape) != 3:
         raise ValueError(f"w13 must be {form}, got shape {tuple(w13.shape)}")
     experts, columns, hidden = w13.shape
-    if columns % activation.columns(1) or tuple(w2.shape) != (experts, hidden, columns // activation.columns(1)):
+    if columns % activation.width or tuple(w2.shape) != (experts, hidden, columns // activation.width):
         raise ValueError(f"w13 must be {form}, and w2 (L, H, I); got {tuple(w13.shape)} and {tuple(w2.shape)}")
     if w13.device != w2.device:
         raise ValueError(f"w13 and w2 must be on one device, got {w13.device} and {w2.device}")
@@ -262,6 +266,7 @@ class ExpertWeights:
 
         Raises:
             ValueError: wrong weights or settings, or a format that the GPU doesn't have.
+            RuntimeError: weights to be quantized require grad under grad mode.
         """
         kind = activation_of(activation)
         first, second = made_of(w13, w2, quant, recipe, kind)

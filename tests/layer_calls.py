@@ -123,7 +123,6 @@ LAYERS: dict[str, Callable[[], Call]] = {
         {"function": "silu", "gated": True, "alpha": 1.702, "limit": 7.0, "limit_after": False, "offset": 1.0}
         | {"gate_softcap": 3.0, "up_softcap": 2.0, "interleaved": True},
     ),
-    "Activation.columns": lambda: Call(Activation().columns, {"inner": 8}),
     "GroupedExperts": lambda: Call(
         GroupedExperts, dict(zip(("w13", "w2"), weights(), strict=True)) | {"activation": "silu"} | biases()
     ),

@@ -31,7 +31,7 @@ def counted() -> torch.Tensor:
 
 def drawn(activation: Activation, wide: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
     """x (L, M, columns) bfloat16 and a bias for it, in bfloat16 too."""
-    columns = activation.columns(INNER)
+    columns = INNER * activation.width
     return (torch.randn(len(COUNTS), M, columns) * wide).bfloat16(), torch.randn(len(COUNTS), columns).bfloat16()
 
 
@@ -101,8 +101,8 @@ def test_interleaved_columns_of_any_strides_are_found():
 @pytest.mark.usefixtures("both_paths")
 def test_a_nan_stays_one_whatever_cuts_the_numbers(name):
     activation = CASES[name][0]
-    x = torch.ones(1, 3, activation.columns(4))
-    x[0, 0, 1] = x[0, 1, activation.columns(4) - 1] = torch.nan
+    x = torch.ones(1, 3, 4 * activation.width)
+    x[0, 0, 1] = x[0, 1, 4 * activation.width - 1] = torch.nan
     out = silu_mul(x, activation=activation)
     assert out.isnan().sum((0, 2)).tolist() == [1, 1, 0]
 

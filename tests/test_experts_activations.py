@@ -20,7 +20,7 @@ OSS = Activation(limit=1.5, alpha=1.702, offset=1.0, interleaved=True)
 
 def drawn(activation: Activation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """w13, w2 and biases of both."""
-    columns = activation.columns(INNER)
+    columns = INNER * activation.width
     w13, w2 = torch.randn(EXPERTS, columns, HIDDEN) / HIDDEN**0.5, torch.randn(EXPERTS, HIDDEN, INNER) / INNER**0.5
     return w13.bfloat16(), w2.bfloat16(), torch.randn(EXPERTS, columns).bfloat16(), torch.randn(EXPERTS, HIDDEN).bfloat16()
 

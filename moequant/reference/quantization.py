@@ -242,7 +242,7 @@ def rows_activated(
 
 def inner_shape(x: Tensor, activation: str | Activation) -> torch.Size:
     """The shape of what an activation makes of x."""
-    return torch.Size((*x.shape[:-1], x.shape[-1] // activation_of(activation).columns(1)))
+    return torch.Size((*x.shape[:-1], x.shape[-1] // activation_of(activation).width))
 
 
 def silu_mul(

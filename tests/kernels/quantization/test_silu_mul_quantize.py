@@ -105,7 +105,7 @@ FP8 = torch.float8_e4m3fn
 
 def call_silu_mul_quantize(dtype: torch.dtype, columns: int = 2048, recipe: str = "default", activation: str = "SwiGLU") -> None:
     kind = CASES[activation][0]
-    x = empty(4, 256, kind.columns(columns))
+    x = empty(4, 256, columns * kind.width)
     values, scales = quantized(4, 256, columns, dtype)
     assert scales is not None
     bias = None if activation == "SwiGLU" else empty(4, x.shape[-1])
