@@ -6,7 +6,8 @@
 
 What is checked: bits against `moequant.reference` and `in_one_process` where they are promised, pushed against stored products, products
 against float32; outputs begin as NaN and lie between guards. BLOCK settings in a row share a family: the sizes that kernels are compiled
-for, and a dispatcher. Several workers take blocks in turn; one that dies or hangs is replaced, and its setting has failed.
+for, and a dispatcher. Several workers take blocks in turn; one that dies or hangs is replaced, and its setting has failed. One that dies
+between settings is counted as lost.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="1: one GPU; more: layers over so many GPUs")
     parser.add_argument("--workers", type=int, help="processes that draw settings at the same time; 12, or 1 without a GPU")
     parser.add_argument("--only", type=int, help="the number of one setting to run again")
-    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    parser.add_argument("--out", type=Path, help="a file of JSON lines to which the result is added")
     # of workers, which this program starts
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -175,6 +176,8 @@ def work(options: argparse.Namespace) -> int:
     """A worker: blocks from options.first on, every options.step-th."""
     end = float(os.environ.get("FUZZ_END", "inf"))
     place = set_up(options)
+    import torch
+
     control = Control(options.ranks, options.rank)
     log = Log(options.folder / f"log-{options.worker}-{options.rank}" if options.folder else None)
     wrong, printed, block = 0, 0, options.first
@@ -206,6 +209,9 @@ def work(options: argparse.Namespace) -> int:
                 break
         if family is not None and hasattr(family, "close"):
             family.close()
+        if place.device != "cpu":
+            # the workers share a GPU
+            torch.cuda.empty_cache()
         if stop or options.only is not None:
             return 1 if wrong else 0
         block += options.step
@@ -247,16 +253,22 @@ class Worker:
     def failed(self) -> bool:
         return any(process.returncode not in (0, 1) for process in self.processes)
 
+    def in_a_setting(self) -> bool:
+        """Whether the last setting that a rank began has failed, or has not ended."""
+        last = [mine[max(mine)] for mine in map(self._entries_of, range(self.options.ranks)) if mine]
+        return any(entry.get("error") or not entry.get("done") for entry in last)
+
+    def _entries_of(self, rank: int) -> dict[int, dict[str, Any]]:
+        """Of each setting a rank's last line."""
+        path = self.folder / f"log-{self.number}-{rank}"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {entry["seed"]: entry for entry in map(json.loads, lines)}
+
     def entries(self) -> dict[int, dict[str, Any]]:
         """Of each setting the last line; of several ranks a failure, where one has one."""
         found: dict[int, dict[str, Any]] = {}
         for rank in range(self.options.ranks):
-            path = self.folder / f"log-{self.number}-{rank}"
-            mine: dict[int, dict[str, Any]] = {}
-            for line in path.read_text().splitlines() if path.exists() else []:
-                entry = json.loads(line)
-                mine[entry["seed"]] = entry
-            for seed, entry in mine.items():
+            for seed, entry in self._entries_of(rank).items():
                 if seed not in found or entry.get("error") or not entry.get("done"):
                     found[seed] = entry
         return found
@@ -270,6 +282,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ["FUZZ_END"] = str(began + options.seconds)
     first = options.only // BLOCK if options.only is not None else options.seed * 1_000_000 // BLOCK
     count = 1 if options.only is not None else max(1, options.workers // options.ranks)
+    lost = 0
     with tempfile.TemporaryDirectory(prefix="moequant-fuzz-") as name:
         folder = Path(name)
         workers = [Worker(number, options, folder, first + number, count) for number in range(count)]
@@ -281,6 +294,7 @@ def run(options: argparse.Namespace) -> int:
                     if not worker.ended():
                         continue
                     running.remove(worker)
+                    lost += worker.failed() and not worker.in_a_setting()
                     if worker.failed() and options.only is None and time.time() < began + options.seconds:
                         last = max(worker.entries(), default=worker.first * BLOCK)
                         worker.start(max(last // BLOCK, worker.first) + count)
@@ -289,11 +303,10 @@ def run(options: argparse.Namespace) -> int:
             for worker in running:
                 worker.kill()
         entries = [entry for worker in workers for entry in worker.entries().values()]
-        dead = [worker for worker in workers if worker.failed() and not worker.entries()]
-    return report(options, entries, len(dead), time.time() - began)
+    return report(options, entries, lost, time.time() - began)
 
 
-def report(options: argparse.Namespace, entries: list[dict[str, Any]], dead: int, seconds: float) -> int:
+def report(options: argparse.Namespace, entries: list[dict[str, Any]], lost: int, seconds: float) -> int:
     for entry in entries:
         if not entry.get("done"):
             entry["error"] = "the worker ended or was stopped in it"
@@ -307,9 +320,12 @@ def report(options: argparse.Namespace, entries: list[dict[str, Any]], dead: int
     for name in sorted(done):
         print(f"{name:24} {done[name]:8} {bad[name]:6}")
     print(f"{'all':24} {len(entries):8} {len(wrong):6}   guards touched: {guards}, {seconds:.0f} s, seed {options.seed}")
+    if lost:
+        print(f"{lost} workers ended by an error of their own: see above")
     if options.out:
-        options.out.write_text(json.dumps(record(options, entries, wrong, guards, done, seconds), indent=1) + "\n")
-    return 1 if wrong or dead or not entries else 0
+        with options.out.open("a") as file:
+            file.write(json.dumps({**record(options, entries, wrong, guards, done, seconds), "workers_lost": lost}) + "\n")
+    return 1 if wrong or lost or not entries else 0
 
 
 def record(
@@ -345,4 +361,9 @@ def record(
 
 if __name__ == "__main__":
     settings = parse()
-    sys.exit(run(settings) if settings.worker is None else work(settings))
+    try:
+        sys.exit(run(settings) if settings.worker is None else work(settings))
+    except Exception:
+        # not 1, which says that settings were wrong
+        traceback.print_exc()
+        sys.exit(5)

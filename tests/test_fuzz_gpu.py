@@ -95,3 +95,19 @@ def test_the_report_says_what_failed_and_how_to_run_it_again(capsys):
     assert fuzz_gpu.report(options, [fine, bad], 0, 1.0) == 1
     said = capsys.readouterr().out
     assert "seed 41 (symmetric): ValueError: no" in said and "--only 41 --ranks 2" in said and "guards touched: 1" in said
+
+
+def test_workers_that_end_between_settings_are_counted(tmp_path, monkeypatch, capsys):
+    def start(self, first):
+        self.first = first
+        log = '{"seed": 40, "name": "local", "done": true, "error": null, "guards": false}'
+        command = f"open({str(self.folder / f'log-{self.number}-0')!r}, 'a').write({log!r}); raise SystemExit(5)"
+        self.processes = [subprocess.Popen([sys.executable, "-c", command])]
+
+    monkeypatch.setattr(fuzz_gpu.Worker, "start", start)
+    out = tmp_path / "fuzz.jsonl"
+    options = fuzz_gpu.parse(["--seconds", "0", "--workers", "1", "--out", str(out)])
+    assert fuzz_gpu.run(options) == 1
+    assert "1 workers ended by an error of their own" in capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert (record["settings"], record["wrong"], record["workers_lost"]) == (1, 0, 1)
