@@ -88,9 +88,9 @@ def run_steps(
         rates: dict[str, Any] = {"tflops": flops / timing.us / 1e6} if flops else {"gbps": nbytes / timing.us / 1e3}
         bench.record(op, own, timing, floor_us=bench.floor_us(nbytes) if floor_us is None else floor_us, **rates)
 
-    slots, counts = torch.empty_like(ids), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
+    rows_in_expert, counts = torch.empty_like(ids), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
     shape = {key: case[key] for key in ("T", "E", "K")}
-    record("route", shape, lambda: ops.route(ids, slots, counts, config.max_rows), 8 * rows + 4 * config.num_experts)
+    record("route", shape, lambda: ops.route(ids, rows_in_expert, counts, config.max_rows), 8 * rows + 4 * config.num_experts)
     record("dispatch", common, lambda: dispatcher.dispatch(hidden, ids, weights), tokens * columns * 2 + rows * row)
 
     batch, handle = dispatcher.dispatch(hidden, ids, weights)

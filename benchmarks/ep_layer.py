@@ -118,12 +118,12 @@ def all_ids(options: argparse.Namespace, kind: str, config: DispatcherConfig, de
 def without_overflow(ids: Tensor, config: DispatcherConfig) -> Tensor:
     """Rows are ordered by (source rank, token, k), and the last ones find no place: -1."""
     flat = ids.flatten(0, 1)
-    slots, counts = torch.empty_like(flat), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
-    reference.route(flat, slots, counts)
+    rows_in_expert, counts = torch.empty_like(flat), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
+    reference.route(flat, rows_in_expert, counts)
     if config.ragged:
         starts, _ = ragged_rows(counts.view(config.world_size, -1), config.total_rows)
-        slots += starts.flatten()[flat.clamp_min(0)]
-    return torch.where(slots.view(ids.shape) < config.max_rows, ids, -1)
+        rows_in_expert += starts.flatten()[flat.clamp_min(0)]
+    return torch.where(rows_in_expert.view(ids.shape) < config.max_rows, ids, -1)
 
 
 @dataclass(frozen=True)

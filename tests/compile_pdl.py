@@ -23,8 +23,8 @@ from moequant.kernels.routing import route as route_module
 
 
 def route() -> None:
-    ids, slots = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
-    route_module.route(ids, slots, empty(256, dtype=torch.int32), status=empty(3, dtype=torch.int64), pdl=True)
+    ids, rows_in_expert = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
+    route_module.route(ids, rows_in_expert, empty(256, dtype=torch.int32), status=empty(3, dtype=torch.int64), pdl=True)
 
 
 CASES = [

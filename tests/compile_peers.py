@@ -12,7 +12,7 @@ from compile_case import BF16, empty, quantized
 from moequant import ops
 from moequant.batch import ceil_div
 from moequant.config import ROW_ALIGNMENT
-from moequant.kernels.library.symmetric import Peers, notes_of
+from moequant.kernels.library.symmetric import Peers, headers_of
 from moequant.kernels.routing import combine as combine_module
 from moequant.kernels.symmetric import (
     exchange_counts as exchange_counts_module,
@@ -47,7 +47,7 @@ def push_tokens(
         push_tokens_module.Entries(entries, offsets, entries, entries if per_rank else None),
         push_tokens_module.Landing(
             rows=256,
-            notes=1024,
+            headers=1024,
             experts=experts,
             local_experts=experts // ranks,
             capacity=1024,
@@ -75,11 +75,11 @@ def unpack_rows(
     if ragged:
         values, scales = values[0], None if scales is None else scales[0]
     groups = 0 if scales is None else ceil_div(columns, 128)
-    notes = empty(*values.shape[:-1], 4 * ceil_div(groups, 4) + 4, dtype=torch.int32)
+    headers = empty(*values.shape[:-1], 4 * ceil_div(groups, 4) + 4, dtype=torch.int32)
     sources, counts = empty(*values.shape[:-1], dtype=torch.int64), empty(experts, dtype=torch.int32)
     batch = unpack_rows_module.Landed(values.view(torch.uint8), scales, counts, sources, counts if ragged else None)
     returns = unpack_rows_module.Returns(sources, 1024, 1024, 2 * columns)
-    unpack_rows_module.unpack_rows(batch, notes_of(notes, groups), peers_of(ranks), returns, dtype.itemsize, expected_rows)
+    unpack_rows_module.unpack_rows(batch, headers_of(headers, groups), peers_of(ranks), returns, dtype.itemsize, expected_rows)
 
 
 def combine_shared(

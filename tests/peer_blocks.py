@@ -40,13 +40,13 @@ def fault_word(epoch: int, phase: int, rank: int) -> int:
 class PeerBlocks:
     """A block for each of W ranks, all bytes 0x55, with at least 256 bytes between the buffers.
 
-    buffers: shape and dtype of each. Every block also has flags (W,), status (3,), and abort, epoch, calls, ticket, fault and record
+    buffers: shape and dtype of each. Every block also has flags (W,), status (3,), and abort, epoch, calls, arrivals, fault and record
     (1,), as a transport that has seen no fault has them. blocks[name] is (W, *shape), a view. offsets: in bytes, of each buffer. peers:
     (W,) int64, addresses.
     """
 
     def __init__(self, ranks: int, device: str, **buffers: tuple[tuple[int, ...], torch.dtype]) -> None:
-        words = dict.fromkeys(("abort", "epoch", "calls", "ticket", "fault", "record"), ((1,), torch.int32))
+        words = dict.fromkeys(("abort", "epoch", "calls", "arrivals", "fault", "record"), ((1,), torch.int32))
         self.buffers = {"flags": ((ranks,), torch.int32), "status": ((3,), torch.int64), **words, **buffers}
         self.offsets: dict[str, int] = {}
         end = 256
@@ -55,7 +55,7 @@ class PeerBlocks:
             end += round_up(torch.Size(shape).numel() * dtype.itemsize, 256) + 256
         self.memory = torch.full((ranks, end), 0x55, dtype=torch.uint8, device=device)
         self.peers = self.memory.data_ptr() + end * torch.arange(ranks, device=device)
-        for name in ("flags", "status", "epoch", "calls", "ticket"):
+        for name in ("flags", "status", "epoch", "calls", "arrivals"):
             self[name].zero_()
         for name in ("abort", "fault", "record"):
             self[name].fill_(NO_FAULT)
@@ -67,9 +67,9 @@ class PeerBlocks:
 
     def peers_of(self, rank: int, limit: int = LONG, shift: int = 0) -> Peers:
         """What a kernel of that rank is told. shift: of all offsets."""
-        words = (self[name][rank] for name in ("epoch", "ticket", "fault", "record"))
+        words = (self[name][rank] for name in ("epoch", "arrivals", "fault", "record"))
         flags, abort = self.offsets["flags"] + shift, self.offsets["abort"] + shift
-        return Peers(self.peers, *words, flags=flags, abort=abort, rank=rank, ranks=len(self.peers), limit=limit)
+        return Peers(self.peers, *words, flags=flags, abort=abort, rank=rank, ranks=len(self.peers), wait_limit=limit)
 
     def snapshot(self) -> PeerBlocks:
         """The same bytes elsewhere, for a test to do to them what the kernel has to do to the original."""

@@ -207,14 +207,14 @@ def test_tokens_that_name_an_expert_twice_are_an_error_only_where_their_rows_hav
 def test_nothing_is_written_outside_the_rows_of_experts(rows, dtype, both_paths):
     """Of 60 rows in a buffer between guard bytes."""
     hidden, ids, _ = inputs()
-    device, slots = hidden.device, torch.empty(TOKENS, TOP_K, dtype=torch.int32)
+    device, rows_in_expert = hidden.device, torch.empty(TOKENS, TOP_K, dtype=torch.int32)
     counts, num_tokens, starts = (Guarded(EXPERTS, dtype=torch.int32, device=device) for _ in range(3))
-    ops.route(ids, slots, counts.tensor, rows, num_tokens.tensor, None, starts.tensor)
+    ops.route(ids, rows_in_expert, counts.tensor, rows, num_tokens.tensor, None, starts.tensor)
     values, scales = Guarded(rows, HIDDEN, dtype=dtype, device=device), Guarded(2, rows, dtype=torch.float32, device=device)
     places, sources = Guarded(TOKENS, TOP_K, dtype=torch.int32, device=device), Guarded(rows, dtype=torch.int64, device=device)
     quantized = scales.tensor.mT if dtype == torch.int8 else None
     placed, came_from = places.tensor, sources.tensor
-    ops.scatter(hidden, ids, slots, values.tensor, quantized, rows=placed, sources=came_from, expert_start=starts.tensor)
+    ops.scatter(hidden, ids, rows_in_expert, values.tensor, quantized, rows=placed, sources=came_from, expert_start=starts.tensor)
     written = torch.zeros(rows, dtype=torch.bool)
     for start, count in zip(starts.tensor.tolist(), num_tokens.tensor.tolist(), strict=True):
         written[start : start + count] = True

@@ -14,11 +14,11 @@ from moequant.testing import assert_bit_equal, poison
 
 def route(ids: list[list[int]], experts: int, capacity: int | None = None):
     topk_ids = torch.tensor(ids, dtype=torch.int64).view(-1, 2)
-    slots = poison(torch.empty(topk_ids.shape, dtype=torch.int32))
+    rows_in_expert = poison(torch.empty(topk_ids.shape, dtype=torch.int32))
     counts, num_tokens = (poison(torch.empty(experts, dtype=torch.int32)) for _ in range(2))
     status = torch.tensor([10, 100])
-    reference.route(topk_ids, slots, counts, capacity, num_tokens, status)
-    return slots.tolist(), counts.tolist(), num_tokens.tolist(), status.tolist()
+    reference.route(topk_ids, rows_in_expert, counts, capacity, num_tokens, status)
+    return rows_in_expert.tolist(), counts.tolist(), num_tokens.tolist(), status.tolist()
 
 
 def test_route_numbers_rows_in_the_order_of_token_and_k():
@@ -64,22 +64,22 @@ def test_ragged_offsets_are_rows_of_a_ranks_buffer_behind_the_experts_before():
 
 def test_the_packed_exchange_lists_each_token_once_a_rank_and_numbers_returns_by_rank():
     # 3 ranks of 2 experts with room for 2 rows; expert 1 already has one row of a lower rank, so its second row of ours has no room
-    ids, slots = torch.tensor([[1, 0], [5, 1], [-1, 4]]), torch.tensor([[0, 0], [0, 1], [-1, 0]], dtype=torch.int32)
+    ids, rows_in_expert = torch.tensor([[1, 0], [5, 1], [-1, 4]]), torch.tensor([[0, 0], [0, 1], [-1, 0]], dtype=torch.int32)
     tokens, counts = torch.full((3, 4), -9, dtype=torch.int32), poison(torch.empty(3, dtype=torch.int32))
     reference.plan_sends(ids, 2, tokens, counts)
     assert tokens.tolist() == [[0, 1, -9, -9], [-9] * 4, [1, 2, -9, -9]] and counts.tolist() == [2, 0, 2]
     offsets, starts = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 0, 0, 0, 0], [0, 2, 2]))
     rows = poison(torch.empty(3, 2, dtype=torch.int32))
-    reference.plan_returns(ids, slots, offsets, 2, 2, starts, rows)
+    reference.plan_returns(ids, rows_in_expert, offsets, 2, 2, starts, rows)
     assert rows.tolist() == [[0, 1], [2, -1], [-1, 3]]
 
 
 def test_scatter_places_converted_rows_and_says_where_they_came_from():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    ids, slots = torch.tensor([[1, 0], [-1, 1]]), torch.tensor([[0, 0], [-1, 1]], dtype=torch.int32)
+    ids, rows_in_expert = torch.tensor([[1, 0], [-1, 1]]), torch.tensor([[0, 0], [-1, 1]], dtype=torch.int32)
     values = torch.full((2, 3, 2), 9.0, dtype=torch.bfloat16)
     rows, sources = torch.empty(2, 2, dtype=torch.int32), torch.full((2, 3), -7)
-    reference.scatter(x, ids, slots, values, rows=rows, sources=sources)
+    reference.scatter(x, ids, rows_in_expert, values, rows=rows, sources=sources)
     assert values.tolist() == [[[1, 2], [9, 9], [9, 9]], [[1, 2], [3, 4], [9, 9]]]
     assert rows.tolist() == [[3, 0], [-1, 4]]
     assert sources.tolist() == [[1, -7, -7], [0, 3, -7]]
@@ -87,32 +87,34 @@ def test_scatter_places_converted_rows_and_says_where_they_came_from():
 
 def test_scatter_quantizes_rows_or_copies_quantized_ones_with_their_scales():
     x = torch.tensor([[448.0, 1.0], [2.0, -1.0]])
-    ids, slots = torch.tensor([[0], [0]]), torch.tensor([[1], [0]], dtype=torch.int32)
+    ids, rows_in_expert = torch.tensor([[0], [0]]), torch.tensor([[1], [0]], dtype=torch.int32)
     values, scales = torch.zeros(1, 2, 2, dtype=torch.float8_e4m3fn), torch.zeros(1, 2, 1)
-    reference.scatter(x, ids, slots, values, scales, recipe="ue8m0")
+    reference.scatter(x, ids, rows_in_expert, values, scales, recipe="ue8m0")
     # 2 / 448 lies below 2**-7, by which 2 is 256 and -1 is -128
     assert values.float().tolist() == [[[256, -128], [448, 1]]] and scales.flatten().tolist() == [2**-7, 1.0]
     copied, copied_scales = torch.zeros_like(values), torch.zeros_like(scales)
     quantized = torch.tensor([[5.0, 6.0], [7.0, 8.0]]).to(torch.float8_e4m3fn)
-    reference.scatter(quantized, ids, slots, copied, copied_scales, x_scales=torch.tensor([[3.0], [4.0]]))
+    reference.scatter(quantized, ids, rows_in_expert, copied, copied_scales, x_scales=torch.tensor([[3.0], [4.0]]))
     assert copied.float().tolist() == [[[7, 8], [5, 6]]] and copied_scales.flatten().tolist() == [4, 3]
 
 
 def test_scatter_skips_other_ranks_experts_full_buffers_and_rows_past_capacity():
     x, ids = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0, -2], [1, 0], [0, 2]])
-    slots = torch.tensor([[0, 0], [0, 1], [2, 0]], dtype=torch.int32)
+    rows_in_expert = torch.tensor([[0, 0], [0, 1], [2, 0]], dtype=torch.int32)
     values, rows = torch.zeros(2, 2, 1), torch.empty(3, 2, dtype=torch.int32)
-    reference.scatter(x, ids, slots, values, rows=rows)
+    reference.scatter(x, ids, rows_in_expert, values, rows=rows)
     assert rows.tolist() == [[0, -1], [2, 1], [-1, -1]] and values.flatten().tolist() == [1, 2, 2, 0]
     offsets = torch.tensor([3, 4, 0], dtype=torch.int32)
-    reference.scatter(x, ids, slots, values.zero_(), rows=rows, offsets=offsets, capacity=4)
+    reference.scatter(x, ids, rows_in_expert, values.zero_(), rows=rows, offsets=offsets, capacity=4)
     assert rows.tolist() == [[0, -1], [-1, -1], [-1, -1]] and values.flatten().tolist() == [1, 0, 0, 0]
 
 
 def test_scatter_takes_source_numbers_that_are_given():
     sources = torch.zeros(1, 2, dtype=torch.int32)
-    ids, slots = torch.tensor([[0, -1], [-1, 0]]), torch.tensor([[0, -1], [-1, 1]], dtype=torch.int32)
-    reference.scatter(torch.ones(2, 1), ids, slots, torch.zeros(1, 2, 1), sources=sources, row_sources=torch.tensor([40, 60]))
+    ids, rows_in_expert = torch.tensor([[0, -1], [-1, 0]]), torch.tensor([[0, -1], [-1, 1]], dtype=torch.int32)
+    reference.scatter(
+        torch.ones(2, 1), ids, rows_in_expert, torch.zeros(1, 2, 1), sources=sources, row_sources=torch.tensor([40, 60])
+    )
     assert sources.tolist() == [[40, 61]]
 
 
@@ -179,10 +181,10 @@ def test_partial_sums_lie_by_rank_and_token_or_in_the_order_of_those_that_travel
 def test_located_entries_are_the_rows_of_each_ranks_tokens_here():
     # 2 ranks, experts 2 and 3 are here, C=2, M=4; a token of rank 1 lies behind 1 or 3 rows of rank 0
     offsets = torch.tensor([[0, 0, 0, 0], [9, 9, 1, 3]], dtype=torch.int32)
-    slots = torch.tensor([[[0, 1], [-1, 2]], [[0, 0], [1, 1]]], dtype=torch.int32)
+    rows_in_expert = torch.tensor([[[0, 1], [-1, 2]], [[0, 0], [1, 1]]], dtype=torch.int32)
     ids = torch.tensor([[[2, 3], [2, 3]], [[3, 1], [2, 3]]], dtype=torch.int32)
     expected = torch.rand(2, 2, 2)
-    entries = torch.stack((slots, ids, expected.view(torch.int32)), 1)
+    entries = torch.stack((rows_in_expert, ids, expected.view(torch.int32)), 1)
     rows, weights = poison(torch.empty(2, 2, 2, dtype=torch.int32)), poison(torch.empty(2, 2, 2))
     reference.locate_entries(entries, offsets, 2, 2, 4, rows, weights)
     assert rows.tolist() == [[[0, 5], [-1, -1]], [[7, -1], [2, -1]]]
@@ -226,12 +228,12 @@ def test_combine_equals_float32_steps_in_numpy():
 def test_rows_past_capacity_contribute_nothing_and_weights_are_not_renormalised():
     """Three tokens to one expert with room for two: the last in row order is dropped."""
     ids, x = torch.tensor([[0, 1], [0, 1], [0, -1]]), torch.tensor([[1.0], [2.0], [4.0]])
-    slots, rows = (torch.empty(3, 2, dtype=torch.int32) for _ in range(2))
+    rows_in_expert, rows = (torch.empty(3, 2, dtype=torch.int32) for _ in range(2))
     counts, num_tokens = (torch.empty(2, dtype=torch.int32) for _ in range(2))
     status = torch.zeros(2, dtype=torch.int64)
     values = poison(torch.empty(2, 2, 1, dtype=torch.bfloat16))
-    reference.route(ids, slots, counts, 2, num_tokens, status)
-    reference.scatter(x, ids, slots, values, rows=rows)
+    reference.route(ids, rows_in_expert, counts, 2, num_tokens, status)
+    reference.scatter(x, ids, rows_in_expert, values, rows=rows)
     assert rows.tolist() == [[0, 2], [1, 3], [-1, -1]] and num_tokens.tolist() == [2, 2] and status.tolist() == [0, 1]
     out = torch.empty(3, 1)
     reference.combine(values.flatten(0, 1) * torch.tensor([[1], [1], [10], [10]]), rows, torch.full((3, 2), 0.25), out)

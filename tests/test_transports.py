@@ -152,7 +152,7 @@ def test_ranks_wait_for_each_other_when_abort_words_and_flags_are_set(one_rank, 
         assert group is one_rank
         for transport in alive:
             word = transport.memory.local[transport.abort_offset :][:4].view(torch.int32).tolist()
-            seen.append(([*word, int(transport.record)], transport.limit))
+            seen.append(([*word, int(transport.record)], transport.wait_limit))
 
     monkeypatch.setattr(symmetric_module, "exchange", barrier)
     transport = symmetric(one_rank, Watched, timeout=30.0)
@@ -208,7 +208,7 @@ FOLLOWING: list[tuple[Stage, list[str], set[str]]] = [
 )
 def test_each_step_follows_those_that_it_needs_and_comes_once(stage, before, allowed):
     empty = torch.empty(0)
-    slot = Slot(1, Buffers(values=empty, num_tokens=empty, sources=empty, slots=empty, rows=empty, counts=empty))
+    slot = Slot(1, Buffers(values=empty, num_tokens=empty, sources=empty, rows_in_expert=empty, rows=empty, counts=empty))
     slot.stage = stage
     for step in before:
         slot.check_step(step)

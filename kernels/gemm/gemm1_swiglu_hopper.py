@@ -152,7 +152,7 @@ def release_part(empty, both):
 
 @gluon.jit
 def multiply_tiles(
-    W: gl.constexpr,
+    WARPGROUP: gl.constexpr,
     ring,
     output,
     go,
@@ -164,11 +164,11 @@ def multiply_tiles(
     ARITHMETIC: gl.constexpr,
     RAGGED: gl.constexpr,
 ):
-    """Warpgroup W: multiplies, scales and adds the groups of its tiles, and stores SwiGLU of its part of them."""
+    """One warpgroup: multiplies, scales and adds the groups of its tiles, and stores SwiGLU of its part of them."""
     STAGES: gl.constexpr = ring.full.shape[0]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
     ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    values_s = output.shared.index(W)
+    values_s = output.shared.index(WARPGROUP)
     # zeros that the compiler can't see through: they keep b's scales out of the uniform registers, which the products would wait for
     zero = (gl.program_id(0) + gl.arange(0, 64, ROWS)) >> 28
     stage = 0
@@ -182,7 +182,7 @@ def multiply_tiles(
     s1 = gl.load(scales1)
     while expert >= 0:
         short = rows_left <= 64
-        mine = turn == W
+        mine = turn == WARPGROUP
         turn ^= short.to(gl.int32)
         if short and not mine:
             # what its first stage says of the tile has been read; the other warpgroup releases the rest
@@ -191,14 +191,14 @@ def multiply_tiles(
             stage = passed % STAGES
             phase ^= (passed // STAGES) & 1
             # until then a barrier's phase could be taken for the one before the last
-            mbarrier.wait(go.index(W), go_phase)
+            mbarrier.wait(go.index(WARPGROUP), go_phase)
             go_phase ^= 1
             row, rows_left, column_tile, expert = next_tile(ring, stage, phase)
             scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, N, G)
             s0 = gl.load(scales0)
             s1 = gl.load(scales1)
         else:
-            half = W * (1 - short.to(gl.int32))
+            half = WARPGROUP * (1 - short.to(gl.int32))
             t = gl.zeros((64, 128), gl.float32, LAYOUT)
             acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
             acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
@@ -227,7 +227,7 @@ def multiply_tiles(
             t = product(ring.a.index(stage * 2 + half), ring.b.index(stage * 2 + 1), t)
             t = warpgroup_mma_wait(0, deps=(t,))
             release_part(ring.empty.index(stage), short & (G > 1))
-            mbarrier.arrive(go.index(1 - W), count=1, pred=short)
+            mbarrier.arrive(go.index(1 - WARPGROUP), count=1, pred=short)
             acc1 = gl.fma(t, gl.expand_dims(scale1, 1), acc1)
             x = silu(rounded(acc0)) * rounded(acc1)
             fp8, scale = quantize_rows(x, largest(x), eps, ARITHMETIC[0], ARITHMETIC[1], ARITHMETIC[2])

@@ -106,15 +106,15 @@ def store_rows(chunk_s, pointer, destinations, row, rows_left, column, N: gl.con
 
 
 @gluon.jit
-def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.constexpr, TILE: gl.constexpr):
+def store_chunk(WARPGROUP: gl.constexpr, output, acc, row, rows_left, column, N: gl.constexpr, TILE: gl.constexpr):
     """Writes the first rows_left rows of a chunk of 64 rows, 64 or 128 columns: all of it by TMA, which cuts columns past N off, fewer
     rows, or rows that go to addresses of their own, by masked stores."""
     out_s = output.shared
     COLUMNS: gl.constexpr = acc.shape[1]
     PIECES: gl.constexpr = COLUMNS // 64
     tma.store_wait(pendings=0)
-    # warpgroup W's half of out_s, as one block and as the 64 columns that TMA moves at a time
-    whole = reinterpret(out_s, out_s.dtype, [256 // COLUMNS, 64, COLUMNS], out_s.layout).index(W * 128 // COLUMNS)
+    # the warpgroup's half of out_s, as one block and as the 64 columns that TMA moves at a time
+    whole = reinterpret(out_s, out_s.dtype, [256 // COLUMNS, 64, COLUMNS], out_s.layout).index(WARPGROUP * 128 // COLUMNS)
     whole.store(acc.to(out_s.dtype))
     if output.destinations is not None:
         # half of them at a time: the products have no registers to spare
@@ -125,15 +125,15 @@ def store_chunk(W: gl.constexpr, output, acc, row, rows_left, column, N: gl.cons
     elif rows_left >= 64:
         fence_async_shared()
         for piece in gl.static_range(PIECES):
-            store_block(output.matrix, [row, column + piece * 64], out_s.index(W * 2 + piece))
+            store_block(output.matrix, [row, column + piece * 64], out_s.index(WARPGROUP * 2 + piece))
     else:
         store_rows(whole, output.pointer, None, row, rows_left, column, N, TILE)
         barrier()
 
 
 @gluon.jit
-def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: gl.constexpr):
-    """Warpgroup W: multiplies, scales and adds the groups of each tile, and stores its part of it."""
+def multiply_tiles(WARPGROUP: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: gl.constexpr):
+    """One warpgroup: multiplies, scales and adds the groups of each tile, and stores its part of it."""
     STAGES: gl.constexpr = ring.full.shape[0]
     HALVES: gl.constexpr = ring.b.shape[0] // STAGES
     SHORT: gl.constexpr = 64 * HALVES
@@ -156,8 +156,8 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
     s1 = gl.load(scales1)
     while expert >= 0:
         column = column_tile * TILE
-        my_row = row + W * 64
-        my_rows_left = rows_left - W * 64
+        my_row = row + WARPGROUP * 64
+        my_rows_left = rows_left - WARPGROUP * 64
         if rows_left > 64:
             prefetch_addresses(output.destinations, my_row, my_rows_left)
             t = gl.zeros((64, 128), SUM, LAYOUT)
@@ -165,8 +165,8 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
             acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
             for k in range(G - 1):
                 mbarrier.wait(ring.full.index(stage), phase)
-                t = product(ring.a.index(stage * 2 + W), ring.b.index(stage * HALVES), t)
-                s = ring.a_scales.index(stage * 2 + W).load(ROWS)
+                t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
+                s = ring.a_scales.index(stage * 2 + WARPGROUP).load(ROWS)
                 scale0 = s * s0
                 scale1 = s * s1
                 s0 = gl.load(scales0 + k + 1)
@@ -175,7 +175,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
                 t = warpgroup_mma_wait(0, deps=(t,))
                 if HALVES == 2:
                     acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
-                    t = product(ring.a.index(stage * 2 + W), ring.b.index(stage * HALVES + 1), t)
+                    t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES + 1), t)
                     t = warpgroup_mma_wait(0, deps=(t,))
                     release(ring.empty.index(stage))
                     acc1 += t.to(gl.float32) * gl.expand_dims(scale1, 1)
@@ -184,15 +184,15 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
                     acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
                 stage, phase = advance(stage, phase, STAGES)
             mbarrier.wait(ring.full.index(stage), phase)
-            t = product(ring.a.index(stage * 2 + W), ring.b.index(stage * HALVES), t)
-            s = ring.a_scales.index(stage * 2 + W).load(ROWS)
+            t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
+            s = ring.a_scales.index(stage * 2 + WARPGROUP).load(ROWS)
             scale0 = s * s0
             scale1 = s * s1
             t = warpgroup_mma_wait(0, deps=(t,))
             if HALVES == 2:
                 acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
-                started = product(ring.a.index(stage * 2 + W), ring.b.index(stage * HALVES + 1), t)
-                store_chunk(W, output, acc0, my_row, my_rows_left, column, N, TILE)
+                started = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES + 1), t)
+                store_chunk(WARPGROUP, output, acc0, my_row, my_rows_left, column, N, TILE)
                 t = warpgroup_mma_wait(0, deps=(started,))
             release(ring.empty.index(stage))
             stage, phase = advance(stage, phase, STAGES)
@@ -202,19 +202,19 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
             s1 = gl.load(scales1)
             if HALVES == 2:
                 acc1 += t.to(gl.float32) * gl.expand_dims(scale1, 1)
-                store_chunk(W, output, acc1, my_row, my_rows_left, column + 128, N, TILE)
+                store_chunk(WARPGROUP, output, acc1, my_row, my_rows_left, column + 128, N, TILE)
             else:
                 acc0 += t.to(gl.float32) * gl.expand_dims(scale0, 1)
-                store_chunk(W, output, acc0, my_row, my_rows_left, column, N, TILE)
+                store_chunk(WARPGROUP, output, acc0, my_row, my_rows_left, column, N, TILE)
         else:
             prefetch_addresses(output.destinations, row, rows_left)
             u = gl.zeros((64, SHORT), SUM, SHORT_LAYOUT)
             acc = gl.zeros((64, SHORT), gl.float32, SHORT_LAYOUT)
-            my_scales = scales1 if W * HALVES == 2 else scales0
-            b_scale = s1 if W * HALVES == 2 else s0
+            my_scales = scales1 if WARPGROUP * HALVES == 2 else scales0
+            b_scale = s1 if WARPGROUP * HALVES == 2 else s0
             for k in range(G):
                 mbarrier.wait(ring.full.index(stage), phase)
-                u = product(ring.a.index(stage * 2), b_short_s.index(stage * 2 + W), u)
+                u = product(ring.a.index(stage * 2), b_short_s.index(stage * 2 + WARPGROUP), u)
                 scale = ring.a_scales.index(stage * 2).load(SHORT_ROWS) * gl.convert_layout(b_scale, SHORT_ROWS)
                 b_scale = gl.load(my_scales + gl.minimum(k + 1, G - 1))
                 u = warpgroup_mma_wait(0, deps=(u,))
@@ -227,7 +227,7 @@ def multiply_tiles(W: gl.constexpr, ring, output, b_scales, N: gl.constexpr, G: 
             scales0, scales1 = scale_pointers(b_scales, zero, expert, column_tile, HALVES, N, G)
             s0 = gl.load(scales0)
             s1 = gl.load(scales1)
-            store_chunk(W, output, acc, past_row, past_rows_left, column + W * SHORT, N, TILE)
+            store_chunk(WARPGROUP, output, acc, past_row, past_rows_left, column + WARPGROUP * SHORT, N, TILE)
     tma.store_wait(pendings=0)
 
 

@@ -39,26 +39,26 @@ class Peers(NamedTuple):
     """What a kernel is told of the ranks: one argument of it and of what it calls. Kernels don't specialize on it.
 
     pointers: (W,) int64, where each rank's block lies in this rank's address space.
-    epoch, ticket: (1,) int32, the number of the last call, and how many programs of a launch are done.
+    epoch, arrivals: (1,) int32, the number of the last call, and how many programs of a launch are done.
     fault, record: (1,) int32, what the last wait found, for the kernels that follow, and in the host's memory.
     flags, abort: offsets of the flags of a phase and of the abort word.
-    limit: of a wait, in units of 2**20 ns.
+    wait_limit: of a wait, in units of 2**20 ns.
     """
 
     pointers: Tensor
     epoch: Tensor
-    ticket: Tensor
+    arrivals: Tensor
     fault: Tensor
     record: Tensor
     flags: int
     abort: int
     rank: int
     ranks: int
-    limit: int
+    wait_limit: int
 
 
-class Notes(NamedTuple):
-    """The notes of a rank's rows (`push_tokens.py`), (L, M, words) or (R, words) int32, of which the first scale_words hold scales: two
+class Headers(NamedTuple):
+    """The headers of a rank's rows (`push_tokens.py`), (L, M, words) or (R, words) int32, of which the first scale_words hold scales: two
     constants."""
 
     pointer: Tensor
@@ -66,9 +66,9 @@ class Notes(NamedTuple):
     scale_words: tl.constexpr
 
 
-def notes_of(notes: Tensor, groups: int) -> Notes:
+def headers_of(headers: Tensor, groups: int) -> Headers:
     """groups: 0 where rows have no scales."""
-    return Notes(notes, tl.constexpr(notes.shape[-1]), tl.constexpr(triton.cdiv(groups, 4) * 4))
+    return Headers(headers, tl.constexpr(headers.shape[-1]), tl.constexpr(triton.cdiv(groups, 4) * 4))
 
 
 @triton.jit
@@ -125,8 +125,8 @@ def wait_for_peers(peers, epoch, way, PHASE: tl.constexpr, LANES: tl.constexpr):
     """Waits until all ranks have signalled the epoch. Returns the fault, or NO_FAULT, and how many ranks' outputs come in another way
     than this rank's; of one that is an epoch ahead that can't be seen any more.
 
-    Ends as well when a fault is known, or after peers.limit: then the first rank that is missing is the culprit, and every rank is told.
-    A fault stays, so that later waits end at once.
+    Ends as well when a fault is known, or after peers.wait_limit: then the first rank that is missing is the culprit, and every rank is
+    told. A fault stays, so that later waits end at once.
     """
     lane = tl.arange(0, 2 * LANES)
     ranks = peers.ranks
@@ -139,7 +139,7 @@ def wait_for_peers(peers, epoch, way, PHASE: tl.constexpr, LANES: tl.constexpr):
     missing = tl.zeros((), tl.int32)
     fault = tl.full((), NO_FAULT, tl.int32)
     mismatched = tl.zeros((), tl.int32)
-    while (missing < ranks) & (fault == NO_FAULT) & (waited < peers.limit):
+    while (missing < ranks) & (fault == NO_FAULT) & (waited < peers.wait_limit):
         # what an atomic operation returns is the same in all warps
         seen = tl.atomic_add(words, tl.zeros((2 * LANES,), tl.int32), mask=lane <= ranks, sem="acquire", scope="sys")
         ahead = seen - first_flag(epoch, PHASE)
@@ -153,7 +153,7 @@ def wait_for_peers(peers, epoch, way, PHASE: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def last_program(ticket_ptr):
+def last_program(arrivals_ptr):
     """Whether this program is the last of its launch to come here; what the others stored before is then visible to it.
 
     The word goes back to 0 for the next launch.
@@ -161,7 +161,7 @@ def last_program(ticket_ptr):
     tl.debug_barrier()
     programs = tl.num_programs(0) * tl.num_programs(1)
     # what is released to the last program here, it releases to all ranks with its own signal
-    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+    last = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
     if last:
-        tl.store(ticket_ptr, 0)
+        tl.store(arrivals_ptr, 0)
     return last

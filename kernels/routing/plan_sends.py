@@ -39,12 +39,12 @@ def plan_sends_kernel(
 
 @launchable
 @triton.jit(do_not_specialize=["entries"])
-def plan_returns_kernel(ids_ptr, slots_ptr, offsets_ptr, starts_ptr, rows_ptr, entries, local_experts, ranks, capacity):
+def plan_returns_kernel(ids_ptr, rows_in_expert_ptr, offsets_ptr, starts_ptr, rows_ptr, entries, local_experts, ranks, capacity):
     """Program w < W numbers the placed entries of rank w's experts in their order, from starts[w] on; program W marks those that were
     placed nowhere.
 
-    Example: L=2, M=1, ids [[0, 1], [3, 1]], slots [[0, 0], [0, 1]], offsets all 0, starts [0, 2]: expert 1 has no room for its second
-    row, so rows are [[0, 1], [2, -1]].
+    Example: L=2, M=1, ids [[0, 1], [3, 1]], rows_in_expert [[0, 0], [0, 1]], offsets all 0, starts [0, 2]: expert 1 has no room for
+    its second row, so rows are [[0, 1], [2, -1]].
     """
     rank = tl.program_id(0)
     seen = tl.zeros((), tl.int32)
@@ -53,9 +53,9 @@ def plan_returns_kernel(ids_ptr, slots_ptr, offsets_ptr, starts_ptr, rows_ptr, e
         entry = start + tl.arange(0, ENTRIES)
         inside = entry < entries
         ids = tl.load(ids_ptr + entry, mask=inside, other=-1).to(tl.int64)
-        slots = tl.load(slots_ptr + entry, mask=inside, other=-1)
-        placed = slots >= 0
-        placed = placed & (tl.load(offsets_ptr + ids, mask=placed, other=0) + slots < capacity)
+        rows_in_expert = tl.load(rows_in_expert_ptr + entry, mask=inside, other=-1)
+        placed = rows_in_expert >= 0
+        placed = placed & (tl.load(offsets_ptr + ids, mask=placed, other=0) + rows_in_expert < capacity)
         if rank < ranks:
             mine = (placed & (ids // local_experts == rank)).to(tl.int32)
             tl.store(rows_ptr + entry, start_row + seen + tl.cumsum(mine, axis=0) - 1, mask=mine > 0)
@@ -84,7 +84,7 @@ def plan_sends(topk_ids: torch.Tensor, local_experts: int, send_tokens: torch.Te
 
 def plan_returns(
     topk_ids: torch.Tensor,
-    slots: torch.Tensor,
+    rows_in_expert: torch.Tensor,
     offsets: torch.Tensor,
     capacity: int,
     local_experts: int,
@@ -95,7 +95,7 @@ def plan_returns(
     ranks = starts.shape[0]
     plan_returns_kernel[(ranks + 1,)](
         topk_ids,
-        slots,
+        rows_in_expert,
         offsets,
         starts,
         rows,

@@ -72,18 +72,18 @@ def locate_entries_kernel(
 ):
     """Program (w, b) finds the rows of ENTRIES entries of rank w's tokens.
 
-    Example: L=2, first_expert=2, C=2, M=4, of rank 0 ids [3, 0], slots [1, 0], offsets[0, 3] 2: rows [4 + 2 + 1, -1] = [7, -1].
+    Example: L=2, first_expert=2, C=2, M=4, of rank 0 ids [3, 0], rows_in_expert [1, 0], offsets[0, 3] 2: rows [4 + 2 + 1, -1] = [7, -1].
     """
     source = tl.program_id(0)
     entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     inside = entry < rank_entries
     at = entries.pointer + source.to(tl.int64) * entries.stride + entry
-    slots = tl.load(at, mask=inside, other=-1)
+    rows_in_expert = tl.load(at, mask=inside, other=-1)
     ids = tl.load(at + rank_entries, mask=inside, other=-1)
     weights = tl.load(at + 2 * rank_entries, mask=inside, other=0)
     local = ids - experts.first
-    placed = (slots >= 0) & (slots < limit) & (local >= 0) & (local < experts.local)
-    row = tl.load(offsets_ptr + source * experts.all + ids, mask=placed, other=0) + slots
+    placed = (rows_in_expert >= 0) & (rows_in_expert < limit) & (local >= 0) & (local < experts.local)
+    row = tl.load(offsets_ptr + source * experts.all + ids, mask=placed, other=0) + rows_in_expert
     to = source.to(tl.int64) * rank_entries + entry
     if RAGGED:
         tl.store(rows_ptr + to, tl.where(placed & (row < capacity), row, -1), mask=inside)

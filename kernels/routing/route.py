@@ -18,7 +18,7 @@ from moequant.kernels.library.pdl import launch_dependents, uses_pdl
 @triton.jit(do_not_specialize=["entries"])
 def route_kernel(
     ids_ptr,
-    slots_ptr,
+    rows_in_expert_ptr,
     counts_ptr,
     num_tokens_ptr,
     status_ptr,
@@ -33,8 +33,8 @@ def route_kernel(
     Each program walks the entries in order, so the numbers are deterministic without atomics, scratch memory or a second launch; E
     reads of the ids come from the cache.
 
-    Example: E=3, ids 2 0 | 0 -1 | 2 2. Program 2 finds entries 0, 4, 5 and writes slots 0, 1, 2 there and counts[2] = 3; program 3
-    writes slot -1 to entry 3.
+    Example: E=3, ids 2 0 | 0 -1 | 2 2. Program 2 finds entries 0, 4, 5 and writes rows_in_expert 0, 1, 2 there and counts[2] = 3;
+    program 3 writes -1 to entry 3.
     """
     launch_dependents(PDL)
     experts, capacity = size
@@ -48,11 +48,11 @@ def route_kernel(
         ids = tl.load(ids_ptr + entry, mask=inside, other=-1).to(tl.int64)
         if expert < experts:
             mine = (ids == expert).to(tl.int32)
-            tl.store(slots_ptr + entry, seen + tl.cumsum(mine, axis=0) - 1, mask=mine > 0)
+            tl.store(rows_in_expert_ptr + entry, seen + tl.cumsum(mine, axis=0) - 1, mask=mine > 0)
             seen += tl.sum(mine, axis=0)
         else:
             absent = (ids < 0) | (ids >= experts)
-            tl.store(slots_ptr + entry, tl.full((BLOCK,), -1, tl.int32), mask=inside & absent)
+            tl.store(rows_in_expert_ptr + entry, tl.full((BLOCK,), -1, tl.int32), mask=inside & absent)
             invalid += tl.sum((absent & (ids != -1)).to(tl.int32), axis=0)
     if expert < experts:
         tl.store(counts_ptr + expert, seen)
@@ -71,7 +71,7 @@ def route_kernel(
 
 def route(
     topk_ids: torch.Tensor,
-    slots: torch.Tensor,
+    rows_in_expert: torch.Tensor,
     counts: torch.Tensor,
     capacity: int | None = None,
     num_tokens: torch.Tensor | None = None,
@@ -83,7 +83,7 @@ def route(
     block = 1024 if entries <= 4096 else 4096
     route_kernel[(experts + 1,)](
         topk_ids,
-        slots,
+        rows_in_expert,
         counts,
         num_tokens,
         status,

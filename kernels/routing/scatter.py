@@ -33,7 +33,7 @@ class Given(NamedTuple):
 class Routes(NamedTuple):
     """Where tokens go, as `moequant.reference.scatter` has it. rows are written. starts: of the experts' rows, ragged."""
 
-    slots: torch.Tensor
+    rows_in_expert: torch.Tensor
     offsets: torch.Tensor | None
     capacity: int
     rows: torch.Tensor | None
@@ -76,8 +76,8 @@ def scatter_kernel(
 ):
     """Program (t, b) reads groups b * TILE.groups.. of token t once, and writes them to the row of each of the token's experts.
 
-    Example: M=4, L=2, ids[t] [1, 3, -1], slots[t] [1, 0, -1]: the token goes to row 1 of expert 1, flat row 1 * 4 + 1 = 5; expert 3 is
-    another rank's and -1 nobody's: rows[t] is [5, -1, -1]. Ragged, with starts [0, 16], it goes to row 16 + 1.
+    Example: M=4, L=2, ids[t] [1, 3, -1], rows_in_expert[t] [1, 0, -1]: the token goes to row 1 of expert 1, flat row 1 * 4 + 1 = 5;
+    expert 3 is another rank's and -1 nobody's: rows[t] is [5, -1, -1]. Ragged, with starts [0, 16], it goes to row 16 + 1.
     """
     K: tl.constexpr = TILE.top_k
     experts, limit, columns = shape
@@ -89,15 +89,15 @@ def scatter_kernel(
 
     lane = tl.arange(0, TILE.lanes)
     ids = tl.load(ids_ptr + token * given.ids_row + lane, mask=lane < K, other=-1).to(tl.int64)
-    slots = tl.load(routes.slots + token * K + lane, mask=lane < K, other=-1)
-    placed = (ids >= 0) & (ids < experts) & (slots >= 0) & (slots < limit)
+    rows_in_expert = tl.load(routes.rows_in_expert + token * K + lane, mask=lane < K, other=-1)
+    placed = (ids >= 0) & (ids < experts) & (rows_in_expert >= 0) & (rows_in_expert < limit)
     if routes.offsets is not None:
-        placed = placed & (tl.load(routes.offsets + ids, mask=placed, other=0) + slots < routes.capacity)
+        placed = placed & (tl.load(routes.offsets + ids, mask=placed, other=0) + rows_in_expert < routes.capacity)
     # int32 holds a row's number, not its offset in elements
     if routes.starts is None:
-        flat = tl.where(placed, ids * limit + slots, -1).to(tl.int32)
+        flat = tl.where(placed, ids * limit + rows_in_expert, -1).to(tl.int32)
     else:
-        row = tl.load(routes.starts + ids, mask=placed, other=0).to(tl.int64) + slots
+        row = tl.load(routes.starts + ids, mask=placed, other=0).to(tl.int64) + rows_in_expert
         placed = placed & (row < limit)
         flat = tl.where(placed, row, -1).to(tl.int32)
     if tl.program_id(1) == 0:
@@ -108,7 +108,7 @@ def scatter_kernel(
             if given.sources is not None:
                 base = tl.load(given.sources + token * given.sources_row)
             if routes.starts is None:
-                tl.store(batch.sources + ids * batch.sources_expert + slots, base + lane, mask=placed)
+                tl.store(batch.sources + ids * batch.sources_expert + rows_in_expert, base + lane, mask=placed)
             else:
                 tl.store(batch.sources + flat, base + lane, mask=placed)
 
@@ -135,7 +135,7 @@ def scatter_kernel(
 def scatter(
     x: torch.Tensor,
     topk_ids: torch.Tensor,
-    slots: torch.Tensor,
+    rows_in_expert: torch.Tensor,
     values: torch.Tensor,
     scales: torch.Tensor | None = None,
     x_scales: torch.Tensor | None = None,
@@ -149,7 +149,7 @@ def scatter(
 ) -> None:
     """As `moequant.reference.scatter`. x, x_scales, topk_ids, sources: rows contiguous, any row stride; scales, row_sources: any strides;
     the others contiguous. spec: the format's and the recipe's, where x is quantized here."""
-    (tokens, columns), (*experts, limit, _), top_k = x.shape, values.shape, slots.shape[1]
+    (tokens, columns), (*experts, limit, _), top_k = x.shape, values.shape, rows_in_expert.shape[1]
     if tokens == 0:
         return
     copies = x_scales is not None
@@ -167,7 +167,7 @@ def scatter(
             scales_row=0 if x_scales is None else x_scales.stride(0),
             sources_row=0 if row_sources is None else row_sources.stride(0),
         ),
-        Routes(slots, offsets, 0 if capacity is None else capacity, rows, expert_start),
+        Routes(rows_in_expert, offsets, 0 if capacity is None else capacity, rows, expert_start),
         Batch(
             values.view(torch.uint8) if copies else storable(values),
             scales,

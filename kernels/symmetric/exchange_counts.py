@@ -123,7 +123,7 @@ def exchange_counts_kernel(
         late = behind(tl.load(calls, mask=present[:, None], other=0, volatile=True), epoch)
         late = tl.max(tl.max(tl.where(present[:, None] & (late > 0), ranks - peer[:, None], 0), axis=1), axis=0)
         missing = tl.maximum(missing, late)
-        over = (globaltimer() - started) >> 20 >= peers.limit
+        over = (globaltimer() - started) >> 20 >= peers.wait_limit
         state = made_uniform(missing + tl.where(over & (missing > 0), EXPIRED, 0))
     missing = ranks - state % EXPIRED
     fault = end_wait(peers, epoch, missing, fault, COUNTS, LANES)

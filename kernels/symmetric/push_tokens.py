@@ -4,10 +4,11 @@ T tokens, K top-k, W ranks, E experts, L local experts, M rows of an expert's bu
 layout is ragged), H hidden size, G groups. Memory and flags: `symmetric.py`.
 
 Scales can't be stored straight: in the batch the scales of a row lie M numbers apart, and single 4-byte stores to another rank cost more
-than the row itself. They travel side by side in the row's note, and the receiver transposes them (`unpack_rows.py`). A note is
-int32 words: G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the leader, a spare; and, for
-reduce="per_rank", in the leader's note, the token's K rows on its rank (-1 for the others), padded to a multiple of 4, and its K weights
-(float32), likewise. The leader of a row is the row of the first of the token's entries on the same rank, itself if it is the first.
+than the row itself. They travel side by side in the row's header, and the receiver transposes them (`unpack_rows.py`). A header is
+int32 words: G scales (float32), padded to a multiple of 4; then the entry (token * K + k), the source rank, the first copy, a spare; and,
+for reduce="per_rank", in the first copy's header, the token's K rows on its rank (-1 for the others), padded to a multiple of 4, and its
+K weights (float32), likewise. The first copy of a row is the row of the first of the token's entries on the same rank, itself if it is
+the first.
 
 In two waves, one launch each, the rows of each rank's first experts go before the others'; entries of the first wave come first then.
 """
@@ -27,31 +28,31 @@ from moequant.kernels.library.pdl import launch_dependents, may_use_pdl, pdl_opt
 from moequant.kernels.library.symmetric import ROWS, Peers, last_program, peer_block, signal_peers, wait_for_peers
 
 
-def note_words(groups: int, top_k: int, per_rank: bool) -> int:
-    """int32 words of a row's note, a multiple of 4. groups: 0 where rows have no scales."""
+def header_words(groups: int, top_k: int, per_rank: bool) -> int:
+    """int32 words of a row's header, a multiple of 4. groups: 0 where rows have no scales."""
     return 4 * (triton.cdiv(groups, 4) + 1 + (2 * triton.cdiv(top_k, 4) if per_rank else 0))
 
 
 class Entries(NamedTuple):
     """What a slot has for the entries of a call: as `exchange_counts` left them, and what is written.
 
-    slots: (T, K) int32. offsets: (E,) int32.
+    rows_in_expert: (T, K) int32. offsets: (E,) int32.
     rows: (T, K) int32, written: the flat row of each entry among all ranks' W * R rows, -1 where there is none.
     partials: (T, W) int32, written with reduce="per_rank": r * max_tokens + t for each rank r that holds rows of token t, otherwise -1.
     """
 
-    slots: torch.Tensor
+    rows_in_expert: torch.Tensor
     offsets: torch.Tensor
     rows: torch.Tensor
     partials: torch.Tensor | None
 
 
 class Landing(NamedTuple):
-    """Where rows land: the offsets of a slot's rows and notes in every rank's block, and how large all is. spec: of the format and the
+    """Where rows land: the offsets of a slot's rows and headers in every rank's block, and how large all is. spec: of the format and the
     recipe; None for bfloat16. ragged: a constant: capacity is then R, not M."""
 
     rows: int
-    notes: int
+    headers: int
     experts: int
     local_experts: int
     capacity: int
@@ -64,14 +65,14 @@ class Landing(NamedTuple):
 class Tile(NamedTuple):
     """How a launch is compiled.
 
-    element: the type of what is stored. groups: of a program. note_words: of a note, of which the first scale_words hold scales.
+    element: the type of what is stored. groups: of a program. header_words: of a header, of which the first scale_words hold scales.
     top_k_lanes, lanes: top-k and ranks, rounded up to powers of two. pdl: the launch before may still run.
     wave: 0 for all rows, 1 for those of each rank's first experts, 2 for the others. waits: the last program, for all ranks' rows.
     """
 
     element: tl.dtype
     groups: int
-    note_words: int
+    header_words: int
     scale_words: int
     top_k: int
     top_k_lanes: int
@@ -97,9 +98,9 @@ def push_tokens_kernel(
     """Program (t, b) does groups b * TILE.groups.. of token t. The last program tells all ranks. given: x's
     elements from one token to the next, and how many experts of a rank are its first.
 
-    Only the first row of a token on a rank, the leader, gets its values and scales; `unpack_rows` copies them to the others.
+    Only the first row of a token on a rank, the first copy, gets its values and scales; `unpack_rows` copies them to the others.
 
-    Example: W=2, L=2, M=8, ids[t] [3, 0, 2], slots[t] [0, 1, 0], offsets [4, 0, 8, 5]. Entry 0 goes to row 5 of expert 3, row
+    Example: W=2, L=2, M=8, ids[t] [3, 0, 2], rows_in_expert[t] [0, 1, 0], offsets [4, 0, 8, 5]. Entry 0 goes to row 5 of expert 3, row
     1 * 8 + 5 = 13 of rank 1; entry 1 to row 5 of expert 0 on rank 0; entry 2 would be row 8 of expert 2, for which there is no room.
     rows[t] is [3 * 8 + 5, 0 * 8 + 5, -1]. Ragged: with R=16, offsets [4, 0, 16, 13], rows[t] is [1 * 16 + 13, 0 * 16 + 5, -1].
     """
@@ -125,26 +126,26 @@ def push_tokens_kernel(
     if here:
         rows = ()
         owners = ()
-        leaders = ()
+        first_copies = ()
         # of the first wave
         firsts = ()
         for k in tl.static_range(K):
             expert = tl.load(ids_ptr + token * K + k).to(tl.int64)
-            slot = tl.load(entries.slots + token * K + k)
-            named = (slot >= 0) & (expert >= 0) & (expert < experts)
-            place = tl.load(entries.offsets + expert, mask=named, other=capacity) + slot
+            place_in_expert = tl.load(entries.rows_in_expert + token * K + k)
+            named = (place_in_expert >= 0) & (expert >= 0) & (expert < experts)
+            place = tl.load(entries.offsets + expert, mask=named, other=capacity) + place_in_expert
             placed = named & (place >= 0) & (place < capacity)
             # int32 holds a row's number, not its offset in elements
             # that has place 0
             first = (expert // local_experts if landing.ragged else expert) * capacity
             row = tl.where(placed, first + place, -1).to(tl.int32)
             owner = tl.where(placed, expert // local_experts, -1).to(tl.int32)
-            leader = row
+            first_copy = row
             for back in tl.static_range(k):
-                leader = tl.where(owners[k - 1 - back] == owner, rows[k - 1 - back], leader)
+                first_copy = tl.where(owners[k - 1 - back] == owner, rows[k - 1 - back], first_copy)
             rows = rows + (row,)
             owners = owners + (owner,)
-            leaders = leaders + (leader,)
+            first_copies = first_copies + (first_copy,)
             firsts = firsts + (expert % local_experts < first_experts,)
         first_block = tl.program_id(1) == 0
         # the second wave would write the same
@@ -164,34 +165,34 @@ def push_tokens_kernel(
         lane = tl.arange(0, TILE.top_k_lanes)
         rows_of_rank = capacity if landing.ragged else local_experts * capacity
         for k in tl.static_range(K):
-            leader = leaders[k]
+            first_copy = first_copies[k]
             if TILE.wave > 0:
                 for back in tl.static_range(K):
                     ahead = firsts[K - 1 - back] & (owners[K - 1 - back] == owners[k])
-                    leader = tl.where(ahead, rows[K - 1 - back], leader)
+                    first_copy = tl.where(ahead, rows[K - 1 - back], first_copy)
             if (rows[k] >= 0) & ((TILE.wave == 0) | (firsts[k] == (TILE.wave == 1))):
                 owner = owners[k]
                 local_row = (rows[k] - owner * rows_of_rank).to(tl.int64)
-                leads = leader == rows[k]
-                note = peer_block(peers, owner, landing.notes, tl.int32)
-                note = tl.multiple_of(note + local_row * TILE.note_words, 16)
-                if leads:
+                is_first = first_copy == rows[k]
+                header = peer_block(peers, owner, landing.headers, tl.int32)
+                header = tl.multiple_of(header + local_row * TILE.header_words, 16)
+                if is_first:
                     block = peer_block(peers, owner, landing.rows, TILE.element)
                     tl.store(block + local_row * columns + column, values, mask=inside)
                     if TILE.scale_words > 0:
-                        tl.store(note + group, scales.to(tl.int32, bitcast=True), mask=group * 128 < columns)
+                        tl.store(header + group, scales.to(tl.int32, bitcast=True), mask=group * 128 < columns)
                 if first_block:
-                    led_by = leader - owner * rows_of_rank
-                    words = tl.where(word == 0, token * K + k, tl.where(word == 1, peers.rank, tl.where(word == 2, led_by, 0)))
-                    tl.store(note + TILE.scale_words + word, words)
-                    if weights_ptr is not None and leads:
+                    first_here = first_copy - owner * rows_of_rank
+                    words = tl.where(word == 0, token * K + k, tl.where(word == 1, peers.rank, tl.where(word == 2, first_here, 0)))
+                    tl.store(header + TILE.scale_words + word, words)
+                    if weights_ptr is not None and is_first:
                         for other in tl.static_range(K):
                             theirs = tl.where(owners[other] == owner, rows[other] - owner * rows_of_rank, -1)
-                            tl.store(note + TILE.scale_words + 4 + other, theirs)
+                            tl.store(header + TILE.scale_words + 4 + other, theirs)
                         weights = tl.load(weights_ptr + token * K + lane, mask=lane < K, other=0.0).to(tl.float32)
-                        at = note + (TILE.scale_words + 4 + (K + 3) // 4 * 4) + lane
+                        at = header + (TILE.scale_words + 4 + (K + 3) // 4 * 4) + lane
                         tl.store(at, weights.to(tl.int32, bitcast=True), mask=lane < K)
-    if last_program(peers.ticket):
+    if last_program(peers.arrivals):
         signal_peers(peers, epoch, TILE.lanes)
         if TILE.waits:
             wait_for_peers(peers, epoch, 0, ROWS, TILE.lanes)
@@ -253,7 +254,7 @@ def push_tokens(
     tile = Tile(
         element=VALUE_TYPES[dtype],
         groups=parts.groups,
-        note_words=note_words(groups if quantized else 0, top_k, topk_weights is not None),
+        header_words=header_words(groups if quantized else 0, top_k, topk_weights is not None),
         scale_words=triton.cdiv(groups, 4) * 4 if quantized else 0,
         top_k=top_k,
         top_k_lanes=triton.next_power_of_2(top_k),

@@ -1,7 +1,7 @@
 """Makes an expert batch of the rows that other ranks stored: scales transposed, sources, and copies of tokens that came once.
 
 W ranks, K top-k, L local experts, M rows of an expert's buffer, R rows of the rank's, if the layout is ragged, H hidden size, G groups.
-Notes: `push_tokens.py`.
+Headers: `push_tokens.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import may_use_pdl, most_programs, pdl_option, wait_for_previous
-from moequant.kernels.library.symmetric import NO_FAULT, Notes, Peers
+from moequant.kernels.library.symmetric import NO_FAULT, Headers, Peers
 
 
 class Landed(NamedTuple):
@@ -60,7 +60,7 @@ class Tile(NamedTuple):
 @triton.jit(do_not_specialize=["peers"])
 def unpack_rows_kernel(
     batch,
-    notes,
+    headers,
     peers,
     returns,
     first_expert,
@@ -72,8 +72,8 @@ def unpack_rows_kernel(
     """Tiles of BLOCK valid rows and BLOCK_G groups of columns are dealt to the programs in turn. The rows are those of `experts` experts
     from first_expert on. groups: of all columns, with scales or without. shape: its rows are M, or R.
 
-    Example: M=8, L=2, notes of 4 words: row 5 of expert 1 has its note at word (1 * 8 + 5) * 4; if that says entry 9, source 2,
-    leader 3, then sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
+    Example: M=8, L=2, headers of 4 words: row 5 of expert 1 has its header at word (1 * 8 + 5) * 4; if that says entry 9, source 2,
+    first_copy 3, then sources[1, 5] = 2 << 32 | 9, and values and scales are those of row 3 of expert 0.
     """
     wait_for_previous(TILE.pdl)
     BLOCK: tl.constexpr = TILE.rows
@@ -86,7 +86,7 @@ def unpack_rows_kernel(
         starts += first_expert
     counts, ends = row_blocks(batch.num_tokens + first_expert, experts, capacity, BLOCK, EXPERTS, True, starts)
     column_blocks = tl.cdiv(groups, BLOCK_G)
-    # after a fault the notes may be anything; the batch is empty, so that no product stores rows at addresses of an earlier call
+    # after a fault the headers may be anything; the batch is empty, so that no product stores rows at addresses of an earlier call
     well = tl.load(peers.fault) == NO_FAULT
     tiles = tl.where(well, tl.max(ends, axis=0) * column_blocks, 0)
     if (tl.program_id(0) == 0) & (not well):
@@ -99,11 +99,11 @@ def unpack_rows_kernel(
         there = row < count
         expert += first_expert
         flat = first_row(batch.expert_start, expert.to(tl.int64), capacity) + row
-        note = notes.pointer + flat * notes.words + notes.scale_words
-        leader = tl.load(note + 2, mask=there, other=0)
+        header = headers.pointer + flat * headers.words + headers.scale_words
+        first_copy = tl.load(header + 2, mask=there, other=0)
         if first_group == 0:
-            entry = tl.load(note, mask=there, other=0)
-            source = tl.load(note + 1, mask=there, other=0)
+            entry = tl.load(header, mask=there, other=0)
+            source = tl.load(header + 1, mask=there, other=0)
             tl.store(batch.sources + flat, (source.to(tl.int64) << 32) | entry, mask=there)
             if returns.destinations is not None:
                 # nothing that came from another rank becomes an address unchecked
@@ -111,22 +111,22 @@ def unpack_rows_kernel(
                 back = tl.load(peers.pointers + source, mask=known, other=0) + returns.offset
                 tl.store(returns.destinations + flat, back + entry.to(tl.int64) * returns.row_bytes, mask=known)
         rows_here = shape.experts * capacity if starts is None else capacity
-        there = there & (leader >= 0) & (leader < rows_here)
-        leader = leader.to(tl.int64)
-        if notes.scale_words > 0:
+        there = there & (first_copy >= 0) & (first_copy < rows_here)
+        first_copy = first_copy.to(tl.int64)
+        if headers.scale_words > 0:
             group = first_group + tl.arange(0, BLOCK_G)
             scaled = there[:, None] & (group < groups)[None, :]
-            scales = tl.load(notes.pointer + leader[:, None] * notes.words + group[None, :], mask=scaled, other=0)
+            scales = tl.load(headers.pointer + first_copy[:, None] * headers.words + group[None, :], mask=scaled, other=0)
             if starts is None:
                 at = (expert * groups + group).to(tl.int64)[None, :] * capacity + row[:, None]
             else:
                 at = group.to(tl.int64)[None, :] * capacity + flat[:, None]
             tl.store(batch.scales + at, scales.to(tl.float32, bitcast=True), mask=scaled)
-        follows = there & (leader != flat)
+        follows = there & (first_copy != flat)
         if tl.max(follows.to(tl.int32), axis=0) > 0:
             byte = first_group * (128 * WIDTH) + tl.arange(0, BLOCK_G * 128 * WIDTH)
             inside = follows[:, None] & (byte < columns * WIDTH)[None, :]
-            values = tl.load(batch.rows + leader[:, None] * columns * WIDTH + byte[None, :], mask=inside, other=0)
+            values = tl.load(batch.rows + first_copy[:, None] * columns * WIDTH + byte[None, :], mask=inside, other=0)
             tl.store(batch.rows + flat[:, None] * columns * WIDTH + byte[None, :], values, mask=inside)
 
 
@@ -136,14 +136,14 @@ REGISTERS, TURNS = 80, 2
 
 def unpack_rows(
     batch: Landed,
-    notes: Notes,
+    headers: Headers,
     peers: Peers,
     returns: Returns,
     width: int,
     expected_rows: int,
     part: tuple[int, int] | None = None,
 ) -> None:
-    """Values and notes are as `push_tokens` on all ranks left them. width: bytes of a number.
+    """Values and headers are as `push_tokens` on all ranks left them. width: bytes of a number.
 
     Written for the valid rows: values of rows that don't lead, scales, sources and destinations. After a fault num_tokens becomes 0
     instead.
@@ -169,7 +169,7 @@ def unpack_rows(
         programs = min(tiles, 8 * num_sms(device))
     unpack_rows_kernel[(programs,)](
         batch,
-        notes,
+        headers,
         peers,
         returns,
         first_expert=first_expert,

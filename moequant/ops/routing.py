@@ -27,10 +27,10 @@ __all__ = [
 NO_LIMIT = 2**31 - 1
 
 
-@registered(mutates=("slots", "counts", "num_tokens", "status", "expert_start"))
+@registered(mutates=("rows_in_expert", "counts", "num_tokens", "status", "expert_start"))
 def route(
     topk_ids: Tensor,
-    slots: Tensor,
+    rows_in_expert: Tensor,
     counts: Tensor,
     capacity: int | None = None,
     num_tokens: Tensor | None = None,
@@ -39,17 +39,17 @@ def route(
 ) -> None:
     """`reference.route` into given outputs; the number of experts is counts.shape[0]."""
     if not uses_kernels(topk_ids):
-        reference.route(topk_ids, slots, counts, capacity, num_tokens, status, expert_start)
+        reference.route(topk_ids, rows_in_expert, counts, capacity, num_tokens, status, expert_start)
         return
     from moequant.kernels.routing.route import route as kernel
 
     if expert_start is None:
-        kernel(topk_ids, slots, counts, capacity, num_tokens, status)
+        kernel(topk_ids, rows_in_expert, counts, capacity, num_tokens, status)
         return
     from moequant.kernels.routing.ragged_rows import ragged_rows
 
     assert capacity is not None and num_tokens is not None
-    kernel(topk_ids, slots, counts, status=status)
+    kernel(topk_ids, rows_in_expert, counts, status=status)
     ragged_rows(counts[None], 0, capacity, NO_LIMIT, None, num_tokens, status, expert_start, ROW_ALIGNMENT)
 
 
@@ -102,22 +102,22 @@ def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_c
 
 @registered(mutates=("rows",))
 def plan_returns(
-    topk_ids: Tensor, slots: Tensor, offsets: Tensor, capacity: int, local_experts: int, starts: Tensor, rows: Tensor
+    topk_ids: Tensor, rows_in_expert: Tensor, offsets: Tensor, capacity: int, local_experts: int, starts: Tensor, rows: Tensor
 ) -> None:
     """`reference.plan_returns`."""
     if not uses_kernels(topk_ids):
-        reference.plan_returns(topk_ids, slots, offsets, capacity, local_experts, starts, rows)
+        reference.plan_returns(topk_ids, rows_in_expert, offsets, capacity, local_experts, starts, rows)
         return
     from moequant.kernels.routing.plan_sends import plan_returns as kernel
 
-    kernel(topk_ids, slots, offsets, capacity, local_experts, starts, rows)
+    kernel(topk_ids, rows_in_expert, offsets, capacity, local_experts, starts, rows)
 
 
 @registered(mutates=("values", "scales", "rows", "sources"))
 def scatter(
     x: Tensor,
     topk_ids: Tensor,
-    slots: Tensor,
+    rows_in_expert: Tensor,
     values: Tensor,
     scales: Tensor | None = None,
     x_scales: Tensor | None = None,
@@ -130,7 +130,7 @@ def scatter(
     expert_start: Tensor | None = None,
 ) -> None:
     """`reference.scatter`."""
-    arguments = x, topk_ids, slots, values, scales, x_scales, rows, sources, row_sources, offsets, capacity
+    arguments = x, topk_ids, rows_in_expert, values, scales, x_scales, rows, sources, row_sources, offsets, capacity
     if not uses_kernels(x):
         reference.scatter(*arguments, recipe, expert_start)
         return

@@ -3,7 +3,7 @@ what runs on a CPU; of the grouped GEMM there it is the bits that run, in less t
 `moequant.kernels` give the same bits (GEMMs: the same numbers within rounding).
 
     hidden_states (T, H), topk_ids (T, K), topk_weights (T, K)
-      route                    which slot of its expert's rows each (token, k) takes
+      route                    which of its expert's rows each (token, k) takes
       expert_offsets           where each source rank's rows start in each expert's buffer
       plan_sends, plan_returns packed exchange: which tokens go to which rank, and in which order their rows come back
       scatter                  quantize, and place rows in expert-major buffers

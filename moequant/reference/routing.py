@@ -40,7 +40,7 @@ def ragged_rows(counts: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 def route(
     topk_ids: Tensor,
-    slots: Tensor,
+    rows_in_expert: Tensor,
     counts: Tensor,
     capacity: int | None = None,
     num_tokens: Tensor | None = None,
@@ -50,7 +50,7 @@ def route(
     """Numbers the rows of each expert in the order of (token, k).
 
     topk_ids: (T, K) int32 or int64; -1 means "no expert". An id outside -1..E-1 counts as -1.
-    slots: (T, K) int32, written: the number of earlier entries with the same id, or -1 where there is no expert.
+    rows_in_expert: (T, K) int32, written: the number of earlier entries with the same id, or -1 where there is no expert.
     counts: (E,) int32, written: entries of each expert, before any limit. Its length says how many experts there are.
     capacity: rows that an expert has room for, or None for no limit. Ragged: rows that all have room for together, R.
     num_tokens: (E,) int32, written if given: min(counts, capacity). Ragged: the rows of each expert that are below R.
@@ -58,7 +58,7 @@ def route(
     expert_start: (E,) int32, written if given, and then the layout is ragged: the first row of each expert, as `ragged_rows` has it.
         capacity and num_tokens have to be given too.
 
-    Example: E=3, topk_ids [[2, 0], [0, -1], [2, 2]] gives slots [[0, 0], [1, -1], [1, 2]] and counts [2, 0, 3].
+    Example: E=3, topk_ids [[2, 0], [0, -1], [2, 2]] gives rows_in_expert [[0, 0], [1, -1], [1, 2]] and counts [2, 0, 3].
     """
     num_experts = counts.shape[0]
     ids = topk_ids.long()
@@ -66,7 +66,7 @@ def route(
     present = (ids >= 0) & ~invalid
     one_hot = F.one_hot(torch.where(present, ids, num_experts).flatten(), num_experts + 1)[:, :num_experts]
     earlier = (one_hot.cumsum(0) - one_hot).gather(1, ids.clamp(0, num_experts - 1).flatten().unsqueeze(1))
-    slots.copy_(torch.where(present, earlier.view(ids.shape), -1))
+    rows_in_expert.copy_(torch.where(present, earlier.view(ids.shape), -1))
     counts.copy_(one_hot.sum(0))
     placed = counts if capacity is None else counts.clamp_max(capacity)
     if expert_start is not None:
@@ -146,19 +146,19 @@ def plan_sends(topk_ids: Tensor, local_experts: int, send_tokens: Tensor, send_c
 
 
 def plan_returns(
-    topk_ids: Tensor, slots: Tensor, offsets: Tensor, capacity: int, local_experts: int, starts: Tensor, rows: Tensor
+    topk_ids: Tensor, rows_in_expert: Tensor, offsets: Tensor, capacity: int, local_experts: int, starts: Tensor, rows: Tensor
 ) -> None:
     """Packed exchange: the order in which the expert rows of this rank's tokens come back: by rank, then by (token, k).
 
-    topk_ids, slots: (T, K), as `route` took and gave them. offsets: (E,) int32, of this rank's rows; those that reach capacity (M, or,
-    ragged, R) were placed nowhere. starts: (W,) int32, where each rank's rows begin. rows: (T, K) int32, written; -1 for entries without
-    a row.
+    topk_ids, rows_in_expert: (T, K), as `route` took and gave them. offsets: (E,) int32, of this rank's rows; those that reach capacity
+    (M, or, ragged, R) were placed nowhere. starts: (W,) int32, where each rank's rows begin. rows: (T, K) int32, written; -1 for
+    entries without a row.
 
-    Example: local_experts=2, M=1, ids [[0, 1], [3, 1]], slots [[0, 0], [0, 1]], offsets all 0, starts [0, 2]: expert 1 has no room for
-    its second row, so rows are [[0, 1], [2, -1]].
+    Example: local_experts=2, M=1, ids [[0, 1], [3, 1]], rows_in_expert [[0, 0], [0, 1]], offsets all 0, starts [0, 2]: expert 1 has no
+    room for its second row, so rows are [[0, 1], [2, -1]].
     """
-    placed = slots >= 0
-    placed &= offsets[torch.where(placed, topk_ids, 0).long()] + slots < capacity
+    placed = rows_in_expert >= 0
+    placed &= offsets[torch.where(placed, topk_ids, 0).long()] + rows_in_expert < capacity
     owners = torch.where(placed, topk_ids // local_experts, -1)
     for rank in range(starts.shape[0]):
         mine = owners == rank
@@ -169,7 +169,7 @@ def plan_returns(
 def scatter(
     x: Tensor,
     topk_ids: Tensor,
-    slots: Tensor,
+    rows_in_expert: Tensor,
     values: Tensor,
     scales: Tensor | None = None,
     x_scales: Tensor | None = None,
@@ -184,13 +184,13 @@ def scatter(
     """Places each token's row into the buffer of each of its experts, quantizing it on the way where scales are wanted.
 
     x: (T, H), any row stride.
-    topk_ids, slots: (T, K); others than 0..L-1 are skipped, as is a slot of -1 or one not less than the buffers' M, or, ragged, that
-        leads to no row below R.
+    topk_ids, rows_in_expert: (T, K); others than 0..L-1 are skipped, as is a row of -1 or one not less than the buffers' M, or,
+        ragged, that leads to no row below R.
     values: (L, M, H), or, ragged, (R, H), written. Its type says what happens: bfloat16 etc.: x is converted; quantized, with x_scales
         None: x is quantized by recipe; quantized, with x_scales (T, G) float32: x is quantized already and is copied.
     scales: (L, M, G), ragged (R, G), float32 of any strides, written, if values are quantized.
-    rows: (T, K) int32, written if given: the flat row `expert * M + slot`, ragged `expert_start[expert] + slot`, or -1 where nothing
-        was placed.
+    rows: (T, K) int32, written if given: the flat row `expert * M` or, ragged, `expert_start[expert]`, plus rows_in_expert; -1 where
+        nothing was placed.
     sources: (L, M), ragged (R,), int64 or int32, written if given: row_sources[t] + k; row_sources (T,) int64 is t * K where it is None.
     offsets, capacity: (E,) int32 and rows that fit an expert (ragged: a rank) in all: a row with offsets[expert] + slot >= capacity is
         not placed.
@@ -204,12 +204,12 @@ def scatter(
     else:
         experts, limit = expert_start.shape[0], values.shape[0]
         first = expert_start.long()[local.clamp(0, experts - 1)]
-    placed = (local >= 0) & (local < experts) & (slots >= 0)
-    placed &= (slots if expert_start is None else first + slots) < limit
+    placed = (local >= 0) & (local < experts) & (rows_in_expert >= 0)
+    placed &= (rows_in_expert if expert_start is None else first + rows_in_expert) < limit
     if offsets is not None and capacity is not None:
         start = offsets.long()[local.clamp(0, offsets.shape[0] - 1)]
-        placed &= start + slots < capacity
-    flat = torch.where(placed, first + slots, -1)
+        placed &= start + rows_in_expert < capacity
+    flat = torch.where(placed, first + rows_in_expert, -1)
     if rows is not None:
         rows.copy_(flat)
     token, k = placed.nonzero(as_tuple=True)
@@ -302,21 +302,21 @@ def locate_entries(
 ) -> None:
     """Padded exchange with `reduce="per_rank"`: where the rows of every rank's tokens lie in this rank's expert buffers.
 
-    entries: (W, 3, T, K) int32, of each rank: slots, as `route` gave them (-1 for tokens that the rank doesn't have), the low halves of
-        topk_ids, and the bits of float32 weights.
-    offsets: (W, E) int32. limit: C; slots from there on were not sent. capacity: M, or, ragged, R.
-    rows: (W, T, K) int32, written: the flat row (id - first_expert) * M + offsets[w, id] + slot; -1 for experts that are not among the L
-        from first_expert on, and for rows without a place.
+    entries: (W, 3, T, K) int32, of each rank: rows_in_expert, as `route` gave them (-1 for tokens that the rank doesn't have), the low
+        halves of topk_ids, and the bits of float32 weights.
+    offsets: (W, E) int32. limit: C; rows from there on were not sent. capacity: M, or, ragged, R.
+    rows: (W, T, K) int32, written: the flat row (id - first_expert) * M + offsets[w, id] + rows_in_expert; -1 for experts that are not
+        among the L from first_expert on, and for rows without a place.
     weights: (W, T, K) float32, written.
     ragged: whether offsets are rows of the rank's buffer, not of the expert's: then they are the flat rows' beginnings.
 
-    Example: first_expert=2, C=2, M=4, of rank 0 ids [3, 0], slots [1, 0], offsets[0, 3] 2: rows [4 + 2 + 1, -1] = [7, -1].
+    Example: first_expert=2, C=2, M=4, of rank 0 ids [3, 0], rows_in_expert [1, 0], offsets[0, 3] 2: rows [4 + 2 + 1, -1] = [7, -1].
     """
-    slots, ids = entries[:, 0].long(), entries[:, 1].long()
+    rows_in_expert, ids = entries[:, 0].long(), entries[:, 1].long()
     experts = offsets.shape[1] // offsets.shape[0]
     local = ids - first_expert
-    placed = (slots >= 0) & (slots < limit) & (local >= 0) & (local < experts)
-    row = offsets.long().gather(1, torch.where(placed, ids, 0).flatten(1)).view(ids.shape) + slots
+    placed = (rows_in_expert >= 0) & (rows_in_expert < limit) & (local >= 0) & (local < experts)
+    row = offsets.long().gather(1, torch.where(placed, ids, 0).flatten(1)).view(ids.shape) + rows_in_expert
     rows.copy_(torch.where(placed & (row < capacity), row if ragged else local * capacity + row, -1))
     weights.copy_(entries[:, 2].contiguous().view(torch.float32))
 

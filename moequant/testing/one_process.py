@@ -65,23 +65,23 @@ def in_one_process(
     slot = transport.allocate()
     batch, taken = transport.expert_batch(slot, len(ids)), slot.take(len(ids))
     # the specification's own steps, where the transport would take kernels, if interpreted
-    counts, slots = slot.buffers.counts, taken.slots
+    counts, rows_in_expert = slot.buffers.counts, taken.rows_in_expert
     if batch.expert_start is None:
-        reference.route(ids, slots, counts, config.max_rows, batch.num_tokens, status)
+        reference.route(ids, rows_in_expert, counts, config.max_rows, batch.num_tokens, status)
     else:
-        reference.route(ids, slots, counts, status=status)
+        reference.route(ids, rows_in_expert, counts, status=status)
         starts, placed = ragged_rows(counts.unflatten(0, (ranks, -1)), config.total_rows // ranks)
         starts += torch.arange(0, config.total_rows, config.total_rows // ranks, dtype=torch.int32, device="cpu")[:, None]
         batch.expert_start.copy_(starts.flatten())
         batch.num_tokens.copy_(placed.flatten())
         status[1] += (counts - batch.num_tokens).sum()
         # what a rank has no room for would be among the next one's rows
-        slots.masked_fill_(slots >= batch.num_tokens[ids.clamp_min(0).long()], -1)
+        rows_in_expert.masked_fill_(rows_in_expert >= batch.num_tokens[ids.clamp_min(0).long()], -1)
     rows, outputs = taken.rows, (batch.values, batch.scales)
     reference.scatter(
         hidden,
         ids,
-        slots,
+        rows_in_expert,
         *outputs,
         rows=rows,
         sources=batch.sources,

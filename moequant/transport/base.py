@@ -61,10 +61,10 @@ NEXT = {Stage.SENT: "dispatch_recv", Stage.FIRST: "dispatch_second", Stage.RETUR
 
 
 class Taken(NamedTuple):
-    """The part of a slot's buffers that so many tokens take: slots and rows (T, K), partials (T, W) where there are any."""
+    """The part of a slot's buffers that so many tokens take: rows_in_expert and rows (T, K), partials (T, W) where there are any."""
 
     tokens: int
-    slots: Tensor
+    rows_in_expert: Tensor
     rows: Tensor
     partials: Tensor
 
@@ -129,8 +129,8 @@ class Slot(Generic[Held]):
 
     def _take(self, tokens: int) -> Taken:
         buffers = self.buffers
-        partials = buffers.slots if buffers.partials is None else buffers.partials
-        return Taken(tokens, buffers.slots[:tokens], buffers.rows[:tokens], partials[:tokens])
+        partials = buffers.rows_in_expert if buffers.partials is None else buffers.partials
+        return Taken(tokens, buffers.rows_in_expert[:tokens], buffers.rows[:tokens], partials[:tokens])
 
 
 AnySlot = TypeVar("AnySlot", bound=Slot[Any])
@@ -142,7 +142,7 @@ class Transport(ABC, Generic[AnySlot]):
     # whether the steps' launches are all that they do, from call to call the same
     repeats = False
     # of waits for other ranks, in the kernels' units
-    limit = 0
+    wait_limit = 0
 
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor) -> None:
         """status: (3,) int64, which the device can add to: ids out of range, rows without a place, ranks out of step."""

@@ -38,7 +38,7 @@ class Buffers(Generic[T]):
     expert_start: T | None = None
     # of quantized values
     scales: T | None = None
-    slots: T
+    rows_in_expert: T
     rows: T
     counts: T
     # per_rank: where `plan_rank_sums` says that the ranks' partial sums lie
@@ -58,7 +58,7 @@ def shared_by_all(config: DispatcherConfig, counts: int | None = None) -> dict[s
         "values": BufferSpec((*rows, config.hidden_size), config.dtype),
         "num_tokens": BufferSpec((experts,), torch.int32),
         "sources": BufferSpec(rows, torch.int64),
-        "slots": BufferSpec((tokens, config.top_k), torch.int32),
+        "rows_in_expert": BufferSpec((tokens, config.top_k), torch.int32),
         "rows": BufferSpec((tokens, config.top_k), torch.int32),
         "counts": BufferSpec((config.num_experts if counts is None else counts,), torch.int32),
     }

@@ -284,7 +284,7 @@ class Lifecycle:
         """What a step of the transport returns, where it may be by the launches of the same step before."""
         if not self._transport.repeats:
             return call()
-        return slot.repeats.run(inputs[0], inputs, (*settings, self._transport.limit), call)
+        return slot.repeats.run(inputs[0], inputs, (*settings, self._transport.wait_limit), call)
 
     def _come_again(self, slot: Slot) -> None:
         """Before a combine: if it isn't the dispatch's first, waits until all ranks have got that one's sums."""

@@ -43,12 +43,18 @@ class LocalTransport(Transport[LocalSlot]):
         tokens, buffers = hidden_states.shape[0], slot.buffers
         taken, batch = slot.take(tokens), self.expert_batch(slot, tokens)
         ops.route(
-            topk_ids, taken.slots, buffers.counts, self.config.max_rows, buffers.num_tokens, self.status, buffers.expert_start
+            topk_ids,
+            taken.rows_in_expert,
+            buffers.counts,
+            self.config.max_rows,
+            buffers.num_tokens,
+            self.status,
+            buffers.expert_start,
         )
         ops.scatter(
             hidden_states,
             topk_ids,
-            taken.slots,
+            taken.rows_in_expert,
             batch.values,
             batch.scales,
             rows=taken.rows,

@@ -83,11 +83,11 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
             )
         config, buffers, tokens = self.config, slot.buffers, hidden_states.shape[0]
         local, offsets = config.num_local_experts, buffers.offsets
-        _, slots, rows, partials = slot.take(tokens)
+        _, rows_in_expert, rows, partials = slot.take(tokens)
         batch = self.expert_batch(slot, tokens)
 
         self._begin(slot)
-        ops.route(topk_ids, slots, slot.counts, status=self.status)
+        ops.route(topk_ids, rows_in_expert, slot.counts, status=self.status)
         ops.plan_sends(topk_ids, local, buffers.send_tokens, buffers.counts[config.num_experts + 2 :])
         self.wire.all_gather(buffers.all_counts, buffers.counts)
         ops.expert_offsets(
@@ -102,7 +102,7 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
         )
         traffic, placed = self._learn_sizes(buffers.all_counts)
 
-        message = self._pack(hidden_states, topk_ids, topk_weights, slots)
+        message = self._pack(hidden_states, topk_ids, topk_weights, rows_in_expert)
         chosen = [listed[:count] for listed, count in zip(buffers.send_tokens, traffic[self.rank], strict=True)]
         from_ranks = [row[self.rank] for row in traffic]
         received = message.new_empty(sum(from_ranks), message.shape[1])
@@ -130,7 +130,7 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
         returned = going_back[self.rank]
         starts = torch.tensor([0, *itertools.accumulate(returned[:-1])], dtype=torch.int32, device="cpu")
         starts = starts.to(self.device, non_blocking=True)
-        ops.plan_returns(topk_ids, slots, offsets[self.rank], config.max_rows, local, starts, rows)
+        ops.plan_returns(topk_ids, rows_in_expert, offsets[self.rank], config.max_rows, local, starts, rows)
         received_weights = None
         if config.per_rank:
             received_weights = weights.contiguous()
@@ -188,7 +188,7 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
             weights.view(torch.float32),
         )
 
-    def _pack(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slots: Tensor) -> Tensor:
+    def _pack(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, rows_in_expert: Tensor) -> Tensor:
         """Each token as one row of bytes, quantized; see `_fields`."""
         config, (tokens, top_k) = self.config, topk_ids.shape
         message = torch.empty(tokens, message_bytes(config), dtype=torch.uint8, device=self.device)
@@ -198,7 +198,7 @@ class PackedTransport(CollectiveTransport[PackedSlot]):
         else:
             values.copy_(hidden_states)
         # an id out of range has no slot, and must not become one of another rank's by losing its upper half
-        ids.copy_(torch.where(slots >= 0, topk_ids, -1))
+        ids.copy_(torch.where(rows_in_expert >= 0, topk_ids, -1))
         if config.per_rank:
             weights.copy_(topk_weights)
         base = self.rank << 32

@@ -54,7 +54,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
         ranks, tokens, top_k = config.world_size, config.max_tokens_per_rank, config.top_k
         meta_rows = (config.num_groups if config.quantized else 0) + 1
         specs = {
-            # per_rank: slots, ids and weights of each token, as `locate_entries` takes them
+            # per_rank: rows_in_expert, ids and weights of each token, as `locate_entries` takes them
             **collective_specs(config, 3 * tokens * top_k if config.per_rank else 0),
             "routed": BufferSpec((experts, limit, columns), torch.bfloat16),
             "exchanged": BufferSpec((experts, limit, columns), torch.bfloat16),
@@ -76,13 +76,13 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: PaddedSlot
     ) -> tuple[ExpertBatch, Tensor]:
         config, buffers, tokens = self.config, slot.buffers, hidden_states.shape[0]
-        _, slots, rows, partials = slot.take(tokens)
+        _, rows_in_expert, rows, partials = slot.take(tokens)
         offsets, batch = buffers.offsets, self.expert_batch(slot, tokens)
 
         self._begin(slot)
-        ops.route(topk_ids, slots, slot.counts, status=self.status)
+        ops.route(topk_ids, rows_in_expert, slot.counts, status=self.status)
         if config.per_rank:
-            self._announce(slot, slots, topk_ids, topk_weights)
+            self._announce(slot, rows_in_expert, topk_ids, topk_weights)
         self.wire.all_gather(buffers.all_counts, buffers.counts)
         ops.expert_offsets(
             slot.all_counts,
@@ -101,7 +101,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
         ops.scatter(
             hidden_states,
             topk_ids,
-            slots,
+            rows_in_expert,
             routed,
             rows=rows,
             sources=meta_out[:, -1],
@@ -161,11 +161,11 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
         config = self.config
         return counts[..., config.num_experts + 2 :].unflatten(-1, (3, config.max_tokens_per_rank, config.top_k))
 
-    def _announce(self, slot: PaddedSlot, slots: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    def _announce(self, slot: PaddedSlot, rows_in_expert: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
         """Writes this rank's tokens behind its counts."""
         announced, ids, weights = self._entries(slot.buffers.counts)
-        tokens = slots.shape[0]
-        announced[:tokens].copy_(slots)
+        tokens = rows_in_expert.shape[0]
+        announced[:tokens].copy_(rows_in_expert)
         announced[tokens:].fill_(-1)
         # an id out of range loses its upper half, and has no slot
         ids[:tokens].copy_(topk_ids)

@@ -1,6 +1,6 @@
 """Dispatch and combine over NVLink with nothing in between: kernels that store to other ranks' memory, and load from it.
 
-    dispatch   route            slots and counts of this rank's tokens
+    dispatch   route            rows in their experts and counts of this rank's tokens
                exchange_counts  counts to all ranks, which carry their own flags; where each row goes
                push_tokens      quantizes each token once, stores it to its final rows; the last program raises the flags
                unpack_rows        transposes scales, fills in sources, copies tokens that came once for several experts
@@ -62,7 +62,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         self.memory.local[self.abort_offset :][:4].view(torch.int32).fill_(self.no_fault)
         self.record = host_words(1, torch.int32, device).fill_(self.no_fault)
         self.noticed = view_of(self.record)
-        self.limit = self._units(WARM_UP_SECONDS)
+        self.wait_limit = self._units(WARM_UP_SECONDS)
         # no rank may signal before every abort word and flag is set
         self._barrier(config.timeout)
 
@@ -77,7 +77,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
             row_offsets=BufferSpec((config.num_experts,), torch.int32),
             epochs=BufferSpec((2,), torch.int32),
             calls=one,
-            ticket=one,
+            arrivals=one,
             fault=one,
             destinations=None if config.per_rank else addresses,
         )
@@ -90,7 +90,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
             shared[name] = self.memory.local[offsets[name] :][: spec.nbytes].view(spec.dtype).view(spec.shape)
         own = {name: spec for name, spec in named(specs).items() if name not in shared and name != "guards"}
         buffers = SymmetricBuffers(**shared, **self.make_buffers(own))
-        for counter in (buffers.epochs, buffers.calls, buffers.ticket):
+        for counter in (buffers.epochs, buffers.calls, buffers.arrivals):
             counter.zero_()
         buffers.fault.fill_(self.no_fault)
         if buffers.destinations is not None:
@@ -109,19 +109,19 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         return Peers(
             self.memory.pointers,
             buffers.epochs[1:] if phase == 2 else buffers.epochs,
-            buffers.ticket,
+            buffers.arrivals,
             buffers.fault,
             self.record,
             flags=offsets["flags"] + 4 * self.config.world_size * (phase - 1),
             abort=self.abort_offset,
             rank=self.rank,
             ranks=self.config.world_size,
-            limit=self.limit,
+            wait_limit=self.wait_limit,
         )
 
     def _peers(self, slot: SymmetricSlot, phase: int) -> Peers:
-        if slot.peers[0].limit != self.limit:
-            slot.peers = [peers._replace(limit=self.limit) for peers in slot.peers]
+        if slot.peers[0].wait_limit != self.wait_limit:
+            slot.peers = [peers._replace(wait_limit=self.wait_limit) for peers in slot.peers]
         return slot.peers[phase - 1]
 
     def check_guards(self) -> None:
@@ -131,7 +131,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         self.memory.close()
 
     def start(self) -> None:
-        self.limit = self._units(self.config.timeout)
+        self.wait_limit = self._units(self.config.timeout)
         fault = self.fault()
         if fault is not None:
             raise fault
@@ -203,7 +203,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         from moequant.kernels.routing.route import route
         from moequant.kernels.symmetric.exchange_counts import exchange_counts
 
-        route(topk_ids, slot.take(len(topk_ids)).slots, slot.buffers.counts, status=self.status, pdl=True)
+        route(topk_ids, slot.take(len(topk_ids)).rows_in_expert, slot.buffers.counts, status=self.status, pdl=True)
         exchange_counts(slot.exchanged, self._peers(slot, 1), self.config.max_rows, slot.call.word)
 
     def _push(
@@ -220,7 +220,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         from moequant.kernels.symmetric.push_tokens import Entries, push_tokens
 
         config, buffers, taken = self.config, slot.buffers, slot.take(len(topk_ids))
-        entries = Entries(taken.slots, buffers.row_offsets, taken.rows, buffers.partials)
+        entries = Entries(taken.rows_in_expert, buffers.row_offsets, taken.rows, buffers.partials)
         weights = topk_weights if config.per_rank else None
         peers = self._peers(slot, 3 if wave[0] == 2 else 1)
         push_tokens(hidden_states, topk_ids, weights, entries, slot.landing, peers, config.dtype, wait, wave)
@@ -230,7 +230,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         from moequant.kernels.symmetric.unpack_rows import unpack_rows
 
         batch, width = self.expert_batch(slot, tokens), self.config.dtype.itemsize
-        unpack_rows(slot.landed, slot.notes, self._peers(slot, 1), slot.returns, width, batch.expected_rows, part)
+        unpack_rows(slot.landed, slot.headers, self._peers(slot, 1), slot.returns, width, batch.expected_rows, part)
         return batch if part is None else batch.part(*part)
 
     def _return(self, expert_output: Tensor, slot: SymmetricSlot, wait: bool) -> None:
@@ -242,7 +242,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         if self.config.per_rank:
             peers = self._peers(slot, 2)
             counts = buffers.num_tokens, buffers.expert_start
-            push_rank_sums(expert_output, slot.notes, *counts, peers, slot.sums, self.config.top_k, wait)
+            push_rank_sums(expert_output, slot.headers, *counts, peers, slot.sums, self.config.top_k, wait)
             return
         if buffers.output is None:
             self.push(expert_output, slot)

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
     """What other ranks write to and read from, for one slot."""
-    from moequant.kernels.symmetric.push_tokens import note_words
+    from moequant.kernels.symmetric.push_tokens import header_words
 
     ranks, rows, columns = config.world_size, config.batch_shape, config.hidden_size
-    words = note_words(config.num_groups if config.quantized else 0, config.top_k, config.per_rank)
+    words = header_words(config.num_groups if config.quantized else 0, config.top_k, config.per_rank)
     returned = ranks if config.per_rank else config.top_k
     specs = {
         # of the rows, of the outputs and of the rows of a second wave, one for each rank
@@ -34,7 +34,7 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
         # of each rank: rows for each expert, the number of the call and its word, with the epoch in the upper half
         "count_words": BufferSpec((ranks, config.num_experts + 2), torch.int64),
         "values": BufferSpec((*rows, columns), config.dtype),
-        "notes": BufferSpec((*rows, words), torch.int32),
+        "headers": BufferSpec((*rows, words), torch.int32),
         # rows pushed back to this rank: one an entry, or one for each rank and token
         "returns": BufferSpec((config.max_tokens_per_rank * returned, columns), torch.bfloat16),
     }
@@ -53,7 +53,7 @@ class SymmetricBuffers(Buffers[T]):
     # those of `shared_specs`, besides values
     flags: T
     count_words: T
-    notes: T
+    headers: T
     returns: T
     # where expert output is pulled from
     output: T | None = None
@@ -64,7 +64,7 @@ class SymmetricBuffers(Buffers[T]):
     # of a kernel are done; what the last wait found
     epochs: T
     calls: T
-    ticket: T
+    arrivals: T
     fault: T
     # where rows that are pushed back go, unless sums are
     destinations: T | None = None
@@ -76,7 +76,7 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
     def __init__(self, number: int, buffers: SymmetricBuffers[Tensor], peers: list[Peers], transport: SymmetricTransport) -> None:
         import triton.language as tl
 
-        from moequant.kernels.library.symmetric import notes_of
+        from moequant.kernels.library.symmetric import headers_of
         from moequant.kernels.routing.combine import Remote
         from moequant.kernels.symmetric.exchange_counts import Counts
         from moequant.kernels.symmetric.push_rank_sums import Sums
@@ -99,7 +99,7 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
         )
         self.landing = Landing(
             rows=offsets["values"],
-            notes=offsets["notes"],
+            headers=offsets["headers"],
             experts=config.num_experts,
             local_experts=config.num_local_experts,
             # of an expert, or of the rank
@@ -112,7 +112,7 @@ class SymmetricSlot(Slot[SymmetricBuffers[Tensor]]):
         self.landed = Landed(
             buffers.values.view(torch.uint8), self.scales, buffers.num_tokens, buffers.sources, buffers.expert_start
         )
-        self.notes = notes_of(buffers.notes, config.num_groups if config.quantized else 0)
+        self.headers = headers_of(buffers.headers, config.num_groups if config.quantized else 0)
         self.returns = Returns(
             buffers.destinations,
             offset=offsets["returns"],

@@ -334,13 +334,13 @@ class PeersOnOneGPU:
         torch.cuda.synchronize()
         for transport, slots, status in zip(self.transports, self.slots, self.status, strict=True):
             # odd, and not 1, so that neither compiles anew
-            transport.limit = 3 if dry else transport._units(LIMIT) | 1
+            transport.wait_limit = 3 if dry else transport._units(LIMIT) | 1
             transport.memory.local[transport.abort_offset :][:4].view(torch.int32).fill_(transport.no_fault)
             transport.record.fill_(transport.no_fault)
             status.zero_()
             for slot in slots:
                 poison(named(slot.buffers))
-                for name in ("flags", "count_words", "epochs", "calls", "ticket"):
+                for name in ("flags", "count_words", "epochs", "calls", "arrivals"):
                     getattr(slot.buffers, name).zero_()
                 slot.buffers.fault.fill_(transport.no_fault)
         torch.cuda.synchronize()

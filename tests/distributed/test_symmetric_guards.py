@@ -109,7 +109,7 @@ def refused(step: Callable[[], object]) -> list[str]:
 
 
 def check_stray_stores(heard: list[list[str]]) -> None:
-    names = ["flags", "count_words", "values", "notes", "returns", "output"]
+    names = ["flags", "count_words", "values", "headers", "returns", "output"]
     assert heard[0] == [] and len(heard[1]) == 2 * len(names) + 1
     for index, name in enumerate(names):
         before, behind = heard[1][2 * index : 2 * index + 2]

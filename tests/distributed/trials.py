@@ -17,7 +17,7 @@ from moequant.transport.buffers import named
 Way = Callable[[MoEQuantDispatcher, list[torch.Tensor], int], tuple[ExpertBatch, torch.Tensor]]
 SHAPES = 12
 # buffers that hold something from one call to the next
-KEPT = ("flags", "count_words", "epochs", "ticket", "fault")
+KEPT = ("flags", "count_words", "epochs", "arrivals", "fault")
 
 
 def patience(seconds: float) -> float:

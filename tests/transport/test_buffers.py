@@ -54,7 +54,7 @@ def test_the_part_of_a_number_of_tokens_is_kept_while_they_are_as_many():
         taken = slot.take(3)
     assert slot.take(3) is taken and not taken.rows.is_inference()
     for part, whole in (
-        (taken.slots, slot.buffers.slots),
+        (taken.rows_in_expert, slot.buffers.rows_in_expert),
         (taken.rows, slot.buffers.rows),
         (taken.partials, slot.buffers.partials),
     ):

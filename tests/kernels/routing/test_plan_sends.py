@@ -24,9 +24,9 @@ def run_sends(function, ids, local_experts, ranks):
     return send_tokens, send_counts
 
 
-def run_returns(function, ids, slots, offsets, capacity, local_experts, starts):
-    rows = poison(torch.empty_like(slots))
-    function(ids, slots, offsets, capacity, local_experts, starts, rows)
+def run_returns(function, ids, rows_in_expert, offsets, capacity, local_experts, starts):
+    rows = poison(torch.empty_like(rows_in_expert))
+    function(ids, rows_in_expert, offsets, capacity, local_experts, starts, rows)
     return rows
 
 
@@ -58,22 +58,26 @@ def test_the_kernels_match_the_reference(tokens, top_k, local_experts, ranks, de
     sends = [run_sends(function, ids, local_experts, ranks) for function in (kernels("plan_sends"), reference.plan_sends)]
     for result, expected in zip(*sends, strict=True):
         assert_bit_equal(result, expected)
-    slots = torch.empty(ids.shape, dtype=torch.int32, device=device)
-    reference.route(ids, slots, torch.empty(experts, dtype=torch.int32, device=device))
+    rows_in_expert = torch.empty(ids.shape, dtype=torch.int32, device=device)
+    reference.route(ids, rows_in_expert, torch.empty(experts, dtype=torch.int32, device=device))
     offsets = torch.randint(0, 20, (experts,), dtype=torch.int32, device=device)
     starts = torch.arange(ranks, dtype=torch.int32, device=device) * 10_000
     returns = [
-        run_returns(function, ids, slots, offsets, 25, local_experts, starts)
+        run_returns(function, ids, rows_in_expert, offsets, 25, local_experts, starts)
         for function in (kernels("plan_returns"), reference.plan_returns)
     ]
     assert_bit_equal(returns[0], returns[1])
 
 
 def call_plan_sends() -> None:
-    topk_ids, slots, rows = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32), empty(128, 8, dtype=torch.int32)
+    topk_ids, rows_in_expert, rows = (
+        empty(128, 8, dtype=torch.int64),
+        empty(128, 8, dtype=torch.int32),
+        empty(128, 8, dtype=torch.int32),
+    )
     counts, offsets = empty(8, dtype=torch.int32), empty(256, dtype=torch.int32)
     ops.plan_sends(topk_ids, 32, empty(8, 128, dtype=torch.int32), counts)
-    ops.plan_returns(topk_ids, slots, offsets, 1024, 32, counts, rows)
+    ops.plan_returns(topk_ids, rows_in_expert, offsets, 1024, 32, counts, rows)
 
 
 COMPILE_CASES = cases(call_plan_sends, {}, wide=False)

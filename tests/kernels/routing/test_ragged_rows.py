@@ -83,12 +83,12 @@ def test_route_places_as_the_reference_does(capacity, both_paths):
     ids = routing(100, 3, 7)[0]
     ids[torch.rand(ids.shape) < 0.1] = -1
     ids[0, 0] = 99
-    slots, results = torch.empty(ids.shape, dtype=torch.int32), []
+    rows_in_expert, results = torch.empty(ids.shape, dtype=torch.int32), []
     for function in (ops.route, reference.route):
         counts, num_tokens, starts = (poison(torch.empty(7, dtype=torch.int32)) for _ in range(3))
         status = torch.zeros(3, dtype=torch.int64)
-        function(ids, slots, counts, capacity, num_tokens, status, starts)
-        results.append((slots.clone(), counts, num_tokens, starts, status))
+        function(ids, rows_in_expert, counts, capacity, num_tokens, status, starts)
+        results.append((rows_in_expert.clone(), counts, num_tokens, starts, status))
     for result, expected in zip(*results, strict=True):
         assert_bit_equal(result, expected)
 
@@ -109,8 +109,8 @@ def call_ragged_rows(ranks: int) -> None:
     if ranks > 1:
         ops.expert_offsets(experts, 32, 8192, 128, empty(ranks, 256, dtype=torch.int32), num_tokens, status, starts)
         return
-    topk_ids, slots = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
-    ops.route(topk_ids, slots, experts[0], 8192, num_tokens, status, starts)
+    topk_ids, rows_in_expert = empty(128, 8, dtype=torch.int64), empty(128, 8, dtype=torch.int32)
+    ops.route(topk_ids, rows_in_expert, experts[0], 8192, num_tokens, status, starts)
 
 
 COMPILE_CASES = cases(call_ragged_rows, {"ranks": 1}, {"ranks": 8}, wide=False)

@@ -38,7 +38,7 @@ def test_located_entries_match_the_reference(tokens, top_k, ranks, local, ragged
     # rows of a wider buffer, as counts stand before them
     wide = torch.randint(-1, ranks * local, (ranks, 5 + 3 * tokens * top_k), dtype=torch.int32, device=device)
     entries = wide[:, 5:].unflatten(1, (3, tokens, top_k))
-    # whatever stands where there is no slot
+    # whatever stands where there is no row
     entries[:, 1] = torch.where(entries[:, 0] >= 0, entries[:, 1].clamp_min(0), 2**30)
     offsets = torch.randint(0, 9, (ranks, ranks * local), dtype=torch.int32, device=device)
     shape = ranks, tokens, top_k

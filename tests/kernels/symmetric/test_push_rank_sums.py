@@ -24,7 +24,7 @@ SHAPES = [
 
 
 class Sums:
-    """Rows and notes of rank 1: tokens of all ranks with some of their entries here. What is not valid is NaN, or 0x55.
+    """Rows and headers of rank 1: tokens of all ranks with some of their entries here. What is not valid is NaN, or 0x55.
 
     ragged: the experts' rows lie in one buffer, a few rows apart, in which M rows of the last have room.
     """
@@ -44,7 +44,7 @@ class Sums:
         self.blocks = PeerBlocks(
             RANKS,
             device,
-            notes=((*self.lie, self.weights_word + lanes), torch.int32),
+            headers=((*self.lie, self.weights_word + lanes), torch.int32),
             returns=((RANKS, MAX_TOKENS, self.columns), torch.bfloat16),
         )
         self.blocks["epoch"][RANK] = epoch
@@ -54,9 +54,9 @@ class Sums:
             first + row for first, count in zip(starts, counts, strict=True) for row in range(min(max(count, 0), capacity))
         ]
         self.y[self.valid] = torch.randn(len(self.valid), self.columns).to(dtype)
-        self._give_notes()
+        self._give_headers()
 
-    def _give_notes(self) -> None:
+    def _give_headers(self) -> None:
         """Deals the rows to tokens, up to K rows each, whose other entries are absent."""
         held: list[int] = []
         left, tokens = torch.randperm(len(self.valid)).tolist(), torch.randperm(RANKS * MAX_TOKENS).tolist()
@@ -67,8 +67,8 @@ class Sums:
             held = [row for row in rows.values() if row >= 0]
             for k, row in rows.items():
                 if row >= 0:
-                    self.note(row)[self.scale_words :][:4] = torch.tensor([token * self.top_k + k, source, held[0], 0])
-            leading = self.note(held[0])
+                    self.header(row)[self.scale_words :][:4] = torch.tensor([token * self.top_k + k, source, held[0], 0])
+            leading = self.header(held[0])
             leading[self.scale_words + 4 :][: self.top_k] = torch.tensor(list(rows.values()))
             weights = torch.randn(self.top_k)
             # of an entry that is absent, whatever the weight
@@ -76,19 +76,19 @@ class Sums:
             leading[self.weights_word :][: self.top_k] = weights.view(torch.int32)
         # more rows than tokens have entries: they follow one that leads
         for place in left:
-            self.note(self.valid[place])[self.scale_words :][:4] = torch.tensor([0, 0, held[0], 0])
+            self.header(self.valid[place])[self.scale_words :][:4] = torch.tensor([0, 0, held[0], 0])
 
-    def note(self, flat: int) -> torch.Tensor:
-        return self.blocks["notes"][RANK].view(len(self.y), -1)[flat]
+    def header(self, flat: int) -> torch.Tensor:
+        return self.blocks["headers"][RANK].view(len(self.y), -1)[flat]
 
     def run(self, wait: bool = True, limit: int = LONG) -> None:
-        from moequant.kernels.library.symmetric import notes_of
+        from moequant.kernels.library.symmetric import headers_of
         from moequant.kernels.symmetric.push_rank_sums import Sums as Place, push_rank_sums
 
         blocks = self.blocks
         push_rank_sums(
             self.y.to(self.device).view(*self.lie, self.columns),
-            notes_of(blocks["notes"][RANK], self.scale_words),
+            headers_of(blocks["headers"][RANK], self.scale_words),
             self.counts.to(self.device),
             self.expert_start,
             blocks.peers_of(RANK, limit),
@@ -106,13 +106,13 @@ class Sums:
     def expected(self) -> PeerBlocks:
         expected = self.expected_signal()
         for flat in self.valid:
-            note = self.note(flat).cpu()
-            entry, source, leader = note[self.scale_words :][:3].tolist()
-            if leader != flat or not 0 <= source < RANKS or not 0 <= entry < MAX_TOKENS * self.top_k:
+            header = self.header(flat).cpu()
+            entry, source, first_copy = header[self.scale_words :][:3].tolist()
+            if first_copy != flat or not 0 <= source < RANKS or not 0 <= entry < MAX_TOKENS * self.top_k:
                 continue
-            rows = note[self.scale_words + 4 :][: self.top_k]
+            rows = header[self.scale_words + 4 :][: self.top_k]
             rows = torch.where((rows >= 0) & (rows < len(self.y)), rows, -1).unsqueeze(0)
-            weights = note[self.weights_word :][: self.top_k].view(torch.float32).unsqueeze(0)
+            weights = header[self.weights_word :][: self.top_k].view(torch.float32).unsqueeze(0)
             out = torch.zeros(1, self.columns, dtype=torch.bfloat16)
             reference.combine(self.y, rows, weights, out)
             expected["returns"][source, RANK, entry // self.top_k] = out[0]
@@ -139,12 +139,12 @@ def test_sums_reach_their_tokens_with_the_bits_of_the_reference(shape, dtype, ra
 def test_the_worked_example(device):
     sums = Sums((1, 16, 4, 3, 0, [10]), device)
     for flat in range(10):
-        sums.note(flat)[:4] = torch.tensor([0, 0, 15, 0])
-    sums.note(4)[:7] = torch.tensor([18, 0, 4, 0, 4, -1, 9])
-    sums.note(4)[8:11] = torch.tensor([0.5, float("nan"), 2.0]).view(torch.int32)
+        sums.header(flat)[:4] = torch.tensor([0, 0, 15, 0])
+    sums.header(4)[:7] = torch.tensor([18, 0, 4, 0, 4, -1, 9])
+    sums.header(4)[8:11] = torch.tensor([0.5, float("nan"), 2.0]).view(torch.int32)
     sums.y[4], sums.y[9] = 3.0, 5.0
     # token 6 of 7
-    sums.note(4)[0] = 5 * 3
+    sums.header(4)[0] = 5 * 3
     sums.check()
     assert sums.blocks["returns"][0, 1, 5].tolist() == [11.5] * 4
 
@@ -154,16 +154,16 @@ def test_the_product_is_rounded_before_the_addition(device):
     sums = Sums((1, 4, 16, 2, 0, [2]), device)
     x, w = 1 + 2.0**-7, 1 + 2.0**-23
     sums.y[:2] = x
-    sums.note(0)[:6] = torch.tensor([0, 2, 0, 0, 0, 1])
-    sums.note(1)[:4] = torch.tensor([1, 2, 0, 0])
-    sums.note(0)[8:10] = torch.tensor([-w, w]).view(torch.int32)
+    sums.header(0)[:6] = torch.tensor([0, 2, 0, 0, 0, 1])
+    sums.header(1)[:4] = torch.tensor([1, 2, 0, 0])
+    sums.header(0)[8:10] = torch.tensor([-w, w]).view(torch.int32)
     sums.check()
     assert sums.blocks["returns"][2, 1, 0].tolist() == [0.0] * 16
 
 
 @pytest.mark.parametrize("epoch", EPOCHS)
 def test_the_next_epoch_begins_and_all_are_told(epoch, device):
-    """The launch leaves the ticket ready for the next one, which finds ranks 0 and 2 missing and blames rank 0."""
+    """The launch leaves the counter of arrivals ready for the next one, which finds ranks 0 and 2 missing and blames rank 0."""
     sums = Sums(SHAPES[1], device, epoch)
     sums.blocks["flags"][RANK, 2] = output_flag(following(following(epoch)))
     sums.check()
@@ -184,7 +184,7 @@ def test_a_push_without_a_wait_waits_for_nobody(device):
 
 
 def test_after_a_fault_no_sum_is_stored(ragged, device):
-    """Notes may then be anything. The flags go up all the same, and the wait ends at once."""
+    """Headers may then be anything. The flags go up all the same, and the wait ends at once."""
     sums = Sums(SHAPES[1], device, ragged=ragged)
     fault = fault_word(1, 1, 2)
     sums.blocks["fault"][RANK] = fault
@@ -212,15 +212,15 @@ FAR = [-1, -(2**31), 2**31 - 1]
 @pytest.mark.parametrize(
     "word, hostile",
     [(0, [-(2**31), 2**31 - 1, -4, MAX_TOKENS * 4]), (1, [*FAR, RANKS]), (2, [*FAR, None]), (4, [*FAR, None]), (7, [*FAR, None])],
-    ids=["entry", "source", "leader", "first row", "last row"],
+    ids=["entry", "source", "first_copy", "first row", "last row"],
 )
-def test_hostile_notes_become_no_address(word, hostile, ragged, device):
-    """No sum of a row whose note names no token of any rank; of rows that are not in the buffer, no part of a sum."""
+def test_hostile_headers_become_no_address(word, hostile, ragged, device):
+    """No sum of a row whose header names no token of any rank; of rows that are not in the buffer, no part of a sum."""
     sums = Sums((3, 8, 300, 4, 4, [8, 8, 8]), device, ragged=ragged)
     hostile = [len(sums.y) if number is None else number for number in hostile]
-    leading = [flat for flat in sums.valid if sums.note(flat)[sums.scale_words + 2] == flat]
+    leading = [flat for flat in sums.valid if sums.header(flat)[sums.scale_words + 2] == flat]
     for flat, value in zip(leading, hostile, strict=False):
-        sums.note(flat)[sums.scale_words + word] = value
+        sums.header(flat)[sums.scale_words + word] = value
     assert len(leading) > len(hostile)
     sums.check()
 
@@ -228,42 +228,42 @@ def test_hostile_notes_become_no_address(word, hostile, ragged, device):
 @pytest.mark.parametrize("entry", [-1, -3])
 def test_a_negative_entry_is_of_no_token(entry, device):
     sums = Sums((1, 4, 64, 4, 4, [1]), device)
-    sums.note(0)[4] = entry
+    sums.header(0)[4] = entry
     sums.check()
 
 
 def test_rows_past_2_to_the_31_elements(ragged, device):
     """Memory that is reserved, but on a CPU not filled: only the last of three experts has a row, for the last of 2**21 tokens."""
-    from moequant.kernels.library.symmetric import notes_of
+    from moequant.kernels.library.symmetric import headers_of
     from moequant.kernels.symmetric.push_rank_sums import Sums as Place, push_rank_sums
 
     capacity, columns, max_tokens = 2**20 + 1, 1024, 2**21 + 1
     y = torch.empty(3, capacity, columns, dtype=torch.bfloat16, device=device)
-    notes = torch.empty(3, capacity, 12, dtype=torch.int32, device=device)
+    headers = torch.empty(3, capacity, 12, dtype=torch.int32, device=device)
     y[2, 0] = torch.randn(columns)
-    notes[2, 0] = torch.tensor([max_tokens - 1, 0, 2 * capacity, 0, 2 * capacity, 0, 0, 0, 0, 0, 0, 0])
-    notes[2, 0, 8] = torch.tensor([0.5]).view(torch.int32)[0]
+    headers[2, 0] = torch.tensor([max_tokens - 1, 0, 2 * capacity, 0, 2 * capacity, 0, 0, 0, 0, 0, 0, 0])
+    headers[2, 0, 8] = torch.tensor([0.5]).view(torch.int32)[0]
     returns = torch.zeros(1, dtype=torch.bfloat16, device=device).new_empty(max_tokens, columns)
     blocks = PeerBlocks(1, device)
     counts = torch.tensor([0, 0, 1], dtype=torch.int32, device=device)
     place = Place(returns.data_ptr() - blocks.memory.data_ptr(), max_tokens)
     starts = None
     if ragged:
-        y, notes = y.flatten(0, 1), notes.flatten(0, 1)
+        y, headers = y.flatten(0, 1), headers.flatten(0, 1)
         starts = torch.tensor([0, 5, 2 * capacity], dtype=torch.int32, device=device)
-    push_rank_sums(y, notes_of(notes, 0), counts, starts, blocks.peers_of(0), place, 1, True)
+    push_rank_sums(y, headers_of(headers, 0), counts, starts, blocks.peers_of(0), place, 1, True)
     assert (returns[-1] == y.view(3, capacity, columns)[2, 0] * 0.5).all()
     assert blocks["fault"].item() == NO_FAULT
 
 
 def call_push_rank_sums(ragged: bool) -> None:
-    from moequant.kernels.library.symmetric import notes_of
+    from moequant.kernels.library.symmetric import headers_of
     from moequant.kernels.symmetric.push_rank_sums import Sums, push_rank_sums as kernel
 
-    y, notes, counts = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(32, dtype=torch.int32)
+    y, headers, counts = empty(32, 1024, 7168), empty(32, 1024, 76, dtype=torch.int32), empty(32, dtype=torch.int32)
     if ragged:
-        y, notes = y[0], notes[0]
-    kernel(y, notes_of(notes, 56), counts, counts if ragged else None, peers_of(), Sums(1024, 128), 8, True)
+        y, headers = y[0], headers[0]
+    kernel(y, headers_of(headers, 56), counts, counts if ragged else None, peers_of(), Sums(1024, 128), 8, True)
 
 
 COMPILE_CASES = cases(call_push_rank_sums, {"ragged": False}, {"ragged": True}, nvidia=True)

@@ -1,4 +1,4 @@
-"""Tokens reach the places of their rows on all ranks, once a rank, with notes that say what the receiver has to know."""
+"""Tokens reach the places of their rows on all ranks, once a rank, with headers that say what the receiver has to know."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = [(5, 1, 2, 3, 8, 300), (7, 4, 3, 2, 5, 130), (1, 6, 1, 8, 3, 1), (0, 2,
 
 
 def words_of_a_note(groups: int, top_k: int, per_rank: bool) -> tuple[int, int, int]:
-    """Where a note's entry and its weights begin, and its end, as the module's docstring has them."""
+    """Where a header's entry and its weights begin, and its end, as the module's docstring has them."""
     entry = 4 * ceil_div(groups, 4)
     weights = entry + 4 + 4 * ceil_div(top_k, 4)
     return entry, weights, weights + 4 * ceil_div(top_k, 4) if per_rank else entry + 4
@@ -41,9 +41,9 @@ class Push:
         self.x = torch.randn(tokens, columns).to(device, x_dtype)
         self.ids = torch.rand(tokens, experts).argsort(1)[:, : self.top_k].contiguous().int()
         self.ids[torch.rand(self.ids.shape) < 0.15] = -1
-        self.slots = torch.empty(self.ids.shape, dtype=torch.int32)
+        self.rows_in_expert = torch.empty(self.ids.shape, dtype=torch.int32)
         counts = torch.empty(experts, dtype=torch.int32)
-        reference.route(self.ids, self.slots, counts)
+        reference.route(self.ids, self.rows_in_expert, counts)
         # some experts are nearly full
         self.offsets = torch.randint(0, self.capacity + 1, (experts,), dtype=torch.int32)
         if ragged:
@@ -58,7 +58,7 @@ class Push:
             self.ranks,
             device,
             values=((self.rows_of_rank, columns), dtype),
-            notes=((self.rows_of_rank, words), torch.int32),
+            headers=((self.rows_of_rank, words), torch.int32),
             rows=((tokens, self.top_k), torch.int32),
             partials=((tokens, self.ranks), torch.int32),
         )
@@ -86,14 +86,14 @@ class Push:
             self.ids.to(self.device),
             None if self.weights is None else self.weights.to(self.device),
             Entries(
-                self.slots.to(self.device),
+                self.rows_in_expert.to(self.device),
                 self.offsets.to(self.device),
                 blocks["rows"][rank],
                 None if self.weights is None else blocks["partials"][rank],
             ),
             Landing(
                 rows=blocks.offsets["values"] if values_offset is None else values_offset,
-                notes=blocks.offsets["notes"] if notes_offset is None else notes_offset,
+                headers=blocks.offsets["headers"] if notes_offset is None else notes_offset,
                 experts=self.ranks * self.local_experts,
                 local_experts=self.local_experts,
                 capacity=self.capacity,
@@ -111,9 +111,9 @@ class Push:
     def places(self) -> list[list[int]]:
         """Rows among all ranks', -1 where there is none."""
         places = []
-        for ids, slots in zip(self.ids.tolist(), self.slots.tolist(), strict=True):
+        for ids, rows_in_expert in zip(self.ids.tolist(), self.rows_in_expert.tolist(), strict=True):
             row = []
-            for expert, slot in zip(ids, slots, strict=True):
+            for expert, slot in zip(ids, rows_in_expert, strict=True):
                 named = 0 <= expert < self.ranks * self.local_experts and slot >= 0
                 place = int(self.offsets[expert]) + slot if named else -1
                 first = (expert // self.local_experts if self.ragged else expert) * self.capacity
@@ -141,16 +141,16 @@ class Push:
                 for k, row in enumerate(theirs):
                     if row < 0 or (wave == 1 and late[k]):
                         continue
-                    note = expected["notes"][owner, row]
-                    note[self.entry :][:4] = torch.tensor([token * self.top_k + k, self.rank, held[0], 0])
+                    header = expected["headers"][owner, row]
+                    header[self.entry :][:4] = torch.tensor([token * self.top_k + k, self.rank, held[0], 0])
                     if row != held[0]:
                         continue
                     expected["values"][owner, row].view(torch.uint8).copy_(values[token].view(torch.uint8))
                     if scales is not None:
-                        note[: self.groups] = scales[token].view(torch.int32)
+                        header[: self.groups] = scales[token].view(torch.int32)
                     if self.weights is not None:
-                        note[self.entry + 4 :][: self.top_k] = torch.tensor(theirs)
-                        note[self.weights_word :][: self.top_k] = self.weights[token].view(torch.int32)
+                        header[self.entry + 4 :][: self.top_k] = torch.tensor(theirs)
+                        header[self.weights_word :][: self.top_k] = self.weights[token].view(torch.int32)
         expected["flags"][:, self.rank] = self.epoch
         return expected
 
@@ -185,33 +185,33 @@ def test_in_two_waves_rows_of_the_first_experts_go_first_and_stand_for_the_other
 
 def test_the_worked_example(device):
     push = Push((1, 3, 2, 2, 8, 64), FP8, device)
-    push.ids, push.slots = torch.tensor([[3, 0, 2]]), torch.tensor([[0, 1, 0]], dtype=torch.int32)
+    push.ids, push.rows_in_expert = torch.tensor([[3, 0, 2]]), torch.tensor([[0, 1, 0]], dtype=torch.int32)
     push.offsets = torch.tensor([4, 0, 8, 5], dtype=torch.int32)
     assert push.places() == [[29, 5, -1]]
     push.check()
     assert push.blocks["rows"][0].tolist() == [[29, 5, -1]]
-    assert push.blocks["notes"][1, 13, 4:].tolist() == [0, 0, 13, 0]
-    assert push.blocks["notes"][0, 5, 4:].tolist() == [1, 0, 5, 0]
+    assert push.blocks["headers"][1, 13, 4:].tolist() == [0, 0, 13, 0]
+    assert push.blocks["headers"][0, 5, 4:].tolist() == [1, 0, 5, 0]
 
 
 def test_the_ragged_worked_example(device):
     """In the same memory as if each of two experts had 8 rows."""
     push = Push((1, 3, 2, 2, 8, 64), FP8, device)
     push.ragged, push.capacity = True, 16
-    push.ids, push.slots = torch.tensor([[3, 0, 2]]), torch.tensor([[0, 1, 0]], dtype=torch.int32)
+    push.ids, push.rows_in_expert = torch.tensor([[3, 0, 2]]), torch.tensor([[0, 1, 0]], dtype=torch.int32)
     push.offsets = torch.tensor([4, 0, 16, 13], dtype=torch.int32)
     push.check()
     assert push.blocks["rows"][0].tolist() == [[29, 5, -1]]
-    assert push.blocks["notes"][1, 13, 4:].tolist() == [0, 0, 13, 0]
+    assert push.blocks["headers"][1, 13, 4:].tolist() == [0, 0, 13, 0]
 
 
 def test_the_layout_of_notes_is_what_the_transport_allocates():
-    from moequant.kernels.symmetric.push_tokens import note_words
+    from moequant.kernels.symmetric.push_tokens import header_words
 
     for groups in (0, 1, 4, 9):
         for top_k in (1, 4, 6):
             for per_rank in (False, True):
-                assert note_words(groups, top_k, per_rank) == words_of_a_note(groups, top_k, per_rank)[2]
+                assert header_words(groups, top_k, per_rank) == words_of_a_note(groups, top_k, per_rank)[2]
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
@@ -242,7 +242,7 @@ def test_bad_groups_travel_as_nan(device):
 def test_a_token_that_names_an_expert_twice_leads_once(device):
     push = Push((2, 4, 2, 2, 8, 130), FP8, device, per_rank=True)
     push.ids = torch.tensor([[1, 3, 1, 1], [3, 3, 0, 1]], dtype=torch.int32)
-    reference.route(push.ids, push.slots, torch.empty(4, dtype=torch.int32))
+    reference.route(push.ids, push.rows_in_expert, torch.empty(4, dtype=torch.int32))
     push.offsets = torch.tensor([0, 5, 6, 7], dtype=torch.int32)
     assert push.places() == [[13, 31, 14, 15], [-1, -1, 0, -1]]
     push.check()
@@ -251,7 +251,7 @@ def test_a_token_that_names_an_expert_twice_leads_once(device):
 def test_ids_slots_and_offsets_out_of_range_become_no_address(ragged, device):
     push = Push((2, 4, 2, 2, 8, 64), FP8, device, per_rank=True, ragged=ragged)
     push.ids = torch.tensor([[4, 2**40, -1, -7], [0, 1, 2, 3]])
-    push.slots = torch.tensor([[0, 0, 0, 1], [-1, -(2**31), 1, 1]], dtype=torch.int32)
+    push.rows_in_expert = torch.tensor([[0, 0, 0, 1], [-1, -(2**31), 1, 1]], dtype=torch.int32)
     push.offsets = torch.tensor([0, 0, -5, 2**31 - 1], dtype=torch.int32)
     push.check()
     assert (push.blocks["rows"][0] == -1).all() and (push.blocks["partials"][0] == -1).all()
@@ -259,7 +259,7 @@ def test_ids_slots_and_offsets_out_of_range_become_no_address(ragged, device):
 
 @pytest.mark.parametrize("epoch", EPOCHS)
 def test_flags_carry_the_epoch_that_has_begun(epoch, device):
-    """Of three ranks, one is a call ahead; the launch leaves the ticket ready for the next, which finds rank 2 missing."""
+    """Of three ranks, one is a call ahead; the launch leaves the counter of arrivals ready for the next, which finds rank 2 missing."""
     ahead = following(epoch)
     push = Push((3, 2, 3, 2, 8, 64), FP8, device, epoch=epoch, rank=1)
     push.blocks["flags"][1] = torch.tensor([ahead, epoch, epoch])
@@ -300,16 +300,16 @@ def test_rows_past_2_to_the_31_elements(ragged, device):
     capacity, columns = 2**21 + 3, 1024
     push = Push((1, 1, 1, 1, 1, columns), torch.int8, device, ragged=ragged)
     push.ids.zero_()
-    push.slots.zero_()
+    push.rows_in_expert.zero_()
     push.capacity, push.offsets = capacity, torch.tensor([capacity - 1], dtype=torch.int32)
     values = torch.empty(capacity, columns, dtype=torch.int8, device=device)
-    notes = torch.empty(capacity, 12, dtype=torch.int32, device=device)
+    headers = torch.empty(capacity, 12, dtype=torch.int32, device=device)
     start = push.blocks.memory.data_ptr()
-    push.run(values_offset=values.data_ptr() - start, notes_offset=notes.data_ptr() - start)
+    push.run(values_offset=values.data_ptr() - start, notes_offset=headers.data_ptr() - start)
     expected = reference.quantize_groups(push.x.cpu(), 128, torch.int8, "default", None)
     assert (values[-1].cpu() == expected[0]).all()
-    assert (notes[-1, :8].cpu() == expected[1].view(torch.int32)).all()
-    assert notes[-1, 8:].tolist() == [0, 0, capacity - 1, 0]
+    assert (headers[-1, :8].cpu() == expected[1].view(torch.int32)).all()
+    assert headers[-1, 8:].tolist() == [0, 0, capacity - 1, 0]
 
 
 COMPILE_CASES = [

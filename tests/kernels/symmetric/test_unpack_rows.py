@@ -23,7 +23,7 @@ SHAPES = [
 
 
 class Landing:
-    """Random rows and notes as `push_tokens` leaves them, a third of the rows followers; rows that are not valid hold 0x55.
+    """Random rows and headers as `push_tokens` leaves them, a third of the rows followers; rows that are not valid hold 0x55.
 
     ragged: the experts' rows lie in one buffer, a few rows apart, in which M rows of the last have room.
     """
@@ -51,7 +51,7 @@ class Landing:
         self.entry = 4 * ceil_div(self.groups, 4)
         buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "values": ((*lie, self.columns), dtype),
-            "notes": ((*lie, self.entry + 4), torch.int32),
+            "headers": ((*lie, self.entry + 4), torch.int32),
             "scales": ((*lie[:-1], self.groups, lie[-1]), torch.float32),
             "sources": (lie, torch.int64),
             "destinations": (lie, torch.int64),
@@ -63,18 +63,18 @@ class Landing:
             self.starts[expert] + row: expert for expert, count in enumerate(counts) for row in range(min(max(count, 0), capacity))
         }
         self.valid = list(self.experts_of)
-        leaders = self.valid[::3] + self.valid[1::3]
+        first_copies = self.valid[::3] + self.valid[1::3]
         for flat in self.valid:
-            leader = flat if flat in leaders else leaders[flat % len(leaders)]
-            note = self.note(flat)
-            if leader == flat:
+            first_copy = flat if flat in first_copies else first_copies[flat % len(first_copies)]
+            header = self.header(flat)
+            if first_copy == flat:
                 self.values(self.blocks)[flat] = torch.randint(0, 255, (self.columns * dtype.itemsize,), dtype=torch.uint8)
-                note[: self.groups] = torch.randn(self.groups).view(torch.int32)
-            note[self.entry :] = torch.tensor([int(torch.randint(0, ENTRIES, ())), flat % RANKS, leader, 0])
+                header[: self.groups] = torch.randn(self.groups).view(torch.int32)
+            header[self.entry :] = torch.tensor([int(torch.randint(0, ENTRIES, ())), flat % RANKS, first_copy, 0])
 
-    def note(self, flat: int) -> torch.Tensor:
-        """A row's note on rank 1, the one that the rows are on."""
-        return self.blocks["notes"][1].view(self.rows, -1)[flat]
+    def header(self, flat: int) -> torch.Tensor:
+        """A row's header on rank 1, the one that the rows are on."""
+        return self.blocks["headers"][1].view(self.rows, -1)[flat]
 
     def values(self, blocks: PeerBlocks) -> torch.Tensor:
         """(L * M or R, bytes of a row) uint8."""
@@ -85,7 +85,7 @@ class Landing:
         expected_rows: int = 4,
         part: tuple[int, int] | None = None,
     ) -> None:
-        from moequant.kernels.library.symmetric import notes_of
+        from moequant.kernels.library.symmetric import headers_of
         from moequant.kernels.symmetric.unpack_rows import Landed, Returns, unpack_rows
 
         blocks = self.blocks
@@ -97,7 +97,7 @@ class Landing:
                 blocks["sources"][1],
                 self.expert_start,
             ),
-            notes_of(blocks["notes"][1], self.groups),
+            headers_of(blocks["headers"][1], self.groups),
             blocks.peers_of(1),
             Returns(
                 blocks["destinations"][1] if self.pushed else None,
@@ -116,15 +116,15 @@ class Landing:
         for flat in self.valid:
             if not begin <= self.experts_of[flat] < end:
                 continue
-            entry, source, leader = self.note(flat)[self.entry :][:3].tolist()
+            entry, source, first_copy = self.header(flat)[self.entry :][:3].tolist()
             expected["sources"][1].view(-1)[flat] = source << 32 | entry
             if self.pushed and 0 <= source < RANKS and 0 <= entry < ENTRIES:
                 address = peers[source] + self.blocks.offsets["returns"] + entry * self.return_bytes
                 expected["destinations"][1].view(-1)[flat] = address
-            if 0 <= leader < self.rows:
+            if 0 <= first_copy < self.rows:
                 place = (flat,) if self.ragged else divmod(flat, self.rows // self.experts)
-                expected["scales"][1].mT[place] = self.note(leader)[: self.groups].view(torch.float32)
-                self.values(expected)[flat] = self.values(self.blocks)[leader]
+                expected["scales"][1].mT[place] = self.header(first_copy)[: self.groups].view(torch.float32)
+                self.values(expected)[flat] = self.values(self.blocks)[first_copy]
         return expected
 
     def check(self, expected_rows: int = 4) -> None:
@@ -169,8 +169,8 @@ def test_rows_of_some_experts_land_alone(ragged, device):
 
 def test_the_worked_example(device):
     landing = Landing((2, 8, 64, [4, 6]), torch.bfloat16, device)
-    landing.note(13)[:] = torch.tensor([9, 2, 3, 0])
-    landing.note(3)[:] = torch.tensor([8, 2, 3, 0])
+    landing.header(13)[:] = torch.tensor([9, 2, 3, 0])
+    landing.header(3)[:] = torch.tensor([8, 2, 3, 0])
     landing.check()
     blocks = landing.blocks
     assert blocks["sources"][1, 1, 5].item() == 2 << 32 | 9
@@ -202,7 +202,7 @@ def test_counts_that_the_buffer_has_no_room_for_stay_in_it(device):
 
 
 def test_after_a_fault_the_batch_is_empty_and_nothing_else_is_written(ragged, device):
-    """Notes may then be anything, and destinations are those of an earlier call."""
+    """Headers may then be anything, and destinations are those of an earlier call."""
     landing = Landing((2, 8, 300, [8, 5]), FP8, device, ragged=ragged)
     landing.blocks["fault"][1] = fault_word(3, 1, 2)
     expected = landing.blocks.snapshot()
@@ -216,38 +216,38 @@ FAR = [-1, -(2**31), 2**31 - 1]
 
 @pytest.mark.parametrize("dtype", [FP8, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "word, hostile", [(0, [*FAR, ENTRIES]), (1, [*FAR, RANKS]), (2, [*FAR, None])], ids=["entry", "source", "leader"]
+    "word, hostile", [(0, [*FAR, ENTRIES]), (1, [*FAR, RANKS]), (2, [*FAR, None])], ids=["entry", "source", "first_copy"]
 )
-def test_hostile_notes_become_no_address(word, hostile, dtype, ragged, device):
-    """Rows keep what their places held; the rows around them land. A leader that is not valid is a row of the buffer, no more."""
+def test_hostile_headers_become_no_address(word, hostile, dtype, ragged, device):
+    """Rows keep what their places held; the rows around them land. A first_copy that is not valid is a row of the buffer, no more."""
     landing = Landing((2, 8, 300, [8, 5]), dtype, device, ragged=ragged)
     hostile = [landing.rows if number is None else number for number in hostile]
     # followers, and rows that would lead
     for flat, value in zip([2, 3, 5, 12], hostile, strict=True):
-        landing.note(flat)[landing.entry + word] = value
+        landing.header(flat)[landing.entry + word] = value
     for flat in landing.valid:
-        # nobody follows a row whose own leader is another
-        if landing.note(flat)[landing.entry + 2] in (2, 3, 5, 12) and flat not in (2, 3, 5, 12):
-            landing.note(flat)[landing.entry + 2] = 15
+        # nobody follows a row whose own first_copy is another
+        if landing.header(flat)[landing.entry + 2] in (2, 3, 5, 12) and flat not in (2, 3, 5, 12):
+            landing.header(flat)[landing.entry + 2] = 15
     landing.check()
 
 
 def test_rows_past_2_to_the_31_elements(ragged, device):
     """Memory that is reserved, but on a CPU not filled: only the last of three experts has rows, of which the second follows."""
-    from moequant.kernels.library.symmetric import notes_of
+    from moequant.kernels.library.symmetric import headers_of
     from moequant.kernels.symmetric.unpack_rows import Landed, Returns, unpack_rows
 
     capacity, columns, entry = 2**20 + 1, 1024, 2**21 + 5
     values = torch.empty(3, capacity, columns, dtype=torch.int8, device=device)
-    notes = torch.empty(3, capacity, 12, dtype=torch.int32, device=device)
+    headers = torch.empty(3, capacity, 12, dtype=torch.int32, device=device)
     sources, destinations = (torch.empty(3, capacity, dtype=torch.int64, device=device) for _ in range(2))
     scales = torch.empty(3, 8, capacity, device=device).transpose(1, 2)
     values[2, 0] = torch.randint(-128, 128, (columns,))
     values[2, 1] = 0
-    notes[2, :2] = torch.arange(12)
-    notes[2, :2, 8] = entry
-    notes[2, :2, 9] = 0
-    notes[2, :2, 10] = 2 * capacity
+    headers[2, :2] = torch.arange(12)
+    headers[2, :2, 8] = entry
+    headers[2, :2, 9] = 0
+    headers[2, :2, 10] = 2 * capacity
     counts = torch.tensor([0, 0, 2], dtype=torch.int32, device=device)
     peers = PeerBlocks(1, device).peers_of(0)._replace(pointers=torch.tensor([2**40], device=device))
     batch, returns = Landed(values.view(torch.uint8), scales, counts, sources), Returns(destinations, 256, 2**22, 2048)
@@ -257,7 +257,7 @@ def test_rows_past_2_to_the_31_elements(ragged, device):
         scales = torch.empty(8, 3 * capacity, device=device).mT
         landed = scales[2 * capacity :]
         batch = Landed(values.view(torch.uint8).flatten(0, 1), scales, counts, sources.view(-1), starts)
-    unpack_rows(batch, notes_of(notes, 8), peers, returns, 1, 4)
+    unpack_rows(batch, headers_of(headers, 8), peers, returns, 1, 4)
     assert (values[2, 1] == values[2, 0]).all()
     assert (landed[:2].cpu().view(torch.int32) == torch.arange(8)).all()
     assert sources[2, :2].tolist() == [entry] * 2
