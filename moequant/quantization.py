@@ -6,12 +6,14 @@ of 128 columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moequant import ops
 from moequant.activations import Activation, activation_of
-from moequant.batch import QuantizedTensor, ceil_div, empty_scales_of, scale_layout
+from moequant.batch import QuantizedTensor, ScaleLayout, ceil_div, empty_scales_of, scale_layout
 from moequant.checks import (
     check_choice,
     check_contiguous,
@@ -40,6 +42,7 @@ from moequant.group_quant import (
     per_token_group_quant_fp8,
     quantize_blocks,
 )
+from moequant.repeats import Repeats
 
 __all__ = [
     "FP8Format",
@@ -63,6 +66,10 @@ __all__ = [
     "weight_dequant",
     "weight_quant",
 ]
+
+# of `quantize_expert_batch` and `silu_mul_quantize`, whose tensors are all given, so that nothing is kept alive
+REPEATS = Repeats()
+SETTING_TYPES = {(torch.dtype, str, int, last) for last in (type(None), float, str, Activation)}
 
 
 def quantize_expert_batch(
@@ -104,12 +111,16 @@ def quantize_expert_batch(
         ValueError: a wrong shape, dtype, device, recipe or eps.
         RuntimeError: x requires grad under grad mode.
     """
-    check_quantize_arguments(x, num_tokens, expert_start, recipe, eps)
-    check_choice("group_size", group_size, GROUP_SIZES)
-    check_no_grad(values=values, scales=scales)
-    out = _outputs(x.shape, x.device, dtype, group_size, recipe, values, scales)
-    ops.quantize_expert_batch(x, num_tokens, expert_start, out.values, out.scales, group_size, recipe, eps)
-    return out
+
+    def quantize(values: Tensor | None, scales: Tensor | None) -> QuantizedTensor:
+        check_quantize_arguments(x, num_tokens, expert_start, recipe, eps)
+        check_choice("group_size", group_size, GROUP_SIZES)
+        check_no_grad(values=values, scales=scales)
+        out = _outputs(x.shape, x.device, dtype, group_size, recipe, values, scales)
+        ops.quantize_expert_batch(x, num_tokens, expert_start, out.values, out.scales, group_size, recipe, eps)
+        return out
+
+    return _repeated(quantize, (x, num_tokens, expert_start, values, scales), (dtype, recipe, group_size, eps))
 
 
 def silu_mul_quantize(
@@ -149,12 +160,16 @@ def silu_mul_quantize(
         ValueError: a wrong shape, dtype, device, activation or recipe.
         RuntimeError: x or bias requires grad under grad mode.
     """
-    check_quantize_arguments(x, num_tokens, expert_start, recipe, None)
-    check_no_grad(values=values, scales=scales)
-    text, shape = _activation(x, expert_start, activation, bias)
-    out = _outputs(shape, x.device, dtype, 128, recipe, values, scales)
-    ops.silu_mul_quantize(x, num_tokens, expert_start, out.values, out.scales, recipe, text, bias)
-    return out
+
+    def quantize(values: Tensor | None, scales: Tensor | None) -> QuantizedTensor:
+        check_quantize_arguments(x, num_tokens, expert_start, recipe, None)
+        check_no_grad(values=values, scales=scales)
+        text, shape = _activation(x, expert_start, activation, bias)
+        out = _outputs(shape, x.device, dtype, 128, recipe, values, scales)
+        ops.silu_mul_quantize(x, num_tokens, expert_start, out.values, out.scales, recipe, text, bias)
+        return out
+
+    return _repeated(quantize, (x, num_tokens, expert_start, bias, values, scales), (dtype, recipe, 128, activation))
 
 
 def silu_mul(
@@ -265,6 +280,31 @@ def _activation(
         check_contiguous("bias", bias)
         check_no_grad(bias=bias)
     return kind.text, torch.Size((*x.shape[:-1], x.shape[-1] // kind.width))
+
+
+def _repeated(
+    quantize: Callable[[Tensor | None, Tensor | None], QuantizedTensor],
+    tensors: tuple[Tensor | None, ...],
+    settings: tuple[torch.dtype, str, int, float | str | Activation | None],
+) -> QuantizedTensor:
+    """What quantize(values, scales) returns: by itself, or, where outputs are given, by repeating its launch.
+
+    Args:
+        quantize: checks its arguments, launches, and returns its outputs.
+        tensors: what it reads, and the outputs last, which are None where they are not given.
+        settings: dtype, recipe, group size, and whatever else the result depends on.
+    """
+    given = tuple(tensor for tensor in tensors if tensor is not None)
+    values, scales = tensors[-2:]
+    # what is not as it should be is left to the checks, and so is what equals a setting and is none
+    usual = all(type(tensor) is Tensor for tensor in given) and tuple(map(type, settings)) in SETTING_TYPES
+    if values is None or scales is None or not usual:
+        return quantize(values, scales)
+    _, recipe, group_size, _ = settings
+    key = *settings, *(tensor is None for tensor in tensors), torch.is_grad_enabled()
+    # what is recorded holds no tensor
+    layout: ScaleLayout = REPEATS.run(given[0], given, key, lambda: quantize(values, scales).layout)
+    return QuantizedTensor.made_of(values, scales, layout, recipe, group_size)
 
 
 def _outputs(

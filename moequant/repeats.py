@@ -36,15 +36,17 @@ HARMLESS = frozenset(
         *("__getitem__", "expand", "flatten", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze", "view"),
     )
 )
+UNKNOWN: Any = object()
 # What a step may do once: workspaces that it keeps are made when they are first needed.
 MEMORY = frozenset(("empty", "empty_like", "new_empty"))
 
 
 class Repeated(NamedTuple):
-    """A launch, its values, and which of them are addresses of which inputs."""
+    """A launch, its values, and which of them are addresses of which inputs: (place, input). in_tuples: (place, which member, input)."""
 
     launch: Launch
     places: tuple[tuple[int, int], ...]
+    in_tuples: tuple[tuple[int, int, int], ...]
 
 
 class Watch(TorchFunctionMode):
@@ -95,18 +97,23 @@ class Repeats:
         key: list[Any] = [stream, *settings]
         for tensor, address in zip(inputs, addresses, strict=True):
             key += tensor.dtype, tensor.shape, tensor.stride(), address & 15 == 0, tensor.requires_grad, tensor.get_device()
+            # a view whose numbers are not those that lie there
+            key.append(tensor.is_neg())
         found = tuple(key)
-        if found not in self._steps:
+        step = self._steps.get(found, UNKNOWN)
+        if step is UNKNOWN:
             return self._first(found, inputs, addresses, call)
-        step = self._steps[found]
         if step is None:
             return call()
         launches, result = step
-        for (start, grid, values, _), places in launches:
-            if places:
+        for (start, grid, values, _), places, in_tuples in launches:
+            if places or in_tuples:
                 values = values.copy()
                 for place, number in places:
                     values[place] = addresses[number]
+                for place, member, number in in_tuples:
+                    members = values[place]
+                    values[place] = (*members[:member], addresses[number], *members[member + 1 :])
             start(*grid, stream, *values)
         return result
 
@@ -146,20 +153,25 @@ class Repeats:
 def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> Repeated | None:
     """A launch, and where the inputs' addresses stand in it; it holds the other tensors. None if it has parts of inputs."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    places, held = [], {}
+    places, in_tuples, held = [], [], {}
     for place, argument in launch.arguments.items():
-        for part in members_of(argument):
-            # a TMA descriptor has an address as well
-            base = getattr(part, "base", part)
-            if not hasattr(base, "data_ptr"):
+        kept = []
+        for member, part in enumerate(argument if isinstance(argument, tuple) else (argument,)):
+            if isinstance(part, Tensor) and part.data_ptr() in addresses:
+                number = addresses.index(part.data_ptr())
+                if isinstance(argument, tuple):
+                    in_tuples.append((place, member, number))
+                else:
+                    places.append((place, number))
                 continue
-            if base.data_ptr() in addresses and part is argument and isinstance(part, Tensor):
-                places.append((place, addresses.index(part.data_ptr())))
-            elif is_of(base, inputs, storages):
-                return None
-            else:
-                held[place] = argument
-    return Repeated(launch._replace(arguments=held), tuple(places))
+            for inner in members_of(part):
+                # a TMA descriptor has an address as well
+                base = getattr(inner, "base", inner)
+                if hasattr(base, "data_ptr") and is_of(base, inputs, storages):
+                    return None
+            kept.append(part)
+        held[place] = tuple(kept)
+    return Repeated(launch._replace(arguments=held), tuple(places), tuple(in_tuples))
 
 
 def members_of(argument: Any) -> Iterator[Any]:

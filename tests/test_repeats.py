@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher
+from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher, quantization, quantize_expert_batch, silu_mul_quantize
+from moequant.kernels.library.arguments import Rows
 from moequant.kernels.library.launch import Launchable
-from moequant.repeats import MOST_STEPS, Repeats
+from moequant.repeats import MOST_STEPS, Repeats, members_of
 from moequant.testing import assert_bit_equal, routing
 from written_launches import Kernel, install_gpu
 
@@ -52,6 +53,13 @@ class Step:
         return self.repeats.run(x, (x, y), settings, call)
 
 
+def held_by(step: Step) -> list[Tensor]:
+    (recorded,) = step.repeats._steps.values()
+    assert recorded is not None
+    arguments = recorded[0][0].launch.arguments
+    return [part for part in members_of(tuple(arguments.values())) if isinstance(part, Tensor)]
+
+
 def test_a_step_that_comes_again_is_launched_with_the_addresses_of_its_inputs(gpu):
     step = Step()
     inputs = [(torch.zeros(16), torch.zeros(16)) for _ in range(3)]
@@ -60,6 +68,19 @@ def test_a_step_that_comes_again_is_launched_with_the_addresses_of_its_inputs(gp
     assert [started[-1] for started in step.kernel.started] == [
         (x.data_ptr(), step.kept.data_ptr(), y.data_ptr(), 5) for x, y in inputs
     ]
+
+
+def test_inputs_in_tuples_are_put_in_anew(gpu):
+    other = torch.zeros(16)
+    step = Step(lambda x, y: (Rows(x, 16), (other, y, 1)))
+    inputs = [(torch.zeros(16), torch.zeros(16)) for _ in range(3)]
+    for both in inputs:
+        step(*both)
+    assert step.asked == 0
+    assert [started[-1] for started in step.kernel.started] == [
+        ((x.data_ptr(), 16), step.kept.data_ptr(), (other.data_ptr(), y.data_ptr(), 1), 5) for x, y in inputs
+    ]
+    assert [id(tensor) for tensor in held_by(step)] == [id(step.kept), id(other)]
 
 
 def test_inputs_may_change_places(gpu):
@@ -77,6 +98,7 @@ OTHERS = {
     "stride": (X[:32:2], X[32:48]),
     "alignment": (X[1:17], X[32:48]),
     "settings": (X[:16], X[16:32], "other"),
+    "a negative view": (X[:16], torch._neg_view(X[16:32])),
 }
 
 
@@ -99,7 +121,6 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "torch's own work": lambda x, y: (x, y.add_(1)),
     "a copy": lambda x, y: (x, y.clone()),
     "memory of its own": lambda x, y: (x, torch.empty(16)),
-    "an input in a tuple": lambda x, y: (x, (y, 1)),
     "an input in a tuple in a tuple": lambda x, y: (x, (1, (y,))),
     "a descriptor of an input": lambda x, y: (x, SimpleNamespace(base=y, block_shape=[1], padding="zero")),
 }
@@ -139,10 +160,7 @@ def test_two_inputs_in_one_place_are_not_recorded(gpu):
 def test_what_is_no_input_is_held_and_inputs_are_not(gpu):
     step, x = Step(), torch.zeros(16)
     step(x, torch.zeros(16))
-    (recorded,) = step.repeats._steps.values()
-    assert recorded is not None
-    held = recorded[0][0].launch.arguments.values()
-    assert any(part is step.kept for part in held) and not any(isinstance(part, Tensor) and part is not step.kept for part in held)
+    assert [id(tensor) for tensor in held_by(step)] == [id(step.kept)]
 
 
 def test_ten_thousand_kinds_of_steps_are_not_all_kept(gpu):
@@ -249,3 +267,54 @@ def test_weights_that_are_replaced_are_seen():
         assert_bit_equal(dispatcher(*given, experts), before * 2)
         experts.w2 = torch.zeros_like(w2)
         assert not dispatcher(*given, experts).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+def test_repeated_quantizers_have_the_bits_of_new_ones_and_hold_nothing(ragged):
+    """The same launch again on other memory, other counts and other settings, against fresh outputs; recordings keep no tensor."""
+    generator = torch.Generator().manual_seed(2)
+    counts = torch.tensor([[9, 0, 16], [16, 3, 1], [0, 0, 5]], dtype=torch.int32)
+    before = len(quantization.REPEATS._steps)
+    for number in range(12):
+        shape = (48, 512) if ragged else (3, 16, 512)
+        x = torch.randn(shape, generator=generator).bfloat16().cuda()
+        n = counts[number % 3].cuda()
+        start = (torch.tensor([0, 16, 32], dtype=torch.int32).cuda(),) if ragged else ()
+        for function in (quantize_expert_batch, silu_mul_quantize):
+            columns = 512 if function is quantize_expert_batch else 256
+            settings: dict[str, Any] = {"dtype": torch.int8, "recipe": ("default", "ue8m0")[number % 2]}
+            outputs = []
+            for _ in range(2):
+                values = torch.full((*shape[:-1], columns), 77, dtype=torch.int8, device="cuda")
+                scales = torch.full((*shape[:-1], columns // 128), -1.0, device="cuda")
+                outputs.append({"values": values, "scales": scales})
+            again = function(x, n, *start, **settings, **outputs[0])
+            assert again.values is outputs[0]["values"] and again.scales is outputs[0]["scales"] and again.layout == "row"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Repeats, "device", lambda self, x: None)
+                function(x, n, *start, **settings, **outputs[1])
+            assert_bit_equal(again.values, outputs[1]["values"])
+            assert_bit_equal(again.scales, outputs[1]["scales"])
+    kept = [*quantization.REPEATS._steps.values()][before:]
+    assert any(step is not None for step in kept)
+    for step in kept:
+        for repeated in step[0] if step else ():
+            assert not any(isinstance(part, Tensor) for part in members_of(tuple(repeated.launch.arguments.values())))
+
+
+def test_a_repeated_quantizer_raises_what_it_would_raise_the_first_time(gpu, monkeypatch):
+    """Settings that are equal to those of a recorded call, and of another type."""
+    x, counts = torch.randn(2, 16, 128).bfloat16(), torch.tensor([3, 16], dtype=torch.int32)
+    asked = []
+    monkeypatch.setattr(quantization.REPEATS, "run", lambda x, inputs, settings, call: asked.append(settings) or call())
+    outputs: dict[str, Any] = {"values": torch.empty(2, 16, 128, dtype=torch.int8), "scales": torch.empty(2, 16, 1)}
+    quantize_expert_batch(x, counts, dtype=torch.int8, **outputs)
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match="group_size"):
+        quantize_expert_batch(x, counts, dtype=torch.int8, group_size=cast(Any, 128.0), **outputs)
+    with pytest.raises(ValueError, match="recipe"):
+        quantize_expert_batch(x, counts, dtype=torch.int8, recipe=cast(Any, ["default"]), **outputs)
+    with pytest.raises(ValueError, match="num_tokens"):
+        quantize_expert_batch(x, cast(Any, [3, 16]), dtype=torch.int8, **outputs)
+    assert len(asked) == 1
