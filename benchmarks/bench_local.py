@@ -1,13 +1,17 @@
 """One expert layer on one GPU, without an exchange: routing, dispatch, combine, and the whole: python benchmarks/bench_local.py
 
 A case has the experts that one rank of 8 would hold, and as many tokens, so that an expert has as many rows as on 8 ranks with T tokens
-each. Letters: T tokens, K top-k, E experts, M rows of an expert's buffer, H hidden size, I intermediate size, G = ceil(H / 128).
+each. Beside the whole layer stands the same in bfloat16 by torch's own grouped_mm; of both, the most memory that tensors took in a call
+besides weights and inputs, the dispatcher's buffers among it.
+
+Letters: T tokens, K top-k, E experts, M rows of an expert's buffer, H hidden size, I intermediate size, G = ceil(H / 128).
 """
 
 from __future__ import annotations
 
 import sys
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from moequant import GroupedExperts, MoEQuantDispatcher, ops
 from moequant.models import MODELS, ModelShape, model_shape
 from moequant.testing import routing
 
+# torch 2.10 has it under another name
+grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
 RANKS = 8
 DEFAULT_MODELS = ("deepseek-v3", "v4-flash", "qwen3-235b", "gpt-oss-120b")
 TOKENS = (1, 8, 32, 128, 512, 4096)
@@ -51,8 +57,43 @@ def check(hidden: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor,
         raise AssertionError(f"the layer's result is {result}")
 
 
-def run_shape(bench: Bench, shape: ModelShape, all_tokens: tuple[int, ...], quant: str) -> None:
-    """Times one model's layer for each number of tokens."""
+def torch_layer(hidden: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
+    """The layer by torch's own operations, in bfloat16: (T, H)."""
+    experts, top_k = len(w13), ids.shape[1]
+    order = ids.flatten().argsort(stable=True)
+    token = order // top_k
+    ends = torch.nn.functional.one_hot(ids.flatten(), experts).sum(0).cumsum(0).int()
+    gate, up = grouped_mm(hidden[token], w13.mT, offs=ends).chunk(2, dim=-1)
+    rows = grouped_mm(torch.nn.functional.silu(gate) * up, w2.mT, offs=ends)
+    weighted = rows * weights.flatten()[order, None]
+    return torch.zeros_like(hidden).index_add_(0, token, weighted.to(hidden.dtype))
+
+
+def most_bytes(call: Callable[[], Any], device: str) -> int | None:
+    """The most memory that tensors take while a call lasts, besides what was there; None on a CPU."""
+    if device == "cpu":
+        call()
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def torch_beside(inputs: tuple[Tensor, Tensor, Tensor], given: tuple[Tensor, Tensor], device: str) -> dict[str, Any]:
+    """What a layer's record says of torch's own, checked; nothing where torch has no grouped_mm."""
+    if grouped_mm is None or device == "cpu":
+        return {}
+    check(*inputs, *given, torch_layer(*inputs, *given), "none")
+    timing = measure_graph(lambda: torch_layer(*inputs, *given))
+    taken = most_bytes(lambda: torch_layer(*inputs, *given), device)
+    return {"peer": "torch grouped_mm, bfloat16", "peer_us": float(f"{timing.us:.5g}"), "peer_bytes": taken}
+
+
+def run_shape(bench: Bench, shape: ModelShape, all_tokens: tuple[int, ...], quant: str, layouts: tuple[str, ...]) -> None:
+    """Times one model's layer for each number of tokens and each layout."""
     experts, top_k, columns = max(shape.num_experts // RANKS, shape.top_k), shape.top_k, shape.hidden_size
     w13, w2 = make_weights(shape, experts, bench.device)
     layer = GroupedExperts.from_weights(w13, w2, quant=quant)
@@ -61,11 +102,37 @@ def run_shape(bench: Bench, shape: ModelShape, all_tokens: tuple[int, ...], quan
         generator = torch.Generator(bench.device).manual_seed(tokens)
         ids, weights = routing(tokens, top_k, experts, generator=generator)
         hidden = torch.randn(tokens, columns, dtype=torch.bfloat16, generator=generator, device=bench.device)
-        settings: dict[str, Any] = {"num_experts": experts, "top_k": top_k, "hidden_size": columns, "max_tokens_per_rank": tokens}
-        with MoEQuantDispatcher(**settings, quant=quant, transport="local", device=bench.device) as dispatcher:
-            check(hidden, ids, weights, w13, w2, dispatcher(hidden, ids, weights, layer), quant)
-            case = {"T": tokens, "H": columns, "I": shape.intermediate_size, "E": experts, "K": top_k, "W": 1, "quant": quant}
-            run_steps(bench, case | {"transport": "local", "routing": "uniform"}, dispatcher, layer, hidden, ids, weights)
+        beside = torch_beside((hidden, ids, weights), (w13, w2), bench.device)
+        for layout in layouts:
+            run_layout(bench, shape, layer, (w13, w2), (hidden, ids, weights), {"quant": quant, "layout": layout}, beside)
+
+
+def run_layout(
+    bench: Bench,
+    shape: ModelShape,
+    layer: GroupedExperts,
+    given: tuple[Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    options: dict[str, Any],
+    beside: dict[str, Any],
+) -> None:
+    """Checks and times a layer in one layout. given: w13 and w2, bfloat16. options: more of the dispatcher's settings.
+    beside: what the record says of another layer."""
+    (tokens, columns), experts, quant = inputs[0].shape, len(given[0]), options["quant"]
+    settings: dict[str, Any] = {"num_experts": experts, "top_k": shape.top_k, "hidden_size": columns, "max_tokens_per_rank": tokens}
+    settings |= {"transport": "local", "device": bench.device, **options}
+    dispatchers: list[MoEQuantDispatcher] = []
+
+    def first_call() -> None:
+        dispatchers.append(MoEQuantDispatcher(**settings))
+        check(*inputs, *given, dispatchers[0](*inputs, layer), quant)
+
+    taken = most_bytes(first_call, bench.device)
+    beside = beside if taken is None else {"bytes": taken, **beside}
+    with dispatchers[0] as dispatcher:
+        case = {"T": tokens, "H": columns, "I": shape.intermediate_size, "E": experts, "K": shape.top_k, "W": 1, "quant": quant}
+        case |= {"transport": "local", "routing": "uniform"} | ({"layout": "ragged"} if dispatcher.config.ragged else {})
+        run_steps(bench, case, dispatcher, layer, *inputs, beside)
 
 
 def run_steps(
@@ -76,17 +143,20 @@ def run_steps(
     hidden: Tensor,
     ids: Tensor,
     weights: Tensor,
+    beside: dict[str, Any],
 ) -> None:
-    """Times and records routing, dispatch, combine and the whole layer."""
+    """Times and records routing, dispatch, combine and the whole layer. beside: more of the layer's record."""
     config, (tokens, columns), size = dispatcher.config, hidden.shape, layer.intermediate_size
     width, rows = config.dtype.itemsize, ids.numel()
     row = columns * width + (4 * config.num_groups if config.quantized else 0)
     common = {key: value for key, value in case.items() if key != "I"}
 
-    def record(op: str, own: dict[str, int | str], step, nbytes: int, floor_us: float | None = None, flops: int = 0) -> None:
+    def record(
+        op: str, own: dict[str, int | str], step, nbytes: int, floor_us: float | None = None, flops: int = 0, **more
+    ) -> None:
         timing = measure_graph(step, device=bench.device)
         rates: dict[str, Any] = {"tflops": flops / timing.us / 1e6} if flops else {"gbps": nbytes / timing.us / 1e3}
-        bench.record(op, own, timing, floor_us=bench.floor_us(nbytes) if floor_us is None else floor_us, **rates)
+        bench.record(op, own, timing, floor_us=bench.floor_us(nbytes) if floor_us is None else floor_us, **rates, **more)
 
     rows_in_expert, counts = torch.empty_like(ids), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
     shape = {key: case[key] for key in ("T", "E", "K")}
@@ -102,7 +172,7 @@ def run_steps(
     products = 6 * rows * size * columns
     # the weights of the experts that have rows are read, whatever else is
     floor = bench.floor_us(busy * 3 * size * columns * width, products, config.dtype)
-    record("layer", case, lambda: dispatcher(hidden, ids, weights, layer), 0, floor, products)
+    record("layer", case, lambda: dispatcher(hidden, ids, weights, layer), 0, floor, products, **beside)
 
 
 def main() -> None:
@@ -112,6 +182,9 @@ def main() -> None:
     )
     parser.add_argument("--num-tokens", nargs="+", type=int, metavar="T", help=f"tokens (default: {TOKENS})")
     parser.add_argument("--quant", choices=("fp8_e4m3fn", "int8", "none"), default="fp8_e4m3fn", help="(default: fp8_e4m3fn)")
+    parser.add_argument(
+        "--layouts", nargs="+", choices=("padded", "ragged"), default=("padded", "ragged"), help="of the rows (default: both)"
+    )
     parser.add_argument("--output-json", type=Path, help="append records here instead of benchmarks/results/<machine>.jsonl")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)")
     options = parser.parse_args()
@@ -119,10 +192,10 @@ def main() -> None:
     bench = Bench.start(options.output_json, device=options.device)
     with torch.no_grad():
         if bench.device == "cpu":
-            run_shape(bench, CPU_SHAPE, CPU_TOKENS, options.quant)
+            run_shape(bench, CPU_SHAPE, CPU_TOKENS, options.quant, tuple(options.layouts))
             return
         for name in options.models:
-            run_shape(bench, model_shape(name), tuple(options.num_tokens or TOKENS), options.quant)
+            run_shape(bench, model_shape(name), tuple(options.num_tokens or TOKENS), options.quant, tuple(options.layouts))
 
 
 if __name__ == "__main__":
