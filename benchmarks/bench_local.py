@@ -62,7 +62,7 @@ def torch_layer(hidden: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: T
     experts, top_k = len(w13), ids.shape[1]
     order = ids.flatten().argsort(stable=True)
     token = order // top_k
-    ends = torch.nn.functional.one_hot(ids.flatten(), experts).sum(0).cumsum(0).int()
+    ends = torch.nn.functional.one_hot(ids.flatten().long(), experts).sum(0).cumsum(0).int()
     gate, up = grouped_mm(hidden[token], w13.mT, offs=ends).chunk(2, dim=-1)
     rows = grouped_mm(torch.nn.functional.silu(gate) * up, w2.mT, offs=ends)
     weighted = rows * weights.flatten()[order, None]

@@ -40,13 +40,14 @@ START, END = "<!-- results -->", "<!-- /results -->"
 def peers_text(record: Record) -> str:
     """Other libraries' times, and over this project's."""
     peers = record.get("peers", {record["peer"]: record["peer_us"]} if "peer" in record else {})
-    return "; ".join(f"{name}: {number(us)} us, {us / record['us']:.2f}x" for name, us in peers.items())
+    taken = f", {record['peer_bytes'] / 2**30:.2f} GiB" if "peer_bytes" in record else ""
+    return "; ".join(f"{name}: {number(us)} us, {us / record['us']:.2f}x{taken}" for name, us in peers.items())
 
 
 def table(records: list[Record], spread: bool = True) -> list[str]:
     """A Markdown table of one op's records, without the columns that none of them fills. spread: with percentiles."""
     columns: dict[str, list[str]] = {"machine": [], "case": [], "us": [], "p20 to p80": [], "of the ceiling": [], "GB/s": []}
-    columns |= {"TFLOP/s": [], "fresh us": [], "peer": [], "measured": []}
+    columns |= {"TFLOP/s": [], "fresh us": [], "GiB": [], "peer": [], "measured": []}
     for record in records:
         part = share(record)
         columns["machine"].append(record["machine"])
@@ -57,6 +58,7 @@ def table(records: list[Record], spread: bool = True) -> list[str]:
         columns["GB/s"].append(number(record.get("gbps")))
         columns["TFLOP/s"].append(number(record.get("tflops")))
         columns["fresh us"].append(number(record.get("fresh_us")))
+        columns["GiB"].append(f"{record['bytes'] / 2**30:.2f}" if "bytes" in record else "")
         columns["peer"].append(peers_text(record))
         columns["measured"].append(f"{record['date'][:10]}, {record.get('commit', '')}".rstrip(", "))
     filled = {name: cells for name, cells in columns.items() if any(cells)}
@@ -120,8 +122,11 @@ def summary(records: list[Record], rows: dict[str, dict[int, Record]]) -> list[s
             f"fp8 layer of DeepSeek-V3's shape over {ranks} H200s takes {number(layer['us'])} us at 128 tokens a rank{ceiling}; "
             "DeepEP has not been timed beside it."
         )
+    # machines of one version of Triton have the same sizes once more
     factors = [
-        record["peer_us"] / record["us"] for record in goal_rows(records) if record["op"] == "grouped_gemm" and "peer_us" in record
+        record["peer_us"] / record["us"]
+        for record in goal_rows(records)
+        if record["op"] == "grouped_gemm" and "peer_us" in record and "-triton-" not in record["machine"]
     ]
     if factors:
         peer = next(record["peer"] for record in records if record["op"] == "grouped_gemm" and "peer_us" in record)
