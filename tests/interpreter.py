@@ -54,6 +54,7 @@ def convert(array: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray
     return bits.reshape(np.shape(array))
 
 
+@functools.cache
 def install() -> None:
     shipped_cast = Builder.cast_impl
     shipped_convert = interpreter._convert_float
