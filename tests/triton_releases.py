@@ -32,8 +32,8 @@ HEAD = """# Versions of Triton
 <!-- written by tests/triton_releases.py -->
 
 torch for CUDA brings its own Triton. On Hopper GPUs the grouped GEMMs of fp8 and int8 are written in Gluon, whose names change with
-Triton's minor versions. They compile with those of the table, in all shipped configurations: tests check each. Every other kernel is
-plain Triton and runs with Triton 3.6 or newer, on every GPU.
+Triton's minor versions. They compile with those of the table, in all shipped configurations; tests check each with the oldest, the
+newest and one of those between. Every other kernel is plain Triton and runs with Triton 3.6 or newer, on every GPU.
 
 | Triton | torch | Hopper kernels | `grouped_gemm_hopper` | `gemm1_swiglu_hopper` | timed on |
 | --- | --- | --- | --- | --- | --- |

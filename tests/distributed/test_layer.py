@@ -71,7 +71,7 @@ def run_ways(rank: int, ranks: int, quant: str, layout: str, sizes: tuple[int, i
                 dispatcher(*tokens, experts, **refused)
 
 
-# of both layouts each with few ranks and with many: none of the numbers that follow from ranks depends on which many they are
+# each layout with one rank, two and more, and with both formats
 @pytest.mark.parametrize(
     ("ranks", "quant", "layout"),
     [
