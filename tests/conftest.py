@@ -24,12 +24,12 @@ if not torch.cuda.is_available():
     interpreter.install()
 
 
-# files with tests that take longest by themselves, so that none of them is what the last process still has to do
+# files with the tests that take longest, which come first, so that none of them is what the last process still has to do
 LONGEST = ("test_triton_releases", "test_compile", "test_pdl", "test_layer", "test_faults", "test_collective", "test_bench_ep")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
