@@ -14,8 +14,8 @@ bench: .venv/.ready
 	PYTHONPATH=. $(PYTHON_ENV) -m torch.distributed.run --standalone --nproc-per-node $$(( gpus > 0 ? gpus : 2 )) launch/bench_ep.py $(ARGS)
 
 test: lint .venv/.tritons
-# tests that take all GPUs run one after the other
-	OMP_NUM_THREADS=1 $(PYTHON_ENV) -m pytest -n $(WORKERS) $(if $(GPUS),-m "not multigpu")
+# long tests come first (tests/conftest.py), and a process that has none left takes another's; tests that take all GPUs run one by one
+	OMP_NUM_THREADS=1 $(PYTHON_ENV) -m pytest -n $(WORKERS) --dist worksteal $(if $(GPUS),-m "not multigpu")
 ifneq ($(GPUS),)
 	OMP_NUM_THREADS=1 $(PYTHON_ENV) -m pytest -m multigpu || [ $$? -eq 5 ]
 endif

@@ -1,8 +1,10 @@
-"""Compiles the kernels of one operation for GPUs that this machine need not have, and prints one JSON object for each compiled kernel.
+"""Compiles the kernels of operations for GPUs that this machine need not have, and prints one JSON object for each compiled kernel.
 
     python tests/compile_kernels.py quantize
+    python tests/compile_kernels.py --half 0 quantize
 
-Without an operation it reads from its input which ones (`serve`).
+The second one takes every other of the operation's cases, and `--half 1` the rest. Without operations it reads from its input which
+ones (`serve`), and compiles of them what `builds` says.
 
 A program of its own, because the tests' process has asked for Triton's interpreter, and because a failing compiler may abort.
 What is compiled, the kernel's test says in its COMPILE_CASES.
@@ -13,6 +15,8 @@ What is compiled, the kernel's test says in its COMPILE_CASES.
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import re
@@ -119,6 +123,28 @@ def builds_for(case: Case, target: Target) -> bool:
     return case.anywhere or all(dtype in target.float8 for dtype in narrow)
 
 
+def builds(cases: list[Case], every: bool) -> list[tuple[str, Case]]:
+    """The targets for which cases are compiled, by target. every: each case for all that build it.
+
+    Otherwise each is compiled for sm_90 and for one other, which goes round, and the first of each function and format for all: what a
+    format needs of a compiler every target has shown, and what else a case is, one more than Hopper.
+    """
+    others = [name for name in TARGETS if name != "sm_90"]
+    chosen: dict[str, list[Case]] = {name: [] for name in TARGETS}
+    seen: set[tuple[Any, ...]] = set()
+    turn = 0
+    for case in cases:
+        able = [name for name in others if builds_for(case, TARGETS[name])]
+        kind = case.call, case.arguments.get("dtype"), case.anywhere
+        some = able if every or kind not in seen else [able[turn % len(able)]] if able else []
+        turn += kind in seen
+        seen.add(kind)
+        for name in ("sm_90", *some):
+            if builds_for(case, TARGETS[name]):
+                chosen[name].append(case)
+    return [(name, case) for name in TARGETS for case in chosen[name]]
+
+
 # Moves of 16 bytes a thread, or of a tile by TMA, in PTX and in AMD's assembly.
 WIDE_LOAD = re.compile(
     r"\bld\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64)|cp\.async\.c[ag]\.shared\.global[^;]*, (?:16|0x10)[,;]"
@@ -160,7 +186,9 @@ def measure(asm: dict[str, Any], disassemble: bool = True) -> dict[str, Any]:
     }
 
 
-def compile_operation(name: str, disassemble: bool = True) -> None:
+def compile_operation(
+    name: str, every: bool = True, disassembled: tuple[str, ...] = tuple(TARGETS), part: slice = slice(None)
+) -> None:
     launched: list[tuple[str, Any]] = []
     run = JITFunction.run
 
@@ -172,15 +200,21 @@ def compile_operation(name: str, disassemble: bool = True) -> None:
     JITFunction.run = compile_only
     # sends CPU tensors to the kernels
     os.environ["MOEQUANT_CPU_KERNELS"] = "1"
-    for target_name, target in TARGETS.items():
+    for target_name, group in itertools.groupby(builds(compile_cases(name)[part], every), lambda build: build[0]):
+        target = TARGETS[target_name]
         triton.runtime.driver.set_active(FakeDriver(target.gpu))
         limits = Limits(target.multiprocessors, target.shared_memory, target.tma)
         grouped_gemm_module.device_limits = lambda device, limits=limits: limits
-        for case in compile_cases(name):
-            if not builds_for(case, target):
-                continue
+        for _, case in group:
             dtype = str(case.arguments.get("dtype")).removeprefix("torch.")
-            report = {"target": target_name, "case": str(case), "dtype": dtype, "wide": case.wide, "may_spill": case.may_spill}
+            report = {
+                "operation": name,
+                "target": target_name,
+                "case": str(case),
+                "dtype": dtype,
+                "wide": case.wide,
+                "may_spill": case.may_spill,
+            }
             # said first, so that the reader knows which one a crash belongs to
             print(json.dumps(report), flush=True)
             launched.clear()
@@ -193,19 +227,20 @@ def compile_operation(name: str, disassemble: bool = True) -> None:
             assert launched, f"{case.call.__name__} launched no kernel"
             assert all(("hopper" in kernel) == case.hopper for kernel, _ in launched), f"{launched} for {case}"
             for kernel, compiled in launched:
-                print(json.dumps({**report, "kernel": kernel, **measure(compiled.asm, disassemble)}), flush=True)
+                print(json.dumps({**report, "kernel": kernel, **measure(compiled.asm, target_name in disassembled)}), flush=True)
+    JITFunction.run = run
 
 
 def serve() -> None:
-    """Compiles what the lines of the standard input ask for, an operation and whether to disassemble, each in a process of its own that
-    has imported all there is, and says after each how that process ended."""
+    """Compiles what the lines of the standard input ask for, an operation and the targets whose code is disassembled, each in a process
+    of its own that has imported all there is, and says after each how that process ended."""
     for line in sys.stdin:
-        name, disassemble = json.loads(line)
+        name, disassembled = json.loads(line)
         child = os.fork()
         if not child:
             status = 1
             try:
-                compile_operation(name, disassemble)
+                compile_operation(name, every=False, disassembled=disassembled)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -217,4 +252,11 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    compile_operation(sys.argv[1]) if len(sys.argv) > 1 else serve()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("operations", nargs="*")
+    parser.add_argument("--half", type=int, choices=(0, 1))
+    options = parser.parse_args()
+    for operation in options.operations:
+        compile_operation(operation, part=slice(options.half, None, None if options.half is None else 2))
+    if not options.operations:
+        serve()

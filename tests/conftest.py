@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 from collections.abc import Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,12 +24,34 @@ if not torch.cuda.is_available():
     interpreter.install()
 
 
+# files with the tests that take longest, which come first, so that none of them is what the last process still has to do
+LONGEST = ("test_triton_releases", "test_compile", "test_pdl", "test_layer", "test_faults", "test_collective", "test_bench_ep")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if item.get_closest_marker("multigpu") and torch.cuda.device_count() < 2:
             item.add_marker(pytest.mark.skip(reason="needs at least two GPUs"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if hasattr(getattr(item, "module", None), "run_ranks") and not torch.cuda.is_available():
+        start_server()
+
+
+@functools.cache
+def start_server() -> None:
+    """Starts the server that ranks are forked from, before `run_ranks` does, so that it imports more (preloaded.py). Where its modules
+    are, it has to be told by its environment; it takes no path from this process, and the ranks' environment is another one."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        folder = Path(__file__).resolve().parent
+        paths = [str(folder), str(folder.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "preloaded"])
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1", TRITON_INTERPRET="1"):
+            forkserver.ensure_running()
 
 
 @pytest.fixture

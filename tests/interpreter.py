@@ -54,6 +54,7 @@ def convert(array: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray
     return bits.reshape(np.shape(array))
 
 
+@functools.cache
 def install() -> None:
     shipped_cast = Builder.cast_impl
     shipped_convert = interpreter._convert_float
@@ -93,12 +94,9 @@ def install() -> None:
             odd = np.where(even, bits + np.where((lost > 0) == (total > 0), 1, -1), bits)
             return Handle(odd.view(np.float64).reshape(product.shape).astype(x.data.dtype), z.dtype.scalar)
 
-    shipped_splat = Builder.create_splat
-
-    def splat(self, shape, value):
+    def splat(self, block, value):
         # a comparison's handle has the type of what it compares: of its truth values Triton 3.9 would make integers, which are no mask
-        made = shipped_splat(self, shape, value)
-        return Handle(made.data.astype(value.data.dtype), made.dtype)
+        return Handle(np.full(block.shape, value.data.reshape(-1)[0]), value.dtype.scalar)
 
     interpreter._convert_float = convert_float
     Builder.create_splat = splat
@@ -157,6 +155,74 @@ def _remember_what_does_not_change() -> None:
     interpreter._get_np_dtype = lambda dtype: np_dtype(dtype.scalar) if dtype.scalar.__hash__ else shipped_np_dtype(dtype)
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _remember_types()
+
+
+def _remember_types() -> None:
+    """Most of the rest goes into types: each value of each operation makes tuples of its shape anew, and what two operands have in common
+    is found step by step. What a type is its name says, so what follows from it is made once for each name; operands of one type and
+    shape are what they are, and a number is of the type of the integers that it is added to."""
+    semantic = interpreter.TritonSemantic
+    shipped_block, shipped_tensor = tl.block_type.__init__, tl.tensor.__init__
+    shipped_broadcast, shipped_operands = semantic.broadcast_impl_value, semantic.binary_op_type_checking_impl
+    shipped_constant = semantic.scalar_constant
+    blocks: dict[tuple, dict] = {}
+    tensors: dict[str, dict] = {}
+    constants: dict[tuple[int, str], tl.tensor] = {}
+
+    @functools.wraps(shipped_block)
+    def block(self, element_ty, shape):
+        key = element_ty.name, *shape
+        if key not in blocks:
+            shipped_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    @functools.wraps(shipped_tensor)
+    def tensor(self, handle, type):
+        if type.name not in tensors:
+            shipped_tensor(self, handle, type)
+            tensors[type.name] = dict(vars(self))
+        vars(self).update(tensors[type.name], handle=handle, type=type)
+
+    @functools.wraps(shipped_constant)
+    def constant(self, value, dtype):
+        if type(value) is not int:
+            return shipped_constant(self, value, dtype)
+        key = value, dtype.name
+        if key not in constants:
+            constants[key] = shipped_constant(self, value, dtype)
+        return constants[key]
+
+    @functools.wraps(shipped_broadcast)
+    def broadcast(self, lhs, rhs):
+        a, b = lhs.type, rhs.type
+        if list(a.shape) == list(b.shape) if a.is_block() and b.is_block() else not a.is_block() and not b.is_block():
+            return lhs, rhs
+        return shipped_broadcast(self, lhs, rhs)
+
+    def fits(number, integers):
+        return integers.dtype.name in ("int32", "int64") and -(1 << 31) <= number < 1 << 31
+
+    @functools.wraps(shipped_operands)
+    def operands(self, lhs, rhs, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+        left, right = type(lhs), type(rhs)
+        if left is tl.tensor and right is tl.tensor:
+            a, b = lhs.dtype, rhs.dtype
+            same = a.name == b.name and (a.is_int() if div_or_mod else not a.is_ptr())
+            if same or (a.is_ptr() and allow_lhs_ptr and b.is_int()):
+                return self.broadcast_impl_value(lhs, rhs)
+        elif arithmetic_check and left is tl.tensor and right is int and fits(rhs, lhs):
+            return self.broadcast_impl_value(lhs, self.scalar_constant(rhs, lhs.dtype))
+        elif arithmetic_check and left is int and right is tl.tensor and fits(lhs, rhs):
+            return self.broadcast_impl_value(self.scalar_constant(lhs, rhs.dtype), rhs)
+        return shipped_operands(self, lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    tl.block_type.__init__ = block
+    tl.tensor.__init__ = tensor
+    semantic.scalar_constant = constant
+    semantic.broadcast_impl_value = broadcast
+    semantic.binary_op_type_checking_impl = operands
 
 
 def _give_a_clock() -> None:

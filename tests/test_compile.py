@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import compile_kernels
 from kernel_tests import SUBJECTS, compile_cases
 
 Compiler = Callable[[str], list[dict[str, Any]]]
@@ -47,7 +48,8 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
 
         def compiled(operation: str) -> list[dict[str, Any]]:
             # of the others no instruction is looked for
-            asked.write(json.dumps([operation, "gemm" in operation]) + "\n")
+            disassembled = [target for target, _ in MATRIX_INSTRUCTIONS] if "gemm" in operation else []
+            asked.write(json.dumps([operation, disassembled]) + "\n")
             asked.flush()
             reports: list[dict[str, Any]] = []
             for report in map(json.loads, told):
@@ -61,6 +63,22 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
 
         yield compiled
         asked.close()
+
+
+@pytest.mark.parametrize("operation", SUBJECTS)
+def test_every_case_is_built_for_hopper_and_another_and_each_format_for_all(operation):
+    cases = compile_cases(operation)
+    everywhere, chosen = ({target: [] for target in compile_kernels.TARGETS} for _ in range(2))
+    for built, every in ((everywhere, True), (chosen, False)):
+        for target, case in compile_kernels.builds(cases, every):
+            built[target].append(case)
+    assert set(compile_kernels.TARGETS) == TARGETS and chosen["sm_90"] == everywhere["sm_90"]
+    for case in cases:
+        able, taken = ({target for target in TARGETS - {"sm_90"} if case in built[target]} for built in (everywhere, chosen))
+        assert taken <= able and (taken or not able), case
+    for target, built in everywhere.items():
+        formats, taken = ({(case.call, case.arguments.get("dtype")) for case in some} for some in (built, chosen[target]))
+        assert formats == taken
 
 
 @pytest.mark.parametrize("operation", SUBJECTS)

@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not in the interpreter")
 
@@ -119,3 +124,69 @@ def test_one_truth_value_masks_a_block(limit):
     x = torch.zeros(8)
     masked_kernel[(1,)](x, torch.tensor(limit), 8)
     assert x.tolist() == [float(limit)] * 5 + [0.0] * 3
+
+
+def value_of(dtype: tl.dtype, shape: tuple[int, ...]) -> tl.tensor:
+    numbers = np.arange(1, 1 + np.prod(shape, dtype=int)).astype(interpreter._get_np_dtype(dtype)).reshape(shape or (1,))
+    return tl.tensor(interpreter.TensorHandle(numbers, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
+
+
+def told(operand: Any) -> tuple:
+    return (
+        str(operand.type),
+        operand.handle.data.dtype,
+        operand.handle.data.shape,
+        operand.handle.data.tolist(),
+        operand.numel.value,
+    )
+
+
+def shipped(function: Any) -> Any:
+    return function.__wrapped__
+
+
+def outcome(function: Any, *arguments: Any) -> Any:
+    """What a pair of operands become, or the error that they are."""
+    try:
+        return [told(operand) for operand in function(interpreter.interpreter_semantic, *arguments)]
+    except Exception as error:
+        return type(error), str(error)
+
+
+# of +, -, *, /, & and fdiv
+FLAGS = [(True, True), (True, False), (), (False, False, True, True), (False, False, False), (False, False, False, True)]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_what_is_known_of_operands_is_what_triton_finds(flags):
+    types = [tl.int1, tl.int8, tl.uint8, tl.int32, tl.uint32, tl.int64, tl.float16, tl.bfloat16, tl.float32, tl.float8e4nv]
+    types += [tl.pointer_type(tl.int32), tl.pointer_type(tl.float32)]
+    values = [value_of(dtype, shape) for dtype in types for shape in ((), (4,), (2, 4), (2, 1))]
+    values += [0, 3, -1, True, 1 << 31, -(1 << 40), 2.5]
+    known = interpreter.TritonSemantic.binary_op_type_checking_impl
+    for left, right in itertools.product(values, values):
+        assert outcome(known, left, right, *flags) == outcome(shipped(known), left, right, *flags), (str(left), str(right))
+
+
+def test_what_is_known_of_types_and_shapes_is_what_triton_finds():
+    for element, shape in itertools.product((tl.int1, tl.float32, tl.pointer_type(tl.int64)), ([4], [2, 8], [2, tl.constexpr(8)])):
+        for _ in range(2):
+            known, found = (tl.block_type.__new__(tl.block_type) for _ in range(2))
+            tl.block_type.__init__(known, element, shape)
+            shipped(tl.block_type.__init__)(found, element, shape)
+            assert known == found and vars(known).keys() == vars(found).keys()
+            assert (known.name, known.numel, list(known.shape)) == (found.name, found.numel, list(found.shape))
+            tensors = [tl.tensor.__new__(tl.tensor) for _ in range(2)]
+            for tensor, make in zip(tensors, (tl.tensor.__init__, shipped(tl.tensor.__init__)), strict=True):
+                make(tensor, "handle", known)
+            assert vars(tensors[0]).keys() == vars(tensors[1]).keys() and tensors[0].type is known and tensors[0].handle == "handle"
+            assert [str(x.shape) for x in tensors] == [str(tensors[0].shape)] * 2 and tensors[0].dtype == tensors[1].dtype
+    known = interpreter.TritonSemantic.broadcast_impl_value
+    values = [value_of(tl.int32, shape) for shape in ((), (4,), (4, 1), (1, 4), (4, 4))]
+    for left, right in itertools.product(values, values):
+        assert outcome(known, left, right) == outcome(shipped(known), left, right)
+    constant = interpreter.TritonSemantic.scalar_constant
+    for number, dtype in itertools.product((0, 1, -1, True, 0.0, -0.0, 2.5), (tl.int1, tl.int32, tl.int64, tl.float32)):
+        for _ in range(2):
+            found = [told(f(interpreter.interpreter_semantic, number, dtype)) for f in (constant, shipped(constant))]
+            assert str(found[0]) == str(found[1])

@@ -32,8 +32,8 @@ HEAD = """# Versions of Triton
 <!-- written by tests/triton_releases.py -->
 
 torch for CUDA brings its own Triton. On Hopper GPUs the grouped GEMMs of fp8 and int8 are written in Gluon, whose names change with
-Triton's minor versions. They compile with those of the table, in all shipped configurations: tests check each. Every other kernel is
-plain Triton and runs with Triton 3.6 or newer, on every GPU.
+Triton's minor versions. They compile with those of the table, in all shipped configurations; tests check each with the oldest, the
+newest and one of those between. Every other kernel is plain Triton and runs with Triton 3.6 or newer, on every GPU.
 
 | Triton | torch | Hopper kernels | `grouped_gemm_hopper` | `gemm1_swiglu_hopper` | timed on |
 | --- | --- | --- | --- | --- | --- |
@@ -64,16 +64,17 @@ def run(release: str, *command: str, **environment: str) -> subprocess.Completed
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False)
 
 
-def compiled(release: str, operation: str) -> list[dict[str, Any]]:
-    """What tests/compile_kernels.py reports of a Hopper kernel's configurations. A launch that leaves it to Triton's default whether
-    products are fused is an error."""
+def compiled(release: str, *options: str) -> list[list[dict[str, Any]]]:
+    """What tests/compile_kernels.py reports of each Hopper kernel's configurations, with its options. A launch that leaves it to Triton's
+    default whether products are fused is an error."""
     warnings = "error:TRITON_DEFAULT_FP_FUSION:UserWarning"
-    result = run(release, "tests/compile_kernels.py", operation, PYTHONWARNINGS=warnings)
+    result = run(release, "tests/compile_kernels.py", *options, *OPERATIONS, PYTHONWARNINGS=warnings)
     reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert result.returncode == 0, f"failed at {reports[-1:]}\n{result.stderr[-4000:]}"
-    kernels = [report for report in reports if "kernel" in report]
+    of_each = [[report for report in reports if report["operation"] == operation] for operation in OPERATIONS]
     # each is said before it is compiled, and after
-    assert len(kernels) * 2 == len(reports) > 0
+    kernels = [[report for report in reports if "kernel" in report] for reports in of_each]
+    assert all(len(some) * 2 == len(all_of_one) > 0 for some, all_of_one in zip(kernels, of_each, strict=True))
     return kernels
 
 
@@ -132,5 +133,5 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--keep"]:
         found = cells_of(PAGE.read_text())
     else:
-        found = {release: [summary(compiled(release, operation)) for operation in OPERATIONS] for release in RELEASES}
+        found = {release: [summary(kernels) for kernels in compiled(release)] for release in RELEASES}
     PAGE.write_text(page(found))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from trials import check_trial, install_interpreter, stand_in
+from trials import SHAPES, check_trial, install_interpreter, stand_in
 
 from moequant import ConfigMismatchError, MoEQuantDispatcher, ops
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
@@ -28,7 +28,7 @@ def run_trials(rank: int, ranks: int, trials: int, layout: str, device: str = "c
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @LAYOUTS
 def test_random_settings_have_the_bits_of_one_process(ranks, layout):
-    run_ranks(run_trials, ranks, 40, layout)
+    run_ranks(run_trials, ranks, 2 * SHAPES, layout)
 
 
 def run_interpreted(rank: int, ranks: int, trials: int, layout: str) -> None:
