@@ -1,10 +1,8 @@
 """Compiles the kernels of operations for GPUs that this machine need not have, and prints one JSON object for each compiled kernel.
 
     python tests/compile_kernels.py quantize
-    python tests/compile_kernels.py --half 0 quantize
 
-The second one takes every other of the operation's cases, and `--half 1` the rest. Without operations it reads from its input which
-ones (`serve`), and compiles of them what `builds` says.
+Without operations it reads from its input which ones (`serve`), and compiles of them what `builds` says.
 
 A program of its own, because the tests' process has asked for Triton's interpreter, and because a failing compiler may abort.
 What is compiled, the kernel's test says in its COMPILE_CASES.
@@ -15,7 +13,6 @@ What is compiled, the kernel's test says in its COMPILE_CASES.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -186,9 +183,7 @@ def measure(asm: dict[str, Any], disassemble: bool = True) -> dict[str, Any]:
     }
 
 
-def compile_operation(
-    name: str, every: bool = True, disassembled: tuple[str, ...] = tuple(TARGETS), part: slice = slice(None)
-) -> None:
+def compile_operation(name: str, every: bool = True, disassembled: tuple[str, ...] = tuple(TARGETS)) -> None:
     launched: list[tuple[str, Any]] = []
     run = JITFunction.run
 
@@ -200,7 +195,7 @@ def compile_operation(
     JITFunction.run = compile_only
     # sends CPU tensors to the kernels
     os.environ["MOEQUANT_CPU_KERNELS"] = "1"
-    for target_name, group in itertools.groupby(builds(compile_cases(name)[part], every), lambda build: build[0]):
+    for target_name, group in itertools.groupby(builds(compile_cases(name), every), lambda build: build[0]):
         target = TARGETS[target_name]
         triton.runtime.driver.set_active(FakeDriver(target.gpu))
         limits = Limits(target.multiprocessors, target.shared_memory, target.tma)
@@ -252,11 +247,7 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("operations", nargs="*")
-    parser.add_argument("--half", type=int, choices=(0, 1))
-    options = parser.parse_args()
-    for operation in options.operations:
-        compile_operation(operation, part=slice(options.half, None, None if options.half is None else 2))
-    if not options.operations:
+    for operation in sys.argv[1:]:
+        compile_operation(operation)
+    if not sys.argv[1:]:
         serve()

@@ -32,8 +32,8 @@ HEAD = """# Versions of Triton
 <!-- written by tests/triton_releases.py -->
 
 torch for CUDA brings its own Triton. On Hopper GPUs the grouped GEMMs of fp8 and int8 are written in Gluon, whose names change with
-Triton's minor versions. They compile with those of the table, in all shipped configurations; tests check each with the oldest, the
-newest and one of those between. Every other kernel is plain Triton and runs with Triton 3.6 or newer, on every GPU.
+Triton's minor versions. They compile with those of the table, in all shipped configurations: tests check each. Every other kernel is
+plain Triton and runs with Triton 3.6 or newer, on every GPU.
 
 | Triton | torch | Hopper kernels | `grouped_gemm_hopper` | `gemm1_swiglu_hopper` | timed on |
 | --- | --- | --- | --- | --- | --- |
@@ -64,11 +64,11 @@ def run(release: str, *command: str, **environment: str) -> subprocess.Completed
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=kept | environment, capture_output=True, text=True, check=False)
 
 
-def compiled(release: str, *options: str) -> list[list[dict[str, Any]]]:
-    """What tests/compile_kernels.py reports of each Hopper kernel's configurations, with its options. A launch that leaves it to Triton's
-    default whether products are fused is an error."""
+def compiled(release: str) -> list[list[dict[str, Any]]]:
+    """What tests/compile_kernels.py reports of each Hopper kernel's configurations. A launch that leaves it to Triton's default
+    whether products are fused is an error."""
     warnings = "error:TRITON_DEFAULT_FP_FUSION:UserWarning"
-    result = run(release, "tests/compile_kernels.py", *options, *OPERATIONS, PYTHONWARNINGS=warnings)
+    result = run(release, "tests/compile_kernels.py", *OPERATIONS, PYTHONWARNINGS=warnings)
     reports = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert result.returncode == 0, f"failed at {reports[-1:]}\n{result.stderr[-4000:]}"
     of_each = [[report for report in reports if report["operation"] == operation] for operation in OPERATIONS]
