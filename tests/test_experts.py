@@ -82,6 +82,17 @@ def test_weights_quantized_beforehand_give_the_same_bits(quant):
     assert_bit_equal(valid(GroupedExperts.from_quantized(*quantized)(batch)), valid(from_weights))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_weights_of_any_float_type_and_order_are_quantized_from_it(dtype):
+    w13, w2 = (w.to(dtype) + 2.0**-9 for w in weights())
+    experts = GroupedExperts.from_weights(w13.mT.contiguous().mT, w2.mT.contiguous().mT, quant="int8")
+    for made, w, segments in ((experts.w13, w13, 2), (experts.w2, w2, 1)):
+        expected = quantize_weight(w, dtype=torch.int8, segments=segments)
+        assert isinstance(made, QuantizedTensor)
+        assert_bit_equal(made.values, expected.values)
+        assert_bit_equal(made.scales, expected.scales)
+
+
 @pytest.mark.parametrize("quant", QUANT_DTYPES)
 def test_quantization_is_the_only_error_beside_bfloat16s(quant):
     """Against products of the dequantized operands, the inner rows quantized and dequantized too."""
@@ -169,7 +180,8 @@ W13, W2 = torch.zeros(3, 8, 4).bfloat16(), torch.zeros(3, 4, 4).bfloat16()
 BAD_WEIGHTS = {
     "another activation": (W13, W2, {"activation": "tanh"}, "activation must be an Activation or one of 'silu', .*, got 'tanh'"),
     "an unknown format": (W13, W2, {"quant": "fp4"}, "quant must be one of 'none', 'fp8_e4m3fn'.*, got 'fp4'"),
-    "float32 weights": (W13.float(), W2, {}, "w13 must be torch.bfloat16, got torch.float32"),
+    "float32 weights": (W13.float(), W2, {"quant": "none"}, "w13 must be torch.bfloat16, got torch.float32"),
+    "weights of integers": (W13.int(), W2, {}, "w13 must be torch.bfloat16 or .*, got torch.int32"),
     "two dimensions": (W13, W2[0], {}, r"w2 must have 3 dimensions, got shape \(4, 4\)"),
     "w2 the other way round": (W13, torch.zeros(3, 8, 4).bfloat16(), {}, r"w2 \(L, H, I\); got \(3, 8, 4\) and \(3, 8, 4\)"),
     "other experts": (W13, W2[:2], {}, r"got \(3, 8, 4\) and \(2, 4, 4\)"),
