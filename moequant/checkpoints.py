@@ -30,7 +30,7 @@ from moequant.checks import (
     check_tensor,
     check_weight_shapes,
 )
-from moequant.config import QUANT_DTYPES
+from moequant.config import PLAIN_DTYPES, QUANT_DTYPES
 from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES, recipe_of
 
@@ -223,7 +223,7 @@ def made_of_checkpoint(
     for weight in pair:
         weight.parts(1 if interleaved else parts)
     w2.parts(1)
-    if quant == "none":
+    if quant in PLAIN_DTYPES:
         halves = [dequantized(weight, dtype, parts, interleaved) for weight in pair]
         return (torch.cat(halves, 1) if apart else halves[0]), dequantized(w2, dtype, 1), replace(activation, interleaved=False)
     made = [in_blocks(weight, dtype, recipe, parts, interleaved) for weight in pair]

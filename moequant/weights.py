@@ -12,7 +12,7 @@ from moequant.activations import Activation, activation_of
 from moequant.batch import ExpertBatch, QuantizedTensor
 from moequant.checkpoints import Both, CheckpointWeight, halves_apart, made_of_checkpoint
 from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_tensor, check_weight_shapes
-from moequant.config import QUANT_DTYPES
+from moequant.config import PLAIN_DTYPES, QUANT_DTYPES
 from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
 from moequant.quantization import quantize_weight
@@ -41,15 +41,15 @@ def made_of(w13: Tensor, w2: Tensor, quant: str, recipe: str, activation: Activa
     if not isinstance(quant, str) or quant not in QUANT_DTYPES:
         raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
     for name, w in (("w13", w13), ("w2", w2)):
-        check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,) if quant == "none" else FLOAT_DTYPES)
-        if quant != "none":
+        check_tensor(name, w, dims=3, dtypes=(PLAIN_DTYPES[quant],) if quant in PLAIN_DTYPES else FLOAT_DTYPES)
+        if quant not in PLAIN_DTYPES:
             # which `quantize_weight` would say of an argument of its own
             check_no_grad(**{name: w})
     check_format(quant, w13.device)
     if w13.shape[1] % activation.width:
         raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
     apart = halves_apart(w13) if activation.interleaved else w13
-    if quant == "none":
+    if quant in PLAIN_DTYPES:
         return apart.contiguous(), w2.contiguous()
     segments, dtype = activation.width, QUANT_DTYPES[quant]
     return quantize_weight(apart, dtype=dtype, recipe=recipe, segments=segments), quantize_weight(w2, dtype=dtype, recipe=recipe)
@@ -70,7 +70,7 @@ def check_weights(w13: Weight, w2: Weight, activation: Activation) -> None:
     for name, w in (("w13", w13), ("w2", w2)):
         check_is(name, w, (QuantizedTensor, Tensor))
         if isinstance(w, Tensor):
-            check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
+            check_tensor(name, w, dims=3, dtypes=tuple(PLAIN_DTYPES.values()))
             check_contiguous(name, w)
     check_weight_shapes(w13.shape, w2.shape, activation.gated)
     if w13.device != w2.device:
@@ -237,6 +237,11 @@ class ExpertWeights:
         self._span = 0, w13.shape[0]
         self._begin()
 
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The type of the rows that they make: float16 if the weights are, otherwise bfloat16."""
+        return torch.float16 if dtype_of(self.w2) == torch.float16 else torch.bfloat16
+
     def _begin(self) -> None:
         """What is each object's own, and no copy's."""
 
@@ -256,9 +261,9 @@ class ExpertWeights:
 
         Args:
             w13: (L, 2I, H), gate first, then up, or interleaved, which are laid apart; not gated (L, I, H). bfloat16, float16 or
-                float32, with "none" bfloat16, any strides: `w.transpose(1, 2)` of weights that lie the other way round.
+                float32, any strides, "none" bfloat16 and "float16" float16: `w.transpose(1, 2)` of weights that lie the other way round.
             w2: (L, H, I), as w13.
-            quant: the dispatcher's; "none" keeps the weights as they are.
+            quant: the dispatcher's; "none" and "float16" keep the weights as they are.
             activation: an `Activation`, or the name of its function.
             bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None.
             bias2: (L, H), or None.
@@ -328,7 +333,7 @@ class ExpertWeights:
         Args:
             w13: of (L, 2I, H), gate first, then up, or interleaved; not gated (L, I, H). Or gate and up, two of (L, I, H).
             w2: of (L, H, I).
-            quant: the dispatcher's; "none" makes bfloat16 weights.
+            quant: the dispatcher's; "none" makes bfloat16 weights, "float16" float16.
             activation: an `Activation`, or the name of its function.
             bias13: as for `from_weights`, as w13's rows lie.
             bias2: (L, H), or None.

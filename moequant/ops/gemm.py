@@ -76,7 +76,7 @@ def grouped_gemm_blockscale(
     expected_rows: int | None = None,
     num_sms: int | None = None,
 ) -> None:
-    """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 operands.
+    """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 or float16 operands.
 
     expert_start: (L,) int32, with a (R, K_dim), its scales (R, G) and out (R, N): the first row of each expert. None: padded.
     num_sms: multiprocessors to use, so that others' kernels have the rest; None for all.
@@ -99,8 +99,8 @@ def grouped_gemm_push(
     expected_rows: int,
     num_sms: int | None,
 ) -> None:
-    """`grouped_gemm_blockscale` in bfloat16, to the bit, whose row (l, m) goes to the address destinations[l, m]; with expert_start row r
-    of the buffer to destinations[r].
+    """`grouped_gemm_blockscale` in bfloat16, of float16 operands in float16, to the bit, whose row (l, m) goes to the address
+    destinations[l, m]; with expert_start row r of the buffer to destinations[r].
 
     Not registered: torch.library can't know of memory that has an address only. It runs as a kernel alone.
     """
