@@ -34,7 +34,7 @@ def test_a_few_settings_are_drawn_and_recorded(tmp_path):
 def failing(damage: Callable[[torch.Tensor], object]) -> tuple[str | None, bool]:
     """How a quantizer's setting ends whose operation does some damage besides."""
     family = fuzz_operations.Quantizers(random.Random(0), fuzz_operations.Place("cpu", True))
-    family.gated, family.group = False, 128
+    family.group = 128
     before = fuzz_operations.ops.quantize_expert_batch
 
     def broken(x, num_tokens, starts, values, scales, *settings):
