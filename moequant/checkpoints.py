@@ -107,46 +107,13 @@ class CheckpointWeight:
             return experts, rows, 2 * math.prod(columns)
         return (experts, columns[0], rows) if self.transposed else (experts, rows, columns[0])
 
-    def parts(self, most: int) -> int:
-        """The equal parts of the rows that are blocked apart.
-
-        Args:
-            most: 2 of a w13 of gate and up apart, 1 of anything else.
-
-        Returns:
-            segments, or what the scales say.
-
-        Raises:
-            LayoutError: the scales have rows for another number of parts.
-        """
-        for parts in range(most, 0, -1) if self.segments is None else (self.segments,):
-            if self._fits(parts):
-                return parts
-        self._refuse()
-
-    def wide_scales(self) -> Tensor:
-        """The scales as they are multiplied by.
-
-        Returns:
-            (L, row blocks, column blocks) float32, (L, 1, 1) of one for each expert.
-        """
-        scales = self.scales
-        if scales.dtype == torch.uint8:
-            scales = scales.view(torch.float8_e8m0fnu)
-        scales = scales.float()
-        if scales.numel() == 1:
-            return scales.reshape(1, 1, 1).expand(self.shape[0], 1, 1)
-        if scales.dim() == 3:
-            return scales.transpose(1, 2) if self.transposed else scales
-        return scales.reshape(scales.shape[0], -1, 1)
-
     def _fits(self, parts: int) -> bool:
         """Whether the scales are those of so many parts."""
         rows = self.shape[1]
         return rows % parts == 0 and self._scale_shape() == (self.shape[0], parts * self._count(0, rows // parts), self._count(1))
 
     def _scale_shape(self) -> tuple[int, ...]:
-        """Of `wide_scales`."""
+        """Of `scales_of`."""
         shape = self.scales.shape
         if self.scales.numel() == 1:
             return self.shape[0], 1, 1
@@ -173,6 +140,45 @@ class CheckpointWeight:
 
 
 Both = tuple[CheckpointWeight, CheckpointWeight]
+
+
+def parts_of(w: CheckpointWeight, most: int) -> int:
+    """The equal parts of the rows that are blocked apart.
+
+    Args:
+        w: a weight.
+        most: 2 of a w13 of gate and up apart, 1 of anything else.
+
+    Returns:
+        segments, or what the scales say.
+
+    Raises:
+        LayoutError: the scales have rows for another number of parts.
+    """
+    for parts in range(most, 0, -1) if w.segments is None else (w.segments,):
+        if w._fits(parts):
+            return parts
+    w._refuse()
+
+
+def scales_of(w: CheckpointWeight) -> Tensor:
+    """The scales as they are multiplied by.
+
+    Args:
+        w: a weight.
+
+    Returns:
+        (L, row blocks, column blocks) float32, (L, 1, 1) of one for each expert.
+    """
+    scales = w.scales
+    if scales.dtype == torch.uint8:
+        scales = scales.view(torch.float8_e8m0fnu)
+    scales = scales.float()
+    if scales.numel() == 1:
+        return scales.reshape(1, 1, 1).expand(w.shape[0], 1, 1)
+    if scales.dim() == 3:
+        return scales.transpose(1, 2) if w.transposed else scales
+    return scales.reshape(scales.shape[0], -1, 1)
 
 
 def made_of_checkpoint(
@@ -221,8 +227,8 @@ def made_of_checkpoint(
     dtype, interleaved, parts = QUANT_DTYPES[quant], activation.interleaved, 1 if apart else activation.width
     # wrong segments of the last are heard of before the first is made
     for weight in pair:
-        weight.parts(1 if interleaved else parts)
-    w2.parts(1)
+        parts_of(weight, 1 if interleaved else parts)
+    parts_of(w2, 1)
     if quant in PLAIN_DTYPES:
         halves = [dequantized(weight, dtype, parts, interleaved) for weight in pair]
         return (torch.cat(halves, 1) if apart else halves[0]), dequantized(w2, dtype, 1), replace(activation, interleaved=False)
@@ -334,10 +340,10 @@ def in_blocks(
     experts, rows, columns = w.shape
     exponents = w.scales.dtype in EXPONENT_DTYPES
     kept_parts = 1 if interleaved else parts
-    source = w.parts(kept_parts)
+    source = parts_of(w, kept_parts)
     places = scale_places(rows, source, w.block[0]), scale_places(columns, 1, w.block[1])
     ends = tile_ends(rows, kept_parts), tile_ends(columns, 1)
-    scales = w.wide_scales()
+    scales = scales_of(w)
     alike = all(torch.equal(place[first], place[last]) for place, (first, last) in zip(places, ends, strict=True))
     if alike and w.values.dtype == dtype:
         values = w.values.transpose(1, 2) if w.transposed else w.values
@@ -368,15 +374,15 @@ def dequantized(w: CheckpointWeight, dtype: torch.dtype, parts: int, interleaved
         (L, N, K_dim).
     """
     experts, rows, columns = w.shape
-    places = scale_places(rows, w.parts(parts), w.block[0]), scale_places(columns, 1, w.block[1])
-    scales, out = w.wide_scales(), torch.empty(w.shape, dtype=dtype, device=w.values.device)
+    places = scale_places(rows, parts_of(w, parts), w.block[0]), scale_places(columns, 1, w.block[1])
+    scales, out = scales_of(w), torch.empty(w.shape, dtype=dtype, device=w.values.device)
     for expert in range(experts):
         out[expert] = _numbers(w, scales, places, expert, interleaved)[0]
     return out
 
 
 def _numbers(w: CheckpointWeight, scales: Tensor, places: tuple[Tensor, Tensor], expert: int, interleaved: bool) -> Tensor:
-    """(1, N, K_dim) float32: one expert's. scales: of `wide_scales`. places: of rows and columns in them."""
+    """(1, N, K_dim) float32: one expert's. scales: of `scales_of`. places: of rows and columns in them."""
     values = w.values[expert]
     values = unpacked(values.view(torch.uint8).flatten(1)) if w.packed else values.float()
     values = values.T if w.transposed else values

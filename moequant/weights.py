@@ -326,8 +326,8 @@ class ExpertWeights:
         """Takes the narrow weights of a checkpoint.
 
         Values of quant's type with one scale for each 128x128, or for more, are kept: the same bits, and views where they are
-        contiguous. Others are quantized anew in blocks of 128x128, one expert after the other, so that no wide copy of all is ever
-        there: numbers are rounded a second time. Powers of two as scales spare most of that: e2m1 with e8m0 becomes float8_e4m3fn
+        contiguous. Others are quantized anew in blocks of 128x128, which rounds a second time, one expert after the other, so that no
+        wide copy of all is ever there. Powers of two as scales spare most of the rounding, since e2m1 with e8m0 becomes float8_e4m3fn
         without any error where the scales of a 128x128 block are within 2**14 of each other.
 
         Args:

@@ -55,8 +55,7 @@ def draw_activation(rng: random.Random) -> Activation:
     return Activation(function, gated=gated, **settings)
 
 
-def draw_bias(rng: random.Random, experts: int, columns: int, dtype: torch.dtype | None, device: str) -> Tensor | None:
-    del rng
+def bias_of(experts: int, columns: int, dtype: torch.dtype | None, device: str) -> Tensor | None:
     return None if dtype is None else torch.randn(experts, columns, device=device).to(dtype)
 
 
@@ -129,7 +128,7 @@ class Activated:
         valid, num_tokens = valid_rows(counts, rows, device), torch.tensor(counts, dtype=torch.int32, device=device)
         wide = columns * activation.width
         x = torch.randn(experts, rows, wide + rng.choice([0, 0, 1, 8]), device=device) * rng.choice([1.0, 3.0])
-        x, bias = x.to(self.input), draw_bias(rng, experts, wide, self.bias, device)
+        x, bias = x.to(self.input), bias_of(experts, wide, self.bias, device)
         layout, starts = draw_ragged(rng, counts, rows, device), None
         if layout is not None:
             x, valid, num_tokens, starts = layout.pack(x), layout.mask(), layout.num_tokens, layout.expert_start
@@ -184,8 +183,8 @@ def draw_grouped_experts(rng: random.Random, place: Place, settings: dict[str, A
     w2 = torch.randn(local, hidden, inner, device=place.device).mul_(inner**-0.5).to(dtype)
     more: dict[str, Any] = {
         "activation": activation,
-        "bias13": draw_bias(rng, local, rows, biases[0], place.device),
-        "bias2": draw_bias(rng, local, hidden, biases[1], place.device),
+        "bias13": bias_of(local, rows, biases[0], place.device),
+        "bias2": bias_of(local, hidden, biases[1], place.device),
     }
     if not as_they_lie:
         return GroupedExperts.from_weights(w13, w2, quant=quant, recipe=settings["recipe"], **more)

@@ -143,15 +143,13 @@ LAYERS: dict[str, Callable[[], Call]] = {
     "GroupedExperts.from_checkpoint": lambda: Call(
         GroupedExperts.from_checkpoint,
         dict(zip(("w13", "w2"), (CheckpointWeight(q.values, q.scales) for q in blocks()), strict=True))
-        | {"quant": "fp8_e4m3fn", "activation": "silu", "recipe": "default"}
+        | {"quant": "fp8_e4m3fn", "activation": "silu", "recipe": None}
         | biases(),
     ),
     "CheckpointWeight": lambda: Call(
         CheckpointWeight,
         {"values": blocks()[0].values, "scales": torch.ones(3, 2, 2), "block": (64, 20), "segments": 2, "transposed": False},
     ),
-    "CheckpointWeight.parts": lambda: Call(CheckpointWeight(blocks()[0].values, blocks()[0].scales).parts, {"most": 2}),
-    "CheckpointWeight.wide_scales": lambda: Call(CheckpointWeight(blocks()[0].values, blocks()[0].scales).wide_scales, {}),
     "GroupedExperts.__call__": lambda: on_experts("__call__", out=torch.zeros(3, 16, 40).bfloat16(), num_sms=None),
     "GroupedExperts.gemm1_swiglu": lambda: on_experts("gemm1_swiglu", num_sms=2),
     "GroupedExperts.gemm1": lambda: on_experts("gemm1", num_sms=2),

@@ -193,8 +193,7 @@ class Layers:
             self.dispatcher.combine(y, handle, out=out)
 
     def _products(self, rng: random.Random, mine: list[Tensor], slot: int, dropped: int) -> None:
-        """The layer by its steps, and as one call, again and again and captured: with pushed rows, with waves or in halves, where that
-        can be: each half has room for rows that the whole drops."""
+        """The layer by its steps, as one call, repeated and captured; pushed, in waves and in halves, which have room for more rows."""
         pushes = self.dispatcher.config.pushes and can_push(self.experts)
         with all_sizes(self.hopper):
             batch, handle = self.dispatcher.dispatch(*mine, slot=slot)
@@ -283,9 +282,8 @@ class PeersOnOneGPU:
             self.transports.append(OnOneGPU(self.config, rank, self.device, self.status[rank], rank))  # type: ignore[arg-type]
         self.slots = [[transport.allocate(number) for number in range(self.config.slots)] for transport in self.transports]
         seed = rng.randrange(2**31)
-        self.experts = [
-            draw_grouped_experts(random.Random(seed), self.place._replace(rank=r), self.settings) for r in range(self.ranks)
-        ]
+        places = [self.place._replace(rank=rank) for rank in range(self.ranks)]
+        self.experts = [draw_grouped_experts(random.Random(seed), place, self.settings) for place in places]
         self.streams = streams(self.ranks)
 
     def _memory(self, group: int, nbytes: int, device: torch.device, *limits: float) -> Any:
@@ -299,8 +297,8 @@ class PeersOnOneGPU:
         inputs = draw_inputs(rng, self.settings, self.ranks, self.dtype, twice=True)
         slot, experts = rng.randrange(self.config.slots), self.config.num_local_experts
         expected, outputs, dropped = from_one_process(self.settings, inputs)
-        ways = ["pull", "halves", "buffer"] + ["push"] * (not self.config.per_rank)
-        ways += ["experts"] * 3 * (not self.config.per_rank and can_push(self.experts[0]))
+        ways = ["pull", "halves", "buffer"]
+        ways += [] if self.config.per_rank else ["push", *["experts"] * 3 * can_push(self.experts[0])]
         way, first = rng.choice(ways), rng.choice([0, rng.randint(1, experts - 1)]) if experts > 1 else 0
         mine = [[tensor.to(self.device) for tensor in tensors] for tensors in inputs]
         outs = [[Guarded(*hidden.shape, dtype=self.dtype, device=self.device) for _ in range(2)] for hidden, _, _ in mine]
