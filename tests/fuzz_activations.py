@@ -134,7 +134,7 @@ class Activated:
             x, valid, num_tokens, starts = layout.pack(x), layout.mask(), layout.num_tokens, layout.expert_start
         x, (*there, last), chosen = x[..., :wide], valid.shape, valid.cpu()
         given = x, num_tokens, starts
-        on_cpu = [None if tensor is None else tensor.cpu() for tensor in (*given, bias)]
+        on_cpu: list[Any] = [None if tensor is None else tensor.cpu() for tensor in (*given, bias)]
         settings: dict[str, Any] = {"activation": activation, "bias": on_cpu.pop()}
         off = slack(x)
 
@@ -199,7 +199,8 @@ def check_steps(experts: GroupedExperts, batch: ExpertBatch) -> None:
     counts = batch.num_tokens, batch.expert_start
     gate_up = experts.gemm1(batch)
     valid = reference.counted_rows(batch.num_tokens, gate_up, batch.expert_start)
-    chosen, on_cpu = valid.cpu(), [None if tensor is None else tensor.cpu() for tensor in (gate_up, *counts)]
+    chosen = valid.cpu()
+    on_cpu: list[Any] = [None if tensor is None else tensor.cpu() for tensor in (gate_up, *counts)]
     expected = reference.grouped_gemm_blockscale(batch.activations, experts.w13, *counts, out_dtype=torch.float32)
     assert_near(gate_up[valid], expected[valid])
 

@@ -296,6 +296,7 @@ def test_nan_scales_stay_nan():
 
 
 VALUES = torch.zeros(E, 8, 32).to(E4M3)
+ONE_SIZE: Any = (128,)
 BAD_WEIGHTS: dict[str, tuple[Any, str]] = {
     "pairs in int8": (
         lambda: CheckpointWeight(torch.zeros(E, 8, 16, dtype=torch.int8), torch.ones(E, 8, 2), (1, 32)),
@@ -305,9 +306,9 @@ BAD_WEIGHTS: dict[str, tuple[Any, str]] = {
     "wide values": (lambda: CheckpointWeight(torch.zeros(E, 8, 32), torch.ones(E, 1, 1)), "values must be torch.float8_e4m3fn or"),
     "scales of integers": (lambda: CheckpointWeight(VALUES, torch.ones(E, 1, 1).int()), "scales must be torch.bfloat16 or"),
     "a block of one size": (
-        lambda: CheckpointWeight(VALUES, torch.ones(E), (128,)),
+        lambda: CheckpointWeight(VALUES, torch.ones(E), ONE_SIZE),
         r"block must be rows and columns, got \(128,\)",
-    ),  # type: ignore[arg-type]
+    ),
     "pairs across": (
         lambda: CheckpointWeight(torch.zeros(E, 8, 16, dtype=torch.uint8), torch.ones(E), (None, None), transposed=True),
         "two numbers a byte lie along K_dim and can't be transposed",

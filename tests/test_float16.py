@@ -43,16 +43,16 @@ def test_a_layer_has_the_accuracy_of_float16(kernels, layout, device, monkeypatc
     if kernels and device == "cpu":
         monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
     parts, tokens = drawn()
-    mine = [part.to(device) for part in parts]
+    mine, inputs = ([tensor.to(device) for tensor in tensors] for tensors in (parts, tokens))
     biases = dict(zip(("bias13", "bias2"), mine[2:], strict=True))
     experts = GroupedExperts.from_weights(*mine[:2], quant="float16", activation=Activation(limit=2.5), **biases)
     with MoEQuantDispatcher(**SIZES, quant="float16", layout=layout, device=device) as dispatcher:
-        batch, handle = dispatcher.dispatch(*(tensor.to(device) for tensor in tokens))
+        batch, handle = dispatcher.dispatch(*inputs)
         output = experts(batch)
         assert batch.values.dtype == experts.gemm1(batch).dtype == output.dtype == experts.output_dtype == torch.float16
         assert dispatcher.output_buffer().dtype == torch.float16
         out = dispatcher.combine(output, handle)
-        assert_bit_equal(dispatcher(*(tensor.to(device) for tensor in tokens), experts), out)
+        assert_bit_equal(dispatcher(*inputs, experts=experts), out)
     assert out.dtype == torch.float16
     assert relative_error(out.cpu(), dense(parts, tokens)) < TOLERANCE
 
@@ -63,7 +63,7 @@ def test_rows_are_the_tokens_bits_where_bfloat16_would_round_them():
 
     _, tokens = drawn()
     with MoEQuantDispatcher(**SIZES, quant="float16", device="cpu") as dispatcher:
-        out = dispatcher(*tokens, doubled)
+        out = dispatcher(*tokens, experts=doubled)
         batch, _ = dispatcher.dispatch(*tokens)
     expected, outputs, _ = in_one_process(SIZES | {"quant": "float16"}, [tokens], doubled)
     assert_bit_equal(out, outputs[0])
