@@ -2,6 +2,7 @@
 
 from moequant.activations import Activation
 from moequant.batch import DispatchHandle, ExpertBatch, QuantizedTensor
+from moequant.checkpoints import CheckpointWeight
 from moequant.dispatcher import MoEQuantDispatcher
 from moequant.environment import environment
 from moequant.errors import (
@@ -26,6 +27,7 @@ __all__ = [
     "Activation",
     "CallOrderError",
     "CapacityOverflowError",
+    "CheckpointWeight",
     "ClosedError",
     "ConfigMismatchError",
     "DispatchHandle",

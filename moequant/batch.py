@@ -243,8 +243,8 @@ class ExpertBatch:
     of R, those of expert l from expert_start[l] on.
 
     Attributes:
-        values: (L, M, H), ragged (R, H), contiguous, in the dispatcher's quantized type, or bfloat16 for quant="none".
-        scales: (L, M, G) float32 with element strides (M*G, 1, M), ragged (R, G) with (1, R), or None for quant="none".
+        values: (L, M, H), ragged (R, H), contiguous, in the dispatcher's type: a narrow one, bfloat16 for "none", or float16.
+        scales: (L, M, G) float32 with element strides (M*G, 1, M), ragged (R, G) with (1, R), or None for rows that are not quantized.
         num_tokens: (L,) int32, the rows of each expert. Rows that belong to none may hold anything; nothing may read them for a valid
             result, or write them.
         sources: (L, M), ragged (R,), int64, where each valid row came from: `source_rank << 32 | token * top_k + k`.
@@ -274,7 +274,7 @@ class ExpertBatch:
         check_tensor("num_tokens", self.num_tokens, dims=1)
         (*rows, columns), device = self.values.shape, self.values.device
         experts = self.num_tokens.shape[0] if self.expert_start is not None else rows[0]
-        check_tensor("values", self.values, dtypes=(torch.bfloat16,) if self.scales is None else NARROW_DTYPES)
+        check_tensor("values", self.values, dtypes=(torch.bfloat16, torch.float16) if self.scales is None else NARROW_DTYPES)
         if self.scales is not None:
             check_tensor("scales", self.scales, shape=(*rows, ceil_div(columns, 128)), dtypes=(torch.float32,), device=device)
         check_tensor("num_tokens", self.num_tokens, shape=(experts,), dtypes=(torch.int32,), device=device)

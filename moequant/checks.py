@@ -102,6 +102,17 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number that float32 can hold, got {value}")
 
 
+def check_weight_shapes(w13: Sequence[int], w2: Sequence[int], gated: bool) -> None:
+    """Raises ValueError unless w13 is (L, 2 * I, H), not gated (L, I, H), and w2 (L, H, I)."""
+    form = "(L, 2 * I, H), gate first" if gated else "(L, I, H), without a gate"
+    if len(w13) != 3:
+        raise ValueError(f"w13 must be {form}, got shape {tuple(w13)}")
+    experts, columns, hidden = w13
+    width = 2 if gated else 1
+    if columns % width or tuple(w2) != (experts, hidden, columns // width):
+        raise ValueError(f"w13 must be {form}, and w2 (L, H, I); got {tuple(w13)} and {tuple(w2)}")
+
+
 def check_num_sms(num_sms: int | None) -> None:
     """Raises ValueError unless num_sms is a number of multiprocessors, or None."""
     if num_sms is not None and (isinstance(num_sms, bool) or not isinstance(num_sms, int) or not 0 < num_sms <= MAX_INT):

@@ -12,7 +12,9 @@ from moequant.batch import ceil_div
 from moequant.checks import MAX_INT
 from moequant.formats import FORMATS, recipe_of
 
-QUANT_DTYPES = {"none": torch.bfloat16, **{name: fmt.dtype for name, fmt in FORMATS.items()}}
+# what is not quantized, and the types of all
+PLAIN_DTYPES = {"none": torch.bfloat16, "float16": torch.float16}
+QUANT_DTYPES = {**PLAIN_DTYPES, **{name: fmt.dtype for name, fmt in FORMATS.items()}}
 CHOICES = {
     "quant": tuple(QUANT_DTYPES),
     "transport": ("auto", "local", "collective", "symmetric"),
@@ -215,7 +217,12 @@ class DispatcherConfig:
     @functools.cached_property
     def quantized(self) -> bool:
         """Whether values are in a narrow type, with scales."""
-        return self.quant != "none"
+        return self.quant not in PLAIN_DTYPES
+
+    @functools.cached_property
+    def output_dtype(self) -> torch.dtype:
+        """The type in which `GroupedExperts` give their rows: float16 for "float16", otherwise bfloat16."""
+        return PLAIN_DTYPES.get(self.quant, torch.bfloat16)
 
     @functools.cached_property
     def per_rank(self) -> bool:

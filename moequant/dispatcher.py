@@ -51,7 +51,7 @@ class MoEQuantDispatcher(SendRecv):
         top_k: K.
         hidden_size: H.
         max_tokens_per_rank: the largest T of any rank and call.
-        quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or "none" for bfloat16 rows without scales.
+        quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or rows without scales: "none" in bfloat16, "float16".
         transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory:
             NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
         exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once
@@ -215,12 +215,13 @@ class MoEQuantDispatcher(SendRecv):
         return out
 
     @step
-    def begin_push(self, handle: DispatchHandle, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def begin_push(self, handle: DispatchHandle, *, dtype: torch.dtype | None = None) -> Tensor:
         """Where a producer stores the rows that it makes: then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone.
 
         Args:
             handle: of the dispatch.
-            dtype: of the rows, bfloat16 or float16, the same on all ranks.
+            dtype: of the rows, bfloat16 or float16, the same on all ranks; None: what `GroupedExperts` make here, float16 with
+                quant="float16", otherwise bfloat16.
 
         Returns:
             (L, M), ragged (R,), int64: for each valid row of the batch the address, in this process, of H numbers of that type. A
@@ -233,6 +234,7 @@ class MoEQuantDispatcher(SendRecv):
         transport = self._symmetric()
         if self.config.per_rank:
             raise RuntimeError(f'rows can be pushed with reduce="exact" alone, not with "{self.config.reduce}"; use combine')
+        dtype = self.config.output_dtype if dtype is None else dtype
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, got {dtype}")
         buffers = self._slot_of(handle, "begin_push")
@@ -299,7 +301,7 @@ class MoEQuantDispatcher(SendRecv):
             slot: which.
 
         Returns:
-            (L, M, H), ragged (R, H), bfloat16.
+            (L, M, H), ragged (R, H), bfloat16, with quant="float16" float16.
 
         Raises:
             ValueError: there is no such slot.

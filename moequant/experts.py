@@ -45,8 +45,8 @@ class GroupedExperts(ExpertWeights):
     every transport (`can_push`).
 
     Args:
-        w13: (L, 2I, H), gate first, then up, not gated (L, I, H): bfloat16, or quantized in layout "block", gate and up in segments=2,
-            interleaved or not gated in one.
+        w13: (L, 2I, H), gate first, then up, not gated (L, I, H): bfloat16, float16, or quantized in layout "block", gate and up in
+            segments=2, interleaved or not gated in one.
         w2: (L, H, I) of the same type.
         activation: an `Activation`, or the name of its function.
         bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None.
@@ -78,7 +78,7 @@ class GroupedExperts(ExpertWeights):
 
         Args:
             batch: of `MoEQuantDispatcher.dispatch`.
-            out: (L, M, H) bfloat16 contiguous, or None for a workspace.
+            out: (L, M, H) of `output_dtype`, contiguous, or None for a workspace.
             num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
 
         Returns:
@@ -142,7 +142,7 @@ class GroupedExperts(ExpertWeights):
             num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
 
         Returns:
-            Values (L, M, I), quantized unless the batch is bfloat16.
+            Values (L, M, I), quantized unless the batch is not.
         """
         if not self.fuses(batch):
             return self.activation(self.gemm1(batch, num_sms=num_sms), batch)
@@ -204,7 +204,7 @@ class GroupedExperts(ExpertWeights):
             num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
 
         Returns:
-            (L, M, 2I) bfloat16, not gated (L, M, I), without bias.
+            (L, M, 2I) of `output_dtype`, not gated (L, M, I), without bias.
         """
 
         def run() -> Tensor:
@@ -221,7 +221,7 @@ class GroupedExperts(ExpertWeights):
             batch: of `MoEQuantDispatcher.dispatch`.
 
         Returns:
-            Values (L, M, I), quantized unless the batch is bfloat16.
+            Values (L, M, I), quantized unless the batch is not.
 
         Raises:
             ValueError: a batch of other experts, or another wrong argument.
@@ -245,7 +245,7 @@ class GroupedExperts(ExpertWeights):
         Args:
             inner: (L, M, I) of `activation`.
             batch: of `MoEQuantDispatcher.dispatch`.
-            out: (L, M, H) bfloat16 contiguous, or None for a workspace.
+            out: (L, M, H) of `output_dtype`, contiguous, or None for a workspace.
             num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
 
         Returns:
@@ -307,7 +307,7 @@ class GroupedExperts(ExpertWeights):
         """The output that was given, checked, or the workspace's."""
         if out is None:
             return self._workspace(batch).output
-        check_tensor("out", out, shape=tuple(batch.values.shape), dtypes=(torch.bfloat16,), device=batch.values.device)
+        check_tensor("out", out, shape=tuple(batch.values.shape), dtypes=(self.output_dtype,), device=batch.values.device)
         check_contiguous("out", out)
         check_no_grad(out=out)
         return out
@@ -322,7 +322,7 @@ class GroupedExperts(ExpertWeights):
     def _workspace(self, batch: ExpertBatch) -> Workspace:
         """What all experts of these sizes share that take batches of the owner and slot."""
         self._check_batch(batch)
-        inner = dtype_of(self.w2), isinstance(self.w2, QuantizedTensor)
+        inner = dtype_of(self.w2), isinstance(self.w2, QuantizedTensor), self.output_dtype
         span, rows = None if batch.ragged else self._span, tuple(batch.values.shape[:-1])
         columns = self.hidden_size, self.intermediate_size, self.w13.shape[1]
         sizes = Sizes(batch.slot, span, rows, *columns, *inner, batch.values.device)

@@ -45,8 +45,8 @@ def grouped_gemm_blockscale(
     Each 128 of K_dim is multiplied in the narrow type, then scaled and added in float32.
 
     Args:
-        a: (L, M, K_dim) values with layout "transposed", group size 128; or a plain bfloat16 tensor. With expert_start (R, K_dim).
-        b: (L, N, K_dim) values of a's dtype with layout "block", 128x128; or a plain bfloat16 tensor if a is one.
+        a: (L, M, K_dim) values with layout "transposed", group size 128; or plain bfloat16 or float16. With expert_start (R, K_dim).
+        b: (L, N, K_dim) values of a's dtype with layout "block", 128x128; or a plain tensor if a is one.
         num_tokens: (L,) int32, or None for all M. Rows from num_tokens[l] on are never written, and whatever they hold in `a` has
             no influence on the others.
         expert_start: (L,) int32, where the rows of all experts lie in one buffer, layout "ragged": expert l's are those from
@@ -104,5 +104,5 @@ def _operand(name: str, x: QuantizedTensor | Tensor, layout: str, dims: int) -> 
         check_tensor(f"the values of {name}", x.values, dims=dims)
         check_no_grad(**{f"the scales of {name}": x.scales})
         return x.values, x.scales
-    check_tensor(name, x, dims=dims, dtypes=(torch.bfloat16,))
+    check_tensor(name, x, dims=dims, dtypes=(torch.bfloat16, torch.float16))
     return x, None

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moequant.activations import Activation, activation_of
 from moequant.batch import ExpertBatch, QuantizedTensor
-from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_tensor
-from moequant.config import QUANT_DTYPES
+from moequant.checkpoints import Both, CheckpointWeight, halves_apart, made_of_checkpoint
+from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_tensor, check_weight_shapes
+from moequant.config import PLAIN_DTYPES, QUANT_DTYPES
 from moequant.errors import LayoutError
 from moequant.formats import FLOAT_DTYPES
 from moequant.quantization import quantize_weight
@@ -24,8 +25,8 @@ def made_of(w13: Tensor, w2: Tensor, quant: str, recipe: str, activation: Activa
     """The weights of `GroupedExperts.from_weights`, quantized.
 
     Args:
-        w13: (L, 2I, H) bfloat16, not gated (L, I, H).
-        w2: (L, H, I) bfloat16.
+        w13: (L, 2I, H) float, not gated (L, I, H).
+        w2: (L, H, I) float.
         quant: the dispatcher's.
         recipe: see `moequant.formats.RECIPES`.
         activation: what w13's rows are for.
@@ -40,30 +41,18 @@ def made_of(w13: Tensor, w2: Tensor, quant: str, recipe: str, activation: Activa
     if not isinstance(quant, str) or quant not in QUANT_DTYPES:
         raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
     for name, w in (("w13", w13), ("w2", w2)):
-        check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
-        if quant != "none":
+        check_tensor(name, w, dims=3, dtypes=(PLAIN_DTYPES[quant],) if quant in PLAIN_DTYPES else FLOAT_DTYPES)
+        if quant not in PLAIN_DTYPES:
             # which `quantize_weight` would say of an argument of its own
             check_no_grad(**{name: w})
     check_format(quant, w13.device)
     if w13.shape[1] % activation.width:
         raise ValueError(f"w13 must be (L, 2 * I, H), gate first, got shape {tuple(w13.shape)}")
     apart = halves_apart(w13) if activation.interleaved else w13
-    if quant == "none":
+    if quant in PLAIN_DTYPES:
         return apart.contiguous(), w2.contiguous()
     segments, dtype = activation.width, QUANT_DTYPES[quant]
     return quantize_weight(apart, dtype=dtype, recipe=recipe, segments=segments), quantize_weight(w2, dtype=dtype, recipe=recipe)
-
-
-def halves_apart(x: Tensor) -> Tensor:
-    """Interleaved rows with those of even numbers first.
-
-    Args:
-        x: (L, 2I, ...).
-
-    Returns:
-        A copy.
-    """
-    return torch.cat((x[:, ::2], x[:, 1::2]), 1)
 
 
 def check_weights(w13: Weight, w2: Weight, activation: Activation) -> None:
@@ -81,14 +70,9 @@ def check_weights(w13: Weight, w2: Weight, activation: Activation) -> None:
     for name, w in (("w13", w13), ("w2", w2)):
         check_is(name, w, (QuantizedTensor, Tensor))
         if isinstance(w, Tensor):
-            check_tensor(name, w, dims=3, dtypes=(torch.bfloat16,))
+            check_tensor(name, w, dims=3, dtypes=tuple(PLAIN_DTYPES.values()))
             check_contiguous(name, w)
-    form = "(L, 2 * I, H), gate first" if activation.gated else "(L, I, H), without a gate"
-    if len(w13.shape) != 3:
-        raise ValueError(f"w13 must be {form}, got shape {tuple(w13.shape)}")
-    experts, columns, hidden = w13.shape
-    if columns % activation.width or tuple(w2.shape) != (experts, hidden, columns // activation.width):
-        raise ValueError(f"w13 must be {form}, and w2 (L, H, I); got {tuple(w13.shape)} and {tuple(w2.shape)}")
+    check_weight_shapes(w13.shape, w2.shape, activation.gated)
     if w13.device != w2.device:
         raise ValueError(f"w13 and w2 must be on one device, got {w13.device} and {w2.device}")
     segments = activation.halves
@@ -123,6 +107,24 @@ def checked_bias(name: str, bias: Tensor | None, w: Weight) -> Tensor | None:
         return None
     check_tensor(name, bias, shape=tuple(w.shape[:2]), dtypes=FLOAT_DTYPES, device=w.device)
     return bias.contiguous()
+
+
+def bias_apart(bias: Tensor | None, w: Weight, activation: Activation) -> Tensor | None:
+    """A bias of w13 whose gate and up are laid apart.
+
+    Args:
+        bias: (L, 2I), not gated (L, I), or None.
+        w: w13.
+        activation: what w13's rows were for.
+
+    Returns:
+        It, of interleaved rows a copy.
+
+    Raises:
+        ValueError: another shape or type, or on another device.
+    """
+    bias = checked_bias("bias13", bias, w)
+    return halves_apart(bias) if bias is not None and activation.interleaved else bias
 
 
 def addresses_of(w: Weight | None) -> tuple[int, ...]:
@@ -235,6 +237,11 @@ class ExpertWeights:
         self._span = 0, w13.shape[0]
         self._begin()
 
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The type of the rows that they make: float16 if the weights are, otherwise bfloat16."""
+        return torch.float16 if dtype_of(self.w2) == torch.float16 else torch.bfloat16
+
     def _begin(self) -> None:
         """What is each object's own, and no copy's."""
 
@@ -250,12 +257,13 @@ class ExpertWeights:
         bias2: Tensor | None = None,
         recipe: str = "default",
     ) -> Made:
-        """Quantizes bfloat16 weights in 128x128 blocks, gate and up apart.
+        """Quantizes weights in 128x128 blocks, gate and up apart.
 
         Args:
-            w13: (L, 2I, H), gate first, then up, or interleaved, which are laid apart; not gated (L, I, H).
-            w2: (L, H, I).
-            quant: the dispatcher's; "none" keeps the weights as they are.
+            w13: (L, 2I, H), gate first, then up, or interleaved, which are laid apart; not gated (L, I, H). bfloat16, float16 or
+                float32, any strides, "none" bfloat16 and "float16" float16: `w.transpose(1, 2)` of weights that lie the other way round.
+            w2: (L, H, I), as w13.
+            quant: the dispatcher's; "none" and "float16" keep the weights as they are.
             activation: an `Activation`, or the name of its function.
             bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None.
             bias2: (L, H), or None.
@@ -270,11 +278,8 @@ class ExpertWeights:
         """
         kind = activation_of(activation)
         first, second = made_of(w13, w2, quant, recipe, kind)
-        if kind.interleaved:
-            bias13 = checked_bias("bias13", bias13, w13)
-            bias13 = None if bias13 is None else halves_apart(bias13)
-            kind = replace(kind, interleaved=False)
-        return cls(first, second, activation=kind, bias13=bias13, bias2=bias2)
+        bias13 = bias_apart(bias13, w13, kind)
+        return cls(first, second, activation=replace(kind, interleaved=False), bias13=bias13, bias2=bias2)
 
     @classmethod
     def from_quantized(
@@ -305,3 +310,45 @@ class ExpertWeights:
         for name, w in (("w13", w13), ("w2", w2)):
             check_is(name, w, QuantizedTensor, "quantize_weight makes one, and from_weights takes bfloat16 weights")
         return cls(w13, w2, activation=activation, bias13=bias13, bias2=bias2)
+
+    @classmethod
+    def from_checkpoint(
+        cls: type[Made],
+        w13: CheckpointWeight | Both,
+        w2: CheckpointWeight,
+        *,
+        quant: str = "fp8_e4m3fn",
+        activation: str | Activation = "silu",
+        bias13: Tensor | None = None,
+        bias2: Tensor | None = None,
+        recipe: str | None = None,
+    ) -> Made:
+        """Takes the narrow weights of a checkpoint.
+
+        Values of quant's type with one scale for each 128x128, or for more, are kept: the same bits, and views where they are
+        contiguous. Others are quantized anew in blocks of 128x128, which rounds a second time, one expert after the other, so that no
+        wide copy of all is ever there. Powers of two as scales spare most of the rounding, since e2m1 with e8m0 becomes float8_e4m3fn
+        without any error where the scales of a 128x128 block are within 2**14 of each other.
+
+        Args:
+            w13: of (L, 2I, H), gate first, then up, or interleaved; not gated (L, I, H). Or gate and up, two of (L, I, H).
+            w2: of (L, H, I).
+            quant: the dispatcher's; "none" makes bfloat16 weights, "float16" float16.
+            activation: an `Activation`, or the name of its function.
+            bias13: as for `from_weights`, as w13's rows lie.
+            bias2: (L, H), or None.
+            recipe: of what is quantized anew, see `moequant.formats.RECIPES`; None: "ue8m0" where the scales are e8m0, otherwise
+                "default".
+
+        Returns:
+            The experts. Interleaved rows are laid apart, but for those that are kept.
+
+        Raises:
+            LayoutError: scales of gate and up apart where there are none.
+            ValueError: other wrong weights or settings, or a format that the GPU doesn't have.
+            RuntimeError: scales require grad under grad mode.
+        """
+        kind = activation_of(activation)
+        first, second, now = made_of_checkpoint(w13, w2, quant, recipe, kind)
+        bias13 = bias13 if now.interleaved else bias_apart(bias13, first, kind)
+        return cls(first, second, activation=now, bias13=bias13, bias2=bias2)

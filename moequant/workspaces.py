@@ -28,6 +28,7 @@ class Sizes(NamedTuple):
         product_size: columns of GEMM 1's output, 2I, or I where nothing is gated.
         dtype: of the activation's output.
         quantized: whether that has scales.
+        wide: the type of what isn't quantized.
         device: where.
     """
 
@@ -39,6 +40,7 @@ class Sizes(NamedTuple):
     product_size: int
     dtype: torch.dtype
     quantized: bool
+    wide: torch.dtype
     device: torch.device
 
 
@@ -61,12 +63,12 @@ class Workspace:
     @functools.cached_property
     def output(self) -> Tensor:
         """GEMM 2's output, (L, M, H), ragged (R, H), made when it is first asked for."""
-        return self._empty(self.sizes.hidden_size, torch.bfloat16)
+        return self._empty(self.sizes.hidden_size, self.sizes.wide)
 
     @functools.cached_property
     def gate_up(self) -> Tensor:
         """Gate and up, (L, M, 2I), ragged (R, 2I), made when they are first asked for. Not gated: I."""
-        return self._empty(self.sizes.product_size, torch.bfloat16)
+        return self._empty(self.sizes.product_size, self.sizes.wide)
 
     def _empty(self, columns: int, dtype: torch.dtype) -> Tensor:
         # whatever mode the first batch comes in: torch refuses to write into what inference_mode has made outside it

@@ -13,6 +13,8 @@ from moequant.batch import ceil_div, empty_scales_of, empty_transposed_scales
 
 BF16, INT8 = torch.bfloat16, torch.int8
 E4M3, FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
+# without scales
+PLAIN = torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 def ragged(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Values (R, H) of experts * rows rows and their transposed scales, or no scales for a plain type."""
     values = empty(experts * rows, columns, dtype=dtype)
-    return values, None if dtype == BF16 else empty_scales_of(values.shape, 128, "cpu")
+    return values, None if dtype in PLAIN else empty_scales_of(values.shape, 128, "cpu")
 
 
 def quantized(experts: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Values (L, M, H) and their transposed scales, or no scales for a plain type."""
-    scales = None if dtype == BF16 else empty_transposed_scales(experts, rows, ceil_div(columns, 128), "cpu")
+    scales = None if dtype in PLAIN else empty_transposed_scales(experts, rows, ceil_div(columns, 128), "cpu")
     return empty(experts, rows, columns, dtype=dtype), scales

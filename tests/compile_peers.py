@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from compile_case import BF16, empty, quantized
+from compile_case import BF16, PLAIN, empty, quantized
 from moequant import ops
 from moequant.batch import ceil_div
 from moequant.config import ROW_ALIGNMENT
@@ -53,7 +53,7 @@ def push_tokens(
             capacity=1024,
             columns=columns,
             max_tokens=128,
-            spec=None if dtype == BF16 else ops.quant_spec(dtype, "default"),
+            spec=None if dtype in PLAIN else ops.quant_spec(dtype, "default"),
             ragged=tl.constexpr(ragged),
         ),
         peers_of(ranks),

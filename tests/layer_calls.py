@@ -10,9 +10,11 @@ import torch
 from function_calls import E4M3, NARROW, Call, counts, quantizer
 from moequant import (
     Activation,
+    CheckpointWeight,
     ExpertBatch,
     GroupedExperts,
     MoEQuantDispatcher,
+    QuantizedTensor,
     formats,
     quantize_expert_batch,
     quantize_weight,
@@ -35,6 +37,10 @@ def dispatcher(**settings: Any) -> MoEQuantDispatcher:
 
 def weights() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 2 * 24, 40).bfloat16(), torch.randn(3, 40, 24).bfloat16()
+
+
+def blocks() -> tuple[QuantizedTensor, QuantizedTensor]:
+    return quantize_weight(weights()[0], segments=2), quantize_weight(weights()[1])
 
 
 def biases() -> dict[str, Any]:
@@ -132,7 +138,17 @@ LAYERS: dict[str, Callable[[], Call]] = {
     ),
     "GroupedExperts.from_quantized": lambda: Call(
         GroupedExperts.from_quantized,
-        {"w13": quantize_weight(weights()[0], segments=2), "w2": quantize_weight(weights()[1]), "activation": "silu"} | biases(),
+        dict(zip(("w13", "w2"), blocks(), strict=True)) | {"activation": "silu"} | biases(),
+    ),
+    "GroupedExperts.from_checkpoint": lambda: Call(
+        GroupedExperts.from_checkpoint,
+        dict(zip(("w13", "w2"), (CheckpointWeight(q.values, q.scales) for q in blocks()), strict=True))
+        | {"quant": "fp8_e4m3fn", "activation": "silu", "recipe": None}
+        | biases(),
+    ),
+    "CheckpointWeight": lambda: Call(
+        CheckpointWeight,
+        {"values": blocks()[0].values, "scales": torch.ones(3, 2, 2), "block": (64, 20), "segments": 2, "transposed": False},
     ),
     "GroupedExperts.__call__": lambda: on_experts("__call__", out=torch.zeros(3, 16, 40).bfloat16(), num_sms=None),
     "GroupedExperts.gemm1_swiglu": lambda: on_experts("gemm1_swiglu", num_sms=2),

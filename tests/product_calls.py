@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from compile_case import BF16, INT8, counted, empty, quantized, ragged
+from compile_case import BF16, INT8, PLAIN, counted, empty, quantized, ragged
 from moequant import ops, quantize_expert_batch, quantize_weight
 from moequant.batch import ceil_div
 from operation_case import COUNTS, quantize_outputs
@@ -23,7 +23,7 @@ def call_grouped_gemm(
     """starts: of ragged rows."""
     a, a_scales = (ragged if starts else quantized)(experts, 1024, depth, dtype)
     b = empty(experts, columns, depth, dtype=dtype)
-    b_scales = None if dtype == BF16 else empty(experts, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
+    b_scales = None if dtype in PLAIN else empty(experts, ceil_div(columns, 128), ceil_div(depth, 128), dtype=torch.float32)
     operands, counts = (a, a_scales, b, b_scales), (counted(b), counted(b) if starts else None)
     if push:
         ops.grouped_gemm_push(*operands, *counts, empty(*a.shape[:-1], dtype=torch.int64), expected_rows, None)

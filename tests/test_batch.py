@@ -257,7 +257,7 @@ def test_a_batch_of_other_tensors_is_refused_in_words():
     batch = expert_batch(transposed())
     for field, value, message in (
         ("values", WIDE, "values must be torch.float8_e4m3fn or"),
-        ("scales", None, "values must be torch.bfloat16, got torch.int8"),
+        ("scales", None, "values must be torch.bfloat16 or torch.float16, got torch.int8"),
         ("scales", transposed(2, 5), r"scales must have shape \(2, 6, 3\)"),
         ("num_tokens", batch.num_tokens.long(), "num_tokens must be torch.int32"),
         ("sources", batch.sources.to("meta"), "sources must be on cpu, got meta"),

@@ -75,7 +75,7 @@ OPTIONAL |= {
     "first_experts",
     "generator",
 }
-OPTIONAL |= {"router", "read", "max_tokens"}
+OPTIONAL |= {"router", "read", "max_tokens", "bias13", "bias2", "segments", "intermediate_size"}
 
 
 class Verdict(Exception):

@@ -23,8 +23,10 @@ MATRIX_INSTRUCTIONS = {
     ("sm_90", "float8_e4m3fn"): "QGMMA",
     ("sm_90", "int8"): "IGMMA",
     ("sm_90", "bfloat16"): "HGMMA",
+    ("sm_90", "float16"): "HGMMA",
     ("sm_100", "float8_e4m3fn"): "UTCQMMA",
     ("sm_100", "bfloat16"): "UTCHMMA",
+    ("sm_100", "float16"): "UTCHMMA",
 }
 # what rounds to e4m3fnuz by the instruction of the GPU that has one
 NATIVE_FNUZ = {"quantize", "silu_mul_quantize", "quantize_weight", "fused_rms_quantize"}

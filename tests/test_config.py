@@ -167,6 +167,7 @@ def test_groups_round_the_hidden_size_up(hidden_size, groups):
     "quant, dtype",
     [
         ("none", torch.bfloat16),
+        ("float16", torch.float16),
         ("fp8_e4m3fn", torch.float8_e4m3fn),
         ("fp8_e4m3fnuz", torch.float8_e4m3fnuz),
         ("fp8_e5m2", torch.float8_e5m2),
@@ -175,7 +176,7 @@ def test_groups_round_the_hidden_size_up(hidden_size, groups):
 )
 def test_quant_names_the_type_of_the_values(quant, dtype):
     assert config(quant=quant).dtype == dtype
-    assert config(quant=quant).quantized == (quant != "none")
+    assert config(quant=quant).quantized == (quant not in ("none", "float16"))
     assert set(QUANT_DTYPES) == set(CHOICES["quant"])
 
 

@@ -20,6 +20,7 @@ from moequant import errors, gemm, quantization, testing
 MODULES = (
     "activations",
     "batch",
+    "checkpoints",
     "config",
     "dense.gemm",
     "dense.int8",

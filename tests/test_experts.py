@@ -13,7 +13,7 @@ from moequant.testing import assert_bit_equal, poison, relative_error
 
 EXPERTS, ROWS, HIDDEN, INNER = 3, 16, 200, 136
 # of the whole feed-forward network, against dense bfloat16: three quantizations of rows and weights
-TOLERANCES = {"none": 0.006, "int8": 0.03, "fp8_e4m3fn": 0.08, "fp8_e4m3fnuz": 0.08, "fp8_e5m2": 0.15}
+TOLERANCES = {"none": 0.006, "float16": 0.006, "int8": 0.03, "fp8_e4m3fn": 0.08, "fp8_e4m3fnuz": 0.08, "fp8_e5m2": 0.15}
 COUNTS = torch.tensor([16, 0, 5], dtype=torch.int32)
 
 
@@ -25,7 +25,9 @@ def weights(hidden: int = HIDDEN, inner: int = INNER) -> tuple[torch.Tensor, tor
 def make_batch(quant: str, x: torch.Tensor, counts: torch.Tensor = COUNTS, recipe: str = "default") -> ExpertBatch:
     """As a dispatcher leaves it, with rows past the counts poisoned."""
     values, scales = x.bfloat16(), None
-    if quant != "none":
+    if quant == "float16":
+        values = x.half()
+    elif quant != "none":
         q = quantize_expert_batch(values, dtype=QUANT_DTYPES[quant], recipe=recipe)
         values, scales = q.values, q.scales
     for expert, count in enumerate(counts.tolist()):
@@ -47,10 +49,12 @@ def valid(x: torch.Tensor, counts: torch.Tensor = COUNTS) -> torch.Tensor:
 @pytest.mark.parametrize("quant", QUANT_DTYPES)
 def test_the_network_is_near_a_dense_bfloat16_computation(quant, hidden, inner):
     w13, w2 = weights(hidden, inner)
+    if quant == "float16":
+        w13, w2 = w13.half(), w2.half()
     x = torch.randn(EXPERTS, ROWS, hidden)
     out = GroupedExperts.from_weights(w13, w2, quant=quant)(make_batch(quant, x))
-    assert out.shape == x.shape and out.dtype == torch.bfloat16
-    assert relative_error(valid(out), valid(dense(x, w13, w2))) < TOLERANCES[quant]
+    assert out.shape == x.shape and out.dtype == w13.dtype
+    assert relative_error(valid(out), valid(dense(x, w13.bfloat16(), w2.bfloat16()))) < TOLERANCES[quant]
 
 
 def powers_of_two(scales: torch.Tensor) -> bool:
@@ -82,7 +86,18 @@ def test_weights_quantized_beforehand_give_the_same_bits(quant):
     assert_bit_equal(valid(GroupedExperts.from_quantized(*quantized)(batch)), valid(from_weights))
 
 
-@pytest.mark.parametrize("quant", QUANT_DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_weights_of_any_float_type_and_order_are_quantized_from_it(dtype):
+    w13, w2 = (w.to(dtype) + 2.0**-9 for w in weights())
+    experts = GroupedExperts.from_weights(w13.mT.contiguous().mT, w2.mT.contiguous().mT, quant="int8")
+    for made, w, segments in ((experts.w13, w13, 2), (experts.w2, w2, 1)):
+        expected = quantize_weight(w, dtype=torch.int8, segments=segments)
+        assert isinstance(made, QuantizedTensor)
+        assert_bit_equal(made.values, expected.values)
+        assert_bit_equal(made.scales, expected.scales)
+
+
+@pytest.mark.parametrize("quant", [quant for quant in QUANT_DTYPES if quant != "float16"])
 def test_quantization_is_the_only_error_beside_bfloat16s(quant):
     """Against products of the dequantized operands, the inner rows quantized and dequantized too."""
     w13, w2 = weights()
@@ -168,8 +183,10 @@ def test_the_steps_alone_are_the_call(quant):
 W13, W2 = torch.zeros(3, 8, 4).bfloat16(), torch.zeros(3, 4, 4).bfloat16()
 BAD_WEIGHTS = {
     "another activation": (W13, W2, {"activation": "tanh"}, "activation must be an Activation or one of 'silu', .*, got 'tanh'"),
-    "an unknown format": (W13, W2, {"quant": "fp4"}, "quant must be one of 'none', 'fp8_e4m3fn'.*, got 'fp4'"),
-    "float32 weights": (W13.float(), W2, {}, "w13 must be torch.bfloat16, got torch.float32"),
+    "an unknown format": (W13, W2, {"quant": "fp4"}, "quant must be one of 'none', 'float16', 'fp8_e4m3fn'.*, got 'fp4'"),
+    "float32 weights": (W13.float(), W2, {"quant": "none"}, "w13 must be torch.bfloat16, got torch.float32"),
+    "bfloat16 weights": (W13, W2, {"quant": "float16"}, "w13 must be torch.float16, got torch.bfloat16"),
+    "weights of integers": (W13.int(), W2, {}, "w13 must be torch.bfloat16 or .*, got torch.int32"),
     "two dimensions": (W13, W2[0], {}, r"w2 must have 3 dimensions, got shape \(4, 4\)"),
     "w2 the other way round": (W13, torch.zeros(3, 8, 4).bfloat16(), {}, r"w2 \(L, H, I\); got \(3, 8, 4\) and \(3, 8, 4\)"),
     "other experts": (W13, W2[:2], {}, r"got \(3, 8, 4\) and \(2, 4, 4\)"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moequant import GroupedExperts, MoEQuantDispatcher, ops
+from moequant import Activation, GroupedExperts, MoEQuantDispatcher, ops
 from moequant.batch import ExpertBatch
 from moequant.testing import assert_bit_equal, routing
 
@@ -96,3 +96,27 @@ def test_rows_are_pushed_to_one_address_each(monkeypatch, case):
         with pytest.raises(ValueError, match=message):
             experts().push(batch, destinations)
     assert calls == []
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+@pytest.mark.parametrize("activation", [Activation(), Activation("relu2", gated=False)], ids=["gated", "not gated"])
+@pytest.mark.parametrize("quant", ["none", "float16", "int8"])
+def test_buffer_bytes_is_what_a_layer_allocates(quant, activation, layout):
+    """On a CPU, where nothing is fused."""
+    settings = SETTINGS | {"quant": quant, "layout": layout, "slots": 1}
+    dtype = torch.float16 if quant == "float16" else torch.bfloat16
+    w13, w2 = torch.randn(3, 24 * activation.width, 40).to(dtype), torch.randn(3, 40, 24).to(dtype)
+    layer = GroupedExperts.from_weights(w13, w2, quant=quant, activation=activation)
+    with MoEQuantDispatcher(**settings, device="cpu") as dispatcher:
+        dispatcher(torch.randn(5, 40), torch.tensor([[0, 1]] * 5), torch.rand(5, 2), layer)
+        [workspace] = dispatcher._transport.owner.workspaces.values()
+        inner = [workspace.inner.values, workspace.inner.scales] if quant == "int8" else [workspace.inner]
+        taken = sum(tensor.nbytes for tensor in (*inner, workspace.gate_up, workspace.output))
+    said = [
+        MoEQuantDispatcher.buffer_bytes(**settings, **more)
+        for more in ({}, {"intermediate_size": 24, "fused": False, "gated": activation.gated})
+    ]
+    assert said[1] - said[0] == taken
+    if not activation.gated:
+        # they are never fused
+        assert MoEQuantDispatcher.buffer_bytes(**settings, intermediate_size=24, gated=False) == said[1]

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import fuzz_activations
 import fuzz_gpu
 import fuzz_operations
 from guarded import GUARD_BYTES, Guarded, GuardTouchedError
+from moequant import Activation
 
 SCRIPT = Path(__file__).parent / "fuzz_gpu.py"
 
@@ -34,7 +36,7 @@ def test_a_few_settings_are_drawn_and_recorded(tmp_path):
 def failing(damage: Callable[[torch.Tensor], object]) -> tuple[str | None, bool]:
     """How a quantizer's setting ends whose operation does some damage besides."""
     family = fuzz_operations.Quantizers(random.Random(0), fuzz_operations.Place("cpu", True))
-    family.gated, family.group = False, 128
+    family.group = 128
     before = fuzz_operations.ops.quantize_expert_batch
 
     def broken(x, num_tokens, starts, values, scales, *settings):
@@ -61,6 +63,28 @@ def test_a_store_past_the_end_and_a_wrong_bit_are_told_apart():
     assert error is not None and "1 bytes behind values" in error and guards
     error, guards = failing(wrong)
     assert error is not None and "values differ in 1 of" in error and not guards
+
+
+@pytest.mark.parametrize(
+    ("operation", "limit"), [("silu_mul", 0), ("silu_mul_quantize", 0), ("add_bias", 0), ("silu_mul", 1), ("silu_mul_quantize", 1)]
+)
+def test_another_limit_and_another_bias_are_wrong(operation, limit, monkeypatch):
+    family = fuzz_activations.Activated(random.Random(0), fuzz_operations.Place("cpu", True))
+    family.activation, family.bias, family.columns = Activation(limit=1.5, alpha=1.702), torch.float32, 130
+    monkeypatch.setattr(fuzz_activations, "draw_counts", lambda rng, experts, rows: [rows] * experts)
+    assert fuzz_gpu.attempt(family.check, random.Random(1))[1] is None
+    before, plain = getattr(fuzz_activations.ops, operation), Activation(limit=1.6 if limit else 1.5, alpha=1.702).text
+
+    def other(*arguments):
+        *given, bias = arguments
+        before(
+            *(plain if isinstance(part, str) and part == family.activation.text else part for part in given),
+            bias if limit else 1.01 * bias,
+        )
+
+    monkeypatch.setattr(fuzz_activations.ops, operation, other)
+    _, error, guards = fuzz_gpu.attempt(family.check, random.Random(1))
+    assert error is not None and not guards
 
 
 @pytest.mark.parametrize("offset", [-GUARD_BYTES, -1, 24, GUARD_BYTES + 23])

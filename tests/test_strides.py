@@ -166,6 +166,7 @@ def test_kernels_give_views_the_bits_of_their_copies(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_whose_elements_share_memory_are_refused(name):
-    arguments = [x for x in tensors(CALLS[name]()) if x in ("out", "values", "scales") and "dequantize" not in name]
+    reads = "dequantize" in name or name == "CheckpointWeight"
+    arguments = [x for x in tensors(CALLS[name]()) if x in ("out", "values", "scales") and not reads]
     for view in (rows_repeated, one_number):
         assert not set(arguments) & set(accepted(name)[view])

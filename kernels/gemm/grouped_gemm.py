@@ -53,6 +53,7 @@ class Tile(NamedTuple):
 
     flatten: one loop over the steps of all tiles, so that the loads of a tile start while the one before is being finished.
     pdl: the next launch may begin while this one runs.
+    float16: rows that go to addresses are; otherwise bfloat16.
     """
 
     m: int
@@ -64,6 +65,7 @@ class Tile(NamedTuple):
     flatten: bool
     parts: int
     pdl: bool
+    float16: bool
 
 
 @triton.jit
@@ -206,11 +208,12 @@ def grouped_gemm_kernel(
         else:
             # not loaded before: the products have no registers to spare
             addresses = tl.load(destinations + start.to(tl.int64) * buffer + rows, mask=valid_row, other=0)
-            at = addresses.to(tl.pointer_type(tl.bfloat16))[:, None] + first_column + in_tile[None, :]
+            ROW: tl.constexpr = tl.float16 if TILE.float16 else tl.bfloat16
+            at = addresses.to(tl.pointer_type(ROW))[:, None] + first_column + in_tile[None, :]
             if SEGMENT_N % 8 == 0:
                 # the compiler knows nothing of addresses in a table: rows begin at multiples of 16 bytes
                 at = tl.max_contiguous(tl.multiple_of(at, (16, 16)), (1, 8))
-            tl.store(at, acc.to(tl.bfloat16), mask=mask)
+            tl.store(at, acc.to(ROW), mask=mask)
 
 
 class Config(NamedTuple):
@@ -332,12 +335,14 @@ def grouped_gemm_blockscale(
 ) -> None:
     """`moequant.reference.grouped_gemm_blockscale` into out, on arguments that `moequant.grouped_gemm_blockscale` has checked.
 
-    a: (L, M, K_dim) contiguous float8, int8 or, without scales, bfloat16. a_scales: (L, M, G) float32, strides (any, 1, any), or None.
+    a: (L, M, K_dim) contiguous float8, int8 or, without scales, bfloat16 or float16. a_scales: (L, M, G) float32, strides (any, 1, any),
+    or None.
     b: (L, N, K_dim) contiguous, a's dtype. b_scales: (L, segments * ceil(N / segments / 128), G) float32 contiguous, or None.
     num_tokens: (L,) int32, at most M of each expert counts; None for all M.
     expert_start: (L,) int32, with a (R, K_dim), a_scales (R, G), strides (1, any), out (R, N) and destinations (R,); or None.
     out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written. None with destinations.
-    destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, a multiple of 16 if N is one of 8.
+    destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, float16 if a is, a multiple of 16 if N
+    is one of 8.
     expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M, ragged R / L. config: instead of that
     choice.
     num_sms: multiprocessors to use; None for all.
@@ -383,10 +388,11 @@ def grouped_gemm_blockscale(
             flatten=config.flatten and depth > 0,
             parts=config.parts,
             pdl=pdl,
+            float16=a.dtype == torch.float16,
         ),
         num_warps=config.warps,
         # as the Hopper kernels
         enable_fp_fusion=True,
     )
     if partials is not None:
-        reduce_split_k(partials, out, destinations, num_tokens, expert_start, pdl)
+        reduce_split_k(partials, out, destinations, num_tokens, expert_start, pdl, a.dtype == torch.float16)

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
     """How a launch is compiled.
 
     parts: to add. aligned: rows are multiples of 16 bytes. pdl: the launch before may still run. experts, lanes: how many there are with
-    expert_start, as they are and rounded up to a power of two; 0 and 1 without.
+    expert_start, as they are and rounded up to a power of two; 0 and 1 without. float16: rows that go to addresses are.
     """
 
     parts: int
@@ -31,6 +31,7 @@ class Tile(NamedTuple):
     pdl: bool
     experts: int
     lanes: int
+    float16: bool
 
 
 @launchable
@@ -71,11 +72,12 @@ def reduce_split_k_kernel(
     if destinations is None:
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
     else:
-        start = tl.load(destinations + row).to(tl.pointer_type(tl.bfloat16))
+        ROW: tl.constexpr = tl.float16 if TILE.float16 else tl.bfloat16
+        start = tl.load(destinations + row).to(tl.pointer_type(ROW))
         if TILE.aligned:
             # the compiler knows nothing of addresses in a table
             start = tl.multiple_of(start, 16)
-        tl.store(start + columns, total.to(tl.bfloat16), mask=mask)
+        tl.store(start + columns, total.to(ROW), mask=mask)
 
 
 def reduce_split_k(
@@ -85,6 +87,7 @@ def reduce_split_k(
     num_tokens: Tensor | None,
     expert_start: Tensor | None,
     pdl: bool,
+    float16: bool = False,
 ) -> None:
     """The sums over the parts, part after part in float32, rounded once.
 
@@ -92,7 +95,8 @@ def reduce_split_k(
     None: all. expert_start: (L,) int32, with partials (SPLIT_K, R, N), out (R, N) and destinations (R,); or None.
     out: (L, M, N) contiguous float, or None with destinations: (L, M) int64, the address for each row of N bfloat16 numbers, a multiple
     of 16 if N is one of 8.
-    pdl: this launch may begin while the one before it, the grouped GEMM, still runs.
+    pdl: this launch may begin while the one before it, the grouped GEMM, still runs. float16: rows that go to addresses are float16, not
+    bfloat16.
     """
     parts, *there, rows, columns = partials.shape
     all_rows = math.prod(there) * rows
@@ -104,7 +108,7 @@ def reduce_split_k(
         num_tokens,
         expert_start,
         size=(rows, columns, all_rows * columns),
-        TILE=Tile(parts, aligned=columns % 8 == 0, pdl=pdl, experts=experts, lanes=triton.next_power_of_2(experts)),
+        TILE=Tile(parts, columns % 8 == 0, pdl, experts, triton.next_power_of_2(experts), float16),
         # 8 columns a thread
         num_warps=2,
         **pdl_option(pdl),

@@ -49,7 +49,7 @@ class Entries(NamedTuple):
 
 class Landing(NamedTuple):
     """Where rows land: the offsets of a slot's rows and headers in every rank's block, and how large all is. spec: of the format and the
-    recipe; None for bfloat16. ragged: a constant: capacity is then R, not M."""
+    recipe; None for bfloat16 and float16. ragged: a constant: capacity is then R, not M."""
 
     rows: int
     headers: int
@@ -205,6 +205,7 @@ VALUE_TYPES = {
     torch.float8_e4m3fnuz: tl.uint8,
     torch.int8: tl.int8,
     torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,9 @@ __all__ = [
     "grouped_gemm_push",
     "rows_side_by_side",
 ]
+
+# Bytes of gate and up, of all rows that there is room for, up to which two kernels may be taken for their speed.
+MOST_APART = 128 * 2**20
 
 
 def gemm_kernel(
@@ -76,7 +80,7 @@ def grouped_gemm_blockscale(
     expected_rows: int | None = None,
     num_sms: int | None = None,
 ) -> None:
-    """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 operands.
+    """`reference.grouped_gemm_blockscale` into a given output. Scales are None together, for bfloat16 or float16 operands.
 
     expert_start: (L,) int32, with a (R, K_dim), its scales (R, G) and out (R, N): the first row of each expert. None: padded.
     num_sms: multiprocessors to use, so that others' kernels have the rest; None for all.
@@ -99,8 +103,8 @@ def grouped_gemm_push(
     expected_rows: int,
     num_sms: int | None,
 ) -> None:
-    """`grouped_gemm_blockscale` in bfloat16, to the bit, whose row (l, m) goes to the address destinations[l, m]; with expert_start row r
-    of the buffer to destinations[r].
+    """`grouped_gemm_blockscale` in bfloat16, of float16 operands in float16, to the bit, whose row (l, m) goes to the address
+    destinations[l, m]; with expert_start row r of the buffer to destinations[r].
 
     Not registered: torch.library can't know of memory that has an address only. It runs as a kernel alone.
     """
@@ -138,9 +142,19 @@ def fuses_gemm1(
     # where programs share tiles, and add in another order
     if few_tiles(experts, buffer_rows(a, w13), ceil_div(columns, 128), common.multiprocessors(a.device)):
         return False
-    if fused.faster_apart(experts, columns // 2, expected_rows, a.device):
+    if better_apart(a, w13, expected_rows):
         return False
     return fused.supports_gemm1_swiglu(a, a_scales, w13, w13_scales, values, scales)
+
+
+def better_apart(a: Tensor, w13: Tensor, expected_rows: int) -> bool:
+    """Whether GEMM 1 and SwiGLU are faster in two kernels, and what passes between them is no large buffer of which few rows are used, as
+    with few tokens in a dispatcher that is made for many."""
+    from moequant.kernels.gemm.gemm1_swiglu_hopper import faster_apart
+
+    experts, columns, _ = w13.shape
+    gate_up = math.prod(a.shape[:-1]) * columns * 2
+    return gate_up <= MOST_APART and faster_apart(experts, columns // 2, expected_rows, a.device)
 
 
 @registered(mutates=("values", "scales"))

@@ -190,12 +190,12 @@ class Transport(ABC, Generic[AnySlot]):
         self.combine(slot.pending, topk_weights, out, slot, state)
 
     def output_buffer(self, slot: AnySlot) -> Tensor:
-        """(L, M, H) or (R, H) bfloat16, where expert output is best written."""
+        """(L, M, H) or (R, H) of `config.output_dtype`, where expert output is best written."""
         if slot.output is None:
             shape = (*self.config.batch_shape, self.config.hidden_size)
             # kept, so that it has to be no inference tensor
             with torch.inference_mode(False):
-                slot.output = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+                slot.output = torch.empty(shape, dtype=self.config.output_dtype, device=self.device)
         return slot.output
 
     def again(self, slot: AnySlot) -> None:

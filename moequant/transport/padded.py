@@ -97,7 +97,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
         if not self.wire.waits:
             ops.count_mismatched(slot.all_calls, self.rank, self.status)
         meta_out, meta_in = buffers.meta
-        routed = self._routed(slot, hidden_states.dtype if config.quantized else torch.bfloat16)
+        routed = self._routed(slot, hidden_states.dtype if config.quantized else config.dtype)
         ops.scatter(
             hidden_states,
             topk_ids,
@@ -112,7 +112,7 @@ class PaddedTransport(CollectiveTransport[PaddedSlot]):
             values_out, values_in = buffers.exchanged.view(config.dtype).view(2, *routed.shape)
             ops.quantize_expert_batch(routed, slot.counts, None, values_out, self._scales(meta_out), recipe=config.recipe)
         else:
-            values_out, values_in = routed, buffers.exchanged
+            values_out, values_in = routed, buffers.exchanged.view(config.dtype)
         self.wire.all_to_all(values_in, values_out)
         self.wire.all_to_all(meta_in, meta_out)
         ops.move_source_rows(

@@ -62,6 +62,7 @@ def buffer_bytes(
     world_size: int = 1,
     intermediate_size: int | None = None,
     fused: bool = True,
+    gated: bool = True,
     **settings: Any,
 ) -> int:
     """Bytes of device memory that a dispatcher with these settings allocates on each rank, and, with intermediate_size, those of the
@@ -74,7 +75,9 @@ def buffer_bytes(
         max_tokens_per_rank: as the constructor's.
         world_size: stands in for the group.
         intermediate_size: I of the experts; None: without their workspaces.
-        fused: whether GEMM 1 needs no gate and up in memory, for quantized experts alone (`GroupedExperts.fuses`).
+        fused: whether GEMM 1 needs no gate and up in memory (`GroupedExperts.fuses`), as quantized experts with plain SwiGLU and no
+            bias13 may.
+        gated: whether GEMM 1 has gate and up, 2I columns, or, as of an `Activation` with gated=False, I. Those are never fused.
         **settings: as the constructor's. transport="auto" with several ranks means "symmetric" on a machine that has GPUs, and
             "collective" on one that has none, where exchange="auto" is "packed".
 
@@ -99,24 +102,27 @@ def buffer_bytes(
     if config.transport == "collective" and config.exchange == "auto" and not torch.cuda.is_available():
         config = dataclasses.replace(config, exchange="packed")
     specs = [*named(transport_class(config).buffer_specs(config)).values()]
-    check_is("fused", fused, bool)
+    for name, value in (("fused", fused), ("gated", gated)):
+        check_is(name, value, bool)
     if intermediate_size is not None:
         check_int("intermediate_size", intermediate_size, 1)
-        specs += workspace_specs(config, intermediate_size, fused)
+        # None: not in memory
+        product = None if config.quantized and fused and gated else (2 if gated else 1) * intermediate_size
+        specs += workspace_specs(config, intermediate_size, product)
     return config.slots * sum(spec.nbytes for spec in specs)
 
 
-def workspace_specs(config: DispatcherConfig, intermediate_size: int, fused: bool) -> list[BufferSpec]:
+def workspace_specs(config: DispatcherConfig, intermediate_size: int, product_size: int | None) -> list[BufferSpec]:
     """What whole layers add to a slot: `moequant.workspaces`. With `symmetric` their output is among the buffers, where it is pulled,
     and of rows that are pushed there is none."""
     rows = config.batch_shape
     specs = [BufferSpec((*rows, intermediate_size), config.dtype)]
     if config.quantized:
         specs.append(BufferSpec((*rows, ceil_div(intermediate_size, 128)), torch.float32))
-    if not (config.quantized and fused):
-        specs.append(BufferSpec((*rows, 2 * intermediate_size), torch.bfloat16))
+    if product_size is not None:
+        specs.append(BufferSpec((*rows, product_size), config.output_dtype))
     if config.transport != "symmetric" or config.per_rank:
-        specs.append(BufferSpec((*rows, config.hidden_size), torch.bfloat16))
+        specs.append(BufferSpec((*rows, config.hidden_size), config.output_dtype))
     return specs
 
 

@@ -39,7 +39,7 @@ def shared_specs(config: DispatcherConfig) -> dict[str, BufferSpec]:
         "returns": BufferSpec((config.max_tokens_per_rank * returned, columns), torch.bfloat16),
     }
     if pulls(config):
-        specs["output"] = BufferSpec((*rows, columns), torch.bfloat16)
+        specs["output"] = BufferSpec((*rows, columns), config.output_dtype)
     return specs
 
 

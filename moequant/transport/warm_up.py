@@ -16,12 +16,12 @@ def token_counts(most: int) -> list[int]:
 
 
 def warm_up(transport: Transport, config: DispatcherConfig, slot: Slot, device: torch.device) -> None:
-    """For any number of tokens and both types of ids, with bfloat16 tokens that go nowhere. Collective; waits for the device."""
+    """For any number of tokens and both types of ids, with tokens of the experts' type that go nowhere. Collective; waits for it all."""
     most = config.max_tokens_per_rank
-    hidden = torch.zeros(most, config.hidden_size, dtype=torch.bfloat16, device=device)
+    hidden = torch.zeros(most, config.hidden_size, dtype=config.output_dtype, device=device)
     weights = torch.zeros(most, config.top_k, device=device)
     # stands in for expert output, of which nothing is read: a whole one may be gigabytes
-    nothing = torch.zeros(1, dtype=torch.bfloat16, device=device)
+    nothing = torch.zeros(1, dtype=config.output_dtype, device=device)
     output = nothing.expand(*config.batch_shape, config.hidden_size)
     # how a kernel is launched depends on whether tokens are few or many
     sizes = token_counts(most)

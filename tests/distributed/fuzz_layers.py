@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 from trials import KEPT, assert_same_batch, stand_in
 
+from fuzz_activations import check_steps, draw_grouped_experts
 from fuzz_operations import Place, draw_columns
 from guarded import Guarded
-from moequant import GroupedExperts, MoEQuantDispatcher
+from moequant import MoEQuantDispatcher
 from moequant.batch import ceil_div
 from moequant.config import DispatcherConfig
+from moequant.experts import can_push
 from moequant.kernels.library import hopper
 from moequant.testing import assert_bit_equal, in_one_process, relative_error
 from moequant.transport import symmetric
@@ -41,7 +43,7 @@ def draw_layer(rng: random.Random, place: Place) -> dict[str, Any]:
     local = rng.randint(ceil_div(top_k, ranks), ceil_div(top_k, ranks) + rng.choice([0, 3, 24]) * (not tiny))
     # what one process can check in a fraction of a second
     most = min(rng.choice([1, 7, 40, 129, 600]), 8 if tiny else max(1, 2**21 // (ranks * top_k * hidden)))
-    quant = rng.choice(["fp8_e4m3fn", "fp8_e4m3fn", "int8", "none", "fp8_e5m2"])
+    quant = rng.choice(["fp8_e4m3fn", "fp8_e4m3fn", "int8", "none", "float16", "fp8_e5m2"])
     layout = rng.choice(["padded", "ragged"])
     padded_rows = rng.choice([None, None, rng.randint(1, 2 * most)])
     ragged_rows = rng.choice([None, None, rng.randint(1, 2 * most * top_k), rng.uniform(0.1, 3.0)])
@@ -86,16 +88,6 @@ def draw_inputs(rng: random.Random, settings: dict[str, Any], ranks: int, dtype:
     return inputs
 
 
-def draw_experts(rng: random.Random, place: Place, settings: dict[str, Any]) -> GroupedExperts:
-    """This rank's experts."""
-    local, hidden = settings["num_experts"] // place.ranks, settings["hidden_size"]
-    inner = draw_columns(rng, place, min(2880, 2**24 // (local * hidden) + 1))
-    torch.manual_seed(rng.randrange(2**31) + place.rank)
-    w13 = torch.randn(local, 2 * inner, hidden, device=place.device).mul_(hidden**-0.5).bfloat16()
-    w2 = torch.randn(local, hidden, inner, device=place.device).mul_(inner**-0.5).bfloat16()
-    return GroupedExperts.from_weights(w13, w2, quant=settings["quant"], recipe=settings["recipe"])
-
-
 def from_one_process(settings: dict[str, Any], inputs: Inputs) -> tuple[Any, list[Tensor], int]:
     """`in_one_process` with the stand-in expert, by the reference and not by interpreted kernels."""
     before = os.environ.pop("MOEQUANT_CPU_KERNELS", None)
@@ -131,7 +123,7 @@ class Layers:
         self.name = "-".join(self.transport.values())
         self.settings = draw_layer(rng, place)
         self.dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
-        self.experts = draw_experts(rng, place, self.settings)
+        self.experts = draw_grouped_experts(rng, place, self.settings)
         # Hopper's kernels for few tiles too
         self.hopper = rng.random() < 0.7
         limit = {"timeout": LIMIT, "device": place.device}
@@ -196,31 +188,42 @@ class Layers:
             self.dispatcher.combine_send(y, handle)
             self.dispatcher.combine_recv(handle, out=out)
         elif way == "buffer":
-            self.dispatcher.combine(self.dispatcher.output_buffer(slot).copy_(y), handle, out=out)
+            self.dispatcher.combine(self.dispatcher.output_buffer(slot).view(y.dtype).copy_(y), handle, out=out)
         else:
             self.dispatcher.combine(y, handle, out=out)
 
     def _products(self, rng: random.Random, mine: list[Tensor], slot: int, dropped: int) -> None:
-        """The layer by its steps, and as one call: with pushed rows, with waves or in halves, where that can be: each half has room for
-        rows that the whole drops."""
+        """The layer by its steps, as one call, repeated and captured; pushed, in waves and in halves, which have room for more rows."""
+        pushes = self.dispatcher.config.pushes and can_push(self.experts)
         with all_sizes(self.hopper):
             batch, handle = self.dispatcher.dispatch(*mine, slot=slot)
+            check_steps(self.experts, batch)
             apart = self.dispatcher.combine(self.experts(batch), handle)
-            once = self.dispatcher(*mine, self.experts, slot=slot, chunks=1, first_experts=0)
-            # the same products: rows that are stored elsewhere change no bit
-            assert_bit_equal(
-                once.cpu(), apart.cpu(), "a layer whose rows are pushed" if self.dispatcher.config.pushes else "a layer"
-            )
+            for _ in range(3):
+                once = self.dispatcher(*mine, self.experts, slot=slot, chunks=1, first_experts=0)
+                # the same products: rows that are stored elsewhere change no bit
+                assert_bit_equal(once.cpu(), apart.cpu(), "a layer whose rows are pushed" if pushes else "a layer")
+            if rng.random() < 0.3 and self.place.device != "cpu" and self.transport.get("exchange") != "packed":
+                self._captured(mine, slot, apart)
             assert bool(apart.isfinite().all()), "a layer is not finite"
             local = self.settings["num_experts"] // self.place.ranks
-            if self.dispatcher.config.pushes and local > 1 and rng.random() < 0.5:
+            if pushes and local > 1 and rng.random() < 0.5:
                 first = rng.randint(1, local - 1)
                 out = self.dispatcher(*mine, self.experts, slot=slot, chunks=1, first_experts=first)
                 assert_near_layer(out, apart, f"waves of {first} of {local} experts")
-            if self.dispatcher.config.pushes and self.settings["slots"] == 2 and not dropped:
+            if pushes and self.settings["slots"] == 2 and not dropped:
                 out = self.dispatcher(*mine, self.experts, chunks=2, first_experts=0)
                 assert_near_layer(out, apart, "halves")
         self.dispatcher.check()
+
+    def _captured(self, mine: list[Tensor], slot: int, expected: Tensor) -> None:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = self.dispatcher(*mine, self.experts, slot=slot, chunks=1, first_experts=0)
+        for turn in range(2):
+            graph.replay()
+            assert_bit_equal(out.cpu(), expected.cpu(), f"replay {turn} of a layer")
 
     def _guards(self) -> None:
         check = getattr(self.dispatcher._transport, "check_guards", None)
@@ -279,7 +282,8 @@ class PeersOnOneGPU:
             self.transports.append(OnOneGPU(self.config, rank, self.device, self.status[rank], rank))  # type: ignore[arg-type]
         self.slots = [[transport.allocate(number) for number in range(self.config.slots)] for transport in self.transports]
         seed = rng.randrange(2**31)
-        self.experts = [draw_experts(random.Random(seed), self.place._replace(rank=r), self.settings) for r in range(self.ranks)]
+        places = [self.place._replace(rank=rank) for rank in range(self.ranks)]
+        self.experts = [draw_grouped_experts(random.Random(seed), place, self.settings) for place in places]
         self.streams = streams(self.ranks)
 
     def _memory(self, group: int, nbytes: int, device: torch.device, *limits: float) -> Any:
@@ -293,7 +297,8 @@ class PeersOnOneGPU:
         inputs = draw_inputs(rng, self.settings, self.ranks, self.dtype, twice=True)
         slot, experts = rng.randrange(self.config.slots), self.config.num_local_experts
         expected, outputs, dropped = from_one_process(self.settings, inputs)
-        ways = ["pull", "halves", "buffer"] + ["push", "experts", "experts"] * (not self.config.per_rank)
+        ways = ["pull", "halves", "buffer"]
+        ways += [] if self.config.per_rank else ["push", *["experts"] * 3 * can_push(self.experts[0])]
         way, first = rng.choice(ways), rng.choice([0, rng.randint(1, experts - 1)]) if experts > 1 else 0
         mine = [[tensor.to(self.device) for tensor in tensors] for tensors in inputs]
         outs = [[Guarded(*hidden.shape, dtype=self.dtype, device=self.device) for _ in range(2)] for hidden, _, _ in mine]
@@ -361,7 +366,7 @@ class PeersOnOneGPU:
             transport.combine(self.experts[rank](batch), weights, outs[0], slot, state)
             batch, state = transport.dispatch(hidden, ids, weights, slot)
             self.experts[rank].push(batch, transport.destinations(slot))
-            transport.combine_pushed(torch.bfloat16, weights, outs[1], slot, state)
+            transport.combine_pushed(self.config.output_dtype, weights, outs[1], slot, state)
             return batch
         y = stand_in(batch, rank * self.config.num_local_experts)
         if way == "push":
@@ -371,7 +376,7 @@ class PeersOnOneGPU:
             transport.combine_send(y, slot)
             transport.combine_recv(weights, outs[0], slot, state)
         else:
-            y = transport.output_buffer(slot).copy_(y) if way == "buffer" else y
+            y = transport.output_buffer(slot).view(y.dtype).copy_(y) if way == "buffer" else y
             transport.combine(y, weights, outs[0], slot, state)
         return batch
 

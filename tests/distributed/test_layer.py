@@ -34,7 +34,8 @@ def experts_of(rank: int, settings: dict[str, Any], ranks: int, inner: int, devi
     local, hidden = settings["num_experts"] // ranks, settings["hidden_size"]
     w13 = torch.randn(local, 2 * inner, hidden, generator=generator) * hidden**-0.5
     w2 = torch.randn(local, hidden, inner, generator=generator) * inner**-0.5
-    return GroupedExperts.from_weights(w13.bfloat16().to(device), w2.bfloat16().to(device), quant=settings["quant"])
+    dtype = torch.float16 if settings["quant"] == "float16" else torch.bfloat16
+    return GroupedExperts.from_weights(w13.to(device, dtype), w2.to(device, dtype), quant=settings["quant"])
 
 
 def tokens_of(seed: int, settings: dict[str, Any], tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,7 +72,7 @@ def run_ways(rank: int, ranks: int, quant: str, layout: str, sizes: tuple[int, i
                 dispatcher(*tokens, experts, **refused)
 
 
-# each layout with one rank, two and more, and with both formats
+# each layout with one rank, two and more, and with each kind of format
 @pytest.mark.parametrize(
     ("ranks", "quant", "layout"),
     [
@@ -79,6 +80,8 @@ def run_ways(rank: int, ranks: int, quant: str, layout: str, sizes: tuple[int, i
         (1, "fp8_e4m3fn", "ragged"),
         (2, "int8", "padded"),
         (2, "fp8_e4m3fn", "ragged"),
+        (2, "float16", "padded"),
+        (2, "float16", "ragged"),
         (4, "fp8_e4m3fn", "padded"),
         (8, "int8", "ragged"),
     ],
@@ -89,7 +92,7 @@ def test_pushed_waved_and_halved_layers_have_the_bits_of_one_step_after_the_othe
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none"])
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none", "float16"])
 @LAYOUTS
 def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(layout, ranks, quant):
     if torch.cuda.device_count() < ranks:

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moequant.batch import ceil_div
 from moequant.checks import check_choice
 from moequant.config import QUANT_DTYPES
-from moequant.formats import recipe_of
+from moequant.formats import FORMATS, recipe_of
 from moequant.integrations.transformers.contract import FLAGS, Contract, contract_of
 from moequant.integrations.transformers.weights import BLOCK, SCALES, quantized
 
@@ -57,7 +57,7 @@ class MoEQuantConfig(QuantizationConfigMixin):
         **ignored: Any,
     ) -> None:
         del ignored
-        check_choice("quant", quant, [name for name in QUANT_DTYPES if name != "none"])
+        check_choice("quant", quant, tuple(FORMATS))
         recipe_of(recipe)
         self.quant_method: Any = METHOD
         self.quant, self.recipe = quant, recipe

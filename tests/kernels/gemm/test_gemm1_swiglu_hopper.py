@@ -18,6 +18,7 @@ from moequant.formats import FORMATS, RECIPES
 from moequant.kernels.gemm.gemm1_swiglu_hopper import faster_apart, gemm1_swiglu_hopper, supports_gemm1_swiglu, takes_gemm1_swiglu
 from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
 from moequant.kernels.quantization.silu_mul_quantize import silu_mul_quantize
+from moequant.ops.gemm import better_apart
 from product_calls import gemm1_arguments
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -258,6 +259,16 @@ def test_a_cpu_is_no_hopper() -> None:
 def test_what_is_faster_apart_was_measured(experts: int, inner: int, rows: int, apart: bool) -> None:
     # a CPU counts as an H200
     assert faster_apart(experts, inner, rows, torch.device("cpu")) is apart
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_few_rows_in_a_large_buffer_take_no_memory_for_gate_and_up(layout: str) -> None:
+    w13 = torch.empty(16, 3072, 8, dtype=torch.int8)
+    for rows, apart in ((1024, True), (2048, False)):
+        a = torch.empty(*((16, rows) if layout == "padded" else (16 * rows,)), 8, dtype=torch.int8)
+        # 96 and 192 MiB
+        assert better_apart(a, w13, 1) is apart
+        assert not better_apart(a, w13, 64)
 
 
 FP8 = torch.float8_e4m3fn

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compile_case import BF16, cases, each_format
+from compile_case import BF16, PLAIN, cases, each_format
 from moequant import reference
 from moequant.batch import QuantizedTensor
 from moequant.kernels.gemm.grouped_gemm import (
@@ -29,6 +29,7 @@ DTYPES = {
     "e5m2": torch.float8_e5m2,
     "int8": torch.int8,
     "bf16": torch.bfloat16,
+    "fp16": torch.float16,
 }
 PATHS = {"tma": SMALL_TILES, "pointers": SMALL_TILES._replace(tma=False)}
 
@@ -38,7 +39,7 @@ def by_name(table: dict) -> list:
 
 
 def operands(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], segments: int = 1) -> tuple[Operand, Operand]:
-    """Random operands of shape (L, M, N, K_dim), quantized to dtype unless that is bfloat16."""
+    """Random operands of shape (L, M, N, K_dim), quantized to dtype unless that is bfloat16 or float16."""
     experts, rows, columns, depth = shape
     x = torch.randn(experts, rows, depth, device=device, dtype=torch.bfloat16)
     w = torch.randn(experts, columns, depth, device=device, dtype=torch.bfloat16)
@@ -46,8 +47,8 @@ def operands(device: str, dtype: torch.dtype, shape: tuple[int, int, int, int], 
     x *= torch.exp2(torch.randint(-3, 4, (experts, rows, 1), device=device)).to(x.dtype)
     w *= torch.exp2(torch.arange(columns, device=device) // 32 % 5).to(w.dtype)[:, None]
     w *= torch.exp2(torch.arange(depth, device=device) // 64 % 3).to(w.dtype)
-    if dtype == torch.bfloat16:
-        return x, w
+    if dtype in PLAIN:
+        return x.to(dtype), w.to(dtype)
     return reference.quantize_expert_batch(x, dtype=dtype), reference.quantize_weight(w, dtype=dtype, segments=segments)
 
 
@@ -368,7 +369,7 @@ COMPILE_CASES = [
     *cases(call_grouped_gemm, *each_format(out_dtype=torch.float32)),
     # gpt-oss: a trailing half group
     *cases(call_grouped_gemm, *each_format(BF16, columns=2880, depth=2880)),
-    *cases(call_grouped_gemm, *each_format(BF16, push=True)),
+    *cases(call_grouped_gemm, *each_format(BF16, torch.float16, push=True)),
     # rows that TMA cannot read
     *cases(call_grouped_gemm, {"dtype": BF16, "depth": 2890}, wide=False, may_spill=True),
 ]

@@ -11,19 +11,21 @@ from moequant.kernels.gemm import grouped_gemm
 from moequant.testing import assert_bit_equal
 
 COUNTS, ROWS = [70, 0, 1], 72
-# of a bfloat16, a NaN that no computation makes
+# of a bfloat16, and of a float16, a NaN that no computation makes
 POISON = 0x7FD1
 
 
-def poisoned(columns: int, device: str) -> torch.Tensor:
-    return torch.full((3, ROWS, columns), POISON, dtype=torch.int16, device=device).view(torch.bfloat16)
+def poisoned(columns: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((3, ROWS, columns), POISON, dtype=torch.int16, device=device).view(dtype)
 
 
 def check(a: tuple[torch.Tensor, torch.Tensor | None], b: tuple[torch.Tensor, torch.Tensor | None]) -> None:
     """Rows are stored in a random order, and nothing else is."""
     device, columns = str(a[0].device), b[0].shape[1]
     num_tokens = torch.tensor(COUNTS, dtype=torch.int32, device=device)
-    expected, elsewhere = poisoned(columns, device), poisoned(columns, device).view(-1, columns)
+    # what quantized operands give is bfloat16
+    dtype = torch.bfloat16 if a[1] is not None else a[0].dtype
+    expected, elsewhere = poisoned(columns, device, dtype), poisoned(columns, device, dtype).view(-1, columns)
     ops.grouped_gemm_blockscale(*a, *b, num_tokens, None, expected, 1, 40)
     places = torch.randperm(len(elsewhere), device=device).view(3, ROWS)
     destinations = elsewhere.data_ptr() + places * (2 * columns)
@@ -48,15 +50,17 @@ def test_quantized_rows_have_the_bits_of_the_gemm(columns, kernels):
     check((a.values, a.scales), (b.values, b.scales))
 
 
-def test_rows_whose_product_is_done_in_parts_have_the_bits_of_the_gemm(kernels, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_whose_product_is_done_in_parts_have_the_bits_of_the_gemm(dtype, kernels, monkeypatch):
     monkeypatch.setattr(grouped_gemm, "choose_config", lambda *_: grouped_gemm.SMALL_TILES._replace(parts=2))
-    a, b = (torch.randn(3, rows, 256, device=kernels).bfloat16() for rows in (ROWS, 136))
+    a, b = (torch.randn(3, rows, 256, device=kernels).to(dtype) for rows in (ROWS, 136))
     check((a, None), (b, None))
 
 
 @pytest.mark.parametrize("columns", [136, 100], ids=["aligned", "odd"])
-def test_bfloat16_rows_have_the_bits_of_the_gemm(columns, kernels):
-    a, b = (torch.randn(3, rows, 256, device=kernels).bfloat16() for rows in (ROWS, columns))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_plain_rows_have_the_bits_of_the_gemm(dtype, columns, kernels):
+    a, b = (torch.randn(3, rows, 256, device=kernels).to(dtype) for rows in (ROWS, columns))
     check((a, None), (b, None))
 
 

@@ -313,7 +313,7 @@ def test_rows_past_2_to_the_31_elements(ragged, device):
 
 
 COMPILE_CASES = [
-    *cases(compile_peers.push_tokens, *each_format(BF16), nvidia=True),
+    *cases(compile_peers.push_tokens, *each_format(BF16, torch.float16), nvidia=True),
     *cases(compile_peers.push_tokens, {"dtype": E4M3, "tokens": 1}, {"dtype": E4M3, "per_rank": True}, nvidia=True),
     *cases(compile_peers.push_tokens, {"dtype": E4M3, "wave": 2}, nvidia=True),
     *cases(compile_peers.push_tokens, *({"dtype": E4M3, "wave": wave, "ragged": True} for wave in (0, 2)), nvidia=True),
