@@ -88,6 +88,11 @@ def make(which: ExpertsClass, experts: int = EXPERTS) -> Any:
     return made.requires_grad_(False)
 
 
+def odd_gate(gate_up: Tensor) -> Tensor:
+    """What no kernel has, of gates and ups that alternate."""
+    return torch.sin(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+
 def quantize(module: Any, quant: str) -> None:
     """Gives a module the weights that it gets when it is loaded with a MoEQuantConfig."""
     contract = contract_of(module)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import use_experts_implementation
@@ -20,8 +18,6 @@ from transformers.integrations.moe import use_experts_implementation
 FLAGS = frozenset(("is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"))
 # Its functions on the class.
 STEPS = frozenset(("_apply_gate",))
-# gates and ups that go past every clamp, and around zero
-PROBE = torch.tensor([-3000.0, -40.0, -9.0, -2.0, -0.5, 0.0, 0.3, 1.7, 6.0, 8.0, 30.0, 2000.0], device="cpu")
 
 
 class UnknownExpertsError(ValueError):
@@ -47,6 +43,11 @@ class Contract:
     transposed: bool
     biased: bool
     normed: bool
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Names of both products' biases, if they have any."""
+        return (f"{self.up}_bias", "down_proj_bias") if self.biased else ()
 
     def segments(self, name: str) -> int:
         """How many parts of a weight are blocked apart, so that no block holds gate and up.
@@ -82,35 +83,6 @@ def contract_of(module: nn.Module) -> Contract:
         biased=bool(getattr(module, "has_bias", False)),
         normed=bool(getattr(module, "has_post_expert_norm", False)),
     )
-
-
-def activation_of(module: Any) -> str | None:
-    """The name that moequant has for a module's activation. Here is where an activation is handed over to the kernels: what has no name
-    here is computed by the module's own function (`products.OwnActivation`).
-
-    It is found by what the function does, and not by its name.
-
-    Args:
-        module: experts.
-
-    Returns:
-        "silu" for silu(gate) * up, or None.
-    """
-    if not getattr(module, "has_gate", True):
-        return None
-    device = local(module.down_proj).device
-    probe = PROBE.to(device)
-    gate, up = torch.meshgrid(probe, probe, indexing="ij")
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            found = module._apply_gate(torch.cat((gate, up), dim=1))
-        except RuntimeError:
-            # it wants sizes of its own, so that it is not a plain function of gate and up
-            return None
-        expected = nn.functional.silu(gate) * up
-        if found.shape == expected.shape and torch.allclose(found.float(), expected, rtol=1e-5, atol=1e-6):
-            return "silu"
-    return None
 
 
 def local(weight: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from transformers.integrations.moe import ExpertsInterface
 from moequant.experts import GroupedExperts
 from moequant.integrations.transformers.contract import contract_of, local
 from moequant.integrations.transformers.dispatchers import Sizes, dispatcher_of
-from moequant.integrations.transformers.products import Experts, OwnActivation, experts_of
+from moequant.integrations.transformers.products import Experts, experts_of
 from moequant.integrations.transformers.settings import Settings, current, say_once
-from moequant.integrations.transformers.weights import SCALES, parameter_names
+from moequant.integrations.transformers.weights import SCALES, weight_names
 from moequant.traced import numbered
 
 # What takes over where gradients are wanted.
@@ -122,7 +122,7 @@ def run_on(
         piece = min(most, settings.max_tokens)
         dispatcher = dispatcher_of(group, sizes, piece, settings)
         experts: Callable[..., Tensor] = layer.experts
-        if isinstance(experts, OwnActivation):
+        if not isinstance(experts, GroupedExperts):
             experts = functools.partial(experts, most=dispatcher.config.world_size * piece * sizes.top_k)
         # every rank goes through as many pieces as the largest needs
         cuts = range(0, most, piece) if piece else (0,)
@@ -144,11 +144,11 @@ def layer_of(module: nn.Module) -> Layer:
     if kept is not None and kept.stamp == _stamp(module, kept.names):
         return kept
     contract = contract_of(module)
-    names = parameter_names(module, contract)
+    names = *weight_names(module, contract), *contract.biases
     experts, quant = experts_of(module, contract)
     sources = tuple(local(getattr(module, name)) for name in names)
     layer = Layer(names, sources, _stamp(module, names), experts, quant)
-    first = experts.w13 if isinstance(experts, GroupedExperts | OwnActivation) else None
+    first = experts.w13
     if isinstance(module, FSDPModule) and isinstance(first, Tensor) and first.data_ptr() != sources[0].data_ptr():
         # FSDP gathers new weights where the old ones were, and a copy would be taken for theirs
         say_once(f"{type(module).__name__}: weights of another type or order are copied in every call under FSDP")

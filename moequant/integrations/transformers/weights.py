@@ -14,7 +14,7 @@ SCALES = "_scale_inv"
 BLOCK = 128
 
 
-def parameter_names(module: nn.Module, contract: Contract) -> tuple[str, ...]:
+def weight_names(module: nn.Module, contract: Contract) -> tuple[str, ...]:
     """The parameters that `products` come from.
 
     Args:
@@ -42,7 +42,7 @@ def products(module: nn.Module, contract: Contract) -> tuple[QuantizedTensor | T
     Raises:
         ValueError: as UnknownExpertsError: they are quantized in a way that is not known here.
     """
-    weights = [local(getattr(module, name)) for name in parameter_names(module, contract)]
+    weights = [local(getattr(module, name)) for name in weight_names(module, contract)]
     if len(weights) == 4:
         up, down, up_scales, down_scales = weights
         _check_quantized(module, up, down)
