@@ -68,7 +68,7 @@ def by(kind: Activation) -> Any:
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "alpha": (1.0, 1.702),
-    "limit": (None, 7.0, 50.0),
+    "limit": (None, 1.5, 3.0),
     "limit_after": (False, True),
     "offset": (0.0, 1.0),
     "gate_softcap": (None, 4.0),

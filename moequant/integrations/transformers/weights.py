@@ -71,6 +71,23 @@ def quantized(weight: Tensor, contract: Contract, name: str, dtype: torch.dtype,
     return quantize_weight(weight, dtype=dtype, recipe=recipe, segments=contract.segments(name))
 
 
+def quantize_in_place(module: nn.Module, contract: Contract, dtype: torch.dtype, recipe: str = "default") -> None:
+    """Gives a module of float weights those that it has when it is loaded with a MoEQuantConfig.
+
+    Args:
+        module: experts.
+        contract: theirs; no longer right afterwards, if they were transposed.
+        dtype: of the values.
+        recipe: see `moequant.formats.RECIPES`.
+    """
+    for name in (contract.up, "down_proj"):
+        with torch.no_grad():
+            weight = quantized(getattr(module, name).detach(), contract, name, dtype, recipe)
+        setattr(module, name, nn.Parameter(weight.values, requires_grad=False))
+        module.register_parameter(name + SCALES, nn.Parameter(weight.scales, requires_grad=False))
+    module.is_transposed = False  # type: ignore[assignment]
+
+
 def _check_quantized(module: nn.Module, up: Tensor, down: Tensor) -> None:
     """Raises UnknownExpertsError for what is no block of one byte each."""
     name = type(module).__name__
