@@ -5,10 +5,10 @@
     python benchmarks/bench_transformers.py --models gpt-oss-20b --parts layer --seconds 60
     torchrun --nproc-per-node 2 benchmarks/bench_transformers.py
 
-On one device: the experts of a layer (the mean over the model's layers, so that their weights don't stay in a cache), and whole forwards:
-prefill of T tokens of one sequence, decode of one token of T sequences with a static cache; called by Python (eager), and replayed from a
-CUDA graph. Under torchrun: the experts of a layer that are split over the ranks, beside `all_reduce` (all ranks hold one batch of T tokens)
-and `all_to_all` (each has T tokens of its own).
+On one device: the experts of a layer (the mean over the model's layers, so that their weights don't stay in a cache), and whole
+forwards: prefill of T tokens of one sequence, decode of one token of T sequences with a static cache; called by Python (eager), and
+replayed from a CUDA graph. Under torchrun: the experts of a layer that are split over the ranks, beside `all_reduce` (all ranks hold one
+batch of T tokens) and `all_to_all` (each has T tokens of its own).
 
 Weights are random. Each result is compared with products of single tokens before it is timed.
 """
@@ -102,9 +102,9 @@ def time_mode(call: Callable[[], Any], mode: str, device: str, reps: int = 7) ->
     return timing
 
 
-def layer_inputs(shape: ModelShape, tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states (T, H) bfloat16, ids (T, K) int64 and weights (T, K) bfloat16, the same at each call."""
-    generator = torch.Generator(device).manual_seed(tokens)
+def layer_inputs(shape: ModelShape, tokens: int, device: str, seed: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (T, H) bfloat16, ids (T, K) int64 and weights (T, K) bfloat16, the same for a seed, by default T."""
+    generator = torch.Generator(device).manual_seed(tokens if seed is None else seed)
     ids, weights = routing(tokens, shape.top_k, shape.num_experts, generator=generator)
     hidden = torch.randn(tokens, shape.hidden_size, dtype=torch.bfloat16, generator=generator, device=device)
     return hidden, ids.long(), weights.bfloat16()
@@ -228,7 +228,9 @@ def make_parser() -> OneLineParser:
     add("--parts", nargs="+", choices=("layer", "model"), default=("layer", "model"), help="(default: layer model)")
     add("--num-tokens", nargs="+", type=int, metavar="T", help=f"more than {DECODED} are a prefill (default: {TOKENS})")
     add("--quants", nargs="+", choices=("none", "fp8_e4m3fn", "int8"), default=("none", "fp8_e4m3fn"), help="none comes first")
-    add("--peers", nargs="*", default=PEERS, metavar="NAME", help="implementations of transformers (default: grouped_mm batched_mm)")
+    add(
+        "--peers", nargs="*", default=PEERS, metavar="NAME", help="implementations of transformers (default: grouped_mm batched_mm)"
+    )
     add("--seconds", type=float, default=95, help="after so many no new case begins (default: 95)")
     add("--output-json", type=Path, help="append records here instead of benchmarks/results/<machine>.jsonl")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)")
@@ -250,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     options.quants = sorted(options.quants, key=lambda quant: quant != "none")[:2]
     clock = Clock(options.seconds)
     if "RANK" in os.environ:
+        # which takes some of this
         from benchmarks.transformers_ranks import run_ranks
 
         run_ranks(options, clock)

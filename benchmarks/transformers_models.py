@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Models of transformers with random weights, of the shapes of published ones, and what their experts make of tokens, computed one by one.
+"""Models of transformers with random weights, of the shapes of published ones, and what their experts make of tokens, one by one.
 
 T tokens, K top-k, E experts, H hidden size, I intermediate size.
 """

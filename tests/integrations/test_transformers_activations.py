@@ -44,9 +44,7 @@ def contract(gated: bool = True, halves: bool = True) -> Contract:
 KNOWN = {
     **dict.fromkeys(("silu", "swish"), Activation()),
     **dict.fromkeys(("gelu", "gelu_python"), Activation("gelu")),
-    **dict.fromkeys(
-        ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), Activation("gelu_tanh")
-    ),
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"), Activation("gelu_tanh")),
     "quick_gelu": Activation(alpha=1.702),
     "relu": Activation("relu"),
     "relu2": Activation("relu2"),

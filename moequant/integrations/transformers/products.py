@@ -22,7 +22,6 @@ from moequant.quantization import quantize_expert_batch
 from moequant.weights import Weight, dtype_of
 
 
-
 def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
     """What computes a module's experts: moequant, and the module itself where moequant doesn't have its function.
 
