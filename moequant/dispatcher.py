@@ -75,6 +75,9 @@ class MoEQuantDispatcher(SendRecv):
             are those of W ranks, the same on every transport.
         recipe: of quantization: "default", "deepgemm", "ue8m0", "fnuz_224" (`moequant.formats.RECIPES`).
         slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
+        shared_batch: all ranks give the same tokens, ids and weights, and each gets all the sums, with the bits that one rank has. Over
+            "collective", in layout "ragged"; nothing travels to the experts, and nothing is dropped. On a CPU ranks with other ids
+            raise OutOfStepError, on a GPU nothing notices them.
         overlap: calls of the dispatcher itself hide communication under the experts' GEMMs where they can; see `__call__`.
         num_sms: SMs (multiprocessors) that are left to communication meanwhile.
         timeout: seconds that a wait for other ranks may last, the constructor's too. On GPUs dispatch and combine of "collective"
@@ -105,6 +108,7 @@ class MoEQuantDispatcher(SendRecv):
         reduce: str = "exact",
         recipe: str = "default",
         slots: int = 1,
+        shared_batch: bool = False,
         overlap: bool = True,
         num_sms: int = 8,
         timeout: float = 60.0,
@@ -137,6 +141,7 @@ class MoEQuantDispatcher(SendRecv):
                 reduce=reduce,
                 recipe=recipe,
                 slots=slots,
+                shared_batch=shared_batch,
                 overlap=overlap,
                 num_sms=num_sms,
                 timeout=timeout,
