@@ -18,6 +18,7 @@ CHOICES = {
     "transport": ("auto", "local", "collective", "symmetric"),
     "exchange": ("auto", "padded", "packed"),
     "on_overflow": ("error", "drop"),
+    "on_invalid_id": ("error", "absent"),
     "reduce": ("exact", "per_rank"),
     "layout": ("padded", "ragged", "auto"),
 }
@@ -61,6 +62,7 @@ class DispatcherConfig:
         rank_capacity: rows of a rank's buffer, an int, or, a float, how many times those that come on average, or None for all that can
             come. With "ragged" alone.
         on_overflow: "error" or "drop".
+        on_invalid_id: "error" or "absent".
         reduce: "exact" or "per_rank".
         recipe: a key of `moequant.formats.RECIPES`.
         slots: sets of buffers, 1 or 2.
@@ -85,6 +87,7 @@ class DispatcherConfig:
     capacity: int | None = None
     rank_capacity: int | float | None = None
     on_overflow: str = "error"
+    on_invalid_id: str = "error"
     reduce: str = "exact"
     recipe: str = "default"
     slots: int = 1

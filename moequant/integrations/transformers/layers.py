@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,7 +21,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moequant.experts import GroupedExperts
 from moequant.integrations.transformers.contract import contract_of, local
-from moequant.integrations.transformers.dispatchers import Sizes, dispatcher_of
+from moequant.integrations.transformers.dispatchers import Place, Sizes, dispatcher_of
 from moequant.integrations.transformers.products import Experts, experts_of
 from moequant.integrations.transformers.settings import Settings, current, say_once
 from moequant.integrations.transformers.weights import SCALES, weight_names
@@ -85,15 +84,14 @@ def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     Returns:
         (T, H) of the hidden states' type.
     """
-    experts = int(module.num_experts)
-    if getattr(module, "_is_expert_parallel", False):
-        # beyond the range: another rank's
-        top_k_index = torch.where(top_k_index >= experts, -1, top_k_index)
-    return run_on(None, module, experts, (hidden_states, top_k_index, top_k_weights), hidden_states.shape[0], current())
+    inputs, tokens = (hidden_states, top_k_index, top_k_weights), hidden_states.shape[0]
+    # where experts are split, ids beyond the range are other ranks'
+    place = Place(absent=bool(getattr(module, "_is_expert_parallel", False)))
+    return run_on(place, module, int(module.num_experts), inputs, tokens, current())
 
 
 def run_on(
-    group: dist.ProcessGroup | None,
+    place: Place,
     module: nn.Module,
     num_experts: int,
     tokens: tuple[Tensor, Tensor, Tensor],
@@ -103,7 +101,7 @@ def run_on(
     """The experts of a group's ranks, without grad. Collective.
 
     Args:
-        group: of the ranks; None: this rank alone.
+        place: of the ranks.
         module: this rank's experts.
         num_experts: E.
         tokens: hidden states, ids and weights of this rank, T of each.
@@ -114,16 +112,14 @@ def run_on(
         (T, H) of the hidden states' type.
     """
     hidden, ids, weights = (tensor.detach() for tensor in tokens)
-    if weights.dtype == torch.float16:
-        weights = weights.float()
     with torch.no_grad():
         layer = layer_of(module)
         sizes = Sizes(num_experts, ids.shape[1], hidden.shape[1], layer.quant, hidden.device)
         piece = min(most, settings.max_tokens)
-        dispatcher = dispatcher_of(group, sizes, piece, settings)
+        dispatcher = dispatcher_of(place, sizes, piece, settings)
         experts: Callable[..., Tensor] = layer.experts
         if not isinstance(experts, GroupedExperts):
-            experts = functools.partial(experts, most=dispatcher.config.world_size * piece * sizes.top_k)
+            experts = functools.partial(experts, most=dispatcher.config.num_batches * piece * sizes.top_k)
         # every rank goes through as many pieces as the largest needs
         cuts = range(0, most, piece) if piece else (0,)
         spans = [slice(cut, cut + piece) for cut in cuts]
