@@ -130,3 +130,43 @@ def test_a_rank_has_room_for_all_rows_of_its_experts():
 def test_what_a_shared_batch_does_not_have_is_refused(setting):
     with pytest.raises(ValueError, match="shared_batch=True goes over transport .* leave out exchange, capacity and rank_capacity"):
         DispatcherConfig(**SIZES, max_tokens_per_rank=10, world_size=3, shared_batch=True, **setting)
+
+
+def run_gpus(rank: int, ranks: int) -> list[str]:
+    """What was wrong, eager and replayed from a graph with other tokens."""
+    torch.cuda.set_device(rank)
+    shared.FEW_BYTES = FEW * ranks * TOP_K * HIDDEN * 2
+    wrong: list[str] = []
+    for reduce in ("exact", "per_rank"):
+        settings = SIZES | {"max_tokens_per_rank": MOST, "quant": "none", "reduce": reduce, "device": f"cuda:{rank}"}
+        room = ranks * MOST * TOP_K + 16 * EXPERTS // ranks
+        with (
+            MoEQuantDispatcher(**settings, shared_batch=True) as dispatcher,
+            MoEQuantDispatcher(**settings, transport="collective", exchange="packed", layout="ragged", rank_capacity=room) as other,
+        ):
+            for count in (MOST, 2, 1, 17):
+                kept = [tensor.cuda() for tensor in tokens_of(count, "distinct")]
+                dispatcher(*kept, values_of)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    out = dispatcher(*kept, values_of)
+                for kind in ("distinct", "one expert"):
+                    tokens = [tensor.cuda() for tensor in tokens_of(count, kind)]
+                    expected = other(*tokens, values_of)
+                    for place, new in zip(kept, tokens, strict=True):
+                        place.copy_(new)
+                    graph.replay()
+                    if not torch.equal(out, expected) or not torch.equal(dispatcher(*tokens, values_of), expected):
+                        wrong.append(f"{reduce} {count} {kind}")
+                graph.reset()
+    return wrong
+
+
+def values_of(batch: ExpertBatch) -> Tensor:
+    return batch.values
+
+
+@pytest.mark.multigpu
+def test_gpus_get_the_sums_of_one_and_a_graph_holds_them():
+    assert run_ranks(run_gpus, 2, backend="cpu:gloo,cuda:nccl") == [[]] * 2
