@@ -52,8 +52,9 @@ class MoEQuantDispatcher(SendRecv):
         hidden_size: H.
         max_tokens_per_rank: the largest T of any rank and call.
         quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or "none" for bfloat16 rows without scales.
-        transport: "local" (this rank alone, which without group it is beside others too), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory:
-            NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
+        transport: "local" (one rank; without group this one, whatever others there are), "collective" (torch.distributed), "symmetric"
+            (kernels that write to the other GPUs' memory: NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric
+            where it can be, otherwise collective.
         exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once
             to each rank that needs it, least on the wire, one host sync; "auto": packed on a CPU, elsewhere padded while its buffers
             are small.

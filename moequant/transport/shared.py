@@ -1,5 +1,5 @@
-"""The transport of ranks that all hold the same tokens: each takes those of its own experts, so that nothing travels to them, and the rows
-that experts make come back to all ranks. Over torch.distributed; no host sync, and on a GPU nothing that a graph can't hold.
+"""The transport of ranks that all hold the same tokens: each takes those of its own experts, so that nothing travels to them, and the
+rows that experts make come back to all ranks. Over torch.distributed; no host sync, and on a GPU nothing that a graph can't hold.
 
     dispatch   route, scatter   of all entries; this rank's experts get their rows
     combine    "exact"          few tokens: all ranks get all rows, and each sums them;

@@ -105,7 +105,9 @@ def test_all_ranks_get_the_sums_of_one_and_other_tokens_are_noticed():
     results = run_ranks(run_both, RANKS)
     assert [wrong for wrong, _ in results] == [[]] * RANKS
     # two numbers of a call, and two of its tokens
-    assert [said for _, said in results] == [["16", "with shared_batch=True all ranks give the same tokens, and these gave others"]] * RANKS
+    assert [said for _, said in results] == [
+        ["16", "with shared_batch=True all ranks give the same tokens, and these gave others"]
+    ] * RANKS
 
 
 def test_one_rank_shares_with_nobody():
@@ -145,14 +147,14 @@ def run_gpus(rank: int, ranks: int) -> list[str]:
             MoEQuantDispatcher(**settings, transport="collective", exchange="packed", layout="ragged", rank_capacity=room) as other,
         ):
             for count in (MOST, 2, 1, 17):
-                kept = [tensor.cuda() for tensor in tokens_of(count, "distinct")]
+                kept = on_gpu(tokens_of(count, "distinct"))
                 dispatcher(*kept, values_of)
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     out = dispatcher(*kept, values_of)
                 for kind in ("distinct", "one expert"):
-                    tokens = [tensor.cuda() for tensor in tokens_of(count, kind)]
+                    tokens = on_gpu(tokens_of(count, kind))
                     expected = other(*tokens, values_of)
                     for place, new in zip(kept, tokens, strict=True):
                         place.copy_(new)
@@ -161,6 +163,11 @@ def run_gpus(rank: int, ranks: int) -> list[str]:
                         wrong.append(f"{reduce} {count} {kind}")
                 graph.reset()
     return wrong
+
+
+def on_gpu(tokens: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, ids, weights = (tensor.cuda() for tensor in tokens)
+    return hidden, ids, weights
 
 
 def values_of(batch: ExpertBatch) -> Tensor:

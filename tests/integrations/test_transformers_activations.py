@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """How a module's activation is found, and that another is not taken for it."""
 
 from __future__ import annotations

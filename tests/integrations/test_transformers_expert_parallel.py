@@ -105,7 +105,8 @@ def wrong_layouts(classes: dict[ExpertsClass, tuple[str, ...]]) -> list[str]:
 
 
 def of_three(rank: int, which: ExpertsClass) -> tuple[bool, float, bool, str] | None:
-    """Equal bits in inference, compiled too, with one batch and batches of their own; under grad how far from it the built-in is, and whether grads came; what is said of too many tokens."""
+    """Equal bits in inference, compiled too, with one batch and batches of their own; under grad
+    how far from it the built-in is, and whether grads came; what is said of too many tokens."""
     three, alone = DeviceMesh("cpu", [[0, 1, 2]], mesh_dim_names=("others", "mine")), mesh_of([[0], [1], [2], [3]])
     if rank == 3:
         return None

@@ -18,6 +18,7 @@ from torch import nn
 pytest.importorskip("transformers", "5.23")
 
 from hf_experts import EXPERTS, HIDDEN, TOP_K, error, make, odd_gate, quantize, run, scan, tokens
+from test_transformers_experts import LIMITS
 
 from moequant.integrations.transformers import UnknownExpertsError, configure, layers as layers_of_models
 from moequant.integrations.transformers.contract import contract_of
@@ -93,6 +94,14 @@ def test_quantized_weights_under_grad_are_refused():
     hidden, ids, weights = tokens(3)
     with pytest.raises(RuntimeError, match=r"quantized by MoEQuantConfig and has no backward; .* torch.no_grad"):
         module(hidden.float().requires_grad_(), ids, weights)
+
+
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8"])
+def test_a_function_of_the_models_own_with_weights_that_are_quantized(quant):
+    module, inputs = moequant(OWN), tokens(7)
+    expected = run(copy.deepcopy(module).float(), "eager", inputs[0].float(), *inputs[1:])
+    quantize(module, quant)
+    assert error(run(module, "moequant", *inputs), expected) < LIMITS[quant]
 
 
 @pytest.mark.parametrize("name", NAMES)

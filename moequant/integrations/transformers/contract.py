@@ -31,7 +31,7 @@ class Contract:
     Attributes:
         up: name of the first weight: "gate_up_proj", or "up_proj" without a gate.
         gated: whether it holds gate and up.
-        halves: whether gate is its first half, and up its second; otherwise they alternate.
+        halves: whether gate is its first half, and up its second; otherwise they alternate, in the weights as the class has them.
         transposed: weights are (E, H, 2I) and (E, I, H), and not (E, 2I, H) and (E, H, I).
         biased: both products have a bias, `<name>_bias`, (E, columns).
         normed: `post_expert_norm` follows the second product.
@@ -58,7 +58,19 @@ class Contract:
         Returns:
             1 or 2.
         """
-        return 2 if name == self.up and self.gated and self.halves else 1
+        return 2 if name == self.up and self.gated else 1
+
+    def lays_apart(self, quantized: bool) -> bool:
+        """Whether gates and ups that alternate in a class's weights are halves in those that are multiplied. Where weights are copied
+        anyway, that costs nothing, and what reads halves is faster.
+
+        Args:
+            quantized: whether these are.
+
+        Returns:
+            The answer.
+        """
+        return self.gated and not self.halves and (quantized or self.transposed)
 
 
 def contract_of(module: nn.Module) -> Contract:

@@ -6,6 +6,7 @@ L local experts, R rows of a rank, S valid rows, H hidden size, I intermediate s
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from moequant.integrations.transformers.contract import Contract, local
 from moequant.integrations.transformers.settings import say_once
 from moequant.integrations.transformers.weights import products
 from moequant.quantization import quantize_expert_batch
-from moequant.weights import Weight, dtype_of
+from moequant.weights import Weight, dtype_of, halves_apart
 
 
 def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
@@ -39,11 +40,15 @@ def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
     quant = "none" if isinstance(w13, Tensor) else _NAMES[dtype_of(w13)]
     activation = activation_of(module, contract)
     biases = [local(getattr(module, name)) for name in contract.biases]
+    apart = contract.lays_apart(quant != "none")
+    if apart and activation is not None:
+        activation = replace(activation, interleaved=False)
+        biases[:1] = map(halves_apart, biases[:1])
     experts: Experts
     # blocks that hold rows of gate and up are none that GroupedExperts takes
     if activation is None or (isinstance(w13, QuantizedTensor) and w13.segments != activation.halves):
         _say(module, "what it computes between its products")
-        experts = OwnActivation(module, contract, w13, w2)
+        experts = OwnActivation(module, contract, w13, w2, apart)
     else:
         experts = GroupedExperts(w13, w2, activation=activation, **dict(zip(("bias13", "bias2"), biases, strict=False)))
     if contract.normed:
@@ -75,10 +80,11 @@ class OwnActivation:
         contract: theirs.
         w13: the first weight, (L, 2I, H), or (L, I, H) without a gate.
         w2: the second, (L, H, I).
+        apart: gates and ups of w13 are halves, and alternate for the module.
     """
 
-    def __init__(self, module: nn.Module, contract: Contract, w13: Weight, w2: Weight) -> None:
-        self._module, self._contract = weakref.ref(module), contract
+    def __init__(self, module: nn.Module, contract: Contract, w13: Weight, w2: Weight, apart: bool) -> None:
+        self._module, self._contract, self._apart = weakref.ref(module), contract, apart
         self.w13, self.w2 = w13, w2
 
     def __call__(self, batch: ExpertBatch, most: int | None = None) -> Tensor:
@@ -99,7 +105,11 @@ class OwnActivation:
         up = grouped_gemm_blockscale(batch.activations, self.w13, *counts, expected_rows=hint)
         rows = valid_rows(batch, most)
         experts = batch.experts_of_rows()[rows] if biases else None
-        columns = up[rows] if experts is None else up[rows] + biases[0][experts]
+        columns = up[rows]
+        if self._apart:
+            columns = torch.stack(columns.chunk(2, -1), -1).flatten(-2)
+        if experts is not None:
+            columns = columns + biases[0][experts]
         inner = up.new_empty(up.shape[0], self.w2.shape[2])
         inner[rows] = (module._apply_gate if self._contract.gated else module.act_fn)(columns).to(inner.dtype)
         activations: QuantizedTensor | Tensor = inner

@@ -9,6 +9,7 @@ from moequant.batch import QuantizedTensor, ceil_div
 from moequant.integrations.transformers.contract import Contract, UnknownExpertsError, local
 from moequant.integrations.transformers.settings import say_once
 from moequant.quantization import quantize_weight
+from moequant.weights import halves_apart
 
 SCALES = "_scale_inv"
 BLOCK = 128
@@ -37,7 +38,8 @@ def products(module: nn.Module, contract: Contract) -> tuple[QuantizedTensor | T
         contract: theirs.
 
     Returns:
-        w13, (E, 2I, H), or (E, I, H) without a gate, and w2, (E, H, I): quantized in blocks, or bfloat16. Views where they can be.
+        w13, (E, 2I, H), or (E, I, H) without a gate, and w2, (E, H, I): quantized in blocks, or bfloat16. Views where they can be. Gates
+        and ups as `Contract.lays_apart` says.
 
     Raises:
         ValueError: as UnknownExpertsError: they are quantized in a way that is not known here.
@@ -50,6 +52,8 @@ def products(module: nn.Module, contract: Contract) -> tuple[QuantizedTensor | T
     up, down = (weight.transpose(1, 2) if contract.transposed else weight for weight in weights)
     if up.dtype != torch.bfloat16:
         say_once(f"experts of {str(up.dtype).removeprefix('torch.')} are multiplied in bfloat16, from a copy of their weights")
+    if contract.lays_apart(False):
+        up = halves_apart(up)
     return up.to(torch.bfloat16).contiguous(), down.to(torch.bfloat16).contiguous()
 
 
@@ -64,10 +68,12 @@ def quantized(weight: Tensor, contract: Contract, name: str, dtype: torch.dtype,
         recipe: see `moequant.formats.RECIPES`.
 
     Returns:
-        It, with columns last to be summed over: no longer transposed.
+        It, with columns last to be summed over: no longer transposed; gates and ups apart.
     """
     if contract.transposed:
         weight = weight.transpose(1, 2)
+    if name == contract.up and contract.lays_apart(True):
+        weight = halves_apart(weight)
     return quantize_weight(weight, dtype=dtype, recipe=recipe, segments=contract.segments(name))
 
 
