@@ -39,7 +39,7 @@ class Sizes:
     device: torch.device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
     """Whose experts a layer has.
 

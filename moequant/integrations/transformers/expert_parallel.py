@@ -40,6 +40,8 @@ class MoEQuantEP(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self._num_experts = int(experts.num_experts) * ep_mesh.size()  # type: ignore[arg-type]
         self._module = weakref.ref(experts)
+        # a batch that all ranks of the group hold, and batches of their own
+        self._shared, self._apart = (Place(ep_mesh.get_group(), shared=shared) for shared in (True, False))
         self._under_grad = AllToAllEP(experts, ep_mesh, tp_mesh)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class MoEQuantEP(EPImplementation):
         tokens, ranks = hidden_states.shape[0], self.tp_mesh.size()
         if self.shares_batch and sends_nothing(group, hidden_states.device, settings):
             inputs = hidden_states, top_k_index, top_k_weights
-            return run_on(Place(group, shared=True), module, self._num_experts, inputs, tokens, settings)
+            return run_on(self._shared, module, self._num_experts, inputs, tokens, settings)
         rows = ceil_div(tokens, ranks)
         first = min(tokens, self.tp_mesh.get_local_rank() * rows)
         mine = slice(first, min(tokens, first + rows))
@@ -93,7 +95,7 @@ class MoEQuantEP(EPImplementation):
         if rows > most:
             raise ValueError(f"{rows} tokens of a rank are more than max_tokens={most}; configure(max_tokens=) or agree=True")
         inputs = hidden_states[mine], top_k_index[mine], top_k_weights[mine]
-        sums = run_on(Place(group), module, self._num_experts, inputs, most, settings)
+        sums = run_on(self._apart, module, self._num_experts, inputs, most, settings)
         if ranks == 1:
             return sums
         padded = nn.functional.pad(sums, (0, 0, 0, rows - sums.shape[0]))
