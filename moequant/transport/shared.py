@@ -67,50 +67,52 @@ class SharedTransport(CollectiveTransport[SharedSlot]):
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: SharedSlot
     ) -> tuple[ExpertBatch, Tensor]:
         config, buffers, tokens = self.config, slot.buffers, hidden_states.shape[0]
-        taken, batch = slot.take(tokens), self.expert_batch(slot, tokens)
+        _, rows_in_expert, rows, partials = slot.take(tokens)
+        batch = self.expert_batch(slot, tokens)
         if self.wire.waits:
             self._begin(slot)
             self._compare(topk_ids)
-        ops.route(topk_ids, taken.slots, slot.counts, status=self.status)
+        ops.route(topk_ids, rows_in_expert, slot.counts, status=self.status)
         starts = buffers.num_tokens, None, buffers.expert_start
         ops.expert_offsets(slot.counts[None], self.first_expert, config.max_rows, NO_LIMIT, buffers.offsets[:1], *starts)
         ops.scatter(
             hidden_states,
             # other ranks' are outside of 0..L-1
             topk_ids - self.first_expert,
-            taken.slots,
+            rows_in_expert,
             batch.values,
             batch.scales,
-            rows=taken.rows,
+            rows=rows,
             sources=batch.sources,
             recipe=config.recipe,
             expert_start=batch.expert_start,
         )
         if config.per_rank:
-            ops.plan_rank_sums(topk_ids, taken.slots, config.num_local_experts, tokens, taken.partials)
+            ops.plan_rank_sums(topk_ids, rows_in_expert, config.num_local_experts, tokens, partials)
         return batch, topk_ids
 
     def combine(self, expert_output: Tensor, topk_weights: Tensor, out: Tensor, slot: SharedSlot, state: Tensor) -> None:
         if self.wire.waits:
             self._begin_combine(slot, expert_output.dtype)
-        config, buffers, taken = self.config, slot.buffers, slot.take(out.shape[0])
+        config, buffers = self.config, slot.buffers
+        _, rows_in_expert, here, partials = slot.take(out.shape[0])
         (tokens, top_k), ranks = topk_weights.shape, config.world_size
         if not tokens:
             return
         if config.per_rank:
             sent, received = buffers.sent[:tokens], buffers.received[: ranks * tokens]
-            ops.presum(expert_output, taken.rows, topk_weights, sent)
+            ops.presum(expert_output, here, topk_weights, sent)
             self._all_gather(received, sent)
-            ops.combine(received, taken.partials, None, out)
+            ops.combine(received, partials, None, out)
             return
         few = tokens <= few_tokens(config)
-        # without a slot: no expert's
-        owners = torch.where(taken.slots < 0, -1, state // config.num_local_experts)
+        # an entry without a row is no expert's
+        owners = torch.where(rows_in_expert < 0, -1, state // config.num_local_experts)
         part = tokens if few else ceil_div(tokens, ranks)
         sent = buffers.sent[: (part if few else part * ranks) * top_k].view(expert_output.dtype)
         received = buffers.received[: ranks * part * top_k].view(expert_output.dtype)
         # rows of other ranks' entries are anything, and not read there
-        torch.index_select(expert_output, 0, taken.rows.clamp_min(0).flatten(), out=sent[: tokens * top_k])
+        torch.index_select(expert_output, 0, here.clamp_min(0).flatten(), out=sent[: tokens * top_k])
         if few:
             self._all_gather(received, sent)
         else:
