@@ -25,6 +25,9 @@ TITLES = {
     "combine_pull": "Combine, by loads from the other ranks",
     "combine_push": "Combine, of rows that GEMM 2 stored",
     "layer": "The whole layer",
+    "transformers_layer": "Experts of a layer of transformers' models",
+    "transformers_experts": "Experts of a layer of transformers' models, split over ranks",
+    "transformers_model": "Whole models of transformers: prefill, or a step of decoding T sequences",
     "host_layer": "The host's time for a whole layer without a graph",
     "host_dispatch": "The host's time for a dispatch",
     "host_experts": "The host's time for the experts of a batch",
@@ -71,6 +74,8 @@ RESULTS_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
         *(V4_FLASH | SHARED | size for size in (FEW, MANY)),
         V3 | SHARED | {"E": (32,), "T": (8, 128, 4096)},
     ],
+    **{op: [{"mode": ("graph",)}] for op in ("transformers_layer", "transformers_model")},
+    "transformers_experts": [{}],
     **{op: [{"T": (1, 64, 512)}] for op in TITLES if op.startswith("host_")},
 }
 SYMMETRIC, PADDED, PACKED = (

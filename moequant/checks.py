@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_INT = 2**31 - 1
 MAX_FLOAT = torch.finfo(torch.float32).max
 ID_DTYPES = (torch.int32, torch.int64)
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(
@@ -181,7 +181,7 @@ def check_tokens(
     check_tensor("topk_ids", topk_ids, shape=routing, dtypes=ID_DTYPES, device=device)
     check_tensor("topk_weights", topk_weights, shape=routing, dtypes=WEIGHT_DTYPES, device=device)
     check_no_grad(hidden_states=hidden_states, topk_weights=topk_weights)
-    if device.type == "cpu" and tokens:
+    if device.type == "cpu" and tokens and config.on_invalid_id == "error":
         low, high = topk_ids.aminmax()
         if low < -1 or high >= config.num_experts:
             raise InvalidExpertIdError(

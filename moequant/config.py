@@ -20,6 +20,7 @@ CHOICES = {
     "transport": ("auto", "local", "collective", "symmetric"),
     "exchange": ("auto", "padded", "packed"),
     "on_overflow": ("error", "drop"),
+    "on_invalid_id": ("error", "absent"),
     "reduce": ("exact", "per_rank"),
     "layout": ("padded", "ragged", "auto"),
 }
@@ -63,9 +64,11 @@ class DispatcherConfig:
         rank_capacity: rows of a rank's buffer, an int, or, a float, how many times those that come on average, or None for all that can
             come. With "ragged" alone.
         on_overflow: "error" or "drop".
+        on_invalid_id: "error" or "absent".
         reduce: "exact" or "per_rank".
         recipe: a key of `moequant.formats.RECIPES`.
         slots: sets of buffers, 1 or 2.
+        shared_batch: whether all ranks hold the same tokens.
         overlap: whether the second GEMM stores its rows at the tokens' ranks.
         num_sms: SMs (multiprocessors) that GEMMs leave to an exchange beside them.
         timeout: seconds, from 0.001 to 1e6.
@@ -86,9 +89,11 @@ class DispatcherConfig:
     capacity: int | None = None
     rank_capacity: int | float | None = None
     on_overflow: str = "error"
+    on_invalid_id: str = "error"
     reduce: str = "exact"
     recipe: str = "default"
     slots: int = 1
+    shared_batch: bool = False
     overlap: bool = True
     num_sms: int = 8
     timeout: float = 60.0
@@ -107,8 +112,16 @@ class DispatcherConfig:
                 f"num_experts must be a multiple of the number of ranks, got {self.num_experts} experts on {self.world_size} ranks; "
                 "add experts that no token is routed to, or use another group"
             )
-        if not isinstance(self.overlap, bool):
-            raise ValueError(f"overlap must be True or False, got {self.overlap!r}")
+        for name in ("overlap", "shared_batch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        given = self.transport == "symmetric" or self.exchange != "auto" or (self.capacity, self.rank_capacity) != (None, None)
+        if self.shared_batch and given:
+            raise ValueError(
+                'shared_batch=True goes over transport "collective" in a way of its own, with room for all rows: leave out exchange, '
+                f'capacity and rank_capacity, got transport "{self.transport}", exchange "{self.exchange}", {self.capacity!r} and '
+                f"{self.rank_capacity!r}"
+            )
         if self.slots > 2:
             raise ValueError(f"slots must be 1 or 2, got {self.slots}")
         if self.capacity is not None and (
@@ -136,6 +149,8 @@ class DispatcherConfig:
 
     def _check_layout(self) -> None:
         """Settles on a layout. Raises ValueError for a capacity that the layout doesn't have, or that is none."""
+        if self.shared_batch:
+            object.__setattr__(self, "layout", "ragged")
         if self.layout == "auto":
             many = self.max_tokens_per_rank > PADDED_TOKENS and self.capacity is None
             object.__setattr__(self, "layout", "ragged" if many or self.rank_capacity is not None else "padded")
@@ -158,6 +173,11 @@ class DispatcherConfig:
     def num_local_experts(self) -> int:
         """L, the experts of a rank."""
         return self.num_experts // self.world_size
+
+    @functools.cached_property
+    def num_batches(self) -> int:
+        """Batches of tokens that the ranks have together: W, or one that they share."""
+        return 1 if self.shared_batch else self.world_size
 
     @functools.cached_property
     def num_groups(self) -> int:
@@ -188,6 +208,9 @@ class DispatcherConfig:
         given = self.rank_capacity
         if isinstance(given, int):
             return round_up(given, ROW_ALIGNMENT)
+        if self.shared_batch:
+            # all of them here, even where tokens name an expert twice
+            return round_up(tokens * self.top_k, ROW_ALIGNMENT) + ROW_ALIGNMENT * (experts - 1)
         come = self.world_size * tokens * min(self.top_k, experts)
         all_that_come = min(
             round_up(come, ROW_ALIGNMENT) + ROW_ALIGNMENT * (experts - 1),

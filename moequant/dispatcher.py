@@ -52,8 +52,9 @@ class MoEQuantDispatcher(SendRecv):
         hidden_size: H.
         max_tokens_per_rank: the largest T of any rank and call.
         quant: "fp8_e4m3fn", "fp8_e4m3fnuz", "fp8_e5m2", "int8", or rows without scales: "none" in bfloat16, "float16".
-        transport: "local" (one rank), "collective" (torch.distributed), "symmetric" (kernels that write to the other GPUs' memory:
-            NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric where it can be, otherwise collective.
+        transport: "local" (one rank; without group this one, whatever others there are), "collective" (torch.distributed), "symmetric"
+            (kernels that write to the other GPUs' memory: NVIDIA GPUs of one NVLink domain), or "auto": local for one rank, symmetric
+            where it can be, otherwise collective.
         exchange: of "collective". "padded": fixed sizes, no host sync, can be captured in a CUDA graph; "packed": each token once
             to each rank that needs it, least on the wire, one host sync; "auto": packed on a CPU, elsewhere padded while its buffers
             are small.
@@ -69,12 +70,16 @@ class MoEQuantDispatcher(SendRecv):
             W * T * min(K, L) that can come, where nothing can overflow unless tokens name an expert twice.
         on_overflow: rows without room are not sent, contribute nothing, and weights are not renormalised. "error": `check()`
             raises; "drop": `check()` returns their number.
+        on_invalid_id: "error": ids outside -1..E-1 raise, as `dispatch` says; "absent": they count as -1, and nothing is said.
         reduce: "exact": `combine` adds over k in order in float32, each product rounded first; the same bits on every transport.
             "per_rank": the rows that one rank has for a token are summed there in the same way, rounded to bfloat16 and sent once,
             and the ranks' sums are added in rank order in float32: fewer bytes come back, for one more rounding a rank. The bits
             are those of W ranks, the same on every transport.
         recipe: of quantization: "default", "deepgemm", "ue8m0", "fnuz_224" (`moequant.formats.RECIPES`).
         slots: 1 or 2 sets of buffers: two micro-batches in flight use one each.
+        shared_batch: all ranks give the same tokens, ids and weights, and each gets all the sums, with the bits that one rank has. Over
+            "collective", in layout "ragged"; nothing travels to the experts, and nothing is dropped. On a CPU ranks with other ids
+            raise OutOfStepError, on a GPU nothing notices them.
         overlap: calls of the dispatcher itself hide communication under the experts' GEMMs where they can; see `__call__`.
         num_sms: SMs (multiprocessors) that are left to communication meanwhile.
         timeout: seconds that a wait for other ranks may last, the constructor's too. On GPUs dispatch and combine of "collective"
@@ -102,9 +107,11 @@ class MoEQuantDispatcher(SendRecv):
         capacity: int | None = None,
         rank_capacity: int | float | None = None,
         on_overflow: str = "error",
+        on_invalid_id: str = "error",
         reduce: str = "exact",
         recipe: str = "default",
         slots: int = 1,
+        shared_batch: bool = False,
         overlap: bool = True,
         num_sms: int = 8,
         timeout: float = 60.0,
@@ -114,7 +121,8 @@ class MoEQuantDispatcher(SendRecv):
         # of the modules that were called as experts, in the order of their first calls
         self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next_layer = itertools.count(1)
-        group, self._rank, world_size = membership(group)
+        alone = group is None and transport == "local"
+        group, self._rank, world_size = (None, 0, 1) if alone else membership(group)
         self._group = group
         self.device = choose_device(group, None)
 
@@ -134,9 +142,11 @@ class MoEQuantDispatcher(SendRecv):
                 capacity=capacity,
                 rank_capacity=rank_capacity,
                 on_overflow=on_overflow,
+                on_invalid_id=on_invalid_id,
                 reduce=reduce,
                 recipe=recipe,
                 slots=slots,
+                shared_batch=shared_batch,
                 overlap=overlap,
                 num_sms=num_sms,
                 timeout=timeout,
@@ -162,7 +172,7 @@ class MoEQuantDispatcher(SendRecv):
             hidden_states: (T, H) bfloat16, float16 or float32, T from 0 to max_tokens_per_rank; T may differ between ranks.
             topk_ids: (T, K) int32 or int64, ids of experts, -1 for "no expert". On a CPU an id outside -1..E-1 raises; on a GPU it
                 counts as -1, and `check()` raises.
-            topk_weights: (T, K) float32 or bfloat16; used by `combine` too, so it must not change before.
+            topk_weights: (T, K) float32, bfloat16 or float16; used by `combine` too, so it must not change before.
             slot: whose buffers to use.
             layer: the number of the model's layer, from 0 on, by which a rank that skipped one is noticed; None where that isn't
                 said.

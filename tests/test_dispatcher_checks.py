@@ -127,3 +127,25 @@ def test_transports_get_rows_side_by_side_and_contiguous_routing(step, monkeypat
         wide = torch.randn(9, 100).bfloat16()[:, :72]
         getattr(layer, step)(wide, ids, weights)
         assert given[0].data_ptr() == wide.data_ptr()
+
+
+@both_paths
+@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+def test_ids_beyond_the_range_are_absent_by_request(reduce):
+    hidden, ids, weights = inputs()
+    beyond = ids.masked_fill(ids == 2, 4).masked_fill(ids == 1, -7)
+    absent = ids.masked_fill((ids == 2) | (ids == 1), -1)
+    with dispatcher(on_invalid_id="absent", reduce=reduce) as layer:
+        found, expected = (layer(hidden, which, weights, lambda batch: batch.values) for which in (beyond, absent))
+        assert_bit_equal(found, expected)
+        assert layer.check() == 0
+
+
+@both_paths
+@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+def test_float16_weights_are_taken_as_the_numbers_they_are(reduce):
+    hidden, ids, weights = inputs()
+    narrow = weights.half()
+    with dispatcher(reduce=reduce) as layer:
+        found, expected = (layer(hidden, ids, which, lambda batch: batch.values) for which in (narrow, narrow.float()))
+        assert_bit_equal(found, expected)

@@ -43,7 +43,10 @@ def in_one_process(
         raise ValueError(f"experts must be callable with an ExpertBatch, got {type(experts).__name__}")
     if not isinstance(inputs, (list, tuple)) or not inputs:
         raise ValueError(f"inputs must be a list of each rank's hidden states, ids and weights, got {inputs!r}")
-    cpu, ignored = torch.device("cpu"), {"transport": "local", "exchange": "auto", "slots": 1, "reduce": "exact"}
+    cpu, ignored = (
+        torch.device("cpu"),
+        {"transport": "local", "exchange": "auto", "slots": 1, "reduce": "exact", "shared_batch": False},
+    )
     each = DispatcherConfig(**{**settings, **ignored})
     for rank, tensors in enumerate(inputs):
         if not isinstance(tensors, (list, tuple)) or len(tensors) != 3:

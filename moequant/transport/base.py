@@ -228,7 +228,7 @@ class Transport(ABC, Generic[AnySlot]):
     def expert_batch(self, slot: AnySlot, tokens: int) -> ExpertBatch:
         """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
         config, buffers = self.config, slot.buffers
-        mean = ceil_div(tokens * config.top_k * config.world_size, config.num_experts)
+        mean = ceil_div(tokens * config.top_k * config.num_batches, config.num_experts)
         rows = min(max(mean, 1), config.max_rows)
         batch = slot.batches.get(rows)
         if batch is None:

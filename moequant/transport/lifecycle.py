@@ -163,7 +163,8 @@ class Lifecycle:
 
     def _news(self) -> list[int]:
         """What the device counted since the last report, as far as it has come: ids out of range, rows without room, mismatched."""
-        return [now - before for now, before in zip(self._counted, self._reported, strict=True)]
+        invalid, dropped, mismatched = (now - before for now, before in zip(self._counted, self._reported, strict=True))
+        return [invalid if self.config.on_invalid_id == "error" else 0, dropped, mismatched]
 
     def close(self) -> None:
         """Waits for the device and lets go of the buffers, whose memory is free when the last batch is gone that lies in them.

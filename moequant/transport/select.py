@@ -21,6 +21,7 @@ from moequant.transport.local import LocalTransport
 from moequant.transport.packed import PackedTransport
 from moequant.transport.padded import PaddedTransport
 from moequant.transport.peer_memory import why_unreachable
+from moequant.transport.shared import SharedTransport
 from moequant.transport.symmetric import SymmetricTransport
 
 LOG = logging.getLogger("moequant")
@@ -32,6 +33,8 @@ def resolve(config: DispatcherConfig, group: dist.ProcessGroup | None, device: t
 
     Raises UnreachableError for "symmetric" where ranks can't address each other's memory.
     """
+    if config.shared_batch:
+        return dataclasses.replace(config, transport="local" if config.world_size == 1 else "collective")
     if device.type == "cpu" and config.exchange == "auto" and config.world_size > 1 and config.transport != "symmetric":
         return dataclasses.replace(config, transport="collective", exchange="packed")
     if config.transport in ("local", "collective"):
@@ -96,10 +99,11 @@ def buffer_bytes(
         **settings,
     )
     if config.transport == "auto":
-        shared = config.exchange == "auto" and torch.cuda.is_available()
+        shared = config.exchange == "auto" and torch.cuda.is_available() and not config.shared_batch
         transport = "local" if config.world_size == 1 else "symmetric" if shared else "collective"
         config = dataclasses.replace(config, transport=transport)
-    if config.transport == "collective" and config.exchange == "auto" and not torch.cuda.is_available():
+    exchanged = config.transport == "collective" and not config.shared_batch
+    if exchanged and config.exchange == "auto" and not torch.cuda.is_available():
         config = dataclasses.replace(config, exchange="packed")
     specs = [*named(transport_class(config).buffer_specs(config)).values()]
     for name, value in (("fused", fused), ("gated", gated)):
@@ -132,6 +136,8 @@ def transport_class(config: DispatcherConfig) -> type[Transport]:
         return LocalTransport
     if config.transport == "symmetric":
         return SymmetricTransport
+    if config.shared_batch:
+        return SharedTransport
     return PaddedTransport if choose_exchange(config) == "padded" else PackedTransport
 
 

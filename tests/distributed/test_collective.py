@@ -130,7 +130,11 @@ def run_disagreement(rank: int, ranks: int) -> None:
     with pytest.raises(ValueError, match="multiple of the number of ranks, got 3 experts on 2 ranks"):
         MoEQuantDispatcher(**{**SETTINGS, "num_experts": 3})
     with pytest.raises(ValueError, match='transport "local" serves one rank, got a group of 2'):
-        MoEQuantDispatcher(**SETTINGS, transport="local")
+        MoEQuantDispatcher(dist.group.WORLD, **SETTINGS, transport="local")
+    # each rank for itself, which the other one doesn't have to come to
+    if rank == 1:
+        with MoEQuantDispatcher(**SETTINGS, transport="local") as alone:
+            assert alone.config.num_local_experts == SETTINGS["num_experts"]
 
 
 def test_ranks_that_disagree_on_settings_raise_everywhere():

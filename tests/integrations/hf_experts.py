@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moequant.config import QUANT_DTYPES
 from moequant.integrations.transformers.contract import contract_of
-from moequant.integrations.transformers.weights import SCALES, quantized
+from moequant.integrations.transformers.weights import quantize_in_place
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 3, 160, 96
 # names that configurations have for them; a limit that random gates do reach
@@ -88,14 +88,14 @@ def make(which: ExpertsClass, experts: int = EXPERTS) -> Any:
     return made.requires_grad_(False)
 
 
+def odd_gate(gate_up: Tensor) -> Tensor:
+    """What no kernel has, of gates and ups that alternate."""
+    return torch.sin(gate_up[..., ::2]) * gate_up[..., 1::2]
+
+
 def quantize(module: Any, quant: str) -> None:
     """Gives a module the weights that it gets when it is loaded with a MoEQuantConfig."""
-    contract = contract_of(module)
-    for name in (contract.up, "down_proj"):
-        weight = quantized(getattr(module, name).detach(), contract, name, QUANT_DTYPES[quant], "default")
-        setattr(module, name, nn.Parameter(weight.values, requires_grad=False))
-        module.register_parameter(name + SCALES, nn.Parameter(weight.scales, requires_grad=False))
-    module.is_transposed = False
+    quantize_in_place(module, contract_of(module), QUANT_DTYPES[quant])
 
 
 def tokens(count: int, hidden: int = HIDDEN, experts: int = EXPERTS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -93,10 +94,13 @@ def config_of(family: str) -> Any:
     return AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
 
 
-def build(family: str) -> Any:
-    """A model in bfloat16, the same at each call."""
+def build(family: str, **changes: Any) -> Any:
+    """A model in bfloat16, the same at each call. changes: of its configuration."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.bfloat16).eval()
+    config = copy.deepcopy(config_of(family))
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -105,7 +105,8 @@ def wrong_layouts(classes: dict[ExpertsClass, tuple[str, ...]]) -> list[str]:
 
 
 def of_three(rank: int, which: ExpertsClass) -> tuple[bool, float, bool, str] | None:
-    """Equal bits in inference; under grad how far from it the built-in is, and whether grads came; what is said of too many tokens."""
+    """Equal bits in inference, compiled too, with one batch and batches of their own; under grad
+    how far from it the built-in is, and whether grads came; what is said of too many tokens."""
     three, alone = DeviceMesh("cpu", [[0, 1, 2]], mesh_dim_names=("others", "mine")), mesh_of([[0], [1], [2], [3]])
     if rank == 3:
         return None
@@ -119,6 +120,12 @@ def of_three(rank: int, which: ExpertsClass) -> tuple[bool, float, bool, str] | 
     with torch.no_grad():
         found, expected = implementation(hidden, ids, weights), run(module, "moequant", hidden, ids, weights)
     equal = torch.equal(found, expected)
+    for layout, inputs in ((alone, (hidden, ids, weights)), (mesh, tokens(7, experts=EXPERTS))):
+        tried = MoEQuantEP(mine, mesh, layout)
+        with torch.no_grad():
+            expected_here = run(module, "moequant", *inputs)
+            compiled = torch.compile(lambda *given, tried=tried: tried(*given), fullgraph=True, backend="eager")
+            equal &= torch.equal(tried(*inputs), expected_here) and torch.equal(compiled(*inputs), expected_here)
     mine.requires_grad_(True)
     under_grad = implementation(hidden.requires_grad_(), ids, weights.bfloat16())
     under_grad.float().sum().backward()

@@ -16,7 +16,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInte
 from transformers.integrations.moe import use_experts_implementation
 
 import moequant.integrations.transformers  # noqa: F401
-from moequant import dequantize, quantize_weight
+from moequant import Activation, dequantize, quantize_weight
 from moequant.integrations.transformers import UnknownExpertsError
 from moequant.integrations.transformers.layers import layer_of
 from moequant.integrations.transformers.products import OwnActivation
@@ -27,13 +27,15 @@ WIDE = 256
 NARROW = 96
 # of which one block holds rows of both, as transformers makes it when it quantizes
 ACROSS = 192
+# what a configuration says of the function between the products
+GATES = ("swiglu_limit", "swiglu_alpha", "mlp_gate_softcap", "mlp_up_softcap")
 
 
 def make(intermediate: int = WIDE, **settings: Any) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """Experts with random weights in blocks, and what these stand for."""
-    more = {name: settings.pop(name) for name in ("swiglu_limit", "swiglu_alpha") if name in settings}
+    more = {name: settings.pop(name) for name in GATES if name in settings}
     config = Qwen3MoeConfig(**{**{k: v for k, v in SIZES.items() if v}, "moe_intermediate_size": intermediate})
-    for name in ("swiglu_limit", "swiglu_alpha"):
+    for name in GATES:
         setattr(config, name, more.get(name))
     config._experts_implementation_internal = "moequant"
     module = Experts(config, **({"block_size": (128, 128)} | settings))
@@ -74,25 +76,26 @@ def expected(module: Any, w13: torch.Tensor, w2: torch.Tensor, *inputs: torch.Te
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "activation"),
     [
-        {},
-        {"scale_fmt": "ue8m0"},
-        {"block_size": None},
-        {"swiglu_limit": 1.5},
-        {"swiglu_limit": 1.5, "swiglu_alpha": 1.702},
-        {"intermediate": NARROW},
-        {"intermediate": ACROSS},
+        ({}, Activation()),
+        ({"scale_fmt": "ue8m0"}, Activation()),
+        ({"block_size": None}, Activation()),
+        ({"swiglu_limit": 1.5}, Activation(limit=1.5)),
+        ({"swiglu_limit": 1.5, "swiglu_alpha": 1.702}, Activation(limit=1.5, alpha=1.702, offset=1.0)),
+        ({"mlp_gate_softcap": 2.0, "mlp_up_softcap": 5.0}, Activation(gate_softcap=2.0, up_softcap=5.0)),
+        ({"intermediate": NARROW}, Activation()),
+        ({"intermediate": ACROSS}, None),
     ],
     ids=str,
 )
 @torch.no_grad()
-def test_experts_of_checkpoints_in_blocks(settings):
+def test_experts_of_checkpoints_in_blocks(settings, activation):
     module, *weights = make(**settings)
     inputs = tokens(9)
     assert error(module(*inputs), expected(module, *weights, *inputs)) < 7.5e-2
-    own = "swiglu_limit" in settings or settings.get("intermediate") == ACROSS
-    assert isinstance(layer_of(module).experts, OwnActivation) == own
+    taken: Any = layer_of(module).experts
+    assert isinstance(taken, OwnActivation) if activation is None else taken.kind == activation
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import torch
 
 pytest.importorskip("transformers", "5.23")
 
-from hf_experts import EXPERTS, error, make, quantize, run, scan, tokens
+from hf_experts import EXPERTS, error, make, odd_gate, quantize, run, scan, tokens
 from hf_models import build, prompt
 from test_transformers_experts import LIMITS
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import StaticCache
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from examples import generate
@@ -22,7 +23,16 @@ from moequant.integrations.transformers import MoEQuantConfig
 from moequant.testing import assert_bit_equal, run_ranks
 
 GPU = pytest.mark.gpu
+# a class whose function is the model's own
+OWN = "GptOssExperts of its own"
 NAMES = ("Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts", "Gemma4TextExperts", "DeepseekV4Experts", "MuseSparkExperts")
+
+
+def moequant(name: str) -> Any:
+    module = make(scan()[name.partition(" ")[0]]).cuda()
+    if name == OWN:
+        module._apply_gate = odd_gate
+    return module
 
 
 @GPU
@@ -48,9 +58,9 @@ def test_a_class_computes_what_its_own_forward_does(name, quant):
 
 
 @GPU
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", [*NAMES, OWN])
 def test_a_graph_is_replayed_with_other_tokens(name):
-    module = make(scan()[name]).cuda()
+    module = moequant(name)
     inputs = [tensor.cuda() for tensor in tokens(5)]
     run(module, "moequant", *inputs)
     torch.cuda.synchronize()
@@ -70,8 +80,8 @@ def test_a_graph_is_replayed_with_other_tokens(name):
 
 @GPU
 def test_the_host_waits_for_nothing():
-    for name in NAMES[:3]:
-        module = make(scan()[name]).cuda()
+    for name in (*NAMES, OWN):
+        module = moequant(name)
         inputs = [tensor.cuda() for tensor in tokens(5)]
         run(module, "moequant", *inputs)
         torch.cuda.set_sync_debug_mode("error")
@@ -92,6 +102,43 @@ def test_generation_with_a_cache_that_is_compiled(family):
     static = model.generate(prompt().cuda(), **settings, cache_implementation="static")
     # another attention may choose another token, and all after it
     assert bool((static[:, :12] == expected[:, :12]).all())
+
+
+@GPU
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_a_step_of_decoding_with_a_static_cache_is_captured(family):
+    # what slides has another length of its own
+    model = build(family, **({"layer_types": ["full_attention"] * 2} if family == "gpt_oss" else {})).cuda()
+    model.set_experts_implementation("moequant")
+    prompts, room = prompt().cuda(), 32
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    ids, position = prompts[:, -1:].clone(), torch.full((2, 1), 10, device="cuda")
+    # of keys, the 10 before and its own
+    mask = torch.zeros(2, 1, 1, room, dtype=torch.bfloat16, device="cuda")
+    mask[..., 11:] = torch.finfo(torch.bfloat16).min
+
+    def step() -> torch.Tensor:
+        return model(ids, past_key_values=cache, attention_mask=mask, position_ids=position).logits
+
+    def back() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(10)
+
+    with torch.no_grad():
+        model(prompts[:, :10], past_key_values=cache)
+        step()
+        back()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        for token in (5, 6):
+            ids.fill_(token)
+            back()
+            graph.replay()
+            replayed = logits.clone()
+            back()
+            assert_bit_equal(replayed, step())
 
 
 @GPU

@@ -17,7 +17,8 @@ from torch import nn
 
 pytest.importorskip("transformers", "5.23")
 
-from hf_experts import EXPERTS, HIDDEN, TOP_K, error, make, quantize, run, scan, tokens
+from hf_experts import EXPERTS, HIDDEN, TOP_K, error, make, odd_gate, quantize, run, scan, tokens
+from test_transformers_experts import LIMITS
 
 from moequant.integrations.transformers import UnknownExpertsError, configure, layers as layers_of_models
 from moequant.integrations.transformers.contract import contract_of
@@ -28,6 +29,9 @@ from moequant.integrations.transformers.settings import Settings, current, say_o
 from moequant.testing import assert_bit_equal
 
 QWEN, GPT = "Qwen3MoeExperts", "GptOssExperts"
+# the latter with a function that is the model's own
+OWN = "GptOssExperts of its own"
+NAMES = [QWEN, GPT, OWN]
 MODES: dict[str, Any] = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "grad": torch.enable_grad}
 
 
@@ -44,13 +48,15 @@ def nothing_said_yet():
 
 
 def moequant(name: str) -> Any:
-    module = make(scan()[name])
+    module = make(scan()[name.partition(" ")[0]])
     module.config._experts_implementation_internal = "moequant"
+    if name == OWN:
+        module._apply_gate = odd_gate
     return module
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(MODES)), ids="-".join)
-@pytest.mark.parametrize("name", [QWEN, GPT])
+@pytest.mark.parametrize("name", NAMES)
 def test_modes_in_any_order_have_one_result(name, order, monkeypatch):
     # what is kept must be made anew
     monkeypatch.setattr("moequant.integrations.transformers.dispatchers._DISPATCHERS", weakref.WeakKeyDictionary())
@@ -61,7 +67,7 @@ def test_modes_in_any_order_have_one_result(name, order, monkeypatch):
             assert_bit_equal(module(*inputs).clone(), expected)
 
 
-@pytest.mark.parametrize("name", [QWEN, GPT])
+@pytest.mark.parametrize("name", NAMES)
 def test_autocast_changes_nothing(name):
     module, inputs = moequant(name), tokens(7)
     expected = run(module, "moequant", *inputs)
@@ -69,7 +75,7 @@ def test_autocast_changes_nothing(name):
         assert_bit_equal(module(*inputs), expected)
 
 
-@pytest.mark.parametrize("name", [QWEN, GPT])
+@pytest.mark.parametrize("name", NAMES)
 def test_under_grad_the_built_in_computes_and_it_is_said_once(name, caplog):
     module = moequant(name).requires_grad_(True)
     hidden, ids, weights = tokens(7)
@@ -90,7 +96,15 @@ def test_quantized_weights_under_grad_are_refused():
         module(hidden.float().requires_grad_(), ids, weights)
 
 
-@pytest.mark.parametrize("name", [QWEN, GPT])
+@pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8"])
+def test_a_function_of_the_models_own_with_weights_that_are_quantized(quant):
+    module, inputs = moequant(OWN), tokens(7)
+    expected = run(copy.deepcopy(module).float(), "eager", inputs[0].float(), *inputs[1:])
+    quantize(module, quant)
+    assert error(run(module, "moequant", *inputs), expected) < LIMITS[quant]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_weights_and_tokens_of_other_types(name, dtype):
     module, (hidden, ids, weights) = moequant(name), tokens(7)
@@ -106,7 +120,7 @@ def test_weights_and_tokens_of_other_types(name, dtype):
         assert_bit_equal(run(other, "moequant", hidden.to(dtype), ids, weights.to(dtype)), factor * found)
 
 
-@pytest.mark.parametrize("name", [QWEN, GPT])
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_that_change_are_used(name):
     module, inputs = moequant(name), tokens(7)
     before = run(module, "moequant", *inputs)
@@ -147,7 +161,7 @@ def test_models_take_turns_and_implementations_too():
         assert_bit_equal(run(first, "eager", *inputs), by_itself)
 
 
-@pytest.mark.parametrize("name", [QWEN, GPT])
+@pytest.mark.parametrize("name", NAMES)
 def test_ids_beyond_the_range_are_other_ranks_where_experts_are_split(name):
     module, (hidden, ids, weights) = moequant(name), tokens(9)
     mine, others = ids.clone(), ids % 2 == 0
@@ -160,7 +174,7 @@ def test_ids_beyond_the_range_are_other_ranks_where_experts_are_split(name):
         run(module, "moequant", hidden, mine, weights)
 
 
-@pytest.mark.parametrize("name", [QWEN, GPT])
+@pytest.mark.parametrize("name", NAMES)
 def test_tokens_that_name_an_expert_twice_lose_no_rows(name):
     module, (hidden, ids, weights) = moequant(name), tokens(40)
     for same in (torch.zeros_like(ids), ids // 4):
@@ -168,8 +182,9 @@ def test_tokens_that_name_an_expert_twice_lose_no_rows(name):
         assert error(found, run(copy.deepcopy(module).float(), "eager", hidden.float(), same, weights)) < 6e-3
 
 
-def test_places_that_a_gpu_does_not_count_change_nothing(monkeypatch):
-    module, inputs = moequant(GPT), tokens(7)
+@pytest.mark.parametrize("name", [OWN, "MuseSparkExperts"])
+def test_places_that_a_gpu_does_not_count_change_nothing(name, monkeypatch):
+    module, inputs = moequant(name), tokens(7)
     # entries of no expert have no row
     inputs[1][:2] = -1
     expected = run(module, "moequant", *inputs)
@@ -192,7 +207,7 @@ def test_any_number_of_tokens_and_of_experts_for_each(count):
     assert count == 0 or error(sum(part.float() for part in parts), whole) < 5e-3  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", [QWEN, GPT])
+@pytest.mark.parametrize("name", NAMES)
 def test_more_tokens_than_fit_are_cut_into_pieces(name, settings):
     module, inputs = moequant(name), tokens(40)
     expected = run(module, "moequant", *inputs)

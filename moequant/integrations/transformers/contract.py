@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import use_experts_implementation
@@ -20,8 +18,6 @@ from transformers.integrations.moe import use_experts_implementation
 FLAGS = frozenset(("is_concatenated", "is_transposed", "has_bias", "has_gate", "has_post_expert_norm"))
 # Its functions on the class.
 STEPS = frozenset(("_apply_gate",))
-# gates and ups that go past every clamp, and around zero
-PROBE = torch.tensor([-3000.0, -40.0, -9.0, -2.0, -0.5, 0.0, 0.3, 1.7, 6.0, 8.0, 30.0, 2000.0], device="cpu")
 
 
 class UnknownExpertsError(ValueError):
@@ -35,7 +31,7 @@ class Contract:
     Attributes:
         up: name of the first weight: "gate_up_proj", or "up_proj" without a gate.
         gated: whether it holds gate and up.
-        halves: whether gate is its first half, and up its second; otherwise they alternate.
+        halves: whether gate is its first half, and up its second; otherwise they alternate, in the weights as the class has them.
         transposed: weights are (E, H, 2I) and (E, I, H), and not (E, 2I, H) and (E, H, I).
         biased: both products have a bias, `<name>_bias`, (E, columns).
         normed: `post_expert_norm` follows the second product.
@@ -48,6 +44,11 @@ class Contract:
     biased: bool
     normed: bool
 
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Names of both products' biases, if they have any."""
+        return (f"{self.up}_bias", "down_proj_bias") if self.biased else ()
+
     def segments(self, name: str) -> int:
         """How many parts of a weight are blocked apart, so that no block holds gate and up.
 
@@ -57,7 +58,19 @@ class Contract:
         Returns:
             1 or 2.
         """
-        return 2 if name == self.up and self.gated and self.halves else 1
+        return 2 if name == self.up and self.gated else 1
+
+    def lays_apart(self, quantized: bool) -> bool:
+        """Whether gates and ups that alternate in a class's weights are halves in those that are multiplied. Where weights are copied
+        anyway, that costs nothing, and what reads halves is faster.
+
+        Args:
+            quantized: whether these are.
+
+        Returns:
+            The answer.
+        """
+        return self.gated and not self.halves and (quantized or self.transposed)
 
 
 def contract_of(module: nn.Module) -> Contract:
@@ -82,35 +95,6 @@ def contract_of(module: nn.Module) -> Contract:
         biased=bool(getattr(module, "has_bias", False)),
         normed=bool(getattr(module, "has_post_expert_norm", False)),
     )
-
-
-def activation_of(module: Any) -> str | None:
-    """The name that moequant has for a module's activation. Here is where an activation is handed over to the kernels: what has no name
-    here is computed by the module's own function (`products.OwnActivation`).
-
-    It is found by what the function does, and not by its name.
-
-    Args:
-        module: experts.
-
-    Returns:
-        "silu" for silu(gate) * up, or None.
-    """
-    if not getattr(module, "has_gate", True):
-        return None
-    device = local(module.down_proj).device
-    probe = PROBE.to(device)
-    gate, up = torch.meshgrid(probe, probe, indexing="ij")
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        try:
-            found = module._apply_gate(torch.cat((gate, up), dim=1))
-        except RuntimeError:
-            # it wants sizes of its own, so that it is not a plain function of gate and up
-            return None
-        expected = nn.functional.silu(gate) * up
-        if found.shape == expected.shape and torch.allclose(found.float(), expected, rtol=1e-5, atol=1e-6):
-            return "silu"
-    return None
 
 
 def local(weight: Tensor) -> Tensor:

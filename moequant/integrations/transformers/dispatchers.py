@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moequant.config import ROW_ALIGNMENT
 from moequant.dispatcher import MoEQuantDispatcher
 from moequant.integrations.transformers.settings import Settings
+from moequant.transport.peer_memory import why_unreachable
 
 # Rooms for tokens: each is so many times the one before. A graph that was captured with few tokens keeps its dispatcher when more come.
 SMALLEST, FACTOR = 16, 4
@@ -38,34 +39,70 @@ class Sizes:
     device: torch.device
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Whose experts a layer has.
+
+    Attributes:
+        group: of the ranks that share them; None: this rank alone.
+        shared: all these ranks hold the same tokens.
+        absent: ids beyond the range are nobody's here, and not wrong.
+    """
+
+    group: dist.ProcessGroup | None = None
+    shared: bool = False
+    absent: bool = False
+
+
 class _Alone:
-    """Stands for the group of a process without torch.distributed."""
+    """Stands for the group of one rank alone."""
 
 
 _ALONE = _Alone()
+Key = tuple[bool, bool, Sizes, int, Settings]
 # by group: what a group's ranks agreed on ends with it
-_DISPATCHERS: weakref.WeakKeyDictionary[object, dict[tuple[Sizes, int, Settings], MoEQuantDispatcher]] = weakref.WeakKeyDictionary()
-_GROUPS_OF_ONE: weakref.WeakKeyDictionary[object, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+_DISPATCHERS: weakref.WeakKeyDictionary[object, dict[Key, MoEQuantDispatcher]] = weakref.WeakKeyDictionary()
+_SYMMETRIC: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
 
 
-def dispatcher_of(group: dist.ProcessGroup | None, sizes: Sizes, tokens: int, settings: Settings) -> MoEQuantDispatcher:
+def sends_nothing(group: dist.ProcessGroup, device: torch.device, settings: Settings) -> bool:
+    """Whether ranks that hold the same tokens go without sending them to the experts. Where kernels store to the other ranks' memory, a
+    slice of the tokens each is less that comes back.
+
+    Args:
+        group: of the ranks. Collective when it first comes.
+        device: where the tokens are.
+        settings: as the user has them.
+
+    Returns:
+        The answer, the same on all ranks.
+    """
+    if device.type == "cpu" or settings.transport != "auto":
+        return settings.transport != "symmetric"
+    if group not in _SYMMETRIC:
+        _SYMMETRIC[group] = why_unreachable(group, device, settings.timeout) is None
+    return not _SYMMETRIC[group]
+
+
+def dispatcher_of(place: Place, sizes: Sizes, tokens: int, settings: Settings) -> MoEQuantDispatcher:
     """A dispatcher with room for some tokens. Collective where it has not been there before.
 
     Args:
-        group: of the ranks that share the experts; None: this rank alone.
+        place: of the layer's experts.
         sizes: of the layer.
         tokens: the most of any rank, the same on all, up to settings.max_tokens.
         settings: as the user has them.
 
     Returns:
-        It, whose batches are ragged, and hold all rows even where tokens name an expert twice.
+        It, whose batches are ragged, and hold all rows.
     """
-    group = _group_of_one() if group is None else group
-    room = room_for(tokens, settings)
+    group, room = place.group, room_for(tokens, settings)
     known = _DISPATCHERS.setdefault(_ALONE if group is None else group, {})
-    key = sizes, room, settings
+    key = place.shared, place.absent, sizes, room, settings
     if key not in known:
         ranks = 1 if group is None else dist.get_world_size(group)
+        # all rows that can come, even where tokens name an expert twice
+        rows = ranks * room * sizes.top_k + ROW_ALIGNMENT * (sizes.num_experts // ranks)
         known[key] = MoEQuantDispatcher(
             group,
             num_experts=sizes.num_experts,
@@ -73,9 +110,11 @@ def dispatcher_of(group: dist.ProcessGroup | None, sizes: Sizes, tokens: int, se
             hidden_size=sizes.hidden_size,
             max_tokens_per_rank=room,
             quant=sizes.quant,
-            transport="auto" if ranks == 1 else settings.transport,
+            transport="local" if group is None else "auto" if ranks == 1 or place.shared else settings.transport,
             layout="ragged",
-            rank_capacity=ranks * room * sizes.top_k + ROW_ALIGNMENT * (sizes.num_experts // ranks),
+            rank_capacity=None if place.shared else rows,
+            shared_batch=place.shared,
+            on_invalid_id="absent" if place.absent else "error",
             reduce=settings.reduce,
             timeout=settings.timeout,
             device=sizes.device,
@@ -97,15 +136,3 @@ def room_for(tokens: int, settings: Settings) -> int:
     while room < tokens:
         room *= FACTOR
     return min(room, settings.max_tokens)
-
-
-def _group_of_one() -> dist.ProcessGroup | None:
-    """This rank's own group, where torch.distributed is initialised: a dispatcher takes all ranks otherwise."""
-    world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    if world is None:
-        return None
-    if world not in _GROUPS_OF_ONE:
-        group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        assert isinstance(group, dist.ProcessGroup)
-        _GROUPS_OF_ONE[world] = group
-    return _GROUPS_OF_ONE[world]

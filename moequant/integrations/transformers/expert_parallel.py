@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.distributed.expert_parallel import AllToAllEP, EPImplementation
 
 from moequant.batch import ceil_div
+from moequant.integrations.transformers.dispatchers import Place, sends_nothing
 from moequant.integrations.transformers.layers import run_on, wants_grad
 from moequant.integrations.transformers.settings import current, say_once
 from moequant.traced import numbered
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 class MoEQuantEP(EPImplementation):
     """One experts module's. Expert e is on rank e // L of the group, as transformers places them.
 
-    Ranks that hold the same rows (tensor parallelism) take a slice each, and gather the sums; so the sums are those of one rank, to the
-    bit.
+    Ranks that hold the same rows (tensor parallelism) each take those of their own experts, where they are all that share the experts,
+    and nothing travels there; or a slice of the rows, whose sums are gathered. The sums are those of one rank, to the bit.
 
     Args:
         experts: the module.
@@ -39,6 +40,8 @@ class MoEQuantEP(EPImplementation):
         super().__init__(experts, ep_mesh, tp_mesh)
         self._num_experts = int(experts.num_experts) * ep_mesh.size()  # type: ignore[arg-type]
         self._module = weakref.ref(experts)
+        # a batch that all ranks of the group hold, and batches of their own
+        self._shared, self._apart = (Place(ep_mesh.get_group(), shared=shared) for shared in (True, False))
         self._under_grad = AllToAllEP(experts, ep_mesh, tp_mesh)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -76,11 +79,14 @@ class MoEQuantEP(EPImplementation):
         Raises:
             ValueError: more tokens than the settings say that there are.
         """
+        settings, group = current(), self.ep_mesh.get_group()
         tokens, ranks = hidden_states.shape[0], self.tp_mesh.size()
+        if self.shares_batch and sends_nothing(group, hidden_states.device, settings):
+            inputs = hidden_states, top_k_index, top_k_weights
+            return run_on(self._shared, module, self._num_experts, inputs, tokens, settings)
         rows = ceil_div(tokens, ranks)
         first = min(tokens, self.tp_mesh.get_local_rank() * rows)
         mine = slice(first, min(tokens, first + rows))
-        settings, group = current(), self.ep_mesh.get_group()
         most = rows if self.shares_batch else settings.max_tokens
         if not self.shares_batch and settings.agree:
             largest = torch.tensor(rows, device=hidden_states.device)
@@ -89,7 +95,7 @@ class MoEQuantEP(EPImplementation):
         if rows > most:
             raise ValueError(f"{rows} tokens of a rank are more than max_tokens={most}; configure(max_tokens=) or agree=True")
         inputs = hidden_states[mine], top_k_index[mine], top_k_weights[mine]
-        sums = run_on(group, module, self._num_experts, inputs, most, settings)
+        sums = run_on(self._apart, module, self._num_experts, inputs, most, settings)
         if ranks == 1:
             return sums
         padded = nn.functional.pad(sums, (0, 0, 0, rows - sums.shape[0]))

@@ -9,23 +9,23 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.integrations.finegrained_fp8 import FP8Experts, FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
+from moequant.dispatcher import MoEQuantDispatcher
 from moequant.experts import GroupedExperts
 from moequant.integrations.transformers.contract import contract_of, local
-from moequant.integrations.transformers.dispatchers import Sizes, dispatcher_of
-from moequant.integrations.transformers.products import Experts, OwnActivation, experts_of
+from moequant.integrations.transformers.dispatchers import Place, Sizes, dispatcher_of, room_for
+from moequant.integrations.transformers.products import Experts, experts_of
 from moequant.integrations.transformers.settings import Settings, current, say_once
-from moequant.integrations.transformers.weights import SCALES, parameter_names
+from moequant.integrations.transformers.weights import SCALES, weight_names
 from moequant.traced import numbered
 
 # What takes over where gradients are wanted.
@@ -42,6 +42,7 @@ class Layer:
         stamp: of them.
         experts: what computes them.
         quant: of the dispatchers that they go with.
+        dispatchers: those that it has had, by place, K and room, with the settings that they are for.
     """
 
     names: tuple[str, ...]
@@ -49,8 +50,11 @@ class Layer:
     stamp: tuple[int, ...]
     experts: Experts
     quant: str
+    dispatchers: dict[tuple[Place, int, int], tuple[Settings, MoEQuantDispatcher]] = field(default_factory=dict)
 
 
+# one object each: places are told apart by identity
+ALONE = {absent: Place(absent=absent) for absent in (False, True)}
 _LAYERS: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
 
 
@@ -85,15 +89,14 @@ def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     Returns:
         (T, H) of the hidden states' type.
     """
-    experts = int(module.num_experts)
-    if getattr(module, "_is_expert_parallel", False):
-        # beyond the range: another rank's
-        top_k_index = torch.where(top_k_index >= experts, -1, top_k_index)
-    return run_on(None, module, experts, (hidden_states, top_k_index, top_k_weights), hidden_states.shape[0], current())
+    inputs, tokens = (hidden_states, top_k_index, top_k_weights), hidden_states.shape[0]
+    # where experts are split, ids beyond the range are other ranks'
+    place = ALONE[bool(getattr(module, "_is_expert_parallel", False))]
+    return run_on(place, module, int(module.num_experts), inputs, tokens, current())
 
 
 def run_on(
-    group: dist.ProcessGroup | None,
+    place: Place,
     module: nn.Module,
     num_experts: int,
     tokens: tuple[Tensor, Tensor, Tensor],
@@ -103,7 +106,7 @@ def run_on(
     """The experts of a group's ranks, without grad. Collective.
 
     Args:
-        group: of the ranks; None: this rank alone.
+        place: of the ranks.
         module: this rank's experts.
         num_experts: E.
         tokens: hidden states, ids and weights of this rank, T of each.
@@ -113,22 +116,25 @@ def run_on(
     Returns:
         (T, H) of the hidden states' type.
     """
-    hidden, ids, weights = (tensor.detach() for tensor in tokens)
-    if weights.dtype == torch.float16:
-        weights = weights.float()
+    hidden, ids, weights = tokens
+    (_, columns), top_k = hidden.shape, ids.shape[1]
     with torch.no_grad():
         layer = layer_of(module)
-        sizes = Sizes(num_experts, ids.shape[1], hidden.shape[1], layer.quant, hidden.device)
         piece = min(most, settings.max_tokens)
-        dispatcher = dispatcher_of(group, sizes, piece, settings)
+        key = place, top_k, room_for(piece, settings)
+        found = layer.dispatchers.get(key)
+        if found is None or found[0] is not settings:
+            sizes = Sizes(num_experts, top_k, columns, layer.quant, hidden.device)
+            found = layer.dispatchers[key] = settings, dispatcher_of(place, sizes, piece, settings)
+        dispatcher = found[1]
         experts: Callable[..., Tensor] = layer.experts
-        if isinstance(experts, OwnActivation):
-            experts = functools.partial(experts, most=dispatcher.config.world_size * piece * sizes.top_k)
+        if not isinstance(experts, GroupedExperts):
+            experts = functools.partial(experts, most=dispatcher.config.num_batches * piece * top_k)
+        if piece == most:
+            return dispatcher(hidden, ids, weights, experts)
         # every rank goes through as many pieces as the largest needs
-        cuts = range(0, most, piece) if piece else (0,)
-        spans = [slice(cut, cut + piece) for cut in cuts]
-        parts = [dispatcher(hidden[span], ids[span], weights[span], experts) for span in spans]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        spans = [slice(cut, cut + piece) for cut in range(0, most, piece)]
+        return torch.cat([dispatcher(hidden[span], ids[span], weights[span], experts) for span in spans])
 
 
 def layer_of(module: nn.Module) -> Layer:
@@ -144,11 +150,11 @@ def layer_of(module: nn.Module) -> Layer:
     if kept is not None and kept.stamp == _stamp(module, kept.names):
         return kept
     contract = contract_of(module)
-    names = parameter_names(module, contract)
+    names = *weight_names(module, contract), *contract.biases
     experts, quant = experts_of(module, contract)
     sources = tuple(local(getattr(module, name)) for name in names)
     layer = Layer(names, sources, _stamp(module, names), experts, quant)
-    first = experts.w13 if isinstance(experts, GroupedExperts | OwnActivation) else None
+    first = experts.w13
     if isinstance(module, FSDPModule) and isinstance(first, Tensor) and first.data_ptr() != sources[0].data_ptr():
         # FSDP gathers new weights where the old ones were, and a copy would be taken for theirs
         say_once(f"{type(module).__name__}: weights of another type or order are copied in every call under FSDP")

@@ -6,7 +6,7 @@ L local experts, R rows of a rank, S valid rows, H hidden size, I intermediate s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from moequant.batch import ExpertBatch, QuantizedTensor
 from moequant.experts import GroupedExperts
 from moequant.gemm import grouped_gemm_blockscale
-from moequant.integrations.transformers.contract import Contract, activation_of, local
+from moequant.integrations.transformers.activations import activation_of
+from moequant.integrations.transformers.contract import Contract, local
 from moequant.integrations.transformers.settings import say_once
 from moequant.integrations.transformers.weights import products
 from moequant.quantization import quantize_expert_batch
-from moequant.weights import Weight, dtype_of
-
-Experts = Callable[[ExpertBatch], Tensor]
+from moequant.weights import Weight, dtype_of, halves_apart
 
 
 def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
-    """What computes a module's experts.
+    """What computes a module's experts: moequant, and the module itself where moequant doesn't have its function.
 
     Args:
         module: experts.
@@ -39,15 +38,30 @@ def experts_of(module: nn.Module, contract: Contract) -> tuple[Experts, str]:
     """
     w13, w2 = products(module, contract)
     quant = "none" if isinstance(w13, Tensor) else _NAMES[dtype_of(w13)]
-    activation = activation_of(module)
-    blocked = isinstance(w13, QuantizedTensor) and w13.segments != 2
-    if activation is None or contract.biased or contract.normed or blocked:
-        say_once(
-            f"{type(module).__name__}: what it computes between its products is not in moequant's kernels, and runs as the model's own "
-            "Python code; the products run in moequant"
-        )
-        return OwnActivation(module, contract, w13, w2), quant
-    return GroupedExperts(w13, w2, activation=activation), quant
+    activation = activation_of(module, contract)
+    biases = [local(getattr(module, name)) for name in contract.biases]
+    apart = contract.lays_apart(quant != "none")
+    if apart and activation is not None:
+        activation = replace(activation, interleaved=False)
+        biases[:1] = map(halves_apart, biases[:1])
+    experts: Experts
+    # blocks that hold rows of gate and up are none that GroupedExperts takes
+    if activation is None or (isinstance(w13, QuantizedTensor) and w13.segments != activation.halves):
+        _say(module, "what it computes between its products")
+        experts = OwnActivation(module, contract, w13, w2, apart)
+    else:
+        experts = GroupedExperts(w13, w2, activation=activation, **dict(zip(("bias13", "bias2"), biases, strict=False)))
+    if contract.normed:
+        _say(module, "the norm behind its products")
+        experts = Normed(module, experts)
+    return experts, quant
+
+
+def _say(module: nn.Module, what: str) -> None:
+    say_once(
+        f"{type(module).__name__}: {what} is not in moequant's kernels, and runs as the model's own Python code; the products run in "
+        "moequant"
+    )
 
 
 _NAMES = {
@@ -59,17 +73,18 @@ _NAMES = {
 
 
 class OwnActivation:
-    """Both products by moequant, and what is between and behind them by the module itself, on valid rows only.
+    """Both products by moequant, and what is between them by the module itself, on valid rows only.
 
     Args:
         module: experts; kept weakly.
         contract: theirs.
         w13: the first weight, (L, 2I, H), or (L, I, H) without a gate.
         w2: the second, (L, H, I).
+        apart: gates and ups of w13 are halves, and alternate for the module.
     """
 
-    def __init__(self, module: nn.Module, contract: Contract, w13: Weight, w2: Weight) -> None:
-        self._module, self._contract = weakref.ref(module), contract
+    def __init__(self, module: nn.Module, contract: Contract, w13: Weight, w2: Weight, apart: bool) -> None:
+        self._module, self._contract, self._apart = weakref.ref(module), contract, apart
         self.w13, self.w2 = w13, w2
 
     def __call__(self, batch: ExpertBatch, most: int | None = None) -> Tensor:
@@ -86,26 +101,55 @@ class OwnActivation:
         counts = batch.num_tokens, batch.expert_start
         assert module is not None
         hint = batch.expected_rows
+        biases = [local(getattr(module, name)) for name in self._contract.biases]
         up = grouped_gemm_blockscale(batch.activations, self.w13, *counts, expected_rows=hint)
         rows = valid_rows(batch, most)
-        experts = batch.experts_of_rows()[rows] if self._contract.biased else None
+        experts = batch.experts_of_rows()[rows] if biases else None
+        columns = up[rows]
+        if self._apart:
+            columns = torch.stack(columns.chunk(2, -1), -1).flatten(-2)
+        if experts is not None:
+            columns = columns + biases[0][experts]
         inner = up.new_empty(up.shape[0], self.w2.shape[2])
-        inner[rows] = self._activation(module, up[rows], experts).to(inner.dtype)
+        inner[rows] = (module._apply_gate if self._contract.gated else module.act_fn)(columns).to(inner.dtype)
         activations: QuantizedTensor | Tensor = inner
         if isinstance(self.w2, QuantizedTensor):
             activations = quantize_expert_batch(inner, *counts, dtype=dtype_of(self.w2), recipe=batch.recipe)
         out = grouped_gemm_blockscale(activations, self.w2, *counts, expected_rows=hint)
         if experts is not None:
-            out[rows] = (out[rows] + local(module.down_proj_bias)[experts]).to(out.dtype)
-        if self._contract.normed:
-            out[rows] = module.post_expert_norm(out[rows]).to(out.dtype)
+            out[rows] = (out[rows] + biases[1][experts]).to(out.dtype)
         return out
 
-    def _activation(self, module: Any, up: Tensor, experts: Tensor | None) -> Tensor:
-        """Rows of the first product, (S, 2I), or (S, I) without a gate, with their experts (S,), to (S, I)."""
-        if experts is not None:
-            up = up + local(getattr(module, f"{self._contract.up}_bias"))[experts]
-        return module._apply_gate(up) if self._contract.gated else module.act_fn(up)
+
+class Normed:
+    """Experts, and then the module's own norm, on valid rows only.
+
+    Args:
+        module: experts; kept weakly.
+        experts: what computes them.
+    """
+
+    def __init__(self, module: nn.Module, experts: GroupedExperts | OwnActivation) -> None:
+        self._module, self._experts = weakref.ref(module), experts
+        self.w13, self.w2 = experts.w13, experts.w2
+
+    def __call__(self, batch: ExpertBatch, most: int | None = None) -> Tensor:
+        """What the experts make of a batch.
+
+        Args:
+            batch: of a dispatcher with layout "ragged".
+            most: valid rows that it may have; None: as many as it has rows.
+
+        Returns:
+            (R, H) bfloat16; its valid rows are written.
+        """
+        module: Any = self._module()
+        assert module is not None
+        out = self._experts(batch) if isinstance(self._experts, GroupedExperts) else self._experts(batch, most)
+        rows = valid_rows(batch, most)
+        # what is filled up with row 0 must read it before it is written
+        out[rows] = module.post_expert_norm(out[rows]).to(out.dtype)
+        return out
 
 
 def valid_rows(batch: ExpertBatch, most: int | None) -> Tensor:
@@ -138,3 +182,6 @@ def places(valid: Tensor, most: int) -> Tensor:
     if valid.device.type == "cpu":
         return valid.nonzero()[:, 0]
     return torch.nonzero_static(valid, size=most, fill_value=0)[:, 0]
+
+
+Experts = GroupedExperts | OwnActivation | Normed

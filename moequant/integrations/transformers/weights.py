@@ -9,12 +9,13 @@ from moequant.batch import QuantizedTensor, ceil_div
 from moequant.integrations.transformers.contract import Contract, UnknownExpertsError, local
 from moequant.integrations.transformers.settings import say_once
 from moequant.quantization import quantize_weight
+from moequant.weights import halves_apart
 
 SCALES = "_scale_inv"
 BLOCK = 128
 
 
-def parameter_names(module: nn.Module, contract: Contract) -> tuple[str, ...]:
+def weight_names(module: nn.Module, contract: Contract) -> tuple[str, ...]:
     """The parameters that `products` come from.
 
     Args:
@@ -37,12 +38,13 @@ def products(module: nn.Module, contract: Contract) -> tuple[QuantizedTensor | T
         contract: theirs.
 
     Returns:
-        w13, (E, 2I, H), or (E, I, H) without a gate, and w2, (E, H, I): quantized in blocks, or bfloat16. Views where they can be.
+        w13, (E, 2I, H), or (E, I, H) without a gate, and w2, (E, H, I): quantized in blocks, or bfloat16. Views where they can be. Gates
+        and ups as `Contract.lays_apart` says.
 
     Raises:
         ValueError: as UnknownExpertsError: they are quantized in a way that is not known here.
     """
-    weights = [local(getattr(module, name)) for name in parameter_names(module, contract)]
+    weights = [local(getattr(module, name)) for name in weight_names(module, contract)]
     if len(weights) == 4:
         up, down, up_scales, down_scales = weights
         _check_quantized(module, up, down)
@@ -50,6 +52,8 @@ def products(module: nn.Module, contract: Contract) -> tuple[QuantizedTensor | T
     up, down = (weight.transpose(1, 2) if contract.transposed else weight for weight in weights)
     if up.dtype != torch.bfloat16:
         say_once(f"experts of {str(up.dtype).removeprefix('torch.')} are multiplied in bfloat16, from a copy of their weights")
+    if contract.lays_apart(False):
+        up = halves_apart(up)
     return up.to(torch.bfloat16).contiguous(), down.to(torch.bfloat16).contiguous()
 
 
@@ -64,11 +68,30 @@ def quantized(weight: Tensor, contract: Contract, name: str, dtype: torch.dtype,
         recipe: see `moequant.formats.RECIPES`.
 
     Returns:
-        It, with columns last to be summed over: no longer transposed.
+        It, with columns last to be summed over: no longer transposed; gates and ups apart.
     """
     if contract.transposed:
         weight = weight.transpose(1, 2)
+    if name == contract.up and contract.lays_apart(True):
+        weight = halves_apart(weight)
     return quantize_weight(weight, dtype=dtype, recipe=recipe, segments=contract.segments(name))
+
+
+def quantize_in_place(module: nn.Module, contract: Contract, dtype: torch.dtype, recipe: str = "default") -> None:
+    """Gives a module of float weights those that it has when it is loaded with a MoEQuantConfig.
+
+    Args:
+        module: experts.
+        contract: theirs; no longer right afterwards, if they were transposed.
+        dtype: of the values.
+        recipe: see `moequant.formats.RECIPES`.
+    """
+    for name in (contract.up, "down_proj"):
+        with torch.no_grad():
+            weight = quantized(getattr(module, name).detach(), contract, name, dtype, recipe)
+        setattr(module, name, nn.Parameter(weight.values, requires_grad=False))
+        module.register_parameter(name + SCALES, nn.Parameter(weight.scales, requires_grad=False))
+    module.is_transposed = False  # type: ignore[assignment]
 
 
 def _check_quantized(module: nn.Module, up: Tensor, down: Tensor) -> None:
