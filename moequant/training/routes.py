@@ -35,6 +35,7 @@ class Routes:
 
     def __init__(self, dispatcher: MoEQuantDispatcher, slot: int = 0, layer: int | None = None) -> None:
         self.dispatcher, self.slot, self.layer = dispatcher, slot, layer
+        self._batch: ExpertBatch | None = None
         self._handle: DispatchHandle | None = None
         # whether the weights of the last dispatch were ones
         self._unweighted = False
@@ -53,8 +54,8 @@ class Routes:
         self._unweighted = weights is None
         if weights is None:
             weights = torch.ones(ids.shape, dtype=torch.float32, device=x.device)
-        batch, self._handle = self.dispatcher.dispatch(x, ids, weights, slot=self.slot, layer=self.layer)
-        return batch
+        self._batch, self._handle = self.dispatcher.dispatch(x, ids, weights, slot=self.slot, layer=self.layer)
+        return self._batch
 
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor | None = None) -> Rows:
         """`send`, and the batch's rows.
@@ -81,9 +82,28 @@ class Routes:
         Raises:
             RuntimeError: nothing was dispatched.
         """
-        if self._handle is None:
-            raise RuntimeError("sum comes after dispatch, whose rows it sums; call dispatch first")
-        return self.dispatcher.combine(rows, self._handle)
+        return self.dispatcher.combine(rows, self.last()[1])
+
+    def last(self) -> tuple[ExpertBatch, DispatchHandle]:
+        """The last dispatch.
+
+        Returns:
+            Its batch, views of the slot's buffers, and its handle.
+
+        Raises:
+            RuntimeError: there was none.
+        """
+        if self._batch is None or self._handle is None:
+            raise RuntimeError("nothing was dispatched; call dispatch first")
+        return self._batch, self._handle
+
+    def resume(self, handle: DispatchHandle) -> None:
+        """Makes an earlier dispatch, with weights, the one whose rows `sum` sums.
+
+        Args:
+            handle: of it.
+        """
+        self._handle, self._unweighted = handle, False
 
     def return_sum(self, rows: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """`sum` with ones for weights, whether or not the slot has dispatched something else since. Collective.

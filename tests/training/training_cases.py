@@ -109,7 +109,7 @@ def dense_layer(
 def dense_gradients(
     ranks: list[Tokens], of: Weights, kind: Activation | str = "silu"
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """By autograd in float64: each rank's output and gradients of hidden states and weights, and the gradients of all experts' weights."""
+    """By autograd in float64: each rank's output and gradients of its tokens, and the gradients of all experts' weights."""
     kind = activation_of(kind)
     hidden = [tokens.hidden.double().requires_grad_() for tokens in ranks]
     routing = [tokens.weights.double().requires_grad_() for tokens in ranks]
