@@ -22,13 +22,13 @@ from moequant.transport.lifecycle import step
 __all__ = ["MoEExperts"]
 
 
-class Shared:
+class _Shared:
     """Something that copies of a module share."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
 
 
@@ -76,7 +76,7 @@ class MoEExperts(nn.Module):
         check_int("intermediate_size", intermediate_size, 1)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_choice("dtype", dtype, FLOAT_DTYPES)
-        self._shared, config = Shared(dispatcher), dispatcher.config
+        self._shared, config = _Shared(dispatcher), dispatcher.config
         Precision.of(config)
         self.intermediate_size, self.kind, self.recompute = intermediate_size, activation_of(activation), recompute
         experts, hidden, wide = config.num_local_experts, config.hidden_size, self.kind.width * intermediate_size
@@ -121,10 +121,7 @@ class MoEExperts(nn.Module):
             (T, H) of the hidden states' type: each token's sum of its experts' rows by their weights. Errors are those of
             `MoEQuantDispatcher.dispatch` and `combine`.
         """
-        dispatcher, tokens = self.dispatcher, (hidden_states, topk_ids, topk_weights)
-        if requires_grad(hidden_states, topk_weights, *self.parameters(recurse=False)):
-            return _trained(dispatcher, self, tokens, slot)
-        return dispatcher(*tokens, self.grouped_experts(), slot=slot, layer=dispatcher._layer_of(self))
+        return _run(self.dispatcher, self, (hidden_states, topk_ids, topk_weights), slot)
 
     def grouped_experts(self) -> GroupedExperts:
         """The experts with the weights that they have now, for inference: they don't follow later changes.
@@ -132,11 +129,9 @@ class MoEExperts(nn.Module):
         Returns:
             `GroupedExperts` of the dispatcher's quant and recipe.
         """
-        config = self.dispatcher.config
-        w13, w2 = (w.detach().to(torch.bfloat16) for w in (self.w13, self.w2))
-        biases = {"bias13": self.bias13, "bias2": self.bias2}
-        given = {name: None if bias is None else bias.detach() for name, bias in biases.items()}
-        return GroupedExperts.from_weights(w13, w2, quant=config.quant, recipe=config.recipe, activation=self.kind, **given)
+        experts = Precision.of(self.dispatcher.config).experts(self.w13, self.w2, self.bias13, self.bias2, self.kind)
+        assert isinstance(experts, GroupedExperts)
+        return experts
 
     def extra_repr(self) -> str:
         """What stands between the parentheses.
@@ -150,7 +145,10 @@ class MoEExperts(nn.Module):
 
 
 @step
-def _trained(dispatcher: MoEQuantDispatcher, module: MoEExperts, tokens: tuple[Tensor, Tensor, Tensor], slot: int) -> Tensor:
-    """The forward for autograd: one thread's at a time, and a graph break."""
-    weights, settings = (module.w13, module.w2, module.bias13, module.bias2), {"recompute": module.recompute, "slot": slot}
-    return train(dispatcher, tokens, weights, module.kind, layer=dispatcher._layer_of(module), **settings)
+def _run(dispatcher: MoEQuantDispatcher, experts: MoEExperts, tokens: tuple[Tensor, Tensor, Tensor], slot: int) -> Tensor:
+    """The forward: one thread's at a time, and a graph break for torch.compile, as the products' weights are made anew."""
+    layer = dispatcher._layer_of(experts)
+    if not requires_grad(*tokens, *experts.parameters(recurse=False)):
+        return dispatcher(*tokens, experts.grouped_experts(), slot=slot, layer=layer)
+    weights = experts.w13, experts.w2, experts.bias13, experts.bias2
+    return train(dispatcher, tokens, weights, experts.kind, recompute=experts.recompute, slot=slot, layer=layer)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,10 @@ class LocalRoutes(Routes):
         counted = torch.tensor(counts, dtype=torch.int32)
         return Rows(values.view(*shape, -1), counted, starts, sources.view(shape), experts)
 
+    def run(self, tokens: tuple[Tensor, Tensor, Tensor], experts: Callable[[Rows], Tensor]) -> Tensor:
+        """Dispatch, experts, sum."""
+        return self.sum(experts(self.dispatch(*tokens)))
+
     def sum(self, rows: Tensor) -> Tensor:
         """Over k in order; entries without a row add nothing."""
         flat, total = rows.flatten(0, -2), rows.new_zeros(len(self._rows), rows.shape[-1])
@@ -98,6 +103,19 @@ class Exact(Precision):
         """Of all rows, of which those that belong to no expert stay NaN."""
         x = x.flatten(0, -2) if bias is None else x.flatten(0, -2) + bias[rows.experts]
         return rows.shaped(activated_with_slopes(x, kind, x[..., : x.shape[-1] // kind.width])[0])
+
+    def experts(
+        self, w13: Tensor, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None, kind: Activation
+    ) -> Callable[[Rows], Tensor]:
+        """From rows to their experts' output."""
+
+        def run(rows: Rows) -> Tensor:
+            output = self.product(self.activation(self.product(rows.values, w13, rows), rows, kind, bias13), w2, rows)
+            if bias2 is not None:
+                self.add_bias(output, rows, bias2)
+            return output
+
+        return run
 
     def add_bias(self, x: Tensor, rows: Rows, bias: Tensor) -> None:
         """To all rows."""

@@ -48,7 +48,7 @@ class Plan:
     kind: Activation
     recompute: bool = False
 
-    def first_product(self, hidden: Tensor, ids: Tensor, weights: Tensor | None, w13: Tensor) -> Any:
+    def first_product(self, hidden: Tensor, ids: Tensor, weights: Tensor | None, w13: Tensor) -> tuple[Rows, Tensor]:
         """Dispatch and GEMM 1.
 
         Args:
@@ -62,6 +62,24 @@ class Plan:
         """
         rows = self.routes.dispatch(hidden, ids, weights)
         return rows, self.precision.product(rows.values, w13, rows, self.kind.halves)
+
+    def second_product(self, h: Tensor, rows: Rows, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None) -> Tensor:
+        """The activation and GEMM 2.
+
+        Args:
+            h: (L, M, 2I), ragged (R, 2I), not gated I for 2I.
+            rows: whose it is.
+            w2: (L, H, I).
+            bias13: (L, 2I), or None.
+            bias2: (L, H), or None.
+
+        Returns:
+            (L, M, H), ragged (R, H).
+        """
+        output = self.precision.product(self.precision.activation(h, rows, self.kind, bias13), w2, rows)
+        if bias2 is not None:
+            self.precision.add_bias(output, rows, bias2)
+        return output
 
 
 class LayerFunction(torch.autograd.Function):
@@ -79,17 +97,15 @@ class LayerFunction(torch.autograd.Function):
         bias2: Tensor | None,
         plan: Plan,
     ) -> Tensor:
-        precision = plan.precision
-        rows, h = plan.first_product(hidden, ids, weights, w13)
-        inner = precision.activation(h, rows, plan.kind, bias13)
-        output = precision.product(inner, w2, rows)
-        if bias2 is not None:
-            precision.add_bias(output, rows, bias2)
         ctx.plan = plan
         # asked here, where the parameters are: what autograd hands back may be another tensor
         ctx.dtypes = [dtype_of_gradient(parameter) for parameter in (w13, w2, bias13, bias2)]
-        ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, None if plan.recompute else h)
-        return plan.routes.sum(output)
+        if plan.recompute:
+            ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, None)
+            return plan.routes.run((hidden, ids, weights), plan.precision.experts(w13, w2, bias13, bias2, plan.kind))
+        rows, h = plan.first_product(hidden, ids, weights, w13)
+        ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, h)
+        return plan.routes.sum(plan.second_product(h, rows, w2, bias13, bias2))
 
     @staticmethod
     @once_differentiable
@@ -110,7 +126,7 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, h = plan.first_product(hidden, ids, None, w13)
 
     rows = routes.dispatch(grad, ids)
-    s = routes.at_rows(weights, rows).unsqueeze(1)
+    s, of_output = routes.at_rows(weights, rows).unsqueeze(1), rows.plain()
     wide = torch.promote_types(torch.float32, h.dtype)
     x = rows.only(h).to(wide)
     if bias13 is not None:
@@ -120,13 +136,13 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if for_weights:
         of_rows = (d_inner * inner).sum(1)
         if bias2 is not None:
-            of_rows += (rows.plain().to(wide) @ bias2.to(wide).T).gather(1, rows.experts.unsqueeze(1)).squeeze(1)
+            of_rows += (of_output.to(wide) @ bias2.to(wide).T).gather(1, rows.experts.unsqueeze(1)).squeeze(1)
         d_weights = routes.to_entries(of_rows, rows, ids).to(weights.dtype)
     if for_w2:
-        d_w2 = precision.weight_gradient(rows.plain(), s * inner, rows, of_w2)
+        d_w2 = precision.weight_gradient(of_output, s * inner, rows, of_w2)
     if for_bias2:
         assert bias2 is not None
-        d_bias2 = sums(s * rows.plain(), rows).to(of_bias2)
+        d_bias2 = sums(s * of_output, rows).to(of_bias2)
     if for_bias13:
         assert bias13 is not None
         d_bias13 = sums(d_h, rows).to(of_bias13)

@@ -6,8 +6,9 @@ contraction of a weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from moequant import ops
 from moequant.activations import Activation
 from moequant.batch import QuantizedTensor
 from moequant.config import QUANT_DTYPES, ROW_ALIGNMENT
+from moequant.experts import GroupedExperts
 from moequant.formats import recipe_of
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import quantize_expert_batch, quantize_weight, silu_mul, silu_mul_quantize
@@ -131,6 +133,25 @@ class Precision:
             return silu_mul(x, *counts, activation=kind, bias=bias)
         dtype = QUANT_DTYPES[self.quant]
         return silu_mul_quantize(x, *counts, activation=kind, bias=bias, dtype=dtype, recipe=self.recipe)
+
+    def experts(
+        self, w13: Tensor, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None, kind: Activation
+    ) -> Callable[[Any], Tensor]:
+        """The experts of an inference with the same bits.
+
+        Args:
+            w13: (L, 2I, H), not gated (L, I, H), float.
+            w2: (L, H, I).
+            bias13: (L, 2I), not gated (L, I), or None.
+            bias2: (L, H), or None.
+            kind: the activation.
+
+        Returns:
+            `GroupedExperts`.
+        """
+        biases = {"bias13": None if bias13 is None else bias13.detach(), "bias2": None if bias2 is None else bias2.detach()}
+        pair = w13.detach().to(torch.bfloat16), w2.detach().to(torch.bfloat16)
+        return GroupedExperts.from_weights(*pair, quant=self.quant, recipe=self.recipe, activation=kind, **biases)
 
     def add_bias(self, x: Tensor, rows: Rows, bias: Tensor) -> None:
         """Adds each expert's bias to its rows.

@@ -5,7 +5,8 @@ T tokens of this rank, K top-k, W ranks, R rows of a rank's experts, H hidden si
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,18 @@ class Routes:
             The rows.
         """
         return Rows.of(self.send(x, ids, weights))
+
+    def run(self, tokens: tuple[Tensor, Tensor, Tensor], experts: Callable[[Any], Tensor]) -> Tensor:
+        """A whole layer, as an inference runs it. Collective.
+
+        Args:
+            tokens: hidden states (T, H), ids and weights (T, K).
+            experts: of `Precision.experts`.
+
+        Returns:
+            (T, H) of the hidden states' type.
+        """
+        return self.dispatcher(*tokens, experts, slot=self.slot, layer=self.layer)
 
     def sum(self, rows: Tensor) -> Tensor:
         """Sums each token's rows by the weights of the last dispatch. Collective.

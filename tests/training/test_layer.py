@@ -7,18 +7,27 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_cases import ACTIVATIONS, Tokens, Weights, dense_gradients, leaves, tokens_of, weights_of
 
 from moequant import Activation, ExpertBatch, GroupedExperts, MoEQuantDispatcher
-from moequant.activations import activation_of
 from moequant.testing import assert_bit_equal, relative_error, run_ranks
 from moequant.training.layer import train
+from training_cases import (
+    ACTIVATIONS,
+    HIDDEN,
+    INNER,
+    LARGEST,
+    Tokens,
+    check_layer,
+    dense_gradients,
+    leaves,
+    run_layer,
+    tokens_of,
+    tokens_of_rank,
+    weights_of,
+)
 
-HIDDEN, INNER = 64, 32
 BACKEND = "cpu:gloo,cuda:nccl"
 LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
-# relative errors of the output and of all gradients
-LARGEST = {"none": 0.0055, "fp8_e4m3fn": 0.075}
 # of activations with kinks, or a square, in bfloat16: GEMM 1's result is rounded, and lies on the other side of some
 KINKED = 0.0125
 
@@ -33,68 +42,6 @@ class Factors(torch.nn.Module):
     def forward(self, batch: ExpertBatch) -> Tensor:
         assert not isinstance(batch.activations, tuple)
         return (batch.values.float() * self.factors[batch.experts_of_rows()]).tanh().bfloat16()
-
-
-def tokens_of_rank(rank: int, ranks: int, experts: int, hidden: int, most: int, dtype: torch.dtype = torch.bfloat16) -> Tokens:
-    """Other numbers on other ranks; the last of several has none. Expert 1 gets none of any."""
-    tokens = tokens_of(0 if 1 < ranks == rank + 1 else most - rank, 2, experts, hidden, seed=rank, dtype=dtype)
-    return tokens._replace(ids=torch.where(tokens.ids == 1, -1, tokens.ids))
-
-
-def run_layer(
-    rank: int, ranks: int, device: str, settings: dict[str, Any], sizes: tuple[int, int, int], options: dict[str, Any]
-) -> dict[str, Tensor]:
-    """This rank's output, and all gradients, of `train`, from two forwards and backwards that have to have the same bits."""
-    device, (hidden, inner, most) = device.format(rank=rank), sizes
-    kind, recompute = options.get("kind", "silu"), options.get("recompute", False)
-    experts = max(4, 2 * ranks) if ranks != 3 else 6
-    local = slice(rank * experts // ranks, (rank + 1) * experts // ranks)
-    every = weights_of(experts, hidden, inner, kind, options.get("biases", False))
-    tokens = tokens_of_rank(rank, ranks, experts, hidden, most, options.get("dtype", torch.bfloat16))
-    common = {"num_experts": experts, "top_k": 2, "hidden_size": hidden, "max_tokens_per_rank": most, "recipe": "ue8m0"}
-    results = []
-    with MoEQuantDispatcher(**common | settings, device=device) as dispatcher:
-        for _ in range(2):
-            poison_buffers(dispatcher)
-            of = leaves(Weights(*(None if w is None else w[local] for w in every)), device)
-            x, s = (t.to(device, copy=True).requires_grad_() for t in (tokens.hidden, tokens.weights))
-            given = of.w13, of.w2, of.bias13, of.bias2
-            out = train(dispatcher, (x, tokens.ids.to(device), s), given, activation_of(kind), recompute=recompute)
-            out.backward(tokens.grad.to(device))
-            made = {"output": out, "hidden": x.grad, "weights": s.grad} | {
-                n: w.grad for n, w in of._asdict().items() if w is not None
-            }
-            results.append({name: g.detach().cpu() for name, g in made.items() if g is not None})
-            assert len(made) == len(results[-1])
-    for name, first in results[0].items():
-        assert_bit_equal(results[1][name], first, name)
-    return results[0]
-
-
-def poison_buffers(dispatcher: MoEQuantDispatcher) -> None:
-    """NaN, or what is none of any number, where the next rows come: what no one wrote is read by no one."""
-    for slot in dispatcher._slots:
-        values = slot.buffers.values
-        if dispatcher.config.transport != "symmetric":
-            values.view(torch.uint8).fill_(0x7F) if values.dtype != torch.bfloat16 else values.fill_(torch.nan)
-
-
-def check_layer(results: list[dict[str, Tensor]], sizes: tuple[int, int, int], options: dict[str, Any], largest: float) -> None:
-    """Against autograd in float64 on all ranks' tokens and experts."""
-    hidden, inner, most = sizes
-    ranks, kind = len(results), options.get("kind", "silu")
-    experts = max(4, 2 * ranks) if ranks != 3 else 6
-    every = weights_of(experts, hidden, inner, kind, options.get("biases", False))
-    tokens = [tokens_of_rank(rank, ranks, experts, hidden, most, options.get("dtype", torch.bfloat16)) for rank in range(ranks)]
-    each, of_weights = dense_gradients(tokens, every, kind)
-    for rank, result in enumerate(results):
-        for name, expected in each[rank].items():
-            assert relative_error(result[name], expected) < largest, (rank, name, relative_error(result[name], expected))
-    for name, expected in of_weights.items():
-        joined = torch.cat([result[name] for result in results])
-        assert relative_error(joined, expected) < largest, (name, relative_error(joined, expected))
-        # of the expert without rows, exactly
-        assert not joined[1].any()
 
 
 def trained(

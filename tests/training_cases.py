@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moequant import Activation
+from moequant import Activation, MoEQuantDispatcher
 from moequant.activations import activation_of
+from moequant.testing import assert_bit_equal, relative_error
+from moequant.training.layer import train
 
+HIDDEN, INNER = 64, 32
+# relative errors of the output and of all gradients
+LARGEST = {"none": 0.0055, "fp8_e4m3fn": 0.075}
 ACTIVATIONS = {
     "silu": Activation(),
     "gpt-oss": Activation(limit=0.7, alpha=1.702, offset=1.0),
@@ -125,14 +129,63 @@ def leaves(of: Weights, device: Any = "cpu", dtype: torch.dtype | None = None) -
     return Weights(*(None if w is None else w.detach().to(device, dtype, copy=True).requires_grad_() for w in of))
 
 
-def interleaved(of: Weights) -> Weights:
-    """The same experts with gate and up in alternating rows."""
-
-    def mix(x: Tensor) -> Tensor:
-        return torch.stack(x.chunk(2, 1), 2).flatten(1, 2)
-
-    return of._replace(w13=mix(of.w13), bias13=None if of.bias13 is None else mix(of.bias13))
+def tokens_of_rank(rank: int, ranks: int, experts: int, hidden: int, most: int, dtype: torch.dtype = torch.bfloat16) -> Tokens:
+    """Other numbers on other ranks; the last of several has none. Expert 1 gets none of any."""
+    tokens = tokens_of(0 if 1 < ranks == rank + 1 else most - rank, 2, experts, hidden, seed=rank, dtype=dtype)
+    return tokens._replace(ids=torch.where(tokens.ids == 1, -1, tokens.ids))
 
 
-def apart(kind: Activation) -> Activation:
-    return replace(kind, interleaved=False)
+def run_layer(
+    rank: int, ranks: int, device: str, settings: dict[str, Any], sizes: tuple[int, int, int], options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """This rank's output, and all gradients, of `train`, from two forwards and backwards that have to have the same bits."""
+    device, (hidden, inner, most) = device.format(rank=rank), sizes
+    kind, recompute = options.get("kind", "silu"), options.get("recompute", False)
+    experts = max(4, 2 * ranks) if ranks != 3 else 6
+    local = slice(rank * experts // ranks, (rank + 1) * experts // ranks)
+    every = weights_of(experts, hidden, inner, kind, options.get("biases", False))
+    tokens = tokens_of_rank(rank, ranks, experts, hidden, most, options.get("dtype", torch.bfloat16))
+    common = {"num_experts": experts, "top_k": 2, "hidden_size": hidden, "max_tokens_per_rank": most, "recipe": "ue8m0"}
+    results = []
+    with MoEQuantDispatcher(**common | settings, device=device) as dispatcher:
+        for _ in range(2):
+            poison_buffers(dispatcher)
+            of = leaves(Weights(*(None if w is None else w[local] for w in every)), device)
+            x, s = (t.to(device, copy=True).requires_grad_() for t in (tokens.hidden, tokens.weights))
+            given = of.w13, of.w2, of.bias13, of.bias2
+            out = train(dispatcher, (x, tokens.ids.to(device), s), given, activation_of(kind), recompute=recompute)
+            out.backward(tokens.grad.to(device))
+            made = {"output": out, "hidden": x.grad, "weights": s.grad} | {
+                n: w.grad for n, w in of._asdict().items() if w is not None
+            }
+            results.append({name: g.detach().cpu() for name, g in made.items() if g is not None})
+            assert len(made) == len(results[-1])
+    for name, first in results[0].items():
+        assert_bit_equal(results[1][name], first, name)
+    return results[0]
+
+
+def poison_buffers(dispatcher: MoEQuantDispatcher) -> None:
+    """NaN, or what is none of any number, where the next rows come: what no one wrote is read by no one."""
+    for slot in dispatcher._slots:
+        values = slot.buffers.values
+        if dispatcher.config.transport != "symmetric":
+            values.view(torch.uint8).fill_(0x7F) if values.dtype != torch.bfloat16 else values.fill_(torch.nan)
+
+
+def check_layer(results: list[dict[str, Tensor]], sizes: tuple[int, int, int], options: dict[str, Any], largest: float) -> None:
+    """Against autograd in float64 on all ranks' tokens and experts."""
+    hidden, inner, most = sizes
+    ranks, kind = len(results), options.get("kind", "silu")
+    experts = max(4, 2 * ranks) if ranks != 3 else 6
+    every = weights_of(experts, hidden, inner, kind, options.get("biases", False))
+    tokens = [tokens_of_rank(rank, ranks, experts, hidden, most, options.get("dtype", torch.bfloat16)) for rank in range(ranks)]
+    each, of_weights = dense_gradients(tokens, every, kind)
+    for rank, result in enumerate(results):
+        for name, expected in each[rank].items():
+            assert relative_error(result[name], expected) < largest, (rank, name, relative_error(result[name], expected))
+    for name, expected in of_weights.items():
+        joined = torch.cat([result[name] for result in results])
+        assert relative_error(joined, expected) < largest, (name, relative_error(joined, expected))
+        # of the expert without rows, exactly
+        assert not joined[1].any()
