@@ -51,7 +51,7 @@ def build(options: argparse.Namespace, precision: str, device: str) -> tuple[MoE
     model = LanguageModel(sizes, options.experts, options.top_k).to(device)
     for block in model.layers:
         # the router stays; what was there is replaced
-        block.moe.experts = MoEExperts(dispatcher, sizes.intermediate, dtype=torch.float32)
+        block.get_submodule("moe").experts = MoEExperts(dispatcher, sizes.intermediate, dtype=torch.float32)
     return dispatcher, model
 
 

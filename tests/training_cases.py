@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,11 @@ class Weights(NamedTuple):
     bias13: Tensor | None = None
     bias2: Tensor | None = None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Weights:
+        """What a function makes of each."""
+        biases = (None if bias is None else change(bias) for bias in (self.bias13, self.bias2))
+        return Weights(change(self.w13), change(self.w2), *biases)
+
 
 def weights_of(
     experts: int, hidden: int, inner: int, kind: Activation | str = "silu", biases: bool = False, seed: int = 0
@@ -117,7 +123,7 @@ def dense_gradients(
     kind = activation_of(kind)
     hidden = [tokens.hidden.double().requires_grad_() for tokens in ranks]
     routing = [tokens.weights.double().requires_grad_() for tokens in ranks]
-    wide = Weights(*(None if w is None else w.detach().cpu().double().requires_grad_() for w in of))
+    wide = of.each(lambda w: w.detach().cpu().double().requires_grad_())
     outs = [dense_layer(x, tokens.ids, s, wide, kind) for x, s, tokens in zip(hidden, routing, ranks, strict=True)]
     torch.autograd.backward(outs, [tokens.grad.double() for tokens in ranks])
     each = [{"output": out.detach(), "hidden": x.grad, "weights": s.grad} for out, x, s in zip(outs, hidden, routing, strict=True)]
@@ -126,7 +132,7 @@ def dense_gradients(
 
 def leaves(of: Weights, device: Any = "cpu", dtype: torch.dtype | None = None) -> Weights:
     """Copies that require grad."""
-    return Weights(*(None if w is None else w.detach().to(device, dtype, copy=True).requires_grad_() for w in of))
+    return of.each(lambda w: w.detach().to(device, dtype, copy=True).requires_grad_())
 
 
 def tokens_of_rank(rank: int, ranks: int, experts: int, hidden: int, most: int, dtype: torch.dtype = torch.bfloat16) -> Tokens:
@@ -145,12 +151,18 @@ def run_layer(
     local = slice(rank * experts // ranks, (rank + 1) * experts // ranks)
     every = weights_of(experts, hidden, inner, kind, options.get("biases", False))
     tokens = tokens_of_rank(rank, ranks, experts, hidden, most, options.get("dtype", torch.bfloat16))
-    common = {"num_experts": experts, "top_k": 2, "hidden_size": hidden, "max_tokens_per_rank": most, "recipe": "ue8m0"}
+    common: dict[str, Any] = {
+        "num_experts": experts,
+        "top_k": 2,
+        "hidden_size": hidden,
+        "max_tokens_per_rank": most,
+        "recipe": "ue8m0",
+    }
     results = []
     with MoEQuantDispatcher(**common | settings, device=device) as dispatcher:
         for _ in range(2):
             poison_buffers(dispatcher)
-            of = leaves(Weights(*(None if w is None else w[local] for w in every)), device)
+            of = leaves(every.each(lambda w: w[local]), device)
             x, s = (t.to(device, copy=True).requires_grad_() for t in (tokens.hidden, tokens.weights))
             given = of.w13, of.w2, of.bias13, of.bias2
             out = train(dispatcher, (x, tokens.ids.to(device), s), given, activation_of(kind), recompute=recompute)

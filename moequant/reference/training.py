@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moequant.activations import Activation
+from moequant.batch import QuantizedTensor
 from moequant.config import ROW_ALIGNMENT, round_up
 from moequant.reference.quantization import expert_places
 from moequant.training.precision import Precision, sums_of_products
@@ -91,9 +92,10 @@ class Exact(Precision):
         """As it is."""
         return rows.shaped(x)
 
-    def product(self, a: Tensor, w: Tensor, rows: Rows, segments: int = 1) -> Tensor:
+    def product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows, segments: int = 1) -> Tensor:
         """One expert after the other."""
         del segments
+        assert isinstance(a, Tensor)
         out = a.new_full((*a.shape[:-1], w.shape[1]), torch.nan)
         for expert, place in enumerate(expert_places(out, rows.num_tokens, rows.expert_start)):
             out[place] = a[place] @ w[expert].T

@@ -109,7 +109,8 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         # the products choose their types themselves
         with torch.autocast(grad.device.type, enabled=False):
             return _layer_backward(ctx, grad)
@@ -166,7 +167,8 @@ class DispatchFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         (ids,) = ctx.saved_tensors
         return ctx.routes.return_sum(grad, ids, ctx.dtype), None, None, None
 
@@ -183,7 +185,8 @@ class CombineFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         output, ids, weights = ctx.saved_tensors
         routes: Routes = ctx.routes
         rows = routes.dispatch(grad, ids)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import gradcheck
-from training_cases import ACTIVATIONS, Weights, dense_activation, dense_layer, tokens_of, weights_of
 
 from moequant import Activation
 from moequant.reference.training import Exact, LocalRoutes
 from moequant.training.functions import CombineFunction, DispatchFunction, LayerFunction, Plan
 from moequant.training.slopes import activated_with_slopes
+from training_cases import ACTIVATIONS, dense_activation, dense_layer, tokens_of, weights_of
 
 EXPERTS, HIDDEN, INNER = 4, 5, 3
 # rows of an expert's buffer: ragged, padded with room for all, and one in which rows are dropped
 CAPACITIES = {"ragged": None, "padded": 16, "dropped": 3}
 
 
-def wide(x):
-    return None if x is None else x.double().requires_grad_()
+def wide(x: Tensor) -> Tensor:
+    return x.double().requires_grad_()
 
 
 def inputs(twice: bool = False):
@@ -70,10 +71,14 @@ def test_slopes_of_gates_where_exp_overflows_are_finite():
 def test_gradcheck_of_a_layer_in_float64(name, capacity, biases):
     plan = Plan(LocalRoutes(EXPERTS, CAPACITIES[capacity]), Exact(), ACTIVATIONS[name])
     hidden, ids, weights = inputs(twice=True)
-    of = [wide(w) for w in weights_of(EXPERTS, HIDDEN, INNER, ACTIVATIONS[name], biases)]
-    leaves = (hidden, weights, *of)
+    of = weights_of(EXPERTS, HIDDEN, INNER, ACTIVATIONS[name], biases).each(wide)
+    leaves = (hidden, weights, *(w for w in of if w is not None))
+
+    def layer(x: Tensor, s: Tensor, *of: Tensor) -> Tensor:
+        return LayerFunction.apply(x, ids, s, *of, *[None] * (4 - len(of)), plan)
+
     # by random projections of the Jacobian
-    assert gradcheck(lambda x, s, *of: LayerFunction.apply(x, ids, s, *of, plan), leaves, fast_mode=True)
+    assert gradcheck(layer, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
@@ -82,9 +87,9 @@ def test_a_layer_in_float64_has_the_gradients_of_a_dense_computation(capacity, r
     kind, room = ACTIVATIONS["gpt-oss"], CAPACITIES[capacity]
     plan = Plan(LocalRoutes(EXPERTS, room), Exact(), kind, recompute)
     hidden, ids, weights = inputs()
-    of = Weights(*map(wide, weights_of(EXPERTS, HIDDEN, INNER, kind, biases=True)))
+    of = weights_of(EXPERTS, HIDDEN, INNER, kind, biases=True).each(wide)
     grad = torch.randn(7, HIDDEN).double()
-    leaves = (hidden, weights, *of)
+    leaves = hidden, weights, *(w for w in of if w is not None)
     out = LayerFunction.apply(hidden, ids, weights, *of, plan)
     expected = dense_layer(hidden, ids, weights, of, kind, placed_entries(ids, room))
     torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-14)
@@ -122,7 +127,7 @@ def test_gradcheck_of_dispatch_alone(capacity):
 def test_gradients_are_linear_in_the_gradient_of_the_output_and_follow_permuted_experts():
     kind = ACTIVATIONS["silu"]
     hidden, ids, weights = inputs()
-    of = Weights(*map(wide, weights_of(EXPERTS, HIDDEN, INNER)))
+    of = weights_of(EXPERTS, HIDDEN, INNER).each(wide)
 
     def gradients(of, ids, grad):
         leaves = (hidden, weights, of.w13, of.w2)
@@ -134,7 +139,7 @@ def test_gradients_are_linear_in_the_gradient_of_the_output_and_follow_permuted_
     for a, b, together in both:
         torch.testing.assert_close(a + b, together)
     order = torch.tensor([2, 0, 3, 1])
-    moved = Weights(*(None if w is None else w.detach()[order].requires_grad_() for w in of))
+    moved = of.each(lambda w: w.detach()[order].requires_grad_())
     permuted = gradients(moved, torch.where(ids < 0, -1, order.argsort()[ids.clamp_min(0)]), first)
     for name, (a, b) in enumerate(zip(gradients(of, ids, first), permuted, strict=True)):
         torch.testing.assert_close(a if name < 2 else a[order], b)

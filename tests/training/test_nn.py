@@ -24,8 +24,9 @@ QUANTS = pytest.mark.parametrize("quant", ["none", "fp8_e4m3fn"])
 
 
 def dispatcher_of(quant: str = "none", **settings: Any) -> MoEQuantDispatcher:
-    common = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "max_tokens_per_rank": 32}
-    return MoEQuantDispatcher(**common | {"quant": quant, "recipe": "ue8m0", "layout": "ragged"} | settings)
+    common: dict[str, Any] = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "max_tokens_per_rank": 32}
+    common |= {"quant": quant, "recipe": "ue8m0", "layout": "ragged"}
+    return MoEQuantDispatcher(**common | settings)
 
 
 class Layer(nn.Module):
@@ -101,7 +102,7 @@ def test_every_forward_and_backward_has_the_weights_of_now(quant, change):
         before = gradients(model, tokens_of())
         change(model)
         after = gradients(model, tokens_of())
-        fresh = model_of(dispatcher, dtype=model[0].experts.w13.dtype)
+        fresh = model_of(dispatcher, dtype=next(model[0].get_submodule("experts").parameters()).dtype)
         fresh.load_state_dict(model.state_dict())
         assert_same(after, gradients(fresh, tokens_of()))
         assert not torch.equal(before["output"], after["output"])
@@ -191,7 +192,8 @@ def test_interleaved_weights_have_interleaved_gradients(dispatcher):
 def test_copies_share_the_dispatcher_and_nothing_else(dispatcher):
     model = model_of(dispatcher)
     other = copy.deepcopy(model)
-    assert other[0].experts.dispatcher is dispatcher
+    experts = other[0].get_submodule("experts")
+    assert isinstance(experts, MoEExperts) and experts.dispatcher is dispatcher
     assert_same(gradients(other, tokens_of()), gradients(model, tokens_of()))
     change_in_place(other)
     assert not torch.equal(other(tokens_of()), model(tokens_of()))

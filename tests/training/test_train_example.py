@@ -37,12 +37,12 @@ def hide_gpus() -> None:
 def test_a_run_that_goes_on_has_the_losses_of_one_that_never_stopped(device, sources, tmp_path, monkeypatch):
     if device == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    whole = train_moe.main(arguments(sources, tmp_path / "whole", 8))
+    whole = train_moe.main(arguments(sources, tmp_path / "whole", 4))
     assert set(whole) == {"bf16", "fp8"}
     for curve in whole.values():
-        assert [step for step, _ in curve] == [0, 2, 4, 6, 8] and curve[-1][1] < curve[0][1] - 0.2
-    train_moe.main(arguments(sources, tmp_path / "parts", 4))
-    assert train_moe.main(arguments(sources, tmp_path / "parts", 8)) == whole
+        assert [step for step, _ in curve] == [0, 2, 4] and curve[-1][1] < curve[0][1] - 0.05
+    train_moe.main(arguments(sources, tmp_path / "parts", 2))
+    assert train_moe.main(arguments(sources, tmp_path / "parts", 4)) == whole
     picture = (tmp_path / "parts" / "loss.svg").read_text()
     assert "<svg" in picture and (tmp_path / "parts" / "fp8.json").exists()
 
@@ -55,16 +55,16 @@ def run_example(rank: int, ranks: int, argv: list[str]) -> dict[str, Any]:
 def check_ranks(results: list[dict[str, Any]], folder: Path) -> None:
     """All have the same model but for the experts, so that all have the same losses."""
     first, second = results
-    assert first == second and first["fp8"][-1][1] < first["fp8"][0][1] - 0.1
+    assert first == second and first["fp8"][-1][1] < first["fp8"][0][1] - 0.05
     assert {path.name for path in folder.glob("*.pt")} == {f"fp8-rank{rank}-of-2.pt" for rank in range(2)}
 
 
 def test_two_ranks_train_one_model(sources, tmp_path):
-    argv = arguments(sources, tmp_path / "out", 6, "--precisions", "fp8")
+    argv = arguments(sources, tmp_path / "out", 4, "--precisions", "fp8")
     check_ranks(run_ranks(run_example, 2, argv, setup=hide_gpus), tmp_path / "out")
 
 
 @pytest.mark.multigpu
 def test_two_gpus_train_one_model(sources, tmp_path):
-    argv = arguments(sources, tmp_path / "out", 6, "--precisions", "fp8")
+    argv = arguments(sources, tmp_path / "out", 4, "--precisions", "fp8")
     check_ranks(run_ranks(run_example, 2, argv, backend="cpu:gloo,cuda:nccl"), tmp_path / "out")
