@@ -109,7 +109,7 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad,) = grad_outputs
         # the products choose their types themselves
         with torch.autocast(grad.device.type, enabled=False):
@@ -167,7 +167,7 @@ class DispatchFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad,) = grad_outputs
         (ids,) = ctx.saved_tensors
         return ctx.routes.return_sum(grad, ids, ctx.dtype), None, None, None
@@ -185,7 +185,7 @@ class CombineFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad,) = grad_outputs
         output, ids, weights = ctx.saved_tensors
         routes: Routes = ctx.routes
