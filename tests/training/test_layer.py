@@ -205,48 +205,53 @@ def dense_factors(tokens: Tokens, factors: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad((rows * s[..., None]).sum(1), (x, s, f), tokens.grad.double()))
 
 
-def run_factors(rank: int, ranks: int, layout: str, steps: bool) -> list[Tensor]:
+def run_factors(rank: int, ranks: int, layout: str, steps: bool, device: str = "cpu") -> list[Tensor]:
     """The gradients of experts of one's own: by a call of the dispatcher, or by dispatch and combine, with another dispatch before the
     backward."""
     tokens, factors = tokens_of_rank(rank, ranks, 4, HIDDEN, 24), torch.rand(4, HIDDEN, generator=torch.Generator().manual_seed(0))
-    x, s = tokens.hidden.requires_grad_(), tokens.weights.requires_grad_()
-    settings: dict[str, Any] = {
-        "num_experts": 4,
-        "top_k": 2,
-        "hidden_size": HIDDEN,
-        "max_tokens_per_rank": 24,
-        "quant": "none",
-        "layout": layout,
-    }
-    experts = Factors(factors[rank * 4 // ranks : (rank + 1) * 4 // ranks])
-    with MoEQuantDispatcher(**settings, layout=layout, device="cpu") as dispatcher:
+    device = device.format(rank=rank)
+    x, ids, s, grad = (t.to(device) for t in tokens)
+    for leaf in (x, s):
+        leaf.requires_grad_()
+    settings: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": HIDDEN, "max_tokens_per_rank": 24, "quant": "none"}
+    experts = Factors(factors[rank * 4 // ranks : (rank + 1) * 4 // ranks].to(device))
+    with MoEQuantDispatcher(**settings, layout=layout, device=device) as dispatcher:
         if steps:
-            batch, handle = dispatcher.dispatch(x, tokens.ids, s)
+            batch, handle = dispatcher.dispatch(x, ids, s)
             out = dispatcher.combine(experts(batch), handle)
         else:
-            out = dispatcher(x, tokens.ids, s, experts)
-        dispatcher.dispatch(x.detach(), tokens.ids, s.detach())
-        out.backward(tokens.grad)
-    assert x.grad is not None and s.grad is not None and experts.factors.grad is not None
-    return [x.grad, s.grad, experts.factors.grad]
+            out = dispatcher(x, ids, s, experts)
+        dispatcher.dispatch(x.detach(), ids, s.detach())
+        out.backward(grad)
+    made = x.grad, s.grad, experts.factors.grad
+    return [g.cpu() for g in made if g is not None]
+
+
+def check_factors(ranks: list[list[Tensor]]) -> None:
+    factors = torch.rand(4, HIDDEN, generator=torch.Generator().manual_seed(0))
+    expected = [dense_factors(tokens_of_rank(rank, len(ranks), 4, HIDDEN, 24), factors) for rank in range(len(ranks))]
+    for mine, theirs in zip(ranks, expected, strict=True):
+        assert max(map(relative_error, mine[:2], theirs[:2])) < LARGEST["none"]
+    of_factors = torch.cat([made[2] for made in ranks])
+    assert relative_error(of_factors, torch.stack([made[2] for made in expected]).sum(0)) < LARGEST["none"]
 
 
 @LAYOUTS
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("steps", [False, True], ids=["called", "step by step"])
-def test_experts_of_ones_own_have_the_gradients_of_autograd(layout, steps):
-    mine = run_factors(0, 1, layout, steps)
-    expected = dense_factors(tokens_of_rank(0, 1, 4, HIDDEN, 24), torch.rand(4, HIDDEN, generator=torch.Generator().manual_seed(0)))
-    assert max(map(relative_error, mine, expected)) < LARGEST["none"]
+def test_experts_of_ones_own_have_the_gradients_of_autograd(layout, steps, device):
+    check_factors([run_factors(0, 1, layout, steps, device)])
 
 
 def test_experts_of_ones_own_on_two_ranks_have_the_gradients_of_autograd():
-    ranks = run_ranks(run_factors, 2, "ragged", True)
-    factors = torch.rand(4, HIDDEN, generator=torch.Generator().manual_seed(0))
-    expected = [dense_factors(tokens_of_rank(rank, 2, 4, HIDDEN, 24), factors) for rank in range(2)]
-    for rank in range(2):
-        assert max(map(relative_error, ranks[rank][:2], expected[rank][:2])) < LARGEST["none"]
-    of_factors = torch.cat([ranks[rank][2] for rank in range(2)])
-    assert relative_error(of_factors, expected[0][2] + expected[1][2]) < LARGEST["none"]
+    check_factors(run_ranks(run_factors, 2, "ragged", True))
+
+
+@pytest.mark.multigpu
+@LAYOUTS
+@pytest.mark.parametrize("steps", [False, True], ids=["called", "step by step"])
+def test_experts_of_ones_own_on_two_gpus_have_the_gradients_of_autograd(layout, steps):
+    check_factors(run_ranks(run_factors, 2, layout, steps, "cuda:{rank}", backend=BACKEND))
 
 
 def test_a_dispatch_whose_combine_is_not_in_the_graph_returns_unweighted_rows():
