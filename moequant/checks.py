@@ -156,7 +156,7 @@ def check_no_grad(**tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 raise RuntimeError(
-                    f"{name} requires grad, and moequant has no backward yet; call under torch.no_grad(), or pass {name}.detach()"
+                    f"{name} requires grad, and this call has no backward; call under torch.no_grad(), or pass {name}.detach()"
                 )
     if forward_ad._current_level >= 0:
         for name, tensor in tensors.items():

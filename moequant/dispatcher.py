@@ -23,6 +23,7 @@ from moequant.layer import pushing_experts, run_layer, traced_layer
 from moequant.overlap import run_in_halves, run_in_waves, side_stream
 from moequant.send_recv import SendRecv
 from moequant.traced import numbered
+from moequant.training.layer import WEIGHTS, TrackedHandle, combine_tracked, dispatch_tracked, train_layer
 from moequant.transport.agreement import agree, attempt, choose_device, membership
 from moequant.transport.base import Stage
 from moequant.transport.lifecycle import step
@@ -185,8 +186,11 @@ class MoEQuantDispatcher(SendRecv):
             CapacityOverflowError: on a CPU, on all ranks, if rows of this call had no room and on_overflow is "error".
             InvalidExpertIdError: on a CPU, for an id out of range.
             ValueError: other wrong tensors.
-            RuntimeError: tensors that require grad under grad mode.
+            RuntimeError: tensors that require grad under grad mode, with another quant than "none".
         """
+        # asked without a call: most layers are not trained
+        if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (hidden_states, topk_weights)):
+            return dispatch_tracked(self, (hidden_states, topk_ids, topk_weights), slot, layer)
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
         settings = "dispatch", buffers.call.word
         batch, state = self._repeated(buffers, arguments, settings, lambda: self._transport.dispatch(*arguments, buffers))
@@ -211,8 +215,10 @@ class MoEQuantDispatcher(SendRecv):
             StaleHandleError: the handle's slot has dispatched again since.
             CallOrderError: the batch is not there yet.
             ValueError: wrong tensors.
-            RuntimeError: tensors that require grad under grad mode.
+            RuntimeError: tensors that require grad under grad mode, where the dispatch had none.
         """
+        if isinstance(handle, TrackedHandle) and torch.is_grad_enabled():
+            return combine_tracked(self, expert_output, handle, out)
         buffers = self._slot_of(handle, "combine")
         expert_output = check_expert_output(self.config, self.device, expert_output)
         out = check_out(self.config, self.device, handle, out)
@@ -352,23 +358,29 @@ class MoEQuantDispatcher(SendRecv):
                 under their GEMMs. The same on all ranks.
 
         Returns:
-            (T, H) of the hidden states' type. Errors are those of `dispatch` and `combine`.
+            (T, H) of the hidden states' type. Errors are those of `dispatch` and `combine`. Under grad, with bfloat16 weights or
+            experts of one's own, it has a backward, which is collective too; then the layer goes in one piece.
         """
-        if torch.compiler.is_compiling():
+        trained = False
+        if torch.is_grad_enabled():
+            # asked without a call: most layers are not trained
+            module = isinstance(experts, torch.nn.Module)
+            weights = experts.parameters() if module else (getattr(experts, name, None) for name in WEIGHTS)
+            trained = any(getattr(x, "requires_grad", False) for x in (hidden_states, topk_weights, *weights))
+        if torch.compiler.is_compiling() and not trained:
             return traced_layer(self, experts, hidden_states, topk_ids, topk_weights, slot, layer, chunks, first_experts)
-        return self._run(hidden_states, topk_ids, topk_weights, experts, slot, layer, chunks, first_experts)
+        return self._run((hidden_states, topk_ids, topk_weights), experts, slot, layer, chunks, first_experts, trained)
 
     @step
     def _run(
         self,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
+        tokens: tuple[Tensor, Tensor, Tensor],
         experts: Callable[[ExpertBatch], Tensor],
         slot: int,
         layer: int | None,
         chunks: int,
         first_experts: int,
+        trained: bool,
     ) -> Tensor:
         """What a call does."""
         try:
@@ -378,7 +390,8 @@ class MoEQuantDispatcher(SendRecv):
             raise
         if layer is None:
             layer = self._layer_of(experts)
-        tokens = hidden_states, topk_ids, topk_weights
+        if trained:
+            return train_layer(self, tokens, experts, slot, layer)
         if pushing is not None and chunks == 2:
             return run_in_halves(self, tokens, pushing, layer, self._side)
         if pushing is not None and first_experts:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import moequant
-from moequant import errors, gemm, quantization, testing
+from moequant import errors, gemm, nn, quantization, testing
 
 MODULES = (
     "activations",
@@ -33,6 +33,7 @@ MODULES = (
     "gemm",
     "group_quant",
     "models",
+    "nn",
     "quantization",
     "send_recv",
     "testing.comparison",
@@ -150,7 +151,7 @@ def test_the_docstring_has_every_parameter_in_order_what_is_returned_and_what_is
 
 
 def test_all_that_is_listed_as_public_is_looked_at():
-    listed = [getattr(module, name) for module in (moequant, quantization, gemm, testing) for name in module.__all__]
+    listed = [getattr(module, name) for module in (moequant, quantization, gemm, nn, testing) for name in module.__all__]
     looked_at = {value.__module__ for value in PUBLIC.values() if not isinstance(value, property)}
     assert {value.__module__ for value in listed} <= looked_at
 

@@ -270,7 +270,7 @@ def test_a_batch_of_another_kind_raises_a_value_error(case):
 def test_weights_that_require_grad_never_give_a_detached_result(quant):
     batch = make_batch(quant, torch.ones(3, 2, 4), torch.ones(3, dtype=torch.int32))
     trained = W13.clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="requires grad, and moequant has no backward yet"):
+    with pytest.raises(RuntimeError, match="requires grad, and this call has no backward"):
         GroupedExperts.from_weights(trained, W2, quant=quant)(batch)
     with torch.no_grad():
         assert not GroupedExperts.from_weights(trained, W2, quant=quant)(batch)[:, :1].any()

@@ -204,7 +204,7 @@ def test_bad_options_raise_a_value_error(case):
 
 def test_an_output_that_requires_grad_raises_under_grad_mode_only():
     out = torch.ones(2, 4, 5).requires_grad_()
-    with pytest.raises(RuntimeError, match="out requires grad, and moequant has no backward yet"):
+    with pytest.raises(RuntimeError, match="out requires grad, and this call has no backward"):
         grouped_gemm_blockscale(A, B, out=out)
     with torch.no_grad():
         assert grouped_gemm_blockscale(A, B, out=out) is out and not out.any()
@@ -213,7 +213,7 @@ def test_an_output_that_requires_grad_raises_under_grad_mode_only():
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_operands_that_require_grad_raise_under_grad_mode_only(name):
     a, b = (operand.clone().requires_grad_(name == own) for own, operand in (("a", A), ("b", B)))
-    with pytest.raises(RuntimeError, match=f"{name} requires grad, and moequant has no backward yet"):
+    with pytest.raises(RuntimeError, match=f"{name} requires grad, and this call has no backward"):
         grouped_gemm_blockscale(a, b)
     with torch.no_grad():
         assert not grouped_gemm_blockscale(a, b).any()

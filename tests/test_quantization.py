@@ -361,7 +361,7 @@ def test_bad_weights_raise_a_value_error(w, options, message):
 @pytest.mark.parametrize("name", ["values", "scales"])
 def test_given_outputs_that_require_grad_raise_under_grad_mode_only(name, quantize):
     given = {"values": torch.empty(2, 4, 128).to(torch.float8_e4m3fn), "scales": torch.empty(2, 4, 1)}[name].requires_grad_()
-    with pytest.raises(RuntimeError, match=f"{name} requires grad, and moequant has no backward yet"):
+    with pytest.raises(RuntimeError, match=f"{name} requires grad, and this call has no backward"):
         quantize(X[..., :128], **{name: given})
     with torch.no_grad():
         assert getattr(quantize(X[..., :128], **{name: given}), name) is given
@@ -377,7 +377,7 @@ def test_an_output_of_silu_mul_that_requires_grad_raises():
 )
 def test_inputs_that_require_grad_raise_under_grad_mode_only(function):
     x = torch.randn(2, 4, 256).requires_grad_()
-    with pytest.raises(RuntimeError, match=r"(x|w) requires grad, and moequant has no backward yet; call under torch.no_grad\(\)"):
+    with pytest.raises(RuntimeError, match=r"(x|w) requires grad, and this call has no backward; call under torch.no_grad\(\)"):
         function(x)
     expected = function(x.detach())
     with torch.no_grad():

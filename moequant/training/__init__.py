@@ -1,0 +1,1 @@
+"""Forward and backward of a layer: dispatch, the experts' products and combine, for autograd."""

@@ -1,0 +1,232 @@
+"""A layer, a dispatch and a combine that autograd knows.
+
+T tokens of this rank, K top-k, L local experts, M rows of an expert's buffer, R rows of a rank's, H hidden size, I intermediate size.
+
+Given dO, the gradient of a layer's output, with rows r of expert e that come from entry (t, k):
+
+    G_r = dO_t                          dispatch of dO
+    dA_r = G_r w2_e                     grouped GEMM with w2 transposed
+    ds_tk = <dA_r, A_r>                 back to the token, one number a row
+    dw2_e = sum of s_r G_r^T A_r        over the expert's rows
+    dh_r from s_r dA_r                  the activation's derivative
+    dX_r = dh_r w13_e                   grouped GEMM with w13 transposed
+    dx_t = sum of dX_r                  combine with weights of one
+    dw13_e = sum of dh_r^T X_r          X dispatched again
+
+h is GEMM 1's result, A = activation(h), and s_r = s_tk the routing weight, which this rank asks of the token's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moequant.activations import Activation
+from moequant.training.precision import Precision
+from moequant.training.routes import Routes
+from moequant.training.rows import Rows
+from moequant.training.slopes import activated_with_slopes
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a layer is computed.
+
+    Attributes:
+        routes: between tokens and rows.
+        precision: of the products.
+        kind: the activation, gate and up apart.
+        recompute: h is not kept for the backward, which makes it again.
+    """
+
+    routes: Routes
+    precision: Precision
+    kind: Activation
+    recompute: bool = False
+
+    def first_product(self, hidden: Tensor, ids: Tensor, weights: Tensor | None, w13: Tensor) -> tuple[Rows, Tensor]:
+        """Dispatch and GEMM 1.
+
+        Args:
+            hidden: (T, H).
+            ids: (T, K).
+            weights: (T, K), or None for ones.
+            w13: (L, 2I, H), not gated (L, I, H).
+
+        Returns:
+            The rows, and h.
+        """
+        rows = self.routes.dispatch(hidden, ids, weights)
+        return rows, self.precision.product(rows.values, w13, rows, self.kind.halves)
+
+    def second_product(self, h: Tensor, rows: Rows, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None) -> Tensor:
+        """The activation and GEMM 2.
+
+        Args:
+            h: (L, M, 2I), ragged (R, 2I), not gated I for 2I.
+            rows: whose it is.
+            w2: (L, H, I).
+            bias13: (L, 2I), or None.
+            bias2: (L, H), or None.
+
+        Returns:
+            (L, M, H), ragged (R, H).
+        """
+        output = self.precision.product(self.precision.activation(h, rows, self.kind, bias13), w2, rows)
+        if bias2 is not None:
+            self.precision.add_bias(output, rows, bias2)
+        return output
+
+
+class LayerFunction(torch.autograd.Function):
+    """The layer: hidden states (T, H), ids and weights (T, K), w13, w2, their biases or None, and a `Plan`, to (T, H)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        w13: Tensor,
+        w2: Tensor,
+        bias13: Tensor | None,
+        bias2: Tensor | None,
+        plan: Plan,
+    ) -> Tensor:
+        ctx.plan = plan
+        # asked here, where the parameters are: what autograd hands back may be another tensor
+        ctx.dtypes = [dtype_of_gradient(parameter) for parameter in (w13, w2, bias13, bias2)]
+        if plan.recompute:
+            ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, None)
+            return plan.routes.run((hidden, ids, weights), plan.precision.experts(w13, w2, bias13, bias2, plan.kind))
+        rows, h = plan.first_product(hidden, ids, weights, w13)
+        ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, h)
+        return plan.routes.sum(plan.second_product(h, rows, w2, bias13, bias2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = grad_outputs
+        # the products choose their types themselves
+        with torch.autocast(grad.device.type, enabled=False):
+            return _layer_backward(ctx, grad)
+
+
+def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, ids, weights, w13, w2, bias13, bias2, h = ctx.saved_tensors
+    for_hidden, _, for_weights, for_w13, for_w2, for_bias13, for_bias2, _ = ctx.needs_input_grad
+    of_w13, of_w2, of_bias13, of_bias2 = ctx.dtypes
+    plan: Plan = ctx.plan
+    routes, precision = plan.routes, plan.precision
+    d_hidden = d_weights = d_w13 = d_w2 = d_bias13 = d_bias2 = None
+    if h is None:
+        _, h = plan.first_product(hidden, ids, None, w13)
+
+    rows = routes.dispatch(grad, ids)
+    s, of_output = routes.at_rows(weights, rows).unsqueeze(1), rows.plain()
+    wide = torch.promote_types(torch.float32, h.dtype)
+    x = rows.only(h).to(wide)
+    if bias13 is not None:
+        x = x + bias13.to(wide)[rows.experts]
+    d_inner = rows.only(precision.product(rows.values, w2.mT, rows)).to(wide)
+    inner, d_h = activated_with_slopes(x, plan.kind, s * d_inner)
+    if for_weights:
+        of_rows = (d_inner * inner).sum(1)
+        if bias2 is not None:
+            of_rows += (of_output.to(wide) @ bias2.to(wide).T).gather(1, rows.experts.unsqueeze(1)).squeeze(1)
+        d_weights = routes.to_entries(of_rows, rows, ids).to(weights.dtype)
+    if for_w2:
+        d_w2 = precision.weight_gradient(of_output, s * inner, rows, of_w2)
+    if for_bias2:
+        assert bias2 is not None
+        d_bias2 = sums(s * of_output, rows).to(of_bias2)
+    if for_bias13:
+        assert bias13 is not None
+        d_bias13 = sums(d_h, rows).to(of_bias13)
+    if for_hidden:
+        d_rows = precision.product(precision.operand(d_h, rows), w13.mT, rows)
+        d_hidden = routes.sum(d_rows).to(hidden.dtype)
+    if for_w13:
+        d_w13 = precision.weight_gradient(d_h, routes.dispatch(hidden, ids).plain(), rows, of_w13)
+    return d_hidden, None, d_weights, d_w13, d_w2, d_bias13, d_bias2, None
+
+
+class DispatchFunction(torch.autograd.Function):
+    """Hidden states (T, H), ids and weights (T, K) to the rows of this rank's experts, a copy with zeros where there is no row."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ids: Tensor, weights: Tensor, routes: Routes) -> Tensor:
+        rows = routes.dispatch(hidden, ids, weights)
+        ctx.routes, ctx.dtype = routes, hidden.dtype
+        ctx.save_for_backward(ids)
+        return rows.shaped(rows.plain())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = grad_outputs
+        (ids,) = ctx.saved_tensors
+        return ctx.routes.return_sum(grad, ids, ctx.dtype), None, None, None
+
+
+class CombineFunction(torch.autograd.Function):
+    """Expert output (L, M, H), ragged (R, H), ids and weights (T, K) to each token's weighted sum (T, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, ids: Tensor, weights: Tensor, routes: Routes) -> Tensor:
+        ctx.routes = routes
+        # one that is in no graph may lie in a buffer
+        ctx.save_for_backward(output if ctx.needs_input_grad[0] else output.clone(), ids, weights)
+        return routes.sum(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (grad,) = grad_outputs
+        output, ids, weights = ctx.saved_tensors
+        routes: Routes = ctx.routes
+        rows = routes.dispatch(grad, ids)
+        plain = rows.plain()
+        wide = torch.promote_types(torch.float32, plain.dtype)
+        d_output = d_weights = None
+        if ctx.needs_input_grad[0]:
+            d_output = rows.shaped((routes.at_rows(weights, rows).unsqueeze(1) * plain).to(output.dtype))
+        if ctx.needs_input_grad[2]:
+            of_rows = (plain.to(wide) * rows.only(output).to(wide)).sum(1)
+            d_weights = routes.to_entries(of_rows, rows, ids).to(weights.dtype)
+        return d_output, None, d_weights, None
+
+
+def sums(x: Tensor, rows: Rows) -> Tensor:
+    """The sum of each expert's rows, in an order that doesn't change from run to run.
+
+    Args:
+        x: (R, N) float, 0 in rows that belong to no expert.
+        rows: whose they are.
+
+    Returns:
+        (L, N), float32 or wider.
+    """
+    wide = torch.promote_types(torch.float32, x.dtype)
+    owners = torch.arange(len(rows.num_tokens), device=x.device).unsqueeze(1) == rows.experts
+    return owners.to(wide) @ x.to(wide)
+
+
+def dtype_of_gradient(parameter: Tensor | None) -> torch.dtype | None:
+    """The type in which a parameter wants its gradient: its own, or `grad_dtype`.
+
+    Args:
+        parameter: a weight, or None.
+
+    Returns:
+        The type, or None for no parameter.
+    """
+    if parameter is None:
+        return None
+    # torch 2.10 has it; of tensors that are results it can't be asked
+    wanted = getattr(parameter, "grad_dtype", None) if parameter.is_leaf else None
+    return parameter.dtype if wanted is None else wanted

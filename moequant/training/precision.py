@@ -1,0 +1,211 @@
+"""How a layer that is trained multiplies: the one place that knows of number formats.
+
+L local experts, M rows of an expert's buffer, R rows of a rank's, H hidden size, I intermediate size, N and K_dim columns and
+contraction of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moequant import ops
+from moequant.activations import Activation
+from moequant.batch import QuantizedTensor
+from moequant.config import QUANT_DTYPES, ROW_ALIGNMENT
+from moequant.experts import GroupedExperts
+from moequant.formats import recipe_of
+from moequant.gemm import grouped_gemm_blockscale
+from moequant.quantization import quantize_expert_batch, quantize_weight, silu_mul, silu_mul_quantize
+from moequant.reference.quantization import expert_places
+from moequant.training.rows import Rows
+
+if TYPE_CHECKING:
+    from moequant.config import DispatcherConfig
+
+# Of a group of gradients that are all smaller, nothing would be left: those of a loss that is a mean over many tokens are below 1e-6.
+LARGEST_FLOOR = 1e-10
+QUANTS = ("none", "fp8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number formats of a layer's products, in forward and backward.
+
+    Attributes:
+        quant: "none" for bfloat16, or "fp8_e4m3fn".
+        recipe: of quantization.
+    """
+
+    quant: str = "none"
+    recipe: str = "ue8m0"
+
+    @classmethod
+    def of(cls, config: DispatcherConfig) -> Precision:
+        """A dispatcher's.
+
+        Args:
+            config: its settings.
+
+        Returns:
+            The formats.
+
+        Raises:
+            ValueError: settings by which gradients would be destroyed.
+        """
+        if config.quant not in QUANTS:
+            raise ValueError(
+                f'layers are trained with quant="none" or "fp8_e4m3fn", got "{config.quant}", whose gradients would be too coarse'
+            )
+        floor = recipe_of(config.recipe).eps
+        if config.quant != "none" and floor > LARGEST_FLOOR:
+            raise ValueError(
+                f'recipe "{config.recipe}" takes every group of numbers for one of at least {floor:g}, and destroys gradients, which are '
+                'smaller: build the dispatcher with recipe="ue8m0"'
+            )
+        return cls(config.quant, config.recipe)
+
+    def weight(self, w: Tensor, segments: int = 1) -> QuantizedTensor | Tensor:
+        """A weight as an operand, made anew: nothing can go stale.
+
+        Args:
+            w: (L, N, K_dim) float, any strides.
+            segments: of its rows, which are blocked apart.
+
+        Returns:
+            The operand.
+        """
+        if self.quant == "none":
+            return w.to(torch.bfloat16).contiguous()
+        # as the values that bfloat16 products have, whatever the parameters are kept in
+        return quantize_weight(w.to(torch.bfloat16), dtype=QUANT_DTYPES[self.quant], recipe=self.recipe, segments=segments)
+
+    def operand(self, x: Tensor, rows: Rows) -> QuantizedTensor | Tensor:
+        """Rows as an operand.
+
+        Args:
+            x: (R, K_dim).
+            rows: whose they are.
+
+        Returns:
+            (L, M, K_dim), ragged (R, K_dim).
+        """
+        shaped = rows.shaped(x.to(torch.bfloat16))
+        if self.quant == "none":
+            return shaped
+        counts, dtype = (rows.num_tokens, rows.expert_start), QUANT_DTYPES[self.quant]
+        return quantize_expert_batch(shaped, *counts, dtype=dtype, recipe=self.recipe)
+
+    def product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows, segments: int = 1) -> Tensor:
+        """Each row times its expert's weight, transposed.
+
+        Args:
+            a: (L, M, K_dim), ragged (R, K_dim), an operand.
+            w: (L, N, K_dim) float, any strides.
+            rows: whose they are.
+            segments: as for `weight`.
+
+        Returns:
+            (L, M, N), ragged (R, N), bfloat16. Rows that belong to no expert hold anything.
+        """
+        counts = rows.num_tokens, rows.expert_start
+        return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, expected_rows=rows.expected_rows)
+
+    def activation(self, x: Tensor, rows: Rows, kind: Activation, bias: Tensor | None) -> QuantizedTensor | Tensor:
+        """GEMM 1's result to GEMM 2's operand.
+
+        Args:
+            x: (L, M, 2I), ragged (R, 2I), not gated I for 2I.
+            rows: whose they are.
+            kind: the activation.
+            bias: (L, 2I), added first, or None.
+
+        Returns:
+            (L, M, I), ragged (R, I).
+        """
+        counts = rows.num_tokens, rows.expert_start
+        if self.quant == "none":
+            return silu_mul(x, *counts, activation=kind, bias=bias)
+        dtype = QUANT_DTYPES[self.quant]
+        return silu_mul_quantize(x, *counts, activation=kind, bias=bias, dtype=dtype, recipe=self.recipe)
+
+    def experts(
+        self, w13: Tensor, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None, kind: Activation
+    ) -> Callable[[Any], Tensor]:
+        """The experts of an inference with the same bits.
+
+        Args:
+            w13: (L, 2I, H), not gated (L, I, H), float.
+            w2: (L, H, I).
+            bias13: (L, 2I), not gated (L, I), or None.
+            bias2: (L, H), or None.
+            kind: the activation.
+
+        Returns:
+            `GroupedExperts`.
+        """
+        biases = {"bias13": None if bias13 is None else bias13.detach(), "bias2": None if bias2 is None else bias2.detach()}
+        pair = w13.detach().to(torch.bfloat16), w2.detach().to(torch.bfloat16)
+        return GroupedExperts.from_weights(*pair, quant=self.quant, recipe=self.recipe, activation=kind, **biases)
+
+    def add_bias(self, x: Tensor, rows: Rows, bias: Tensor) -> None:
+        """Adds each expert's bias to its rows.
+
+        Args:
+            x: (L, M, H), ragged (R, H), written.
+            rows: whose they are.
+            bias: (L, H).
+        """
+        ops.add_bias(x, rows.num_tokens, rows.expert_start, bias.contiguous())
+
+    def weight_gradient(self, a: Tensor, b: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """The sum over each expert's rows of a's row times b's row, in bfloat16 and added in float32.
+
+        Args:
+            a: (R, N), 0 in rows that belong to no expert.
+            b: (R, K_dim), the same.
+            rows: whose they are.
+            dtype: of the result.
+
+        Returns:
+            (L, N, K_dim): exact zeros for an expert without rows.
+        """
+        a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
+        if not a.is_cuda:
+            return sums_of_products(a.float(), b.float(), rows, dtype)
+        if rows.expert_start is None:
+            experts = len(rows.num_tokens)
+            pair = a.unflatten(0, (experts, -1)).mT, b.unflatten(0, (experts, -1))
+            return torch.bmm(*pair, out_dtype=torch.float32) if dtype == torch.float32 else torch.bmm(*pair).to(dtype)
+        if a.shape[1] % 8 or b.shape[1] % 8:
+            # rows that are no multiple of 16 bytes apart, which `grouped_mm` doesn't take: one expert after the other, with a host sync
+            return sums_of_products(a, b, rows, dtype)
+        # between the end of an expert's rows and the start of the next one's are zeros
+        ends = rows.expert_start + (rows.num_tokens + (ROW_ALIGNMENT - 1)) // ROW_ALIGNMENT * ROW_ALIGNMENT
+        made = F.grouped_mm(a.t(), b, offs=ends.to(torch.int32))
+        # of an expert without rows nothing need have been written
+        return made.masked_fill_((rows.num_tokens == 0)[:, None, None], 0).to(dtype)
+
+
+def sums_of_products(a: Tensor, b: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """`Precision.weight_gradient`, one expert after the other. Syncs with the host.
+
+    Args:
+        a: (R, N).
+        b: (R, K_dim).
+        rows: whose they are.
+        dtype: of the result.
+
+    Returns:
+        (L, N, K_dim).
+    """
+    out = torch.zeros(len(rows.num_tokens), a.shape[1], b.shape[1], dtype=dtype, device=a.device)
+    a, b = rows.shaped(a), rows.shaped(b)
+    for expert, place in enumerate(expert_places(a, rows.num_tokens, rows.expert_start)):
+        out[expert] = a[place].mT @ b[place]
+    return out
