@@ -98,7 +98,7 @@ OTHERS = {
     "stride": (X[:32:2], X[32:48]),
     "alignment": (X[1:17], X[32:48]),
     "settings": (X[:16], X[16:32], "other"),
-    "a negative view": (X[:16], torch._neg_view(X[16:32])),
+    "a negative view": (X[:16], torch._neg_view(X[16:32])),  # pyright: ignore[reportPrivateImportUsage]
 }
 
 
