@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moequant.integrations.transformers  # noqa: F401
 from benchmarks.common import WORST_TOKEN, Bench, OneLineParser, Timing, captured, check_output, gpu_samples, host_samples, progress
 from benchmarks.transformers_models import MODELS, SMALL, VOCABULARY, Model, expected_rows, experts_of
-from moequant.config import QUANT_DTYPES
+from moequant.config import CHOICES, QUANT_DTYPES
 from moequant.integrations.transformers.contract import contract_of
 from moequant.integrations.transformers.weights import quantize_in_place
 from moequant.models import ModelShape
@@ -231,6 +231,7 @@ def make_parser() -> OneLineParser:
     add(
         "--peers", nargs="*", default=PEERS, metavar="NAME", help="implementations of transformers (default: grouped_mm batched_mm)"
     )
+    add("--transport", choices=CHOICES["transport"], default="auto", help="of moequant between ranks (default: auto)")
     add("--seconds", type=float, default=95, help="after so many no new case begins (default: 95)")
     add("--output-json", type=Path, help="append records here instead of benchmarks/results/<machine>.jsonl")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)")

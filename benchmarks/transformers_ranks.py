@@ -76,7 +76,7 @@ def run_model(bench: Bench | None, name: str, kind: Model, options: argparse.Nam
             picked = sorted({0, tokens - 1})
             if (batch, tokens) not in expected:
                 expected[batch, tokens] = expected_rows(whole[0], *(x[picked] for x in inputs))
-            configure(agree=False, max_tokens=max(16, tokens))
+            configure(agree=False, max_tokens=max(16, tokens), transport=options.transport)
             ways: dict[str, type[Any]] = {quant: MoEQuantEP}
             if quant == options.quants[0]:
                 ways |= {peer: kind for peer, kind in PEERS.items() if quant == "none" and (shared or peer == "all_to_all")}
@@ -97,7 +97,7 @@ def run_model(bench: Bench | None, name: str, kind: Model, options: argparse.Nam
                 times.setdefault((batch, tokens), {})[way] = timing
     progress("")
     if bench is not None:
-        record(bench, name, kind, times)
+        record(bench, name, kind, options.transport, times)
 
 
 def timed(call: Callable[[], Any], device: torch.device, in_graph: bool) -> Timing:
@@ -106,7 +106,7 @@ def timed(call: Callable[[], Any], device: torch.device, in_graph: bool) -> Timi
     return Timing.of(slowest_rank(samples))
 
 
-def record(bench: Bench, name: str, kind: Model, times: dict[tuple[str, int], dict[str, Timing]]) -> None:
+def record(bench: Bench, name: str, kind: Model, transport: str, times: dict[tuple[str, int], dict[str, Timing]]) -> None:
     """The mean of the model's layers, moequant's with the peers' beside it."""
     shape, ranks = kind.shape, dist.get_world_size()
     size = {"H": shape.hidden_size, "I": shape.intermediate_size, "E": shape.num_experts, "K": shape.top_k, "W": ranks}
@@ -116,7 +116,15 @@ def record(bench: Bench, name: str, kind: Model, times: dict[tuple[str, int], di
             if quant in peers:
                 continue
             mean = Timing(timing.us / kind.layers, timing.us_p20 / kind.layers, timing.us_p80 / kind.layers)
-            case = {"T": tokens, **size, "model": name, "layers": kind.layers, "quant": quant, "batch": batch}
+            case = {
+                "T": tokens,
+                **size,
+                "model": name,
+                "layers": kind.layers,
+                "quant": quant,
+                "batch": batch,
+                "transport": transport,
+            }
             # all ranks read and multiply at once
             floor = layer_floor(bench, shape, tokens, quant) / (ranks if batch == "one batch" else 1)
             fastest = min(peers, key=lambda peer: peers[peer], default=None)

@@ -19,7 +19,7 @@ from transformers.cache_utils import StaticCache
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from examples import generate
-from moequant.integrations.transformers import MoEQuantConfig
+from moequant.integrations.transformers import MoEQuantConfig, configure
 from moequant.testing import assert_bit_equal, run_ranks
 
 GPU = pytest.mark.gpu
@@ -148,9 +148,10 @@ def test_the_example_prints_a_table(capsys):
     assert "| moequant:int8 | " in printed and "memory, GiB" in printed
 
 
-def run_model(rank: int, ranks: int, folder: str, quant: str) -> tuple[float, str]:
+def run_model(rank: int, ranks: int, folder: str, quant: str, transport: str) -> tuple[float, str]:
     """How far the experts of a model that is split over GPUs are from those of the whole one on one, given the same inputs."""
     torch.cuda.set_device(rank)
+    configure(transport=transport)
     settings: dict[str, Any] = {"dtype": torch.bfloat16}
     if quant != "none":
         settings["quantization_config"] = MoEQuantConfig(quant)
@@ -172,10 +173,11 @@ def run_model(rank: int, ranks: int, folder: str, quant: str) -> tuple[float, st
 
 
 @pytest.mark.multigpu
+@pytest.mark.parametrize("transport", ["auto", "collective"])
 @pytest.mark.parametrize(("family", "quant"), [("qwen3_moe", "none"), ("qwen3_moe", "int8"), ("gpt_oss", "none")])
-def test_a_model_on_two_gpus_says_what_it_says_on_one(family, quant, tmp_path):
+def test_a_model_on_two_gpus_says_what_it_says_on_one(family, quant, transport, tmp_path):
     build(family).save_pretrained(tmp_path)
-    (first, made), (second, other) = run_ranks(run_model, 2, str(tmp_path), quant, backend="cpu:gloo,cuda:nccl")
+    (first, made), (second, other) = run_ranks(run_model, 2, str(tmp_path), quant, transport, backend="cpu:gloo,cuda:nccl")
     assert made == other
     # other tiles, other last bits
     assert max(first, second) < 2e-3

@@ -13,10 +13,11 @@ from moequant.transport.buffers import BufferSpec, named
 from moequant.transport.local import LocalTransport
 from moequant.transport.packed import PackedTransport
 from moequant.transport.padded import PaddedTransport
+from moequant.transport.shared import SharedTransport
 from moequant.transport.symmetric import SymmetricTransport
 
 CPU = torch.device("cpu")
-KINDS: list[type[Transport[Any]]] = [LocalTransport, PackedTransport, PaddedTransport, SymmetricTransport]
+KINDS: list[type[Transport[Any]]] = [LocalTransport, PackedTransport, PaddedTransport, SharedTransport, SymmetricTransport]
 
 
 def config(**changes: Any) -> DispatcherConfig:
