@@ -25,7 +25,10 @@ if not torch.cuda.is_available():
 
 
 # files with the tests that take longest, which come first, so that none of them is what the last process still has to do
-LONGEST = ("test_triton_releases", "test_compile", "test_pdl", "test_layer", "test_faults", "test_collective", "test_bench_ep")
+LONGEST = (
+    *("test_triton_releases", "test_compile", "test_symmetric_protocol", "test_pdl", "test_symmetric", "test_symmetric_faults"),
+    *("test_layer", "test_faults", "test_collective", "test_bench_ep"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
