@@ -73,8 +73,11 @@ class SharedTransport(CollectiveTransport[SharedSlot]):
             self._begin(slot)
             self._compare(topk_ids)
         ops.route(topk_ids, rows_in_expert, slot.counts, status=self.status)
+        # of this rank's experts, as if it were alone
+        local = config.num_local_experts
+        counts = slot.counts[self.first_expert : self.first_expert + local][None]
         starts = buffers.num_tokens, None, buffers.expert_start
-        ops.expert_offsets(slot.counts[None], self.first_expert, config.max_rows, NO_LIMIT, buffers.offsets[:1], *starts)
+        ops.expert_offsets(counts, 0, config.max_rows, NO_LIMIT, buffers.offsets[:1, :local], *starts)
         ops.scatter(
             hidden_states,
             # other ranks' are outside of 0..L-1

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trials import install_interpreter
 
 from moequant import ExpertBatch, MoEQuantDispatcher, OutOfStepError
 from moequant.config import DispatcherConfig
@@ -47,7 +48,7 @@ def experts(batch: ExpertBatch, first: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def run_all(rank: int, ranks: int) -> list[str]:
+def run_all(rank: int, ranks: int, counts: tuple[int, ...] = COUNTS) -> list[str]:
     """What was wrong."""
     shared.FEW_BYTES = FEW * ranks * TOP_K * HIDDEN * 2
     wrong: list[str] = []
@@ -65,7 +66,7 @@ def run_all(rank: int, ranks: int) -> list[str]:
             MoEQuantDispatcher(**settings, layout="ragged", rank_capacity=ranks * MOST * TOP_K + 16 * local) as other,
         ):
             assert (dispatcher.config.transport, dispatcher.config.layout) == ("collective", "ragged")
-            for count in COUNTS:
+            for count in counts:
                 for kind in ("distinct", "absent", "one expert"):
                     tokens = tokens_of(count, kind)
                     found, expected = dispatcher(*tokens, mine), other(*tokens, mine)
@@ -108,6 +109,11 @@ def test_all_ranks_get_the_sums_of_one_and_other_tokens_are_noticed():
     assert [said for _, said in results] == [
         ["16", "with shared_batch=True all ranks give the same tokens, and these gave others"]
     ] * RANKS
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_kernels_give_all_ranks_the_sums_of_one():
+    assert run_ranks(run_all, RANKS, (FEW + 2, 1), setup=install_interpreter) == [[]] * RANKS
 
 
 def test_one_rank_shares_with_nobody():
