@@ -122,6 +122,20 @@ def test_a_model_is_compiled_in_one_graph():
     assert_bit_equal(compiled(prompt()).logits, expected)
 
 
+def test_a_copy_of_a_called_model_is_compiled_with_its_own_weights():
+    model = build("qwen3_moe")
+    model.set_experts_implementation("moequant")
+    first = model(prompt()).logits
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if name.endswith("down_proj"):
+                weight.mul_(-1.5)
+    compiled = torch.compile(other, fullgraph=True, backend="eager")(prompt()).logits
+    assert_bit_equal(compiled, other(prompt()).logits)
+    assert not torch.equal(compiled, first)
+
+
 def test_generation_with_a_static_cache():
     model = build("qwen3_moe")
     model.set_experts_implementation("moequant")

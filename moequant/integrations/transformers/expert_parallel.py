@@ -43,6 +43,7 @@ class MoEQuantEP(EPImplementation):
         # a batch that all ranks of the group hold, and batches of their own
         self._shared, self._apart = (Place(ep_mesh.get_group(), shared=shared) for shared in (True, False))
         self._under_grad = AllToAllEP(experts, ep_mesh, tp_mesh)
+        self._number = numbered.add(self)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sums of this rank's tokens. Collective.
@@ -61,7 +62,7 @@ class MoEQuantEP(EPImplementation):
             say_once('expert parallelism under grad is ep_implementation="all_to_all": moequant has no backward')
             return self._under_grad(hidden_states, top_k_index, top_k_weights)
         if torch.compiler.is_compiling():
-            return torch.ops.moequant.transformers_expert_parallel(hidden_states, top_k_index, top_k_weights, _number(self))
+            return torch.ops.moequant.transformers_expert_parallel(hidden_states, top_k_index, top_k_weights, self._number)
         return self.run(module, hidden_states, top_k_index, top_k_weights)
 
     def run(self, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -102,13 +103,6 @@ class MoEQuantEP(EPImplementation):
         everyone = sums.new_empty(rows * ranks, sums.shape[1])
         dist.all_gather_into_tensor(everyone, padded, group=self.tp_mesh.get_group())
         return everyone[:tokens]
-
-
-def _number(implementation: MoEQuantEP) -> int:
-    return numbered.number(implementation)
-
-
-_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("moequant::transformers_expert_parallel", mutates_args=())

@@ -73,7 +73,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if wants_grad(module, hidden_states, top_k_weights):
         return built_in(module)(module, hidden_states, top_k_index, top_k_weights)
     if torch.compiler.is_compiling():
-        return torch.ops.moequant.transformers_experts(hidden_states, top_k_index, top_k_weights, _number(module))
+        mark = getattr(module, "_moequant", None)
+        number = _number(module) if mark is None or mark.number is None else mark.number
+        return torch.ops.moequant.transformers_experts(hidden_states, top_k_index, top_k_weights, number)
     return run(module, hidden_states, top_k_index, top_k_weights)
 
 
@@ -160,6 +162,7 @@ def layer_of(module: nn.Module) -> Layer:
         say_once(f"{type(module).__name__}: weights of another type or order are copied in every call under FSDP")
         return layer
     _LAYERS[module] = layer
+    module.__dict__["_moequant"] = Mark(numbered.number(module))
     return layer
 
 
@@ -209,6 +212,20 @@ def built_in(module: nn.Module) -> Callable[..., Tensor]:
         functions = ExpertsInterface()
     say_once(f'experts under grad run as experts_implementation="{BUILT_IN}": moequant has no backward; call under torch.no_grad()')
     return functions[BUILT_IN]
+
+
+class Mark:
+    """What a module that has been called is known by: the compiler of torch 2.11 can read it, but asks no function about a module. A copy
+    is another module, and has no number yet."""
+
+    def __init__(self, number: int | None = None) -> None:
+        self.number = number
+
+    def __deepcopy__(self, memo: object) -> Mark:
+        return Mark()
+
+    def __reduce__(self) -> tuple[type[Mark], tuple[()]]:
+        return Mark, ()
 
 
 def _number(module: nn.Module) -> int:
