@@ -147,7 +147,7 @@ class Steps:
         ids = torch.randint(VOCABULARY, (tokens // length, length), generator=generator, device=self.device)
         if length > 1:
             return lambda: self.model(ids, use_cache=False, logits_to_keep=1)
-        cache = StaticCache(config=self.model.config, max_cache_len=ROOM)
+        cache: Any = StaticCache(config=self.model.config, max_cache_len=ROOM)
         mask = torch.zeros(tokens, 1, 1, ROOM, dtype=torch.bfloat16, device=self.device)
         mask[..., CONTEXT + 1 :] = torch.finfo(torch.bfloat16).min
         position = torch.full((tokens, 1), CONTEXT, device=self.device)

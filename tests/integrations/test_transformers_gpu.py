@@ -111,7 +111,7 @@ def test_a_step_of_decoding_with_a_static_cache_is_captured(family):
     model = build(family, **({"layer_types": ["full_attention"] * 2} if family == "gpt_oss" else {})).cuda()
     model.set_experts_implementation("moequant")
     prompts, room = prompt().cuda(), 32
-    cache = StaticCache(config=model.config, max_cache_len=room)
+    cache: Any = StaticCache(config=model.config, max_cache_len=room)
     ids, position = prompts[:, -1:].clone(), torch.full((2, 1), 10, device="cuda")
     # of keys, the 10 before and its own
     mask = torch.zeros(2, 1, 1, room, dtype=torch.bfloat16, device="cuda")

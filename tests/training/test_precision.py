@@ -55,15 +55,15 @@ def test_rows_are_those_of_their_experts_and_nan_elsewhere_is_zero(layout, devic
 @pytest.mark.parametrize("columns", [(48, 24), (7, 9)], ids=str)
 def test_weight_gradients_are_the_sums_over_valid_rows_and_zeros_without_any(layout, device, dtype, columns):
     rows, places = rows_of(layout, device, COUNTS)
-    pair = [rows.only(torch.randn(rows.valid.shape[0], n, device=device).bfloat16()) for n in columns]
-    made = Precision().weight_gradient(*pair, rows, dtype)
+    left, right = (rows.only(torch.randn(rows.valid.shape[0], n, device=device).bfloat16()) for n in columns)
+    made = Precision().weight_gradient(left, right, rows, dtype)
     assert made.dtype == dtype and made.shape == (len(COUNTS), *columns)
     for expert, place in enumerate(places):
-        a, b = (x.cpu()[place].double() for x in pair)
+        a, b = (x.cpu()[place].double() for x in (left, right))
         # the sums in float32, rounded to bfloat16 at most once
         assert relative_error(made[expert].cpu(), a.T @ b) < 3e-3
     assert not made[torch.tensor(COUNTS) == 0].any()
-    assert_bit_equal(Precision().weight_gradient(*pair, rows, dtype), made)
+    assert_bit_equal(Precision().weight_gradient(left, right, rows, dtype), made)
 
 
 @DEVICES
