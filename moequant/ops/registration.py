@@ -18,6 +18,8 @@ __all__ = [
     "uses_kernels",
 ]
 
+# operations live as long as it does
+LIBRARY = torch.library.Library("moequant", "FRAGMENT")
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
@@ -54,8 +56,11 @@ def registered(mutates: tuple[str, ...]) -> Callable[[Function], Function]:
 
         # torch 2.11 leaves out trailing arguments that equal their defaults, and then misses those that are written
         schema = re.sub(r"=[^,)]+", "", torch.library.infer_schema(function, mutates_args=mutates))
-        operation = torch.library.custom_op(f"moequant::{function.__name__}", on_device, mutates_args=mutates, schema=schema)
-        operation.register_fake(lambda *args, **kwargs: None)
+        # not `custom_op`, whose wrappers in Python take longer than the host for a launch
+        LIBRARY.define(function.__name__ + schema)
+        LIBRARY.impl(function.__name__, on_device, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"moequant::{function.__name__}", lambda *args, **kwargs: None, lib=LIBRARY)
+        operation = getattr(torch.ops.moequant, function.__name__).default
         parameters = inspect.signature(function)
 
         @functools.wraps(function)
