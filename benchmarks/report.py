@@ -143,7 +143,7 @@ def summary(records: list[Record], rows: dict[str, dict[int, Record]]) -> list[s
         and record["case"]["quant"] == "fp8_e4m3fn"
         # launched by a graph: what the devices take
         and record["case"]["mode"] == "graph"
-        and "ranks" not in record["case"]
+        and "W" not in record["case"]
     ]
     if models:
         faster = [record["peer_us"] / record["us"] for record in models]
