@@ -117,7 +117,7 @@ def train(
                 group["lr"] = options.lr * min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
             # of the step and the rank alone, so that a run that goes on has the batches of one that was never stopped
             generator = torch.Generator().manual_seed(step * ranks + rank)
-            starts = torch.randint(0, len(text) - sizes.context, (sizes.batch,), generator=generator)
+            starts = torch.randint(0, len(text) - sizes.context, (sizes.batch,), generator=generator, device="cpu")
             with autocast(device):
                 loss, balance = model.losses(windows(text, sizes, starts.to(device)))
             (loss + BALANCE * balance).backward()

@@ -65,5 +65,8 @@ def public_names() -> set[str]:
         "scale_layout",
         "empty_transposed_scales",
         "empty_scales_of",
+        "Repeats",
+        "Repeats.run",
+        "Repeats.device",
     }
     return names - own

@@ -75,7 +75,7 @@ OPTIONAL |= {
     "first_experts",
     "generator",
 }
-OPTIONAL |= {"router", "read", "max_tokens", "bias13", "bias2", "segments", "intermediate_size"}
+OPTIONAL |= {"router", "read", "max_tokens", "bias13", "bias2", "segments", "intermediate_size", "layer"}
 
 
 class Verdict(Exception):

@@ -212,7 +212,7 @@ BAD_INPUTS = {
     "ids of another top-k": (1, IDS[:, 1:], r"shape \(20, 3\), got \(20, 2\)"),
     "an id past the last expert": (1, IDS.clone().fill_(6), r"in -1..5, got ids from 6 to 6; -1 means no expert"),
     "an id below -1": (1, IDS.clone().fill_(-2), "got ids from -2"),
-    "weights of another dtype": (2, WEIGHTS.half(), "float32 or .* got torch.float16"),
+    "weights of another dtype": (2, WEIGHTS.double(), "float32 or .* got torch.float64"),
     "weights of fewer tokens": (2, WEIGHTS[1:], r"shape \(20, 3\), got \(19, 3\)"),
     "tensors of another device": (0, HIDDEN_STATES.to("meta"), "must be on cpu, got meta"),
 }

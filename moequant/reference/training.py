@@ -29,12 +29,12 @@ class LocalRoutes(Routes):
 
     def __init__(self, num_experts: int, capacity: int | None) -> None:
         self.num_experts, self.capacity = num_experts, capacity
-        self._weights, self._rows = torch.empty(0), torch.empty(0)
+        self._weights, self._rows = torch.empty(0, device="cpu"), torch.empty(0, device="cpu")
         self._unweighted = False
 
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor | None = None) -> Rows:
         """Rows of an expert in the order of the tokens' entries."""
-        places, flat = torch.full((ids.numel(),), -1), ids.flatten()
+        places, flat = torch.full((ids.numel(),), -1, device=ids.device), ids.flatten()
         entries = [(flat == expert).nonzero().flatten()[: self.capacity] for expert in range(self.num_experts)]
         counts = [len(of_expert) for of_expert in entries]
         if self.capacity is None:
@@ -44,16 +44,16 @@ class LocalRoutes(Routes):
             extents, shape = [self.capacity] * self.num_experts, (self.num_experts, self.capacity)
         begins = [sum(extents[:expert]) for expert in range(self.num_experts)]
         values = x.new_full((sum(extents) + (ROW_ALIGNMENT if self.capacity is None else 0), x.shape[1]), torch.nan)
-        sources = torch.full(values.shape[:1], 1 << 40)
+        sources = torch.full(values.shape[:1], 1 << 40, device=x.device)
         experts = torch.zeros_like(sources)
         for expert, (begin, of_expert) in enumerate(zip(begins, entries, strict=True)):
-            own = torch.arange(begin, begin + len(of_expert))
+            own = torch.arange(begin, begin + len(of_expert), device=x.device)
             places[of_expert], sources[own], values[own] = own, of_expert, x[of_expert // ids.shape[1]]
             experts[begin:] = expert
         self._rows, self._unweighted = places.view(ids.shape), weights is None
-        self._weights = torch.ones(ids.shape, dtype=x.dtype) if weights is None else weights
-        starts = None if self.capacity is not None else torch.tensor(begins, dtype=torch.int32)
-        counted = torch.tensor(counts, dtype=torch.int32)
+        self._weights = torch.ones(ids.shape, dtype=x.dtype, device=x.device) if weights is None else weights
+        starts = None if self.capacity is not None else torch.tensor(begins, dtype=torch.int32, device=x.device)
+        counted = torch.tensor(counts, dtype=torch.int32, device=x.device)
         return Rows(values.view(*shape, -1), counted, starts, sources.view(shape), experts)
 
     def run(self, tokens: tuple[Tensor, Tensor, Tensor], experts: Callable[[Rows], Tensor]) -> Tensor:

@@ -139,8 +139,8 @@ class SharedTransport(CollectiveTransport[SharedSlot]):
 
     def _compare(self, topk_ids: Tensor) -> None:
         """On a CPU: raises OutOfStepError on all ranks unless they have the same tokens, as far as their ids say."""
-        places = torch.arange(1, topk_ids.numel() + 1)
-        mine = torch.tensor([topk_ids.shape[0], int((topk_ids.flatten() * places).sum())])
+        places = torch.arange(1, topk_ids.numel() + 1, device=topk_ids.device)
+        mine = torch.tensor([topk_ids.shape[0], int((topk_ids.flatten() * places).sum())], device=topk_ids.device)
         everyone = mine.new_empty(self.config.world_size, 2)
         self.wire.all_gather(everyone, mine)
         if bool((everyone != everyone[0]).any()):

@@ -216,7 +216,11 @@ def built_in(module: nn.Module) -> Callable[..., Tensor]:
 
 class Mark:
     """What a module that has been called is known by: the compiler of torch 2.11 can read it, but asks no function about a module. A copy
-    is another module, and has no number yet."""
+    is another module, and has no number yet.
+
+    Args:
+        number: of `moequant.traced.numbered`, or None.
+    """
 
     def __init__(self, number: int | None = None) -> None:
         self.number = number
