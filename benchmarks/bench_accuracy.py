@@ -48,7 +48,9 @@ class QuantizedExperts(nn.Module):
 @torch.no_grad()
 def evaluate(model: LanguageModel, sizes: Sizes, held_out: Tensor, batches: int) -> tuple[Tensor, Timing]:
     """The loss of each batch of windows, which are spread evenly over the text, and the time of one."""
-    starts = torch.linspace(0, len(held_out) - sizes.context - 1, batches * sizes.batch, device=held_out.device).long()
+    count, last = batches * sizes.batch, len(held_out) - sizes.context - 1
+    # float64 has every place of a text exactly
+    starts = torch.linspace(0, last, count, dtype=torch.float64, device=held_out.device).long()
     losses: list[float] = []
     samples: list[float] = []
     # the first once more, before the clock counts

@@ -86,7 +86,8 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k, self.num_experts = top_k, experts
         self.gate = nn.Linear(sizes.hidden, experts, bias=False)
-        self.experts = Experts(sizes, experts)
+        # others may take their place
+        self.experts: nn.Module = Experts(sizes, experts)
         self.balance = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
