@@ -2,7 +2,7 @@
 
 The models and the text are those of benchmarks/record_trace.py, trained here, in bfloat16 on a GPU and float32 on a CPU. What is
 compared is the same trained model with its experts computed densely in float32, and by moequant; everything else stays in float32.
-Losses are of whole windows of files that were held out. Nothing is asserted.
+The loss without experts says how much they are worth. Losses are of whole windows of files that were held out. Nothing is asserted.
 
 Letters: T tokens of a batch of windows, K top-k, E experts, H hidden size, I intermediate size.
 """
@@ -24,8 +24,9 @@ from benchmarks.common import Bench, OneLineParser, Timing, progress
 from benchmarks.record_trace import Experts, LanguageModel, MoE, Sizes, add_options, prepare, trained_models, windows
 from moequant import GroupedExperts, MoEQuantDispatcher
 
-# quant and recipe, None for dense float32
-WAYS = ((None, None), ("none", None), ("fp8_e4m3fn", "default"), ("fp8_e4m3fn", "ue8m0"), ("int8", "default"))
+# quant and recipe; "left out" says how much of the loss is the experts' affair
+EXACT, LEFT_OUT = "dense float32", "left out"
+WAYS = ((EXACT, None), (LEFT_OUT, None), ("none", None), ("fp8_e4m3fn", "default"), ("fp8_e4m3fn", "ue8m0"), ("int8", "default"))
 # the model of examples/train_moe.py, which one core trains
 SMALL = {"models": ["16x4"], "hidden": 256, "layers": 2, "context": 64, "batch": 8, "vocabulary": 4096}
 
@@ -43,6 +44,14 @@ class QuantizedExperts(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x (N, H), ids and weights (N, K). Returns (N, H)."""
         return self.dispatcher(x, ids, weights, self.experts)
+
+
+class NoExperts(nn.Module):
+    """What takes the place of `Experts` to show what they are worth: nothing is added to the residual stream."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x (N, H). Returns zeros (N, H)."""
+        return torch.zeros_like(x)
 
 
 @torch.no_grad()
@@ -66,13 +75,13 @@ def evaluate(model: LanguageModel, sizes: Sizes, held_out: Tensor, batches: int)
 
 
 def run_way(
-    model: LanguageModel, dense: list[Experts], sizes: Sizes, held_out: Tensor, batches: int, quant: str | None, recipe: str | None
+    model: LanguageModel, dense: list[Experts], sizes: Sizes, held_out: Tensor, batches: int, quant: str, recipe: str | None
 ) -> tuple[Tensor, Timing]:
     """`evaluate` with the experts in one format."""
     layers = [module for module in model.modules() if isinstance(module, MoE)]
-    if quant is None:
+    if quant in (EXACT, LEFT_OUT):
         for layer, experts in zip(layers, dense, strict=True):
-            layer.experts = experts
+            layer.experts = experts if quant == EXACT else NoExperts()
         return evaluate(model, sizes, held_out, batches)
     with MoEQuantDispatcher(
         num_experts=layers[0].num_experts,
@@ -97,16 +106,16 @@ def run_model(bench: Bench, name: str, model: LanguageModel, sizes: Sizes, held_
     shape = {"T": sizes.batch * sizes.context, "H": sizes.hidden, "I": sizes.intermediate, "E": experts, "K": top_k}
     exact = torch.zeros(())
     for quant, recipe in WAYS:
-        way = " ".join(filter(None, (quant or "dense float32", recipe)))
+        way = " ".join(filter(None, (quant, recipe)))
         progress(f"evaluating {name}: {way}")
         losses, timing = run_way(model, dense, sizes, held_out, batches, quant, recipe)
-        exact = losses if quant is None else exact
+        exact = losses if quant == EXACT else exact
         # both of the same windows: their difference scatters much less than either
         difference = (losses - exact) / exact.mean()
         relative, error = difference.mean().item(), difference.std().item() / batches**0.5
         bench.record(
             "accuracy",
-            {**shape, "layers": sizes.layers, "quant": quant or "dense float32", "recipe": recipe},
+            {**shape, "layers": sizes.layers, "quant": quant, "recipe": recipe},
             timing,
             floor_us=None,
             label=f"{name} {way}: loss {losses.mean():.4f}, {relative:+.3%} (error {error:.3%})",

@@ -41,6 +41,7 @@ def test_a_tiny_run_records_the_loss_in_each_format(device, tmp_path, capsys):
     assert {record["op"] for record in (dense, *others)} == {"accuracy"} <= TITLES.keys() & RESULTS_CASES.keys()
     assert [(r["case"]["quant"], r["case"]["recipe"]) for r in (dense, *others)] == [
         ("dense float32", None),
+        ("left out", None),
         ("none", None),
         ("fp8_e4m3fn", "default"),
         ("fp8_e4m3fn", "ue8m0"),
@@ -52,7 +53,9 @@ def test_a_tiny_run_records_the_loss_in_each_format(device, tmp_path, capsys):
     for record in others:
         assert record["us"] > 0 and (record["steps"], record["tokens"]) == (3, 64)
         assert record["relative_loss"] == pytest.approx(record["loss"] / dense["loss"] - 1, abs=2e-5)
-        assert abs(record["relative_loss"]) < 0.02
+    # hardly trained experts are worth little, and their rounding less
+    left_out, *formats = (abs(record["relative_loss"]) for record in others)
+    assert 0 < max(formats) < 0.2 * left_out
     assert f"8x2 int8 default: loss {others[-1]['loss']:.4f}" in capsys.readouterr().out
 
 
