@@ -167,6 +167,8 @@ def results_page(records: list[Record], plots: Iterable[str]) -> str:
         "- Rows of four GPUs have 32 experts a rank, the load of eight GPUs and 256 experts; at T=4096 with room for 2048 rows an "
         "expert.\n"
         "- The host's time is of calls in a row that the GPU keeps up with, of a layer of 32 experts.\n"
+        "- Held-out losses are of models trained in the same run; `left out` is without experts. Their us are no comparison: "
+        "dense experts have room for all tokens each.\n"
         "- Large GEMMs run into the cards' power cap, and times differ by a few percent from run to run."
     )
     images = "\n".join(f"![{name.replace('_', ' ')}](../benchmarks/plots/{name}.svg)" for name in plots if name != "overview")
