@@ -18,6 +18,7 @@ import sysconfig
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k, self.num_experts = top_k, experts
         self.gate = nn.Linear(sizes.hidden, experts, bias=False)
-        self.experts = Experts(sizes, experts)
+        # others may take their place
+        self.experts: nn.Module = Experts(sizes, experts)
         self.balance = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +100,8 @@ class MoE(nn.Module):
         # the usual loss: E * sum over experts of (share of the entries) * (mean probability), 1 when balanced
         chosen = torch.zeros_like(probabilities).scatter_(1, ids, 1.0).mean(0) / self.top_k
         self.balance = self.num_experts * (chosen * probabilities.mean(0)).sum()
-        return self.experts(tokens.bfloat16() if x.is_cuda else tokens, ids, weights).view(x.shape)
+        narrow = torch.is_autocast_enabled(x.device.type)
+        return self.experts(tokens.bfloat16() if narrow else tokens, ids, weights).view(x.shape)
 
 
 class Block(nn.Module):
@@ -272,26 +275,26 @@ def describe(folder: Path) -> str:
     return "\n".join(lines + curves) + "\n"
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What says which models are trained, on what, and how long."""
     add = parser.add_argument
-    add("--minutes", type=float, default=5.0, help="of training, all models together (default: 5)")
+    add("--minutes", type=float, default=5.0, help="of training, all models together (default: %(default)s)")
     add("--steps", type=int, help="of training of each model, instead of minutes")
-    add("--models", nargs="+", default=["128x8", "256x8"], metavar="ExK", help="experts and top-k (default: 128x8 256x8)")
-    add("--hidden", type=int, default=512, help="(default: 512)")
-    add("--intermediate", type=int, default=128, help="of an expert (default: 128)")
-    add("--layers", type=int, default=6, help="(default: 6; every second one is recorded)")
-    add("--context", type=int, default=512, help="tokens of a window (default: 512)")
-    add("--batch", type=int, default=32, help="windows of a step (default: 32)")
-    add("--vocabulary", type=int, default=16384, help="(default: 16384)")
-    add("--keep", type=int, default=16384, help="tokens whose routing is recorded (default: 16384)")
-    add("--activations", type=int, default=768, help="tokens whose activations are recorded (default: 768)")
+    add("--models", nargs="+", default=["128x8", "256x8"], metavar="ExK", help="experts and top-k (default: %(default)s)")
+    add("--hidden", type=int, default=512, help="(default: %(default)s)")
+    add("--intermediate", type=int, default=128, help="of an expert (default: %(default)s)")
+    add("--layers", type=int, default=6, help="(default: %(default)s)")
+    add("--context", type=int, default=512, help="tokens of a window (default: %(default)s)")
+    add("--batch", type=int, default=32, help="windows of a step (default: %(default)s)")
+    add("--vocabulary", type=int, default=16384, help="(default: %(default)s)")
     add(
         "--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of sources (default: the standard library)"
     )
-    add("--output", type=Path, default=FOLDER, help="where the traces go (default: benchmarks/traces)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)")
-    options = parser.parse_args(argv)
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: %(default)s)")
+
+
+def prepare(parser: argparse.ArgumentParser, options: argparse.Namespace) -> tuple[Sizes, Tensor, Tensor]:
+    """The models' sizes, and on the device the text to train on and the one held out."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     sizes = Sizes(**{name: getattr(options, name) for name in Sizes.__dataclass_fields__})
     progress(f"reading {options.text}")
@@ -303,14 +306,32 @@ def main(argv: list[str] | None = None) -> None:
             f"{options.text} has {len(text)} tokens to train on and {len(held_out)} held out: too few for {sizes.context} a window"
         )
     progress(f"{len(documents)} files with {len(text)} tokens, {len(held_documents)} held out with {len(held_out)}")
+    return sizes, text, held_out
+
+
+def trained_models(
+    options: argparse.Namespace, sizes: Sizes, text: Tensor, held_out: Tensor
+) -> Iterator[tuple[str, LanguageModel, list[dict[str, float]]]]:
+    """Each model's name, the model, and its loss curve."""
     for name in options.models:
         experts, top_k = map(int, name.split("x"))
         torch.manual_seed(0)
-        model = LanguageModel(sizes, experts, top_k).to(device)
+        model = LanguageModel(sizes, experts, top_k).to(text.device)
         progress(f"training {name}")
-        history = train(model, sizes, text, held_out, 60 * options.minutes / len(options.models), options.steps)
+        yield name, model, train(model, sizes, text, held_out, 60 * options.minutes / len(options.models), options.steps)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    add = parser.add_argument
+    add("--keep", type=int, default=16384, help="tokens whose routing is recorded, of every second layer (default: 16384)")
+    add("--activations", type=int, default=768, help="tokens whose activations are recorded (default: 768)")
+    add("--output", type=Path, default=FOLDER, help="where the traces go (default: benchmarks/traces)")
+    options = parser.parse_args(argv)
+    sizes, text, held_out = prepare(parser, options)
+    for name, model, history in trained_models(options, sizes, text, held_out):
         record(model, sizes, held_out, options.output / f"lm-{name}.safetensors", options.keep, options.activations, history)
-        del model
     (options.output / "README.md").write_text(describe(options.output))
     for path in sorted(options.output.glob("*.safetensors")):
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")

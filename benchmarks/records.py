@@ -28,6 +28,7 @@ TITLES = {
     "transformers_layer": "Experts of a layer of transformers' models",
     "transformers_experts": "Experts of a layer of transformers' models, split over ranks",
     "transformers_model": "Whole models of transformers: prefill, or a step of decoding T sequences",
+    "accuracy": "Held-out loss of small language models, their experts in each format",
     "host_layer": "The host's time for a whole layer without a graph",
     "host_dispatch": "The host's time for a dispatch",
     "host_experts": "The host's time for the experts of a batch",
@@ -76,6 +77,7 @@ RESULTS_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
     ],
     **{op: [{"mode": ("graph",)}] for op in ("transformers_layer", "transformers_model")},
     "transformers_experts": [{}],
+    "accuracy": [{}],
     **{op: [{"T": (1, 64, 512)}] for op in TITLES if op.startswith("host_")},
 }
 SYMMETRIC, PADDED, PACKED = (

@@ -44,10 +44,18 @@ def peers_text(record: Record) -> str:
     return "; ".join(f"{name}: {number(us)} us, {us / record['us']:.2f}x{taken}" for name, us in peers.items())
 
 
+def loss_text(record: Record) -> str:
+    """How much larger a loss is than that of dense float32 experts, and the standard error of that; nothing for these themselves."""
+    if not record.get("relative_loss_error"):
+        return ""
+    return f"{record['relative_loss']:+.3%} (standard error {record['relative_loss_error']:.3%})"
+
+
 def table(records: list[Record], spread: bool = True) -> list[str]:
     """A Markdown table of one op's records, without the columns that none of them fills. spread: with percentiles."""
     columns: dict[str, list[str]] = {"machine": [], "case": [], "us": [], "p20 to p80": [], "of the ceiling": [], "GB/s": []}
-    columns |= {"TFLOP/s": [], "fresh us": [], "GiB": [], "peer": [], "measured": []}
+    columns |= {"TFLOP/s": [], "fresh us": [], "GiB": [], "peer": []}
+    columns |= {"held-out loss": [], "over that of dense float32": [], "measured": []}
     for record in records:
         part = share(record)
         columns["machine"].append(record["machine"])
@@ -60,6 +68,8 @@ def table(records: list[Record], spread: bool = True) -> list[str]:
         columns["fresh us"].append(number(record.get("fresh_us")))
         columns["GiB"].append(f"{record['bytes'] / 2**30:.2f}" if "bytes" in record else "")
         columns["peer"].append(peers_text(record))
+        columns["held-out loss"].append(f"{record['loss']:.4f}" if "loss" in record else "")
+        columns["over that of dense float32"].append(loss_text(record))
         columns["measured"].append(f"{record['date'][:10]}, {record.get('commit', '')}".rstrip(", "))
     filled = {name: cells for name, cells in columns.items() if any(cells)}
     head = ["| " + " | ".join(filled) + " |", "|" + "|".join(" --- " for _ in filled) + "|"]
@@ -175,6 +185,8 @@ def results_page(records: list[Record], plots: Iterable[str]) -> str:
         "- Rows of four GPUs have 32 experts a rank, the load of eight GPUs and 256 experts; at T=4096 with room for 2048 rows an "
         "expert.\n"
         "- The host's time is of calls in a row that the GPU keeps up with, of a layer of 32 experts.\n"
+        "- Held-out losses are of models trained in the same run; `left out` is without experts. Their us are no comparison: "
+        "dense experts have room for all tokens each.\n"
         "- Large GEMMs run into the cards' power cap, and times differ by a few percent from run to run."
     )
     images = "\n".join(f"![{name.replace('_', ' ')}](../benchmarks/plots/{name}.svg)" for name in plots if name != "overview")
