@@ -19,9 +19,9 @@ from moequant.batch import DispatchHandle, ExpertBatch
 from moequant.checks import check_expert_output, check_format, check_out
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts
-from moequant.layer import pushing_experts, run_layer, traced_layer
+from moequant.layer import Options, check_layer, run_layer, traced_layer
 from moequant.overlap import run_in_halves, run_in_waves, side_stream
-from moequant.send_recv import SendRecv
+from moequant.pushed_rows import PushedRows
 from moequant.traced import numbered
 from moequant.training.layer import WEIGHTS, TrackedHandle, combine_tracked, dispatch_tracked, train_layer
 from moequant.transport.agreement import agree, attempt, choose_device, membership
@@ -30,7 +30,7 @@ from moequant.transport.lifecycle import step
 from moequant.transport.select import buffer_bytes, resolve
 
 
-class MoEQuantDispatcher(SendRecv):
+class MoEQuantDispatcher(PushedRows):
     """Routes, quantizes and exchanges tokens for expert parallelism. One dispatcher serves all layers of a model.
 
     The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes,
@@ -230,83 +230,6 @@ class MoEQuantDispatcher(SendRecv):
         buffers.done("combine")
         return out
 
-    @step
-    def begin_push(self, handle: DispatchHandle, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Where a producer stores the rows that it makes: then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone.
-
-        Args:
-            handle: of the dispatch.
-            dtype: of the rows, bfloat16 or float16, the same on all ranks; None: what `GroupedExperts` make here, float16 with
-                quant="float16", otherwise bfloat16.
-
-        Returns:
-            (L, M), ragged (R,), int64: for each valid row of the batch the address, in this process, of H numbers of that type. A
-            multiple of 16 if H is one of 8. They stay as they are until the slot's next dispatch.
-
-        Raises:
-            RuntimeError: another transport or reduce.
-            ValueError: another dtype.
-        """
-        transport = self._symmetric()
-        if self.config.per_rank:
-            raise RuntimeError(f'rows can be pushed with reduce="exact" alone, not with "{self.config.reduce}"; use combine')
-        dtype = self.config.output_dtype if dtype is None else dtype
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, got {dtype}")
-        buffers = self._slot_of(handle, "begin_push")
-        self._come_again(buffers)
-        buffers.pushing = dtype
-        return transport.destinations(buffers)
-
-    @step
-    def push(self, expert_output: Tensor, handle: DispatchHandle) -> None:
-        """Stores each valid row where its token came from, as a producer does that asks `begin_push`. Then call `combine_pushed`.
-
-        Transport "symmetric" with reduce="exact" alone.
-
-        Args:
-            expert_output: (L, M, H), ragged (R, H), bfloat16 or float16.
-            handle: of the dispatch.
-
-        Raises:
-            RuntimeError: another transport or reduce.
-            ValueError: wrong tensors.
-        """
-        transport = self._symmetric()
-        self._slot_of(handle)
-        expert_output = check_expert_output(self.config, self.device, expert_output)
-        self.begin_push(handle, dtype=expert_output.dtype)
-        transport.push(expert_output, self._slots[handle.slot])
-
-    @step
-    def combine_pushed(self, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
-        """`combine` of rows that have been pushed: waits until all ranks' are there, and sums them. Collective, the same bits.
-
-        Args:
-            handle: of the dispatch.
-            out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it.
-
-        Returns:
-            out, the sums.
-
-        Raises:
-            CallOrderError: nothing was pushed.
-            ValueError: a wrong out.
-        """
-        transport = self._symmetric()
-        buffers, out = self._slot_of(handle, "combine_pushed"), check_out(self.config, self.device, handle, out)
-        pushing = buffers.pushing
-        assert pushing is not None
-        inputs = out, handle.topk_weights
-        self._repeated(
-            buffers,
-            inputs,
-            ("combine_pushed", pushing),
-            lambda: transport.combine_pushed(pushing, handle.topk_weights, out, buffers, handle.state),
-        )
-        buffers.done("combine_pushed")
-        return out
-
     def output_buffer(self, slot: int = 0) -> Tensor:
         """A slot's buffer for expert output, which all layers can share. Transport "symmetric" with overlap=False has it from the start,
         and combines from it without a copy; otherwise it is made when it is first asked for, and `buffer_bytes` does not count it.
@@ -336,6 +259,7 @@ class MoEQuantDispatcher(SendRecv):
         layer: int | None = None,
         chunks: int = 1,
         first_experts: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         """dispatch, experts, combine. Collective.
 
@@ -356,11 +280,14 @@ class MoEQuantDispatcher(SendRecv):
                 first_experts.
             first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others
                 under their GEMMs. The same on all ranks.
+            out: (T, H) of the hidden states' type with contiguous rows, which may be the hidden states themselves, or None to
+                allocate it. Not under grad.
 
         Returns:
-            (T, H) of the hidden states' type. Errors are those of `dispatch` and `combine`. Under grad, with bfloat16 weights or
-            experts of one's own, it has a backward, which is collective too; then the layer goes in one piece.
+            out, (T, H). Errors are those of `dispatch` and `combine`. Under grad, with bfloat16 weights or experts of one's own, it
+            has a backward, which is collective too; then the layer goes in one piece.
         """
+        options = Options(slot, layer, chunks, first_experts, out)
         trained = False
         if torch.is_grad_enabled():
             # asked without a call: most layers are not trained
@@ -368,35 +295,32 @@ class MoEQuantDispatcher(SendRecv):
             weights = experts.parameters() if module else (getattr(experts, name, None) for name in WEIGHTS)
             trained = any(getattr(x, "requires_grad", False) for x in (hidden_states, topk_weights, *weights))
         if torch.compiler.is_compiling() and not trained:
-            return traced_layer(self, experts, hidden_states, topk_ids, topk_weights, slot, layer, chunks, first_experts)
-        return self._run((hidden_states, topk_ids, topk_weights), experts, slot, layer, chunks, first_experts, trained)
+            return traced_layer(self, experts, (hidden_states, topk_ids, topk_weights), options)
+        return self._run((hidden_states, topk_ids, topk_weights), experts, options, trained)
 
     @step
     def _run(
         self,
         tokens: tuple[Tensor, Tensor, Tensor],
         experts: Callable[[ExpertBatch], Tensor],
-        slot: int,
-        layer: int | None,
-        chunks: int,
-        first_experts: int,
+        options: Options,
         trained: bool,
     ) -> Tensor:
         """What a call does."""
         try:
-            pushing = pushing_experts(experts, chunks, first_experts, self.config)
+            pushing = check_layer(self, tokens[0], experts, options, trained)
         except Exception:
             self._count_refusal()
             raise
-        if layer is None:
-            layer = self._layer_of(experts)
+        if options.layer is None:
+            options = options._replace(layer=self._layer_of(experts))
         if trained:
-            return train_layer(self, tokens, experts, slot, layer)
-        if pushing is not None and chunks == 2:
-            return run_in_halves(self, tokens, pushing, layer, self._side)
-        if pushing is not None and first_experts:
-            return run_in_waves(self, tokens, pushing, slot, layer, first_experts, self._side)
-        return run_layer(self, tokens, experts, pushing, slot, layer)
+            return train_layer(self, tokens, experts, options.slot, options.layer)
+        if pushing is not None and options.chunks == 2:
+            return run_in_halves(self, tokens, pushing, options, self._side)
+        if pushing is not None and options.first_experts:
+            return run_in_waves(self, tokens, pushing, options, self._side)
+        return run_layer(self, tokens, experts, pushing, options)
 
     def _layer_of(self, experts: object) -> int | None:
         """A number for experts that last from call to call."""

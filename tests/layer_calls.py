@@ -208,7 +208,15 @@ LAYERS: dict[str, Callable[[], Call]] = {
     "MoEQuantDispatcher.begin_push": lambda: dispatched("begin_push", dtype=torch.bfloat16),
     "MoEQuantDispatcher.output_buffer": lambda: on(dispatcher(), "output_buffer", slot=0),
     "MoEQuantDispatcher.__call__": lambda: on(
-        dispatcher(), "__call__", **named(tokens()), experts=stand_in, slot=0, layer=0, chunks=1, first_experts=0
+        dispatcher(),
+        "__call__",
+        **named(tokens()),
+        experts=stand_in,
+        slot=0,
+        layer=0,
+        chunks=1,
+        first_experts=0,
+        out=torch.zeros(5, 40).bfloat16(),
     ),
     "MoEQuantDispatcher.check": lambda: on(dispatcher(), "check", wait=True),
     "MoEQuantDispatcher.ensure": lambda: on(dispatcher(), "ensure", max_tokens_per_rank=40),

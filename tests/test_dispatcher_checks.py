@@ -47,6 +47,48 @@ def test_a_given_output_without_contiguous_rows_is_refused():
             layer.combine(batch.values, handle, out=torch.empty(9, 144, dtype=torch.bfloat16)[:, ::2])
 
 
+@both_paths
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+def test_a_layer_writes_the_output_that_it_is_given_the_tokens_themselves_too(layout, reduce):
+    with dispatcher(layout=layout, reduce=reduce) as layer:
+        hidden, ids, weights = inputs()
+        expected = layer(hidden, ids, weights, lambda batch: batch.values)
+        wide = torch.full((9, 80), 7.0).bfloat16()
+        assert layer(hidden, ids, weights, lambda batch: batch.values, out=wide[:, :72]).data_ptr() == wide.data_ptr()
+        assert_bit_equal(wide[:, :72], expected)
+        assert bool((wide[:, 72:] == 7).all())
+        assert layer(hidden, ids, weights, lambda batch: batch.values, out=hidden) is hidden
+        assert_bit_equal(hidden, expected)
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        (torch.empty(8, 72).bfloat16(), r"out must have shape \(9, 72\), got \(8, 72\)"),
+        (torch.empty(9, 72), "out must be torch.bfloat16, got torch.float32"),
+        (torch.empty(9, 72, dtype=torch.bfloat16, device="meta"), "out must be on cpu, got meta"),
+        (torch.empty(9, 144).bfloat16()[:, ::2], "out must have contiguous rows"),
+        (torch.empty(1, 72).bfloat16().expand(9, 72), "elements of out must not overlap"),
+        ([0.0], "out must be a tensor, got list"),
+    ],
+    ids=str,
+)
+def test_a_layers_output_is_refused_before_anything_is_sent(out, message):
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as layer:
+        with pytest.raises(ValueError, match=message):
+            layer(*inputs(), lambda batch: batch.values, out=out)
+        assert layer._slots[0].generation == 0
+
+
+def test_a_layers_output_is_not_written_under_grad():
+    hidden, ids, weights = inputs()
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as layer:
+        with pytest.raises(RuntimeError, match="out is not written under grad: leave it out, or call under torch.no_grad"):
+            layer(hidden.requires_grad_(), ids, weights, lambda batch: batch.values, out=torch.empty(9, 72).bfloat16())
+        assert layer._slots[0].generation == 0
+
+
 @pytest.mark.parametrize("position, name", [(0, "hidden_states"), (1, "topk_ids"), (2, "topk_weights")])
 def test_every_input_has_to_be_on_the_dispatchers_device(position, name):
     arguments = inputs()

@@ -46,6 +46,15 @@ def tokens_of(seed: int, settings: dict[str, Any], tokens: int, device: str) -> 
     return hidden.to(device), ids.to(device), torch.rand(ids.shape, generator=generator).to(device)
 
 
+def check_given_output(dispatcher: MoEQuantDispatcher, tokens: Any, experts: GroupedExperts, expected: Any, **how: Any) -> None:
+    """Rows of a wider tensor, of which nothing else is written."""
+    wide = torch.full((len(expected), expected.shape[1] + 8), 7.0, dtype=expected.dtype, device=expected.device)
+    out = wide[:, :-8]
+    assert dispatcher(*tokens, experts, out=out, **how) is out
+    assert_bit_equal(out, expected, f"given, {how}")
+    assert bool((wide[:, -8:] == 7).all())
+
+
 def run_ways(rank: int, ranks: int, quant: str, layout: str, sizes: tuple[int, int, int], device: str) -> None:
     """The layer with and without overlap, in waves and in halves; other ranks have other numbers of tokens, the last one has none."""
     (most, hidden, inner), device = sizes, device.format(rank=rank)
@@ -54,12 +63,14 @@ def run_ways(rank: int, ranks: int, quant: str, layout: str, sizes: tuple[int, i
     tokens = tokens_of(rank, settings, 0 if rank and rank == ranks - 1 else most - rank, device)
     with MoEQuantDispatcher(**settings, overlap=False, device=device) as dispatcher:
         expected = dispatcher(*tokens, experts)
+        check_given_output(dispatcher, tokens, experts, expected)
     assert expected.shape == tokens[0].shape and bool(expected.isfinite().all())
     with MoEQuantDispatcher(**settings, device=device) as dispatcher:
         # of a rank with two experts the first one is all but the last
         for chunks, first in dict.fromkeys(((1, 0), (2, 0), (1, 1), (1, settings["num_experts"] // ranks - 1))):
             out = dispatcher(*tokens, experts, chunks=chunks, first_experts=first)
             assert_bit_equal(out, expected, f"{chunks} chunks, {first} experts first")
+            check_given_output(dispatcher, tokens, experts, expected, chunks=chunks, first_experts=first)
         assert_bit_equal(dispatcher(*tokens, experts, slot=1, first_experts=1), expected, "in the second slot")
         with pytest.raises(ValueError, match="chunks must be 1, or 2 with"):
             dispatcher(*tokens, experts, chunks=3)
