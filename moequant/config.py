@@ -257,6 +257,17 @@ class DispatcherConfig:
         """Whether the experts of a whole layer store their rows at the tokens' ranks. `transport` is resolved."""
         return self.overlap and self.transport == "symmetric" and not self.per_rank
 
+    def mean_rows(self, tokens: int) -> int:
+        """The rows that come to an expert on average.
+
+        Args:
+            tokens: of all ranks together.
+
+        Returns:
+            The mean, from 1 to M.
+        """
+        return min(max(ceil_div(tokens * self.top_k, self.num_experts), 1), self.max_rows)
+
     def difference(self, other: DispatcherConfig) -> str:
         """The settings that differ.
 

@@ -165,7 +165,14 @@ class MoEQuantDispatcher(PushedRows):
 
     @step
     def dispatch(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0, layer: int | None = None
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        slot: int = 0,
+        layer: int | None = None,
+        expected_tokens: int | None = None,
     ) -> tuple[ExpertBatch, DispatchHandle]:
         """Sends each token to the ranks of its experts, quantized. Collective.
 
@@ -177,6 +184,10 @@ class MoEQuantDispatcher(PushedRows):
             slot: whose buffers to use.
             layer: the number of the model's layer, from 0 on, by which a rank that skipped one is noticed; None where that isn't
                 said.
+            expected_tokens: the tokens of all ranks together, with shared_batch those that they share, where the host knows them:
+                by the rows that an expert then gets on average (`ExpertBatch.expected_rows`) GEMMs choose their tiles. None: as
+                if all ranks had as many as this one. Only a hint, which may be wrong and may differ between ranks; not used under
+                grad.
 
         Returns:
             The batch of this rank's experts, views of the slot's buffers that are valid until its next dispatch, and the handle
@@ -191,8 +202,8 @@ class MoEQuantDispatcher(PushedRows):
         # asked without a call: most layers are not trained
         if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (hidden_states, topk_weights)):
             return dispatch_tracked(self, (hidden_states, topk_ids, topk_weights), slot, layer)
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
-        settings = "dispatch", buffers.call.word
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, 0, expected_tokens)
+        settings = "dispatch", buffers.call.word, buffers.expected_rows
         batch, state = self._repeated(buffers, arguments, settings, lambda: self._transport.dispatch(*arguments, buffers))
         return batch, self._handle(*arguments, buffers, state, Stage.LANDED)
 
@@ -260,6 +271,7 @@ class MoEQuantDispatcher(PushedRows):
         chunks: int = 1,
         first_experts: int = 0,
         out: Tensor | None = None,
+        expected_tokens: int | None = None,
     ) -> Tensor:
         """dispatch, experts, combine. Collective.
 
@@ -282,12 +294,13 @@ class MoEQuantDispatcher(PushedRows):
                 under their GEMMs. The same on all ranks.
             out: (T, H) of the hidden states' type with contiguous rows, which may be the hidden states themselves, or None to
                 allocate it. Not under grad.
+            expected_tokens: as for `dispatch`.
 
         Returns:
             out, (T, H). Errors are those of `dispatch` and `combine`. Under grad, with bfloat16 weights or experts of one's own, it
             has a backward, which is collective too; then the layer goes in one piece.
         """
-        options = Options(slot, layer, chunks, first_experts, out)
+        options = Options(slot, layer, chunks, first_experts, expected_tokens, out)
         trained = False
         if torch.is_grad_enabled():
             # asked without a call: most layers are not trained

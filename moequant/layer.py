@@ -31,6 +31,7 @@ class Options(NamedTuple):
     layer: int | None = None
     chunks: int = 1
     first_experts: int = 0
+    expected_tokens: int | None = None
     out: Tensor | None = None
 
 
@@ -43,7 +44,7 @@ def run_layer(
 ) -> Tensor:
     """A layer in one piece. tokens: hidden states, ids, weights. pushing: the experts, if they store rows at the tokens' ranks."""
     slot, out = options.slot, options.out
-    batch, handle = dispatcher.dispatch(*tokens, slot=slot, layer=options.layer)
+    batch, handle = dispatcher.dispatch(*tokens, slot=slot, layer=options.layer, expected_tokens=options.expected_tokens)
     if pushing is not None:
         pushing.push(batch, dispatcher.begin_push(handle))
         return dispatcher.combine_pushed(handle, out=out)
@@ -57,6 +58,8 @@ def check_layer(
 ) -> GroupedExperts | None:
     """`pushing_experts`, and raises for an output that can't be written, before anything is sent."""
     out = options.out
+    if options.expected_tokens is not None:
+        check_int("expected_tokens", options.expected_tokens)
     if out is not None:
         if trained:
             raise RuntimeError("out is not written under grad: leave it out, or call under torch.no_grad()")
@@ -111,12 +114,11 @@ def traced_layer(
     """A call of the dispatcher as one opaque operation, `torch.ops.moequant.layer`, or with an output `layer_into`, for
     torch.compile."""
     number = experts._number if isinstance(experts, GroupedExperts) else _number(experts)
-    slot, layer, chunks, first_experts, out = options
-    names = [dispatcher._number, number]
-    settings = slot, layer, chunks, first_experts
+    slot, layer, chunks, first_experts, expected_tokens, out = options
+    settings = [dispatcher._number, number, slot, chunks, first_experts], layer, expected_tokens
     if out is None:
-        return torch.ops.moequant.layer(*tokens, names, *settings)
-    torch.ops.moequant.layer_into(out, *tokens, names, *settings)
+        return torch.ops.moequant.layer(*tokens, *settings)
+    torch.ops.moequant.layer_into(out, *tokens, *settings)
     return out
 
 
@@ -125,17 +127,11 @@ def _layer(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    names: Sequence[int],
-    slot: int,
+    numbers: Sequence[int],
     layer: int | None,
-    chunks: int,
-    first_experts: int,
+    expected_tokens: int | None,
 ) -> Tensor:
-    """names: the numbers of the dispatcher and of the experts."""
-    called, experts = (numbered[name] for name in names)
-    return called(
-        hidden_states, topk_ids, topk_weights, experts, slot=slot, layer=layer, chunks=chunks, first_experts=first_experts
-    )
+    return _call((hidden_states, topk_ids, topk_weights), numbers, layer, expected_tokens, None)
 
 
 @_layer.register_fake
@@ -149,17 +145,26 @@ def _layer_into(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    names: Sequence[int],
-    slot: int,
+    numbers: Sequence[int],
     layer: int | None,
-    chunks: int,
-    first_experts: int,
+    expected_tokens: int | None,
 ) -> None:
-    called, experts = (numbered[name] for name in names)
-    tokens = hidden_states, topk_ids, topk_weights
-    called(*tokens, experts, slot=slot, layer=layer, chunks=chunks, first_experts=first_experts, out=out)
+    _call((hidden_states, topk_ids, topk_weights), numbers, layer, expected_tokens, out)
 
 
 @_layer_into.register_fake
 def _(out: Tensor, *arguments: object) -> None:
     pass
+
+
+def _call(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    numbers: Sequence[int],
+    layer: int | None,
+    expected_tokens: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    """numbers: of the dispatcher and of the experts, then slot, chunks and first_experts."""
+    dispatcher, experts, slot, chunks, first_experts = numbers
+    options = Options(slot, layer, chunks, first_experts, expected_tokens, out)
+    return numbered[dispatcher](*tokens, numbered[experts], **options._asdict())

@@ -195,8 +195,10 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "slots": 2,
         },
     ),
-    "MoEQuantDispatcher.dispatch": lambda: on(dispatcher(), "dispatch", **named(tokens()), slot=0, layer=3),
-    "MoEQuantDispatcher.dispatch_send": lambda: on(dispatcher(slots=2), "dispatch_send", **named(tokens()), slot=1),
+    "MoEQuantDispatcher.dispatch": lambda: on(dispatcher(), "dispatch", **named(tokens()), slot=0, layer=3, expected_tokens=12),
+    "MoEQuantDispatcher.dispatch_send": lambda: on(
+        dispatcher(slots=2), "dispatch_send", **named(tokens()), slot=1, expected_tokens=12
+    ),
     "MoEQuantDispatcher.dispatch_recv": lambda: dispatched("dispatch_recv", "dispatch_send"),
     "MoEQuantDispatcher.dispatch_first": lambda: on(dispatcher(), "dispatch_first", **named(tokens()), slot=0, experts=2),
     "MoEQuantDispatcher.dispatch_second": lambda: dispatched("dispatch_second"),
@@ -217,6 +219,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
         chunks=1,
         first_experts=0,
         out=torch.zeros(5, 40).bfloat16(),
+        expected_tokens=12,
     ),
     "MoEQuantDispatcher.check": lambda: on(dispatcher(), "check", wait=True),
     "MoEQuantDispatcher.ensure": lambda: on(dispatcher(), "ensure", max_tokens_per_rank=40),

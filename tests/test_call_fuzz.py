@@ -55,6 +55,7 @@ OPTIONAL = {
     "scales",
     "out",
     "expected_rows",
+    "expected_tokens",
     "num_sms",
     "residual",
     "gate",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moequant import CapacityOverflowError, InvalidExpertIdError, MoEQuantDispatcher
+from moequant.batch import ExpertBatch
 from moequant.checks import check_counted, check_format
 from moequant.config import DispatcherConfig
 from moequant.testing import assert_bit_equal, routing
@@ -87,6 +88,38 @@ def test_a_layers_output_is_not_written_under_grad():
         with pytest.raises(RuntimeError, match="out is not written under grad: leave it out, or call under torch.no_grad"):
             layer(hidden.requires_grad_(), ids, weights, lambda batch: batch.values, out=torch.empty(9, 72).bfloat16())
         assert layer._slots[0].generation == 0
+
+
+@both_paths
+@pytest.mark.parametrize("step", ["call", "dispatch", "dispatch_send"])
+def test_expected_tokens_say_how_many_rows_an_expert_gets_and_change_nothing_else(step):
+    """4 experts, top-2: an expert gets half as many rows as there are tokens."""
+    batches: list[ExpertBatch] = []
+
+    def values(batch: ExpertBatch) -> torch.Tensor:
+        batches.append(batch)
+        return batch.values
+
+    with dispatcher(capacity=20) as layer:
+
+        def run(**expected: Any) -> torch.Tensor:
+            if step == "call":
+                return layer(*given, values, **expected)
+            if step == "dispatch":
+                batch, handle = layer.dispatch(*given, **expected)
+            else:
+                handle = layer.dispatch_send(*given, **expected)
+                batch = layer.dispatch_recv(handle)
+            return layer.combine(values(batch), handle)
+
+        given = inputs()
+        outs = [run(), *(run(expected_tokens=tokens) for tokens in (0, 6, 7, 9, 1000)), run()]
+        assert [batch.expected_rows for batch in batches] == [5, 1, 3, 4, 5, 32, 5]
+        for out in outs:
+            assert_bit_equal(out, outs[0])
+        for wrong, message in ((-1, "at least 0, got -1"), (2.0, "an integer"), (True, "an integer")):
+            with pytest.raises(ValueError, match=f"expected_tokens must be {message}"):
+                run(expected_tokens=wrong)
 
 
 @pytest.mark.parametrize("position, name", [(0, "hidden_states"), (1, "topk_ids"), (2, "topk_weights")])

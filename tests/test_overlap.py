@@ -61,7 +61,7 @@ class Recorder:
         self.slots: list[int] = []
         self.combined: list[torch.Tensor] = []
 
-    def dispatch(self, *tokens: Any, slot: int, layer: int | None) -> tuple[Any, Any]:
+    def dispatch(self, *tokens: Any, slot: int, layer: int | None, expected_tokens: int | None) -> tuple[Any, Any]:
         self.slots.append(slot)
         return SimpleNamespace(), SimpleNamespace(slot=slot)
 
@@ -101,8 +101,8 @@ class Streamed(Recorder):
         self.steps.append((step, *(len(x) for x in tokens), slot, *more))
         return SimpleNamespace(slot=slot), SimpleNamespace(slot=slot)
 
-    def dispatch(self, *tokens: torch.Tensor, slot: int, layer: int | None) -> tuple[Any, Any]:
-        return self.handle("dispatch", tokens, slot, layer)
+    def dispatch(self, *tokens: Any, slot: int, layer: int | None, expected_tokens: int | None) -> tuple[Any, Any]:
+        return self.handle("dispatch", tokens, slot, layer, expected_tokens)
 
     def dispatch_first(self, *arguments: Any) -> tuple[Any, Any]:
         return self.handle("dispatch_first", arguments[:3], *arguments[3:])
@@ -137,9 +137,9 @@ TOKENS = torch.zeros(5, 16), torch.zeros(5, 2), torch.zeros(5, 2)
 
 @pytest.mark.parametrize("slot", [0, 1])
 def test_waves_push_the_first_experts_beside_the_second_dispatch(streamed, slot):
-    run_in_waves(cast(Any, streamed), TOKENS, experts(), Options(slot, 6, first_experts=1), None)
+    run_in_waves(cast(Any, streamed), TOKENS, experts(), Options(slot, 6, first_experts=1, expected_tokens=9), None)
     assert streamed.steps == [
-        ("dispatch_first", 5, 5, 5, slot, 1, 6),
+        ("dispatch_first", 5, 5, 5, slot, 1, 6, 9),
         # of 10 multiprocessors 3 are left alone
         ("push", slot, 1, [10 * slot], 7),
         ("dispatch_second", slot),
@@ -149,11 +149,11 @@ def test_waves_push_the_first_experts_beside_the_second_dispatch(streamed, slot)
 
 
 def test_halves_take_a_slot_each_and_write_one_output(streamed):
-    out = run_in_halves(cast(Any, streamed), TOKENS, experts(), Options(layer=6), None)
+    out = run_in_halves(cast(Any, streamed), TOKENS, experts(), Options(layer=6, expected_tokens=9), None)
     assert streamed.steps == [
-        ("dispatch", 3, 3, 3, 0, 6),
+        ("dispatch", 3, 3, 3, 0, 6, 5),
         ("push", 0, 4, [0, 1, 2, 3], 7),
-        ("dispatch", 2, 2, 2, 1, 6),
+        ("dispatch", 2, 2, 2, 1, 6, 5),
         ("combine_pushed", 0, 3),
         ("push", 1, 4, [10, 11, 12, 13], None),
         ("combine_pushed", 1, 2),
@@ -163,9 +163,9 @@ def test_halves_take_a_slot_each_and_write_one_output(streamed):
 
 def test_a_layer_in_one_piece_pushes_all_of_it(streamed):
     layer = experts()
-    run_layer(cast(Any, streamed), TOKENS, layer, layer, Options(1))
+    run_layer(cast(Any, streamed), TOKENS, layer, layer, Options(1, expected_tokens=9))
     assert streamed.steps == [
-        ("dispatch", 5, 5, 5, 1, None),
+        ("dispatch", 5, 5, 5, 1, None, 9),
         ("push", 1, 4, [10, 11, 12, 13], None),
         ("combine_pushed", 1, None),
     ]

@@ -252,6 +252,7 @@ class Lifecycle:
         slot: int,
         layer: int | None,
         first_experts: int = 0,
+        expected_tokens: int | None = None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
         """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
         self._check_open()
@@ -263,11 +264,14 @@ class Lifecycle:
             if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
                 raise ValueError(f"layer must be the number of a layer, from 0 on, or None, got {layer!r}")
             check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
+            if expected_tokens is not None:
+                check_int("expected_tokens", expected_tokens)
         except Exception:
             self._count_refusal()
             raise
         buffers.call = Call(self._ordinal, slot, first_experts, 0 if layer is None else 1 + layer % LAYERS)
         buffers.generation += 1
+        buffers.expected_rows = None if expected_tokens is None else self.config.mean_rows(expected_tokens)
         buffers.stage = Stage.NONE
         buffers.pushing = buffers.pending = buffers.second = None
         return (with_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()), buffers
