@@ -134,7 +134,9 @@ class Lifecycle:
         """Reports what dispatches since the last check could not raise. Not collective.
 
         Args:
-            wait: for the device. Otherwise what is known by now is reported, and the rest by a later check, or the next dispatch.
+            wait: for the device. Otherwise what is known by now is reported, and the rest by a later check, or the next dispatch:
+                words in the host's memory are read, no more, so that it can be asked between replays of a CUDA graph, which calls
+                nothing of the dispatcher, from any thread, and while a graph is captured.
 
         Returns:
             The number of rows without room, of all ranks and experts.
@@ -222,7 +224,8 @@ class Lifecycle:
 
     def _raise_fault(self) -> None:
         """Raises what the transport's kernels have noticed, as far as they have come."""
-        self._fault = self._transport.fault()
+        # another thread may have noticed one meanwhile
+        self._fault = self._fault or self._transport.fault()
         if self._fault is None and self._counted[2]:
             self._fault = OutOfStepError(
                 "ranks of the group made different calls, and results since the last check are wrong: one rank raised an error, skipped "
