@@ -85,6 +85,9 @@ class MoEQuantDispatcher(PushedRows):
         num_sms: SMs (multiprocessors) that are left to communication meanwhile.
         timeout: seconds that a wait for other ranks may last, the constructor's too. On GPUs dispatch and combine of "collective"
             have the process group's own limit instead.
+        first_timeout: the same in the constructor, and in calls until `check()` has waited for the first ones: ranks that load weights
+            and compile their experts' kernels may be minutes apart. Captured graphs keep the limit under which they were captured.
+            None: timeout, and 600 s while the constructor compiles.
         device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
     Raises:
@@ -116,13 +119,14 @@ class MoEQuantDispatcher(PushedRows):
         overlap: bool = True,
         num_sms: int = 8,
         timeout: float = 60.0,
+        first_timeout: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         self._number = numbered.add(self)
         # of the modules that were called as experts, in the order of their first calls
         self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next_layer = itertools.count(1)
-        alone = group is None and transport == "local"
+        alone = group is None and isinstance(transport, str) and transport == "local"
         group, self._rank, world_size = (None, 0, 1) if alone else membership(group)
         self._group = group
         self.device = choose_device(group, None)
@@ -151,6 +155,7 @@ class MoEQuantDispatcher(PushedRows):
                 overlap=overlap,
                 num_sms=num_sms,
                 timeout=timeout,
+                first_timeout=first_timeout,
             )
 
         mine = attempt(settings, alone=world_size == 1)

@@ -177,6 +177,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "overlap": True,
             "num_sms": 8,
             "timeout": 10.0,
+            "first_timeout": 20.0,
             "device": "cpu",
         },
     ),

@@ -212,6 +212,9 @@ class Transport(ABC, Generic[AnySlot]):
     def start(self) -> None:
         """Called once, on all ranks, when the kernels are compiled and before the first call."""
 
+    def settle(self) -> None:
+        """After the first calls, from the first check on: waits have the limit `timeout`."""
+
     def fault(self) -> PeerTimeoutError | None:
         """What went wrong on the device since the start, without waiting for it."""
         return None

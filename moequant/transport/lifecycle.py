@@ -131,7 +131,7 @@ class Lifecycle:
         self._closed = False
 
     def check(self, *, wait: bool = True) -> int:
-        """Reports what dispatches since the last check could not raise. Not collective.
+        """Reports what dispatches since the last check could not raise. Not collective. The first one that waits ends `first_timeout`.
 
         Args:
             wait: for the device. Otherwise what is known by now is reported, and the rest by a later check, or the next dispatch:
@@ -156,6 +156,8 @@ class Lifecycle:
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._raise_fault()
+        if wait:
+            self._transport.settle()
         if wait and guards.wanted():
             self._transport.check_guards()
         invalid, dropped, _ = self._news()
