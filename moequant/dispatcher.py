@@ -126,6 +126,7 @@ class MoEQuantDispatcher(PushedRows):
         # of the modules that were called as experts, in the order of their first calls
         self._layers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._next_layer = itertools.count(1)
+        # what is no text is refused with the other settings
         alone = group is None and isinstance(transport, str) and transport == "local"
         group, self._rank, world_size = (None, 0, 1) if alone else membership(group)
         self._group = group

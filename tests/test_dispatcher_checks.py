@@ -76,9 +76,10 @@ def test_a_layer_writes_the_output_that_it_is_given_the_tokens_themselves_too(la
     ids=str,
 )
 def test_a_layers_output_is_refused_before_anything_is_sent(out, message):
+    hidden, ids, weights = inputs()
     with MoEQuantDispatcher(**SETTINGS, device="cpu") as layer:
         with pytest.raises(ValueError, match=message):
-            layer(*inputs(), lambda batch: batch.values, out=out)
+            layer(hidden, ids, weights, lambda batch: batch.values, out=out)
         assert layer._slots[0].generation == 0
 
 
@@ -104,7 +105,7 @@ def test_expected_tokens_say_how_many_rows_an_expert_gets_and_change_nothing_els
 
         def run(**expected: Any) -> torch.Tensor:
             if step == "call":
-                return layer(*given, values, **expected)
+                return layer(given[0], given[1], given[2], values, **expected)
             if step == "dispatch":
                 batch, handle = layer.dispatch(*given, **expected)
             else:

@@ -76,7 +76,8 @@ def run_repeats(rank: int, ranks: int, layout: str) -> None:
                 out = dispatcher.combine(stand_in(batch, rank * 2), handle)
                 assert_bit_equal(out, outputs[rank])
                 given = torch.full_like(out, torch.nan)
-                whole = dispatcher(*inputs[rank], lambda batch: stand_in(batch, rank * 2), slot=trial % 2, out=given)
+                hidden, ids, weights = inputs[rank]
+                whole = dispatcher(hidden, ids, weights, lambda batch: stand_in(batch, rank * 2), slot=trial % 2, out=given)
                 assert whole is given
                 assert_bit_equal(given, outputs[rank])
 
