@@ -202,12 +202,17 @@ def check_out(config: DispatcherConfig, device: torch.device, handle: DispatchHa
     shape = (handle.topk_weights.shape[0], config.hidden_size)
     if out is None:
         return torch.empty(shape, dtype=handle.dtype, device=device)
-    check_tensor("out", out, shape=shape, dtypes=(handle.dtype,), device=device)
+    check_given(out, shape, handle.dtype, device)
+    return out
+
+
+def check_given(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError unless out can be written as the sums of so many tokens, with contiguous rows."""
+    check_tensor("out", out, shape=shape, dtypes=(dtype,), device=device)
     check_no_grad(out=out)
     if out.stride(-1) != 1:
         raise ValueError(f"out must have contiguous rows, got strides {out.stride()}")
     check_output("out", out)
-    return out
 
 
 def check_eps(eps: float | None) -> None:

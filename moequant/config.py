@@ -72,6 +72,7 @@ class DispatcherConfig:
         overlap: whether the second GEMM stores its rows at the tokens' ranks.
         num_sms: SMs (multiprocessors) that GEMMs leave to an exchange beside them.
         timeout: seconds, from 0.001 to 1e6.
+        first_timeout: the same, until the first check; None: timeout.
 
     Raises:
         ValueError: a setting is wrong; it says what was given and what was expected.
@@ -97,6 +98,7 @@ class DispatcherConfig:
     overlap: bool = True
     num_sms: int = 8
     timeout: float = 60.0
+    first_timeout: float | None = None
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
@@ -129,8 +131,12 @@ class DispatcherConfig:
         ):
             raise ValueError(f"capacity must be a positive number of rows for each expert, or None, got {self.capacity!r}")
         self._check_layout()
-        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not 1e-3 <= self.timeout <= 1e6:
-            raise ValueError(f"timeout must be a number of seconds from 0.001 to 1e6, got {self.timeout!r}")
+        for name in ("timeout", "first_timeout"):
+            value = getattr(self, name)
+            if name == "first_timeout" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-3 <= value <= 1e6:
+                raise ValueError(f"{name} must be a number of seconds from 0.001 to 1e6, got {value!r}")
         if self.max_tokens_per_rank * self.top_k > MAX_INT:
             raise ValueError(
                 f"max_tokens_per_rank times top_k must be below 2**31, as entries are numbered in int32, got {self.max_tokens_per_rank} "
@@ -253,9 +259,25 @@ class DispatcherConfig:
         return self.reduce == "per_rank"
 
     @functools.cached_property
+    def first_limit(self) -> float:
+        """Seconds that a wait may last in the constructor and until the first check."""
+        return self.timeout if self.first_timeout is None else self.first_timeout
+
+    @functools.cached_property
     def pushes(self) -> bool:
         """Whether the experts of a whole layer store their rows at the tokens' ranks. `transport` is resolved."""
         return self.overlap and self.transport == "symmetric" and not self.per_rank
+
+    def mean_rows(self, tokens: int) -> int:
+        """The rows that come to an expert on average.
+
+        Args:
+            tokens: of all ranks together.
+
+        Returns:
+            The mean, from 1 to M.
+        """
+        return min(max(ceil_div(tokens * self.top_k, self.num_experts), 1), self.max_rows)
 
     def difference(self, other: DispatcherConfig) -> str:
         """The settings that differ.

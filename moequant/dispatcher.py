@@ -19,9 +19,9 @@ from moequant.batch import DispatchHandle, ExpertBatch
 from moequant.checks import check_expert_output, check_format, check_out
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts
-from moequant.layer import pushing_experts, run_layer, traced_layer
+from moequant.layer import Options, check_layer, run_layer, traced_layer
 from moequant.overlap import run_in_halves, run_in_waves, side_stream
-from moequant.send_recv import SendRecv
+from moequant.pushed_rows import PushedRows
 from moequant.traced import numbered
 from moequant.training.layer import WEIGHTS, TrackedHandle, combine_tracked, dispatch_tracked, train_layer
 from moequant.transport.agreement import agree, attempt, choose_device, membership
@@ -30,7 +30,7 @@ from moequant.transport.lifecycle import step
 from moequant.transport.select import buffer_bytes, resolve
 
 
-class MoEQuantDispatcher(SendRecv):
+class MoEQuantDispatcher(PushedRows):
     """Routes, quantizes and exchanges tokens for expert parallelism. One dispatcher serves all layers of a model.
 
     The constructor is collective: all ranks of the group call it, with the same settings. It allocates `buffer_bytes(...)` bytes,
@@ -85,6 +85,9 @@ class MoEQuantDispatcher(SendRecv):
         num_sms: SMs (multiprocessors) that are left to communication meanwhile.
         timeout: seconds that a wait for other ranks may last, the constructor's too. On GPUs dispatch and combine of "collective"
             have the process group's own limit instead.
+        first_timeout: the same in the constructor, and in calls until `check()` has waited for the first ones: ranks that load weights
+            and compile their experts' kernels may be minutes apart. Captured graphs keep the limit under which they were captured.
+            None: timeout, and 600 s while the constructor compiles.
         device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
     Raises:
@@ -116,6 +119,7 @@ class MoEQuantDispatcher(SendRecv):
         overlap: bool = True,
         num_sms: int = 8,
         timeout: float = 60.0,
+        first_timeout: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         self._number = numbered.add(self)
@@ -152,6 +156,7 @@ class MoEQuantDispatcher(SendRecv):
                 overlap=overlap,
                 num_sms=num_sms,
                 timeout=timeout,
+                first_timeout=first_timeout,
             )
 
         mine = attempt(settings, alone=world_size == 1)
@@ -166,7 +171,14 @@ class MoEQuantDispatcher(SendRecv):
 
     @step
     def dispatch(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0, layer: int | None = None
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        slot: int = 0,
+        layer: int | None = None,
+        expected_tokens: int | None = None,
     ) -> tuple[ExpertBatch, DispatchHandle]:
         """Sends each token to the ranks of its experts, quantized. Collective.
 
@@ -178,6 +190,10 @@ class MoEQuantDispatcher(SendRecv):
             slot: whose buffers to use.
             layer: the number of the model's layer, from 0 on, by which a rank that skipped one is noticed; None where that isn't
                 said.
+            expected_tokens: the tokens of all ranks together, with shared_batch those that they share, where the host knows them:
+                by the rows that an expert then gets on average (`ExpertBatch.expected_rows`) GEMMs choose their tiles. None: as
+                if all ranks had as many as this one. Only a hint, which may be wrong and may differ between ranks; not used under
+                grad.
 
         Returns:
             The batch of this rank's experts, views of the slot's buffers that are valid until its next dispatch, and the handle
@@ -192,8 +208,8 @@ class MoEQuantDispatcher(SendRecv):
         # asked without a call: most layers are not trained
         if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (hidden_states, topk_weights)):
             return dispatch_tracked(self, (hidden_states, topk_ids, topk_weights), slot, layer)
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
-        settings = "dispatch", buffers.call.word
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, 0, expected_tokens)
+        settings = "dispatch", buffers.call.word, buffers.expected_rows
         batch, state = self._repeated(buffers, arguments, settings, lambda: self._transport.dispatch(*arguments, buffers))
         return batch, self._handle(*arguments, buffers, state, Stage.LANDED)
 
@@ -231,83 +247,6 @@ class MoEQuantDispatcher(SendRecv):
         buffers.done("combine")
         return out
 
-    @step
-    def begin_push(self, handle: DispatchHandle, *, dtype: torch.dtype | None = None) -> Tensor:
-        """Where a producer stores the rows that it makes: then call `combine_pushed`. Transport "symmetric" with reduce="exact" alone.
-
-        Args:
-            handle: of the dispatch.
-            dtype: of the rows, bfloat16 or float16, the same on all ranks; None: what `GroupedExperts` make here, float16 with
-                quant="float16", otherwise bfloat16.
-
-        Returns:
-            (L, M), ragged (R,), int64: for each valid row of the batch the address, in this process, of H numbers of that type. A
-            multiple of 16 if H is one of 8. They stay as they are until the slot's next dispatch.
-
-        Raises:
-            RuntimeError: another transport or reduce.
-            ValueError: another dtype.
-        """
-        transport = self._symmetric()
-        if self.config.per_rank:
-            raise RuntimeError(f'rows can be pushed with reduce="exact" alone, not with "{self.config.reduce}"; use combine')
-        dtype = self.config.output_dtype if dtype is None else dtype
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, got {dtype}")
-        buffers = self._slot_of(handle, "begin_push")
-        self._come_again(buffers)
-        buffers.pushing = dtype
-        return transport.destinations(buffers)
-
-    @step
-    def push(self, expert_output: Tensor, handle: DispatchHandle) -> None:
-        """Stores each valid row where its token came from, as a producer does that asks `begin_push`. Then call `combine_pushed`.
-
-        Transport "symmetric" with reduce="exact" alone.
-
-        Args:
-            expert_output: (L, M, H), ragged (R, H), bfloat16 or float16.
-            handle: of the dispatch.
-
-        Raises:
-            RuntimeError: another transport or reduce.
-            ValueError: wrong tensors.
-        """
-        transport = self._symmetric()
-        self._slot_of(handle)
-        expert_output = check_expert_output(self.config, self.device, expert_output)
-        self.begin_push(handle, dtype=expert_output.dtype)
-        transport.push(expert_output, self._slots[handle.slot])
-
-    @step
-    def combine_pushed(self, handle: DispatchHandle, *, out: Tensor | None = None) -> Tensor:
-        """`combine` of rows that have been pushed: waits until all ranks' are there, and sums them. Collective, the same bits.
-
-        Args:
-            handle: of the dispatch.
-            out: (T, H) of the hidden states' type with contiguous rows, or None to allocate it.
-
-        Returns:
-            out, the sums.
-
-        Raises:
-            CallOrderError: nothing was pushed.
-            ValueError: a wrong out.
-        """
-        transport = self._symmetric()
-        buffers, out = self._slot_of(handle, "combine_pushed"), check_out(self.config, self.device, handle, out)
-        pushing = buffers.pushing
-        assert pushing is not None
-        inputs = out, handle.topk_weights
-        self._repeated(
-            buffers,
-            inputs,
-            ("combine_pushed", pushing),
-            lambda: transport.combine_pushed(pushing, handle.topk_weights, out, buffers, handle.state),
-        )
-        buffers.done("combine_pushed")
-        return out
-
     def output_buffer(self, slot: int = 0) -> Tensor:
         """A slot's buffer for expert output, which all layers can share. Transport "symmetric" with overlap=False has it from the start,
         and combines from it without a copy; otherwise it is made when it is first asked for, and `buffer_bytes` does not count it.
@@ -337,6 +276,8 @@ class MoEQuantDispatcher(SendRecv):
         layer: int | None = None,
         chunks: int = 1,
         first_experts: int = 0,
+        out: Tensor | None = None,
+        expected_tokens: int | None = None,
     ) -> Tensor:
         """dispatch, experts, combine. Collective.
 
@@ -357,11 +298,15 @@ class MoEQuantDispatcher(SendRecv):
                 first_experts.
             first_experts: from 0 to L - 1; the rows of each rank's first so many experts are sent first, and those of the others
                 under their GEMMs. The same on all ranks.
+            out: (T, H) of the hidden states' type with contiguous rows, which may be the hidden states themselves, or None to
+                allocate it. Not under grad.
+            expected_tokens: as for `dispatch`.
 
         Returns:
-            (T, H) of the hidden states' type. Errors are those of `dispatch` and `combine`. Under grad, with bfloat16 weights or
-            experts of one's own, it has a backward, which is collective too; then the layer goes in one piece.
+            out, (T, H). Errors are those of `dispatch` and `combine`. Under grad, with bfloat16 weights or experts of one's own, it
+            has a backward, which is collective too; then the layer goes in one piece.
         """
+        options = Options(slot, layer, chunks, first_experts, expected_tokens, out)
         trained = False
         if torch.is_grad_enabled():
             # asked without a call: most layers are not trained
@@ -369,35 +314,32 @@ class MoEQuantDispatcher(SendRecv):
             weights = experts.parameters() if module else (getattr(experts, name, None) for name in WEIGHTS)
             trained = any(getattr(x, "requires_grad", False) for x in (hidden_states, topk_weights, *weights))
         if torch.compiler.is_compiling() and not trained:
-            return traced_layer(self, experts, hidden_states, topk_ids, topk_weights, slot, layer, chunks, first_experts)
-        return self._run((hidden_states, topk_ids, topk_weights), experts, slot, layer, chunks, first_experts, trained)
+            return traced_layer(self, experts, (hidden_states, topk_ids, topk_weights), options)
+        return self._run((hidden_states, topk_ids, topk_weights), experts, options, trained)
 
     @step
     def _run(
         self,
         tokens: tuple[Tensor, Tensor, Tensor],
         experts: Callable[[ExpertBatch], Tensor],
-        slot: int,
-        layer: int | None,
-        chunks: int,
-        first_experts: int,
+        options: Options,
         trained: bool,
     ) -> Tensor:
         """What a call does."""
         try:
-            pushing = pushing_experts(experts, chunks, first_experts, self.config)
+            pushing = check_layer(self, tokens[0], experts, options, trained)
         except Exception:
             self._count_refusal()
             raise
-        if layer is None:
-            layer = self._layer_of(experts)
+        if options.layer is None:
+            options = options._replace(layer=self._layer_of(experts))
         if trained:
-            return train_layer(self, tokens, experts, slot, layer)
-        if pushing is not None and chunks == 2:
-            return run_in_halves(self, tokens, pushing, layer, self._side)
-        if pushing is not None and first_experts:
-            return run_in_waves(self, tokens, pushing, slot, layer, first_experts, self._side)
-        return run_layer(self, tokens, experts, pushing, slot, layer)
+            return train_layer(self, tokens, experts, options.slot, options.layer)
+        if pushing is not None and options.chunks == 2:
+            return run_in_halves(self, tokens, pushing, options, self._side)
+        if pushing is not None and options.first_experts:
+            return run_in_waves(self, tokens, pushing, options, self._side)
+        return run_layer(self, tokens, experts, pushing, options)
 
     def _layer_of(self, experts: object) -> int | None:
         """A number for experts that last from call to call."""

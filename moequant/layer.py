@@ -8,14 +8,14 @@ T tokens, K top-k, L local experts, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moequant.batch import ExpertBatch
-from moequant.checks import check_int
+from moequant.checks import check_given, check_int
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts, can_push
 from moequant.traced import numbered
@@ -24,22 +24,50 @@ if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
 
 
+class Options(NamedTuple):
+    """How a layer is called, as `MoEQuantDispatcher.__call__` says."""
+
+    slot: int = 0
+    layer: int | None = None
+    chunks: int = 1
+    first_experts: int = 0
+    expected_tokens: int | None = None
+    out: Tensor | None = None
+
+
 def run_layer(
     dispatcher: MoEQuantDispatcher,
     tokens: tuple[Tensor, Tensor, Tensor],
     experts: Callable[[ExpertBatch], Tensor],
     pushing: GroupedExperts | None,
-    slot: int,
-    layer: int | None,
+    options: Options,
 ) -> Tensor:
     """A layer in one piece. tokens: hidden states, ids, weights. pushing: the experts, if they store rows at the tokens' ranks."""
-    batch, handle = dispatcher.dispatch(*tokens, slot=slot, layer=layer)
+    slot, out = options.slot, options.out
+    batch, handle = dispatcher.dispatch(*tokens, slot=slot, layer=options.layer, expected_tokens=options.expected_tokens)
     if pushing is not None:
         pushing.push(batch, dispatcher.begin_push(handle))
-        return dispatcher.combine_pushed(handle)
+        return dispatcher.combine_pushed(handle, out=out)
     if isinstance(experts, GroupedExperts) and can_push(experts) and dispatcher.config.transport == "symmetric":
-        return dispatcher.combine(experts(batch, out=dispatcher.output_buffer(slot)), handle)
-    return dispatcher.combine(experts(batch), handle)
+        return dispatcher.combine(experts(batch, out=dispatcher.output_buffer(slot)), handle, out=out)
+    return dispatcher.combine(experts(batch), handle, out=out)
+
+
+def check_layer(
+    dispatcher: MoEQuantDispatcher, hidden_states: Tensor, experts: object, options: Options, trained: bool
+) -> GroupedExperts | None:
+    """`pushing_experts`, and raises for an output that can't be written, before anything is sent."""
+    out = options.out
+    if options.expected_tokens is not None:
+        check_int("expected_tokens", options.expected_tokens)
+    if out is not None:
+        if trained:
+            raise RuntimeError("out is not written under grad: leave it out, or call under torch.no_grad()")
+        # other hidden states are refused by the dispatch
+        if isinstance(hidden_states, Tensor) and hidden_states.dim() == 2:
+            shape = hidden_states.shape[0], dispatcher.config.hidden_size
+            check_given(out, shape, hidden_states.dtype, dispatcher.device)
+    return pushing_experts(experts, options.chunks, options.first_experts, dispatcher.config)
 
 
 def pushing_experts(experts: object, chunks: int, first_experts: int, config: DispatcherConfig) -> GroupedExperts | None:
@@ -81,21 +109,17 @@ _number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def traced_layer(
-    dispatcher: MoEQuantDispatcher,
-    experts: object,
-    hidden_states: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    slot: int,
-    layer: int | None,
-    chunks: int,
-    first_experts: int,
+    dispatcher: MoEQuantDispatcher, experts: object, tokens: tuple[Tensor, Tensor, Tensor], options: Options
 ) -> Tensor:
-    """A call of the dispatcher as one opaque operation, `torch.ops.moequant.layer`, for torch.compile."""
+    """A call of the dispatcher as one opaque operation, `torch.ops.moequant.layer`, or with an output `layer_into`, for
+    torch.compile."""
     number = experts._number if isinstance(experts, GroupedExperts) else _number(experts)
-    return torch.ops.moequant.layer(
-        hidden_states, topk_ids, topk_weights, dispatcher._number, number, slot, layer, chunks, first_experts
-    )
+    slot, layer, chunks, first_experts, expected_tokens, out = options
+    settings = [dispatcher._number, number, slot, chunks, first_experts], layer, expected_tokens
+    if out is None:
+        return torch.ops.moequant.layer(*tokens, *settings)
+    torch.ops.moequant.layer_into(out, *tokens, *settings)
+    return out
 
 
 @torch.library.custom_op("moequant::layer", mutates_args=())
@@ -103,17 +127,44 @@ def _layer(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    dispatcher: int,
-    experts: int,
-    slot: int,
+    numbers: Sequence[int],
     layer: int | None,
-    chunks: int,
-    first_experts: int,
+    expected_tokens: int | None,
 ) -> Tensor:
-    called, given = numbered[dispatcher], numbered[experts]
-    return called(hidden_states, topk_ids, topk_weights, given, slot=slot, layer=layer, chunks=chunks, first_experts=first_experts)
+    return _call((hidden_states, topk_ids, topk_weights), numbers, layer, expected_tokens, None)
 
 
 @_layer.register_fake
 def _(hidden_states: Tensor, *arguments: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("moequant::layer_into", mutates_args=("out",))
+def _layer_into(
+    out: Tensor,
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    numbers: Sequence[int],
+    layer: int | None,
+    expected_tokens: int | None,
+) -> None:
+    _call((hidden_states, topk_ids, topk_weights), numbers, layer, expected_tokens, out)
+
+
+@_layer_into.register_fake
+def _(out: Tensor, *arguments: object) -> None:
+    pass
+
+
+def _call(
+    tokens: tuple[Tensor, Tensor, Tensor],
+    numbers: Sequence[int],
+    layer: int | None,
+    expected_tokens: int | None,
+    out: Tensor | None,
+) -> Tensor:
+    """numbers: of the dispatcher and of the experts, then slot, chunks and first_experts."""
+    dispatcher, experts, slot, chunks, first_experts = numbers
+    options = Options(slot, layer, chunks, first_experts, expected_tokens, out)
+    return numbered[dispatcher](*tokens, numbered[experts], **options._asdict())

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts
+from moequant.layer import Options
 
 if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
@@ -61,15 +62,13 @@ def run_in_waves(
     dispatcher: MoEQuantDispatcher,
     tokens: tuple[Tensor, Tensor, Tensor],
     experts: GroupedExperts,
-    slot: int,
-    layer: int | None,
-    first: int,
+    options: Options,
     side: torch.cuda.Stream | None,
 ) -> Tensor:
     """The module's first picture. side: the second stream; None on a CPU, where one step follows the other."""
     main = None if side is None else torch.cuda.current_stream(tokens[0].device)
-    sms = side_sms(dispatcher)
-    batch, handle = dispatcher.dispatch_first(*tokens, slot, first, layer)
+    sms, first = side_sms(dispatcher), options.first_experts
+    batch, handle = dispatcher.dispatch_first(*tokens, options.slot, first, options.layer, options.expected_tokens)
     destinations = dispatcher.begin_push(handle)
     # of ragged rows both waves' are numbered from the first on
     parts = (destinations, destinations) if dispatcher.config.ragged else (destinations[:first], destinations[first:])
@@ -82,30 +81,32 @@ def run_in_waves(
     finally:
         # after an error too: what the side uses may be freed then
         follow(main, side)
-    return dispatcher.combine_pushed(handle)
+    return dispatcher.combine_pushed(handle, out=options.out)
 
 
 def run_in_halves(
     dispatcher: MoEQuantDispatcher,
     tokens: tuple[Tensor, Tensor, Tensor],
     experts: GroupedExperts,
-    layer: int | None,
+    options: Options,
     side: torch.cuda.Stream | None,
 ) -> Tensor:
     """The module's second picture. side: as for `run_in_waves`."""
-    hidden = tokens[0]
+    hidden, layer, out = tokens[0], options.layer, options.out
     half = (hidden.shape[0] + 1) // 2
-    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    expected = None if options.expected_tokens is None else (options.expected_tokens + 1) // 2
+    if out is None:
+        out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     main = None if side is None else torch.cuda.current_stream(hidden.device)
 
-    batch0, handle0 = dispatcher.dispatch(*(x[:half] for x in tokens), slot=0, layer=layer)
+    batch0, handle0 = dispatcher.dispatch(*(x[:half] for x in tokens), slot=0, layer=layer, expected_tokens=expected)
     # not beside it: they would share the wire
     follow(side, main)
     try:
         with torch.cuda.stream(side):
             experts.push(batch0, dispatcher.begin_push(handle0), num_sms=side_sms(dispatcher))
         pushed = None if side is None else side.record_event()
-        batch1, handle1 = dispatcher.dispatch(*(x[half:] for x in tokens), slot=1, layer=layer)
+        batch1, handle1 = dispatcher.dispatch(*(x[half:] for x in tokens), slot=1, layer=layer, expected_tokens=expected)
         follow(side, main)
         with torch.cuda.stream(side):
             dispatcher.combine_pushed(handle0, out=out[:half])

@@ -18,7 +18,14 @@ class SendRecv(Lifecycle):
 
     @step
     def dispatch_send(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0, layer: int | None = None
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        slot: int = 0,
+        layer: int | None = None,
+        expected_tokens: int | None = None,
     ) -> DispatchHandle:
         """The first half of `dispatch`: sends this rank's rows, and does not wait for the others' to arrive. Collective.
 
@@ -32,11 +39,12 @@ class SendRecv(Lifecycle):
             topk_weights: as for `dispatch`.
             slot: as for `dispatch`.
             layer: as for `dispatch`.
+            expected_tokens: as for `dispatch`.
 
         Returns:
             The handle that `dispatch_recv` and `combine` take. Errors are those of `dispatch`.
         """
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer)
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, expected_tokens=expected_tokens)
         state = self._transport.dispatch_send(*arguments, buffers)
         return self._handle(*arguments, buffers, state, Stage.SENT)
 
@@ -64,6 +72,7 @@ class SendRecv(Lifecycle):
         slot: int,
         experts: int,
         layer: int | None = None,
+        expected_tokens: int | None = None,
     ) -> tuple[ExpertBatch, DispatchHandle]:
         """`dispatch` of the rows of each rank's first experts. Collective, transport "symmetric" alone.
 
@@ -76,12 +85,13 @@ class SendRecv(Lifecycle):
             slot: as for `dispatch`.
             experts: how many, from 1 to L - 1.
             layer: as for `dispatch`.
+            expected_tokens: as for `dispatch`.
 
         Returns:
             Their batch, and the handle.
         """
         transport = self._symmetric()
-        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, experts)
+        arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, experts, expected_tokens)
         batch, state = transport.dispatch_first(*arguments, buffers, experts)
         return batch, self._handle(*arguments, buffers, state, Stage.FIRST)
 

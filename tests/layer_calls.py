@@ -177,6 +177,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "overlap": True,
             "num_sms": 8,
             "timeout": 10.0,
+            "first_timeout": 20.0,
             "device": "cpu",
         },
     ),
@@ -195,8 +196,10 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "slots": 2,
         },
     ),
-    "MoEQuantDispatcher.dispatch": lambda: on(dispatcher(), "dispatch", **named(tokens()), slot=0, layer=3),
-    "MoEQuantDispatcher.dispatch_send": lambda: on(dispatcher(slots=2), "dispatch_send", **named(tokens()), slot=1),
+    "MoEQuantDispatcher.dispatch": lambda: on(dispatcher(), "dispatch", **named(tokens()), slot=0, layer=3, expected_tokens=12),
+    "MoEQuantDispatcher.dispatch_send": lambda: on(
+        dispatcher(slots=2), "dispatch_send", **named(tokens()), slot=1, expected_tokens=12
+    ),
     "MoEQuantDispatcher.dispatch_recv": lambda: dispatched("dispatch_recv", "dispatch_send"),
     "MoEQuantDispatcher.dispatch_first": lambda: on(dispatcher(), "dispatch_first", **named(tokens()), slot=0, experts=2),
     "MoEQuantDispatcher.dispatch_second": lambda: dispatched("dispatch_second"),
@@ -208,7 +211,16 @@ LAYERS: dict[str, Callable[[], Call]] = {
     "MoEQuantDispatcher.begin_push": lambda: dispatched("begin_push", dtype=torch.bfloat16),
     "MoEQuantDispatcher.output_buffer": lambda: on(dispatcher(), "output_buffer", slot=0),
     "MoEQuantDispatcher.__call__": lambda: on(
-        dispatcher(), "__call__", **named(tokens()), experts=stand_in, slot=0, layer=0, chunks=1, first_experts=0
+        dispatcher(),
+        "__call__",
+        **named(tokens()),
+        experts=stand_in,
+        slot=0,
+        layer=0,
+        chunks=1,
+        first_experts=0,
+        out=torch.zeros(5, 40).bfloat16(),
+        expected_tokens=12,
     ),
     "MoEQuantDispatcher.check": lambda: on(dispatcher(), "check", wait=True),
     "MoEQuantDispatcher.ensure": lambda: on(dispatcher(), "ensure", max_tokens_per_rank=40),

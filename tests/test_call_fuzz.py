@@ -45,6 +45,7 @@ MAY_BE: dict[str, tuple[type, ...]] = {
     "model": (torch.nn.Module,),
     "eps": (int, float),
     "timeout": (int, float),
+    "first_timeout": (int, float),
     "max_value": (int, float),
     "min_normal": (int, float),
 }
@@ -55,6 +56,9 @@ OPTIONAL = {
     "scales",
     "out",
     "expected_rows",
+    "expected_tokens",
+    "first_timeout",
+    "layer",
     "num_sms",
     "residual",
     "gate",

@@ -54,6 +54,7 @@ BAD = {
     "an unknown recipe": ({"recipe": "mx"}, "recipe must be one of default, deepgemm, ue8m0, fnuz_224, got 'mx'"),
     "no time": ({"timeout": 0}, "timeout must be a number of seconds from 0.001 to 1e6, got 0"),
     "a time that is no number": ({"timeout": float("nan")}, "timeout must be a number of seconds from 0.001 to 1e6, got nan"),
+    "no first time": ({"first_timeout": 0}, "first_timeout must be a number of seconds from 0.001 to 1e6, got 0"),
     "too long a time": ({"timeout": 1e6 + 1}, "timeout must be a number of seconds from 0.001 to 1e6, got 1000001.0"),
     "more rows than int32 numbers": ({"num_experts": 2**27, "capacity": 16}, "134217728 experts of 16 rows are too many"),
     "local on several ranks": (
@@ -89,6 +90,7 @@ def test_settings_that_do_not_fit_raise_a_value_error(case):
 def test_rows_up_to_the_last_that_int32_numbers_are_accepted():
     assert config(num_experts=2**27 - 1, capacity=16).max_rows == 16
     assert config(timeout=1e6).timeout == 1e6
+    assert config(timeout=5).first_limit == 5 and config(timeout=5, first_timeout=900).first_limit == 900
     assert config(layout="ragged", rank_capacity=2**31 - 16).total_rows == 2**31 - 16
 
 

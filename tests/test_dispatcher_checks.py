@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moequant import CapacityOverflowError, InvalidExpertIdError, MoEQuantDispatcher
+from moequant.batch import ExpertBatch
 from moequant.checks import check_counted, check_format
 from moequant.config import DispatcherConfig
 from moequant.testing import assert_bit_equal, routing
@@ -45,6 +46,81 @@ def test_a_given_output_without_contiguous_rows_is_refused():
         batch, handle = layer.dispatch(*inputs())
         with pytest.raises(ValueError, match=r"out must have contiguous rows, got strides \(144, 2\)"):
             layer.combine(batch.values, handle, out=torch.empty(9, 144, dtype=torch.bfloat16)[:, ::2])
+
+
+@both_paths
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+def test_a_layer_writes_the_output_that_it_is_given_the_tokens_themselves_too(layout, reduce):
+    with dispatcher(layout=layout, reduce=reduce) as layer:
+        hidden, ids, weights = inputs()
+        expected = layer(hidden, ids, weights, lambda batch: batch.values)
+        wide = torch.full((9, 80), 7.0).bfloat16()
+        assert layer(hidden, ids, weights, lambda batch: batch.values, out=wide[:, :72]).data_ptr() == wide.data_ptr()
+        assert_bit_equal(wide[:, :72], expected)
+        assert bool((wide[:, 72:] == 7).all())
+        assert layer(hidden, ids, weights, lambda batch: batch.values, out=hidden) is hidden
+        assert_bit_equal(hidden, expected)
+
+
+@pytest.mark.parametrize(
+    "out, message",
+    [
+        (torch.empty(8, 72).bfloat16(), r"out must have shape \(9, 72\), got \(8, 72\)"),
+        (torch.empty(9, 72), "out must be torch.bfloat16, got torch.float32"),
+        (torch.empty(9, 72, dtype=torch.bfloat16, device="meta"), "out must be on cpu, got meta"),
+        (torch.empty(9, 144).bfloat16()[:, ::2], "out must have contiguous rows"),
+        (torch.empty(1, 72).bfloat16().expand(9, 72), "elements of out must not overlap"),
+        ([0.0], "out must be a tensor, got list"),
+    ],
+    ids=str,
+)
+def test_a_layers_output_is_refused_before_anything_is_sent(out, message):
+    hidden, ids, weights = inputs()
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as layer:
+        with pytest.raises(ValueError, match=message):
+            layer(hidden, ids, weights, lambda batch: batch.values, out=out)
+        assert layer._slots[0].generation == 0
+
+
+def test_a_layers_output_is_not_written_under_grad():
+    hidden, ids, weights = inputs()
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as layer:
+        with pytest.raises(RuntimeError, match="out is not written under grad: leave it out, or call under torch.no_grad"):
+            layer(hidden.requires_grad_(), ids, weights, lambda batch: batch.values, out=torch.empty(9, 72).bfloat16())
+        assert layer._slots[0].generation == 0
+
+
+@both_paths
+@pytest.mark.parametrize("step", ["call", "dispatch", "dispatch_send"])
+def test_expected_tokens_say_how_many_rows_an_expert_gets_and_change_nothing_else(step):
+    """4 experts, top-2: an expert gets half as many rows as there are tokens."""
+    batches: list[ExpertBatch] = []
+
+    def values(batch: ExpertBatch) -> torch.Tensor:
+        batches.append(batch)
+        return batch.values
+
+    with dispatcher(capacity=20) as layer:
+
+        def run(**expected: Any) -> torch.Tensor:
+            if step == "call":
+                return layer(given[0], given[1], given[2], values, **expected)
+            if step == "dispatch":
+                batch, handle = layer.dispatch(*given, **expected)
+            else:
+                handle = layer.dispatch_send(*given, **expected)
+                batch = layer.dispatch_recv(handle)
+            return layer.combine(values(batch), handle)
+
+        given = inputs()
+        outs = [run(), *(run(expected_tokens=tokens) for tokens in (0, 6, 7, 9, 1000)), run()]
+        assert [batch.expected_rows for batch in batches] == [5, 1, 3, 4, 5, 32, 5]
+        for out in outs:
+            assert_bit_equal(out, outs[0])
+        for wrong, message in ((-1, "at least 0, got -1"), (2.0, "an integer"), (True, "an integer")):
+            with pytest.raises(ValueError, match=f"expected_tokens must be {message}"):
+                run(expected_tokens=wrong)
 
 
 @pytest.mark.parametrize("position, name", [(0, "hidden_states"), (1, "topk_ids"), (2, "topk_weights")])

@@ -54,6 +54,17 @@ def test_a_lost_rank_is_named_by_every_later_call(monkeypatch):
             assert raised.value.rank == first.value.rank == 3
 
 
+def test_the_first_check_that_waits_ends_the_first_calls(monkeypatch):
+    with dispatcher() as layer:
+        settled: list[bool] = []
+        monkeypatch.setattr(layer._transport, "settle", lambda: settled.append(True))
+        layer.dispatch(*inputs())
+        layer.check(wait=False)
+        assert settled == []
+        layer.check()
+        assert settled == [True]
+
+
 def test_ranks_out_of_step_are_a_fault_that_stays():
     with dispatcher() as layer:
         layer.dispatch(*inputs())

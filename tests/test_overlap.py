@@ -11,7 +11,7 @@ import torch
 from moequant import GroupedExperts
 from moequant.config import DispatcherConfig
 from moequant.kernels.library import common
-from moequant.layer import check_overlap, run_layer
+from moequant.layer import Options, check_overlap, run_layer
 from moequant.overlap import run_in_halves, run_in_waves, side_sms
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 16, "max_tokens_per_rank": 4, "transport": "symmetric"}
@@ -61,14 +61,14 @@ class Recorder:
         self.slots: list[int] = []
         self.combined: list[torch.Tensor] = []
 
-    def dispatch(self, *tokens: Any, slot: int, layer: int | None) -> tuple[Any, Any]:
+    def dispatch(self, *tokens: Any, slot: int, layer: int | None, expected_tokens: int | None) -> tuple[Any, Any]:
         self.slots.append(slot)
         return SimpleNamespace(), SimpleNamespace(slot=slot)
 
     def output_buffer(self, slot: int = 0) -> torch.Tensor:
         return self.buffers[slot]
 
-    def combine(self, output: torch.Tensor, handle: Any) -> torch.Tensor:
+    def combine(self, output: torch.Tensor, handle: Any, *, out: torch.Tensor | None) -> torch.Tensor:
         self.combined.append(output)
         return output
 
@@ -79,7 +79,7 @@ def test_experts_that_do_not_push_write_into_the_buffer_of_the_slot(slot, change
     dispatcher, writing = Recorder(**changes), experts()
     # writes where it is told to, or else into a buffer of its own
     monkeypatch.setattr(GroupedExperts, "__call__", lambda self, batch, *, out=None: torch.zeros(4, 16, 16) if out is None else out)
-    run_layer(cast(Any, dispatcher), cast(Any, ()), writing, None, slot, None)
+    run_layer(cast(Any, dispatcher), cast(Any, ()), writing, None, Options(slot))
     assert dispatcher.slots == [slot]
     assert [output.data_ptr() for output in dispatcher.combined] == [dispatcher.buffers[slot].data_ptr()]
 
@@ -101,8 +101,8 @@ class Streamed(Recorder):
         self.steps.append((step, *(len(x) for x in tokens), slot, *more))
         return SimpleNamespace(slot=slot), SimpleNamespace(slot=slot)
 
-    def dispatch(self, *tokens: torch.Tensor, slot: int, layer: int | None) -> tuple[Any, Any]:
-        return self.handle("dispatch", tokens, slot, layer)
+    def dispatch(self, *tokens: Any, slot: int, layer: int | None, expected_tokens: int | None) -> tuple[Any, Any]:
+        return self.handle("dispatch", tokens, slot, layer, expected_tokens)
 
     def dispatch_first(self, *arguments: Any) -> tuple[Any, Any]:
         return self.handle("dispatch_first", arguments[:3], *arguments[3:])
@@ -137,9 +137,9 @@ TOKENS = torch.zeros(5, 16), torch.zeros(5, 2), torch.zeros(5, 2)
 
 @pytest.mark.parametrize("slot", [0, 1])
 def test_waves_push_the_first_experts_beside_the_second_dispatch(streamed, slot):
-    run_in_waves(cast(Any, streamed), TOKENS, experts(), slot, 6, 1, None)
+    run_in_waves(cast(Any, streamed), TOKENS, experts(), Options(slot, 6, first_experts=1, expected_tokens=9), None)
     assert streamed.steps == [
-        ("dispatch_first", 5, 5, 5, slot, 1, 6),
+        ("dispatch_first", 5, 5, 5, slot, 1, 6, 9),
         # of 10 multiprocessors 3 are left alone
         ("push", slot, 1, [10 * slot], 7),
         ("dispatch_second", slot),
@@ -149,11 +149,11 @@ def test_waves_push_the_first_experts_beside_the_second_dispatch(streamed, slot)
 
 
 def test_halves_take_a_slot_each_and_write_one_output(streamed):
-    out = run_in_halves(cast(Any, streamed), TOKENS, experts(), 6, None)
+    out = run_in_halves(cast(Any, streamed), TOKENS, experts(), Options(layer=6, expected_tokens=9), None)
     assert streamed.steps == [
-        ("dispatch", 3, 3, 3, 0, 6),
+        ("dispatch", 3, 3, 3, 0, 6, 5),
         ("push", 0, 4, [0, 1, 2, 3], 7),
-        ("dispatch", 2, 2, 2, 1, 6),
+        ("dispatch", 2, 2, 2, 1, 6, 5),
         ("combine_pushed", 0, 3),
         ("push", 1, 4, [10, 11, 12, 13], None),
         ("combine_pushed", 1, 2),
@@ -163,9 +163,9 @@ def test_halves_take_a_slot_each_and_write_one_output(streamed):
 
 def test_a_layer_in_one_piece_pushes_all_of_it(streamed):
     layer = experts()
-    run_layer(cast(Any, streamed), TOKENS, layer, layer, 1, None)
+    run_layer(cast(Any, streamed), TOKENS, layer, layer, Options(1, expected_tokens=9))
     assert streamed.steps == [
-        ("dispatch", 5, 5, 5, 1, None),
+        ("dispatch", 5, 5, 5, 1, None, 9),
         ("push", 1, 4, [10, 11, 12, 13], None),
         ("combine_pushed", 1, None),
     ]

@@ -61,6 +61,21 @@ def test_a_layer_in_a_graph_has_the_shape_and_the_type_of_its_tokens():
     assert node.meta["val"].shape == (5, 128) and node.meta["val"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_layer_writes_the_output_that_it_is_given(backend):
+    torch._dynamo.reset()
+    module, x = Layer("cpu"), torch.randn(5, 128).bfloat16()
+
+    def into(x: Tensor, out: Tensor) -> Tensor:
+        weights, ids = torch.topk((x @ module.gate.T).float().softmax(-1), 2)
+        return module.dispatcher(x * 2, ids, weights, module.experts, out=out, expected_tokens=40) + 1
+
+    out = torch.full_like(x, torch.nan)
+    with torch.no_grad():
+        assert_bit_equal(torch.compile(into, fullgraph=True, backend=backend)(x, out), module(x))
+        assert_bit_equal(out + 1, module(x))
+
+
 class Thing:
     pass
 

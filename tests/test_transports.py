@@ -164,6 +164,22 @@ def test_ranks_wait_for_each_other_when_abort_words_and_flags_are_set(one_rank, 
     assert seen[1][1] == transport._units(30.0) < seen[0][1]
 
 
+def test_first_calls_have_a_limit_of_their_own_until_the_first_check(one_rank):
+    transport = symmetric(one_rank, timeout=30.0, first_timeout=900.0)
+    units = transport._units
+    slot = transport.allocate()
+    assert transport.wait_limit == transport._peers(slot, 1).wait_limit == units(900.0)
+    transport.start()
+    assert transport.wait_limit == transport._peers(slot, 2).wait_limit == units(900.0)
+    transport.settle()
+    assert transport.wait_limit == transport._peers(slot, 1).wait_limit == units(30.0)
+    wire = (collective := PackedTransport(config(timeout=30.0, first_timeout=900.0), 0, CPU, status(), one_rank)).wire
+    options = wire.gather_options, wire.exchange_options
+    assert [wire.timeout, *(x.timeout.total_seconds() for x in options)] == [900.0] * 3
+    collective.settle()
+    assert [wire.timeout, *(x.timeout.total_seconds() for x in options)] == [30.0] * 3
+
+
 def test_a_dispatch_in_waves_sets_the_second_waves_flags_before_anybody_can_raise_them(one_rank, monkeypatch):
     """Flags of 2**31 calls ago seem to be ahead."""
     transport = symmetric(one_rank)

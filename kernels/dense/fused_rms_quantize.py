@@ -146,20 +146,18 @@ def fused_rms_quantize(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
     gate: torch.Tensor | None,
-    summed: torch.Tensor | None,
-    values: torch.Tensor,
-    scales: torch.Tensor,
+    outputs: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor],
     spec: QuantSpec,
     *,
     norm_eps: float,
     group_size: int = 128,
 ) -> None:
-    """Writes values, scales and, with a residual, summed.
+    """Writes outputs: summed, with a residual, otherwise None; values, scales.
 
     x, residual, gate: (M, H) float, rows contiguous. weight: (H,) float contiguous. summed, values: (M, H) contiguous. scales: (M, G)
     float32, any strides.
     """
-    rows, columns = x.shape
+    (rows, columns), (summed, values, scales) = x.shape, outputs
     if values.numel() == 0:
         return
     block_g = triton.next_power_of_2(triton.cdiv(columns, group_size))

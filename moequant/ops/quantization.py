@@ -130,7 +130,7 @@ def fused_rms_quantize(
     from moequant.kernels.dense.fused_rms_quantize import fused_rms_quantize as kernel
 
     spec = quant_spec(values.dtype, recipe)
-    kernel(x, weight, residual, gate, summed, values, scales, spec, norm_eps=norm_eps, group_size=group_size)
+    kernel(x, weight, residual, gate, (summed, values, scales), spec, norm_eps=norm_eps, group_size=group_size)
 
 
 @registered(mutates=("out",))

@@ -72,7 +72,7 @@ def agree(
     wrong = isinstance(mine, str)
     built = _BUILT.get(group, 0)
     place = "the dispatcher's constructor"
-    everyone = exchange(group, (mine, device.type, built), 0.0 if wrong else mine.timeout, place, wait=not wrong)
+    everyone = exchange(group, (mine, device.type, built), 0.0 if wrong else mine.first_limit, place, wait=not wrong)
     if wrong:
         raise ValueError(mine)
     for other, (theirs, kind, _) in enumerate(everyone):

@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from moequant.batch import ExpertBatch, Owner, ceil_div
+from moequant.batch import ExpertBatch, Owner
 from moequant.config import DispatcherConfig
 from moequant.errors import CallOrderError, PeerTimeoutError
 from moequant.repeats import Repeats
@@ -85,6 +85,8 @@ class Slot(Generic[Held]):
         self.call = Call(0, number)
         # by the guess of their rows: the same views, so that what was found out about a batch holds for the next one
         self.batches: dict[int, ExpertBatch] = {}
+        # that guess, where the caller knows better than this rank's own tokens tell
+        self.expected_rows: int | None = None
         self.repeats = Repeats()
         self.generation = 0
         self.stage = Stage.NONE
@@ -210,6 +212,9 @@ class Transport(ABC, Generic[AnySlot]):
     def start(self) -> None:
         """Called once, on all ranks, when the kernels are compiled and before the first call."""
 
+    def settle(self) -> None:
+        """After the first calls, from the first check on: waits have the limit `timeout`."""
+
     def fault(self) -> PeerTimeoutError | None:
         """What went wrong on the device since the start, without waiting for it."""
         return None
@@ -227,9 +232,9 @@ class Transport(ABC, Generic[AnySlot]):
 
     def expert_batch(self, slot: AnySlot, tokens: int) -> ExpertBatch:
         """The slot's batch buffers as the batch that dispatch returns. tokens: of this rank, for the guess of the mean."""
-        config, buffers = self.config, slot.buffers
-        mean = ceil_div(tokens * config.top_k * config.num_batches, config.num_experts)
-        rows = min(max(mean, 1), config.max_rows)
+        config, buffers, rows = self.config, slot.buffers, slot.expected_rows
+        if rows is None:
+            rows = config.mean_rows(tokens * config.num_batches)
         batch = slot.batches.get(rows)
         if batch is None:
             batch = slot.batches[rows] = ExpertBatch(

@@ -65,8 +65,12 @@ Whose = TypeVar("Whose", bound=CollectiveSlot)
 class CollectiveTransport(Transport[Whose]):
     def __init__(self, config: DispatcherConfig, rank: int, device: torch.device, status: Tensor, group: dist.ProcessGroup) -> None:
         super().__init__(config, rank, device, status)
-        self.wire = Wire(group, config.timeout, waits=device.type == "cpu")
+        self.wire = Wire(group, config.first_limit, waits=device.type == "cpu")
         self.first_expert = rank * config.num_local_experts
+
+    def settle(self) -> None:
+        if self.wire.timeout != self.config.timeout:
+            self.wire.limit(self.config.timeout)
 
     def _begin(self, slot: Whose) -> None:
         """Counts the call, and says what it is behind the counts."""

@@ -131,10 +131,12 @@ class Lifecycle:
         self._closed = False
 
     def check(self, *, wait: bool = True) -> int:
-        """Reports what dispatches since the last check could not raise. Not collective.
+        """Reports what dispatches since the last check could not raise. Not collective. The first one that waits ends `first_timeout`.
 
         Args:
-            wait: for the device. Otherwise what is known by now is reported, and the rest by a later check, or the next dispatch.
+            wait: for the device. Otherwise what is known by now is reported, and the rest by a later check, or the next dispatch:
+                words in the host's memory are read, no more, so that it can be asked between replays of a CUDA graph, which calls
+                nothing of the dispatcher, from any thread, and while a graph is captured.
 
         Returns:
             The number of rows without room, of all ranks and experts.
@@ -154,6 +156,8 @@ class Lifecycle:
         if wait and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._raise_fault()
+        if wait:
+            self._transport.settle()
         if wait and guards.wanted():
             self._transport.check_guards()
         invalid, dropped, _ = self._news()
@@ -222,7 +226,8 @@ class Lifecycle:
 
     def _raise_fault(self) -> None:
         """Raises what the transport's kernels have noticed, as far as they have come."""
-        self._fault = self._transport.fault()
+        # another thread may have noticed one meanwhile
+        self._fault = self._fault or self._transport.fault()
         if self._fault is None and self._counted[2]:
             self._fault = OutOfStepError(
                 "ranks of the group made different calls, and results since the last check are wrong: one rank raised an error, skipped "
@@ -252,6 +257,7 @@ class Lifecycle:
         slot: int,
         layer: int | None,
         first_experts: int = 0,
+        expected_tokens: int | None = None,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Any]:
         """The start of a dispatch: the inputs are checked and made contiguous, and the slot's last one is forgotten."""
         self._check_open()
@@ -263,11 +269,14 @@ class Lifecycle:
             if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
                 raise ValueError(f"layer must be the number of a layer, from 0 on, or None, got {layer!r}")
             check_tokens(self.config, self.device, hidden_states, topk_ids, topk_weights)
+            if expected_tokens is not None:
+                check_int("expected_tokens", expected_tokens)
         except Exception:
             self._count_refusal()
             raise
         buffers.call = Call(self._ordinal, slot, first_experts, 0 if layer is None else 1 + layer % LAYERS)
         buffers.generation += 1
+        buffers.expected_rows = None if expected_tokens is None else self.config.mean_rows(expected_tokens)
         buffers.stage = Stage.NONE
         buffers.pushing = buffers.pending = buffers.second = None
         return (with_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()), buffers

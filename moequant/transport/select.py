@@ -47,7 +47,7 @@ def resolve(config: DispatcherConfig, group: dist.ProcessGroup | None, device: t
             return dataclasses.replace(config, transport="collective")
     if group is None:
         raise ValueError('transport "symmetric" needs torch.distributed; call init_process_group first, or use "auto"')
-    reason = why_unreachable(group, device, config.timeout)
+    reason = why_unreachable(group, device, config.first_limit)
     if reason is None:
         return dataclasses.replace(config, transport="symmetric")
     if config.transport == "symmetric":

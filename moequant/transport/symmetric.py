@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # of a phase that is not done in time: what the culprit did not do
 PHASES = ("say how many rows it sends", "send its rows", "finish its experts' output")
-# the first call compiles kernels, each rank at its own speed
+# the constructor compiles kernels, each rank at its own speed
 WARM_UP_SECONDS = 600.0
 
 
@@ -56,15 +56,16 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         self.offsets, self.slot_bytes = offsets_of(specs)
         # behind the slots: the abort word
         self.abort_offset = config.slots * self.slot_bytes
-        self.memory = PeerMemory(group, self.abort_offset + 256, device, config.timeout)
+        self.memory = PeerMemory(group, self.abort_offset + 256, device, config.first_limit)
         self.guards = Guards(self.memory.local, specs, config.slots)
         self.no_fault: int = NO_FAULT.value
         self.memory.local[self.abort_offset :][:4].view(torch.int32).fill_(self.no_fault)
         self.record = host_words(1, torch.int32, device).fill_(self.no_fault)
         self.noticed = view_of(self.record)
-        self.wait_limit = self._units(WARM_UP_SECONDS)
+        self.warm_up = WARM_UP_SECONDS if config.first_timeout is None else config.first_timeout
+        self._limit(self.warm_up)
         # no rank may signal before every abort word and flag is set
-        self._barrier(config.timeout)
+        self._barrier(config.first_limit)
 
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> SymmetricBuffers[BufferSpec]:
@@ -131,11 +132,19 @@ class SymmetricTransport(Transport[SymmetricSlot]):
         self.memory.close()
 
     def start(self) -> None:
-        self.wait_limit = self._units(self.config.timeout)
         fault = self.fault()
+        self._limit(self.config.first_limit)
         if fault is not None:
             raise fault
-        self._barrier(WARM_UP_SECONDS)
+        self._barrier(self.warm_up)
+
+    def settle(self) -> None:
+        if self.seconds != self.config.timeout:
+            self._limit(self.config.timeout)
+
+    def _limit(self, seconds: float) -> None:
+        """Of the waits that are launched from now on."""
+        self.seconds, self.wait_limit = seconds, self._units(seconds)
 
     def dispatch(
         self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, slot: SymmetricSlot
@@ -193,7 +202,7 @@ class SymmetricTransport(Transport[SymmetricSlot]):
             return None
         step, culprit = word >> 8, word & 0xFF
         return PeerTimeoutError(
-            f"rank {culprit} of the group did not {PHASES[step & 3]} within {self.config.timeout:g} s of call {step >> 2}: it is lost or "
+            f"rank {culprit} of the group did not {PHASES[step & 3]} within {self.seconds:g} s of call {step >> 2}: it is lost or "
             "late, and results since then are NaN; close this dispatcher and build one on a new group of the ranks that are left",
             culprit,
         )

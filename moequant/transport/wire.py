@@ -28,13 +28,18 @@ class Wire:
         from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions
 
         self.group = group
-        self.timeout = timeout
         self.waits = waits
         # the operations themselves have the limit, not the wait for them alone: what is under way can't be called off, and neither the
         # group nor the process would end before it
         self.gather_options, self.exchange_options = AllgatherOptions(), AllToAllOptions()
         for options in (self.gather_options, self.exchange_options):
             options.asyncOp = True
+        self.limit(timeout)
+
+    def limit(self, timeout: float) -> None:
+        """Of the calls from now on, in seconds."""
+        self.timeout = timeout
+        for options in (self.gather_options, self.exchange_options):
             options.timeout = timedelta(seconds=timeout)
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:

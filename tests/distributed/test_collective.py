@@ -75,6 +75,11 @@ def run_repeats(rank: int, ranks: int, layout: str) -> None:
                 batch, handle = dispatcher.dispatch(*inputs[rank], slot=trial % 2)
                 out = dispatcher.combine(stand_in(batch, rank * 2), handle)
                 assert_bit_equal(out, outputs[rank])
+                given = torch.full_like(out, torch.nan)
+                hidden, ids, weights = inputs[rank]
+                whole = dispatcher(hidden, ids, weights, lambda batch: stand_in(batch, rank * 2), slot=trial % 2, out=given)
+                assert whole is given
+                assert_bit_equal(given, outputs[rank])
 
 
 @LAYOUTS

@@ -117,6 +117,19 @@ def test_survivors_of_a_collective_all_name_the_lost_rank(how, ranks, exchange_k
         assert "this rank, 1 of the group, was late, and the others went on without it" in late[1]
 
 
+def come_late(rank: int, ranks: int) -> None:
+    """Later than `timeout`, as a rank does that compiles kernels."""
+    with build(timeout=0.5, first_timeout=GROUP_SECONDS / 2) as dispatcher:
+        for _ in range(2):
+            time.sleep(1.5 * rank)
+            layer(dispatcher, rank)
+        assert dispatcher.check() == 0
+
+
+def test_a_rank_may_be_late_in_first_calls():
+    run_ranks(come_late, 2, timeout=GROUP_SECONDS)
+
+
 def lose_the_store(rank: int, ranks: int) -> tuple[int | None, str] | None:
     """Rank 0, which holds the store, is killed: of three ranks nobody can say who it was."""
     server = TCPStore("127.0.0.1", 0, ranks, True, wait_for_workers=False) if rank == 0 else None

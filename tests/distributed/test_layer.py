@@ -46,6 +46,16 @@ def tokens_of(seed: int, settings: dict[str, Any], tokens: int, device: str) -> 
     return hidden.to(device), ids.to(device), torch.rand(ids.shape, generator=generator).to(device)
 
 
+def check_given_output(dispatcher: MoEQuantDispatcher, tokens: Any, experts: GroupedExperts, expected: Any, **how: Any) -> None:
+    """Rows of a wider tensor, of which nothing else is written."""
+    hidden, ids, weights = tokens
+    wide = torch.full((len(expected), expected.shape[1] + 8), 7.0, dtype=expected.dtype, device=expected.device)
+    out = wide[:, :-8]
+    assert dispatcher(hidden, ids, weights, experts, out=out, **how) is out
+    assert_bit_equal(out, expected, f"given, {how}")
+    assert bool((wide[:, -8:] == 7).all())
+
+
 def run_ways(rank: int, ranks: int, quant: str, layout: str, sizes: tuple[int, int, int], device: str) -> None:
     """The layer with and without overlap, in waves and in halves; other ranks have other numbers of tokens, the last one has none."""
     (most, hidden, inner), device = sizes, device.format(rank=rank)
@@ -54,20 +64,23 @@ def run_ways(rank: int, ranks: int, quant: str, layout: str, sizes: tuple[int, i
     tokens = tokens_of(rank, settings, 0 if rank and rank == ranks - 1 else most - rank, device)
     with MoEQuantDispatcher(**settings, overlap=False, device=device) as dispatcher:
         expected = dispatcher(*tokens, experts)
+        check_given_output(dispatcher, tokens, experts, expected)
     assert expected.shape == tokens[0].shape and bool(expected.isfinite().all())
     with MoEQuantDispatcher(**settings, device=device) as dispatcher:
         # of a rank with two experts the first one is all but the last
         for chunks, first in dict.fromkeys(((1, 0), (2, 0), (1, 1), (1, settings["num_experts"] // ranks - 1))):
             out = dispatcher(*tokens, experts, chunks=chunks, first_experts=first)
             assert_bit_equal(out, expected, f"{chunks} chunks, {first} experts first")
+            check_given_output(dispatcher, tokens, experts, expected, chunks=chunks, first_experts=first)
         assert_bit_equal(dispatcher(*tokens, experts, slot=1, first_experts=1), expected, "in the second slot")
         with pytest.raises(ValueError, match="chunks must be 1, or 2 with"):
             dispatcher(*tokens, experts, chunks=3)
-        for refused in (
+        refusals: list[dict[str, Any]] = [
             {"first_experts": settings["num_experts"] // ranks},
             {"first_experts": -1},
             {"chunks": 2, "first_experts": 1},
-        ):
+        ]
+        for refused in refusals:
             with pytest.raises(ValueError, match="first_experts must be (from 0 to .* only with GroupedExperts|at least 0)"):
                 dispatcher(*tokens, experts, **refused)
 
@@ -100,12 +113,12 @@ def test_layers_on_gpus_have_the_bits_of_one_step_after_the_other(layout, ranks,
     run_ranks(run_ways, ranks, quant, layout, (700, 1032, 384), "cuda:{rank}", backend=BACKEND)
 
 
-IN_ONE_PIECE: dict[str, int] = {}
+IN_ONE_PIECE: dict[str, Any] = {}
 IN_HALVES, IN_WAVES = {"chunks": 2}, {"first_experts": 1}
 WAYS = pytest.mark.parametrize("way", [IN_HALVES, IN_WAVES], ids=["halves", "waves"])
 
 
-def run_replays(rank: int, ranks: int, replays: int, late: bool, way: dict[str, int], layout: str) -> int:
+def run_replays(rank: int, ranks: int, replays: int, late: bool, way: dict[str, Any], layout: str) -> int:
     """Replays of a layer whose rows are pushed, against the layer without overlap."""
     device, pool_size = f"cuda:{rank}", 64
     settings = settings_for(ranks, 256, 512, "fp8_e4m3fn", local_experts=4, layout=layout)
@@ -141,14 +154,14 @@ def two_layers(
     dispatcher: MoEQuantDispatcher,
     tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     experts: GroupedExperts,
-    way: dict[str, int],
+    way: dict[str, Any],
 ) -> None:
     for _ in range(2):
         dispatcher(*tokens, experts, **way)
         dispatcher.check()
 
 
-def run_until_lost(rank: int, ranks: int, device: str, way: dict[str, int]) -> tuple[int | None, float] | None:
+def run_until_lost(rank: int, ranks: int, device: str, way: dict[str, Any]) -> tuple[int | None, float] | None:
     """The last rank dies; the others return whom they blame, and how long it took, in time limits."""
     device = device.format(rank=rank)
     settings = settings_for(ranks, 8, 128, "fp8_e4m3fn")

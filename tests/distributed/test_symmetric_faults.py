@@ -87,6 +87,63 @@ def run_with_a_lost_rank(
     return raised.value.rank, took / timeout, bool(out.isnan().all())
 
 
+def run_replays_with_a_lost_rank(rank: int, ranks: int, device: str) -> int | None:
+    """The last rank goes while the others replay a graph (on a CPU, where there is none: its launches), which calls nothing of the
+    dispatcher. Returns whom a check that doesn't wait blames."""
+    device, settings = device.format(rank=rank), settings_for(ranks, "padded")
+    hidden, ids, weights = tokens_of(rank, settings["num_experts"], device)
+    with MoEQuantDispatcher(**settings, transport="symmetric", device=device) as dispatcher:
+        start = time.monotonic()
+        dispatcher(hidden, ids, weights, stand_in)
+        dispatcher.check()
+        timeout = patience(time.monotonic() - start)
+    dispatcher = MoEQuantDispatcher(**settings, transport="symmetric", device=device, timeout=timeout)
+    out, slot, transport = torch.zeros_like(hidden), dispatcher._slots[0], dispatcher._transport
+    dispatcher(hidden, ids, weights, stand_in, out=out)
+    dispatcher.check()
+
+    def replay() -> None:
+        batch, state = transport.dispatch(hidden, ids, weights, slot)
+        transport.combine(stand_in(batch), weights, out, slot, state)
+
+    if device != "cpu":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            dispatcher(hidden, ids, weights, stand_in, out=out)
+            assert dispatcher.check(wait=False) == 0
+        replay = graph.replay
+    replay()
+    assert dispatcher.check() == dispatcher.check(wait=False) == 0
+    dist.barrier()
+    if rank == ranks - 1:
+        dist.barrier()
+        return None
+    replay()
+    give_up, blamed = time.monotonic() + 10 * timeout, None
+    while blamed is None and time.monotonic() < give_up:
+        try:
+            dispatcher.check(wait=False)
+        except PeerTimeoutError as error:
+            blamed = error.rank
+        time.sleep(0.01)
+    dispatcher.close()
+    dist.barrier()
+    return blamed
+
+
+def test_a_check_that_does_not_wait_names_a_rank_that_is_lost_under_replays(interpreted):
+    assert run_ranks(run_replays_with_a_lost_rank, 3, "cpu", setup=install_interpreter) == [2, 2, None]
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_check_that_does_not_wait_names_a_rank_that_is_lost_under_replays_of_a_graph(ranks):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    blamed = run_ranks(run_replays_with_a_lost_rank, ranks, "cuda:{rank}", backend="cpu:gloo,cuda:nccl")
+    assert blamed == [ranks - 1] * (ranks - 1) + [None]
+
+
 def go_on(rank: int, ranks: int, settings: dict[str, Any], device: str, store: str) -> None:
     """The ranks that are left build a group, whose store nobody lost holds, and get right results."""
     dist.destroy_process_group()

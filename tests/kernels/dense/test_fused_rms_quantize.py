@@ -19,7 +19,7 @@ def run(x, weight, residual, gate, dtype, recipe="default", group_size=128):
     scales = poison(torch.empty(ceil_div(x.shape[1], group_size), x.shape[0], device=x.device)).T
     summed = None if residual is None else poison(torch.empty(x.shape, dtype=x.dtype, device=x.device))
     spec = ops.quant_spec(dtype, recipe)
-    fused_rms_quantize(x, weight, residual, gate, summed, values, scales, spec, norm_eps=1e-6, group_size=group_size)
+    fused_rms_quantize(x, weight, residual, gate, (summed, values, scales), spec, norm_eps=1e-6, group_size=group_size)
     return values, scales, x if summed is None else summed
 
 
