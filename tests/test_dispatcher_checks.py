@@ -73,7 +73,7 @@ def test_a_layer_writes_the_output_that_it_is_given_the_tokens_themselves_too(la
         (torch.empty(1, 72).bfloat16().expand(9, 72), "elements of out must not overlap"),
         ([0.0], "out must be a tensor, got list"),
     ],
-    ids=str,
+    ids=["shape", "dtype", "device", "rows", "overlap", "list"],
 )
 def test_a_layers_output_is_refused_before_anything_is_sent(out, message):
     hidden, ids, weights = inputs()
