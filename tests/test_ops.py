@@ -34,7 +34,11 @@ def arguments_of(name: str, case: str) -> tuple:
 def test_every_registered_operation_has_cases():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("moequant::")}
     # a whole layer, which `tests/test_traced.py` has, and layers of other libraries' models, if imported
-    layers = {"moequant::layer", *(name for name in registered if name.startswith("moequant::transformers_"))}
+    layers = {
+        "moequant::layer",
+        "moequant::layer_into",
+        *(name for name in registered if name.startswith("moequant::transformers_")),
+    }
     assert registered - layers == {f"moequant::{name}" for name in CASES}
 
 
