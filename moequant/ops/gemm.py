@@ -22,7 +22,7 @@ __all__ = [
     "rows_side_by_side",
 ]
 
-# Bytes of gate and up, of all rows that there is room for, up to which two kernels may be taken for their speed.
+# Bytes of gate and up, of all rows that there is room for, up to which two kernels may be taken for their speed. Chosen, not measured.
 MOST_APART = 128 * 2**20
 
 
