@@ -95,8 +95,13 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     saved = options.folder / f"{precision}-rank{rank}-of-{ranks}.pt"
     first, curve = 0, []
+    made = {**vars(sizes), "experts": options.experts, "top_k": options.top_k}
     if saved.exists():
         state = torch.load(saved, map_location=device)
+        if state["sizes"] != made:
+            raise ValueError(
+                f"{saved} is of another model: it has {state['sizes']}, and asked for is {made}; take another --folder"
+            )
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, curve = state["step"], state["curve"]
@@ -129,6 +134,7 @@ def train(
                 progress(bar(precision, step + 1, options.steps, loss.item(), curve))
         curve = [point for point in curve if point[0] != options.steps] + [(options.steps, loss_of_held_out())]
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": options.steps, "curve": curve[:-1]}
+    state["sizes"] = made
     torch.save(state, saved)
     return curve
 

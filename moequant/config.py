@@ -24,8 +24,8 @@ CHOICES = {
     "reduce": ("exact", "per_rank"),
     "layout": ("padded", "ragged", "auto"),
 }
-# The most tokens of a rank for which layout "auto" is padded: few rows need little memory, and padded ones no launch that finds where they
-# start, 3 us of 26 in the smallest layer of benchmarks/results/nvidia-h200.jsonl and nothing that shows in the others.
+# The most tokens of a rank for which layout "auto" is padded: few rows need little memory, and padded ones no launch that finds where
+# they start, 3 us of 26 in the smallest layer of benchmarks/results/nvidia-h200.jsonl and nothing that shows in the others.
 PADDED_TOKENS = 256
 POSITIVE = ("num_experts", "top_k", "hidden_size", "max_tokens_per_rank", "world_size", "slots", "num_sms")
 

@@ -47,6 +47,13 @@ def test_a_run_that_goes_on_has_the_losses_of_one_that_never_stopped(device, sou
     assert "<svg" in picture and (tmp_path / "parts" / "fp8.json").exists()
 
 
+def test_a_checkpoint_of_another_model_is_refused_in_words(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train_moe.main(arguments(sources, tmp_path, 1, "--precisions", "bf16"))
+    with pytest.raises(ValueError, match="of another model: .* take another --folder"):
+        train_moe.main(arguments(sources, tmp_path, 2, "--precisions", "bf16", "--experts", "8"))
+
+
 def run_example(rank: int, ranks: int, argv: list[str]) -> dict[str, Any]:
     del rank, ranks
     return train_moe.main(argv)
