@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 # name, version, and the oldest Python that there is one for. What an engine imports, in versions that go together, is in
 # <name>_packages.txt; torch, Triton and NumPy are the environment's.
-ENGINES = {"vllm": ("0.33.0", (3, 11))}
+ENGINES = {"vllm": ("0.33.0", (3, 11)), "sglang": ("0.5.23", (3, 11)), "torchtitan": ("0.3.0", (3, 11))}
 # of a wheel: neither compiled parts nor sources of kernels
 KEPT = (".py", ".json", "METADATA", "entry_points.txt")
 
