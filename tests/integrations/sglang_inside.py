@@ -1,0 +1,404 @@
+# pyright: reportMissingImports=false
+"""What test_sglang.py runs with SGLang: its own plugin loader, its own MoE layer, on ranks that are forked when it is imported.
+
+python tests/integrations/sglang_inside.py FOLDER     writes <case>-<rank>.json there: what came of each
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from moequant import MoEQuantDispatcher, dequantize, quantize_weight
+from moequant.errors import PeerTimeoutError
+from moequant.testing.generators import routing
+
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 8, 3, 256, 128
+# room for tokens of a rank in the test, of the dispatcher for decoding and the other
+DECODE, MOST = 4, 16
+# tokens of both ranks
+COUNTS = {"decode": (4, 3), "full": (16, 16), "one idle": (16, 0), "all idle": (0, 0), "in chunks": (40, 3)}
+
+
+def import_engine() -> None:
+    """Imports what the layer needs. TorchVision's compiled part, which image processors of SGLang's import, is not here, nor are the
+    sources that its kernels would be compiled from."""
+    import sglang
+    from transformers.utils import is_torchvision_available
+
+    # what transformers has found out stays
+    is_torchvision_available()
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.io"):
+        sys.modules[name] = mock.MagicMock()
+    for name in ("include", "csrc"):
+        (Path(sglang.__file__).parent / "kernels" / "jit" / name).mkdir(exist_ok=True)
+    import sglang.srt.layers.moe.ep_moe.layer  # noqa: F401
+
+
+def install_plugin(folder: Path) -> None:
+    """Makes this package's entry points known to this process, as an installation does."""
+    project = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+    made = folder / "moequant-0.dist-info"
+    made.mkdir()
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: moequant\nVersion: 0\n")
+    groups = {"sglang.srt.plugins": project["entry-points"]["sglang.srt.plugins"]}
+    lines = [
+        line for name, points in groups.items() for line in (f"[{name}]", *(f"{key} = {value}" for key, value in points.items()))
+    ]
+    (made / "entry_points.txt").write_text("\n".join(lines))
+    sys.path.insert(0, str(folder))
+
+
+def start(rank: int, ranks: int, folder: str, **settings: Any) -> None:
+    """A rank of SGLang's, as its scheduler starts one, and its plugins."""
+    from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.runtime_context import SpawnRanks, get_context, publish
+
+    torch.set_num_threads(1)
+    asked: dict[str, Any] = {
+        "moe_a2a_backend": "deepep",
+        "moe_runner_backend": "deep_gemm",
+        "deepep_mode": "low_latency",
+        "device": "cpu",
+        "tp_size": ranks,
+        "ep_size": ranks,
+        "attn_dp_size": ranks,
+        "dp_size": ranks,
+        "enable_dp_attention": ranks > 1,
+    }
+    arguments = get_context().override_server_args(**asked | settings).install()
+    load_plugins()
+    publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank))
+    initialize_moe_config()
+    where = {"distributed_init_method": f"file://{folder}/store", "backend": "gloo"}
+    init_distributed_environment(world_size=ranks, rank=rank, local_rank=rank, **where)
+    initialize_model_parallel()
+    initialize_dp_attention(arguments)
+
+
+def checkpoint(experts: int = EXPERTS) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down of all experts in bfloat16."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((experts, INTERMEDIATE, HIDDEN),) * 2 + ((experts, HIDDEN, INTERMEDIATE),)
+    gate, up, down = (torch.randn(shape, generator=generator).div(12).bfloat16() for shape in shapes)
+    return gate, up, down
+
+
+def build(quantized: bool = True, number: int = 0, **changes: Any) -> Any:
+    """A layer of SGLang's, filled by its own loader."""
+    from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    config = Fp8Config(is_checkpoint_fp8_serialized=True, weight_block_size=[128, 128]) if quantized else None
+    settings: dict[str, Any] = {
+        "num_experts": EXPERTS,
+        "top_k": TOP_K,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "params_dtype": torch.bfloat16,
+    }
+    layer = get_moe_impl_class(config)(layer_id=number, quant_config=config, prefix="experts", **settings | changes)
+    for shard, weight in zip(("w1", "w3", "w2"), checkpoint(), strict=True):
+        name = "w2" if shard == "w2" else "w13"
+        for expert in range(EXPERTS):
+            parts = {"weight": weight[expert]}
+            if quantized:
+                made = quantize_weight(weight[expert : expert + 1])
+                parts = {"weight": made.values[0], "weight_scale_inv": made.scales[0]}
+            for part, tensor in parts.items():
+                parameter = getattr(layer, f"{name}_{part}")
+                layer.weight_loader(parameter, tensor, f"experts.{expert}.{shard}.{part}", shard, expert)
+    return layer
+
+
+def tokens(count: int, seed: int) -> tuple[Tensor, Any]:
+    """Hidden states, and SGLang's choice of experts; the last token is padding, as SGLang marks it."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, HIDDEN, generator=generator).bfloat16()
+    ids, weights = routing(count, TOP_K, EXPERTS, generator=generator)
+    ids[-1:] = -1
+    return hidden, StandardTopKOutput(weights, ids, torch.empty(count, EXPERTS))
+
+
+def dense(hidden: Tensor, choice: Any, quantized: bool = True) -> Tensor:
+    """The layer in float32, every expert for every token, of the weights that the layer has."""
+    x = hidden.float()
+    gate, up, down = (dequantize(quantize_weight(w)) if quantized else w.float() for w in checkpoint())
+    inner = torch.nn.functional.silu(torch.einsum("th,eih->eti", x, gate)) * torch.einsum("th,eih->eti", x, up)
+    outputs = torch.einsum("eti,ehi->teh", inner, down)
+    shares = torch.zeros(x.shape[0], EXPERTS + 1).scatter_(1, choice.topk_ids.long() % (EXPERTS + 1), choice.topk_weights)
+    return torch.einsum("te,teh->th", shares[:, :EXPERTS], outputs)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative, by the Frobenius norm; 0 for no tokens."""
+    return float((found.float() - expected).norm() / expected.norm().clamp_min(1e-9))
+
+
+def agree(counts: tuple[int, ...], rank: int) -> None:
+    """What SGLang's scheduler says before a step."""
+    from sglang.srt.layers.dp_attention import set_dp_buffer_len
+
+    set_dp_buffer_len(sum(counts), counts[rank], False, list(counts))
+
+
+def said(call: Callable[[], Any]) -> str:
+    """The error that a call raises."""
+    try:
+        call()
+    except (ValueError, RuntimeError) as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "nothing"
+
+
+def not_asked(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """Without the variable, with the same plugin installed."""
+    os.environ.pop("MOEQUANT_SGLANG")
+    start(rank, ranks, folder)
+    from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
+    from sglang.srt.layers.moe.moe_runner.base import FusedOpPool
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return {
+        "loaded": "moequant.integrations.sglang" in sys.modules,
+        "hooks": [*HookRegistry._hooks],
+        "imported": [name for name in sys.modules if name.startswith("moequant.integrations.sglang.")],
+        "class": get_moe_impl_class(None).__name__,
+        "fused": FusedOpPool.get_fused_func("deepep", "deep_gemm") is not None,
+    }
+
+
+def alone(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """One rank, in fp8 and in bfloat16."""
+    start(rank, ranks, folder)
+    hidden, choice = tokens(9, seed=3)
+    found: dict[str, Any] = {}
+    for name, quantized in {"fp8": True, "bfloat16": False}.items():
+        layer = build(quantized)
+        if not quantized:
+            # what SGLang chooses on a GPU
+            layer.quant_method.forward = layer.quant_method.forward_cuda
+        agree((9,), 0)
+        with torch.inference_mode():
+            found[name] = error(layer(hidden, choice), dense(hidden, choice, quantized))
+        found[f"{name} rooms"] = [inner.config.max_tokens_per_rank for inner in layer.dispatcher._inners]
+    return found
+
+
+def together(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """Two ranks, two layers that share dispatchers."""
+    start(rank, ranks, folder)
+    from sglang.srt.model_executor.runner_utils.deepep_adapter import DeepEPCudaGraphRunnerAdapter
+
+    from moequant.integrations.sglang import dispatchers
+
+    dispatchers.DECODE = DECODE
+    os.environ["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] = str(MOST)
+    # the default device while SGLang builds a model is no CPU: a factory that doesn't name its own fails on this one
+    with torch.device("meta"):
+        dispatcher = build_on_cpu(number=1).dispatcher
+    layers = [build(number=number) for number in range(2)]
+    inners = dispatcher._inners
+    errors: dict[str, float] = {}
+    calls: dict[str, list[tuple[int, int, int]]] = {}
+    call = MoEQuantDispatcher.__call__
+
+    def counted(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls[name].append((self.config.max_tokens_per_rank, hidden.shape[0], kwargs["expected_tokens"]))
+        return call(self, hidden, *args, **kwargs)
+
+    with torch.inference_mode(), mock.patch.object(MoEQuantDispatcher, "__call__", counted):
+        for number, (name, counts) in enumerate(COUNTS.items()):
+            hidden, choice = tokens(counts[rank], seed=2 * number + rank)
+            agree(counts, rank)
+            calls[name] = []
+            first = layers[0](hidden, choice)
+            errors[name] = error(first, dense(hidden, choice))
+            calls["other layer"] = []
+            name = "other layer"
+            errors[name] = max(errors.get(name, 0.0), error(layers[1](hidden, choice), first.float()))
+    agree((16, 16), rank)
+    hidden, choice = tokens(5, seed=0)
+    stale = said(lambda: layers[0](hidden, choice))
+    first, last = (len(checkpoint()[0]) // ranks * place for place in (rank, rank + 1))
+    gate, up, down = (w[first:last] for w in checkpoint())
+    parts = {"w13": quantize_weight(torch.cat((gate, up), 1), segments=2), "w2": quantize_weight(down)}
+    equal = {
+        name: torch.equal(getattr(layers[0], f"{name}_weight").view(torch.int8), made.values.view(torch.int8))
+        and torch.equal(getattr(layers[0], f"{name}_weight_scale_inv"), made.scales)
+        for name, made in parts.items()
+    }
+    made = layers[0].dispatcher._experts[1]
+    graphs = DeepEPCudaGraphRunnerAdapter()
+    with mock.patch.object(MoEQuantDispatcher, "check") as checked:
+        graphs.capture(is_extend_in_batch=False)
+        graphs.replay()
+    asked = [entry.kwargs for entry in checked.call_args_list]
+    inners[-1]._fault = PeerTimeoutError("rank 1 did not come", 1)
+    return {
+        "errors": errors,
+        "rooms": [inner.config.max_tokens_per_rank for inner in inners],
+        "shared": all(layer.dispatcher._inners is inners for layer in layers),
+        "stale": stale,
+        "equal": equal,
+        "in place": made.w13.values.data_ptr() == layers[0].w13_weight.data_ptr(),
+        "calls": calls,
+        "asked": asked,
+        "lost": said(graphs.replay),
+    }
+
+
+def build_on_cpu(number: int) -> Any:
+    """A layer whose parameters are on the CPU, though the default device is another where its dispatcher is made."""
+    import sglang.srt.layers.moe.fused_moe_triton.layer as module
+
+    create, default = module.create_moe_dispatcher, torch.get_default_device()
+
+    def create_under_default(*args: Any, **kwargs: Any) -> Any:
+        with default:
+            return create(*args, **kwargs)
+
+    with torch.device("cpu"), mock.patch.object(module, "create_moe_dispatcher", create_under_default):
+        return build(number=number)
+
+
+def overlapped(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """Two-batch overlap: both halves under way, step by step as SGLang's operations call them."""
+    # so few that an expert's rows lie where its number says, as DeepEP's do
+    os.environ["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] = "64"
+    start(rank, ranks, folder, enable_two_batch_overlap=True)
+    layer = build()
+    batches = [tokens(6 + rank, seed=rank), tokens(3 * rank, seed=2 + rank)]
+    with torch.inference_mode():
+        expected = []
+        for number, (hidden, choice) in enumerate(batches):
+            agree(((6, 7), (0, 3))[number], rank)
+            expected.append(layer(hidden, choice))
+        for slot, (hidden, choice) in enumerate(batches):
+            layer.dispatcher.dispatch_a(hidden_states=hidden, topk_output=choice, tbo_subbatch_index=slot)
+        received = [layer.dispatcher.dispatch_b(tbo_subbatch_index=slot) for slot in range(2)]
+        for slot in range(2):
+            outputs = layer.run_moe_core(dispatch_output=received[slot])
+            layer.dispatcher.combine_a(combine_input=outputs, tbo_subbatch_index=slot)
+        found = [layer.dispatcher.combine_b(tbo_subbatch_index=slot) for slot in range(2)]
+    first = received[0]
+    return {
+        "equal": [torch.equal(*pair) for pair in zip(found, expected, strict=True)],
+        "format": first.format.value,
+        "shapes": [list(first.hidden_states.shape), list(first.hidden_states_scale.shape), list(first.masked_m.shape)],
+        "types": [str(x.dtype) for x in (first.hidden_states, first.hidden_states_scale, first.masked_m)],
+        "rows": [int(received[slot].masked_m.sum()) for slot in range(2)],
+        "expected rows": first.expected_m,
+        "passed on": bool(torch.equal(first.topk_ids, batches[0][1].topk_ids) and first.topk_weights is batches[0][1].topk_weights),
+    }
+
+
+def refused(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """What is said instead of loading weights, and what returns to SGLang's own."""
+    start(rank, ranks, folder)
+    from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
+    from sglang.srt.layers.moe.fused_moe_triton.layer import create_moe_dispatcher
+    from sglang.srt.layers.moe.utils import DeepEPMode, MoeA2ABackend, speculative_moe_a2a_backend_context
+    from sglang.srt.runtime_context import get_context, get_flags, get_parallel
+
+    layer, moe = build(), get_flags().moe
+    config, method = layer.moe_runner_config, layer.quant_method
+
+    def words(**changes: Any) -> str:
+        return said(lambda: create_moe_dispatcher(dataclasses.replace(config, **changes), quant_method=method))
+
+    @contextlib.contextmanager
+    def server(**changes: Any) -> Any:
+        before = {name: get_context().config_leaf(name) for name in changes}
+        get_context().override("test", **changes)
+        yield
+        get_context().override("test", **before)
+
+    found = {
+        "experts": said(lambda: build(num_experts=9)),
+        "activation": words(activation="situ"),
+        "gate": words(gemm1_alpha=1.7),
+        "runner": words(runner_backend="triton"),
+        "shared": words(num_local_experts=5),
+        "on input": words(apply_router_weight_on_input=True),
+    }
+    for name, changes in {"blocks": {"weight_block_size": [32, 32]}, "mxfp8": {"use_mxfp8": True}}.items():
+        with mock.patch.multiple(method, **changes):
+            found[name] = words()
+    method = object()
+    found["method"] = words()
+    method = layer.quant_method
+    with mock.patch.object(moe, "sbo_enabled", True):
+        found["single batch"] = words()
+    with mock.patch.multiple(moe, tbo_enabled=True, deepep_mode=DeepEPMode.AUTO):
+        found["two batches"] = words()
+    for name in ("enable_eplb", "enable_lora"):
+        with server(**{name: True}):
+            found[name] = words()
+    with get_parallel().override(attn_dp_enabled=True, moe_dense_tp_size=1, enable_dp_lm_head=True, num_dp_ranks=2):
+        found["hidden counts"] = words()
+    with server(moe_a2a_backend="none"):
+        found["backend"] = words()
+    moe.speculative_a2a_backend = MoeA2ABackend.NONE
+    with speculative_moe_a2a_backend_context():
+        found["draft"] = type(create_moe_dispatcher(config, quant_method=method)).__name__
+        found["draft class"] = get_moe_impl_class(None).__name__
+    return found
+
+
+CASES = {
+    "not_asked": (not_asked, 1),
+    "alone": (alone, 1),
+    "together": (together, 2),
+    "overlapped": (overlapped, 2),
+    "refused": (refused, 2),
+}
+
+
+def run(case: str, rank: int, folder: Path) -> None:
+    function, ranks = CASES[case]
+    store = folder / f"{case}-store"
+    store.mkdir(exist_ok=True)
+    try:
+        found: dict[str, Any] = function(rank, ranks, str(store))
+    except BaseException:
+        found = {"failed": traceback.format_exc()}
+    (folder / f"{case}-{rank}.json").write_text(json.dumps(found))
+    # not sys.exit: a peer that failed would be waited for
+    os._exit(0)
+
+
+def main(folder: Path) -> None:
+    """Runs every case, on ranks that are forked."""
+    import_engine()
+    install_plugin(folder)
+    os.environ["MOEQUANT_SGLANG"] = "1"
+    context = multiprocessing.get_context("fork")
+    for case, (_, ranks) in CASES.items():
+        processes = [context.Process(target=run, args=(case, rank, folder), daemon=True) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
