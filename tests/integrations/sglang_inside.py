@@ -12,13 +12,13 @@ import json
 import multiprocessing
 import os
 import sys
-import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import tomllib
 import torch
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def import_engine() -> None:
         sys.modules[name] = mock.MagicMock()
     for name in ("include", "csrc"):
         (Path(sglang.__file__).parent / "kernels" / "jit" / name).mkdir(exist_ok=True)
-    import sglang.srt.layers.moe.ep_moe.layer  # noqa: F401
+    import sglang.srt.layers.moe.ep_moe.layer
 
 
 def install_plugin(folder: Path) -> None:

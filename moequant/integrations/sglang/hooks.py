@@ -80,7 +80,7 @@ def create_dispatcher(original: Callable[..., Any], moe_runner_config: Any, quan
 
 
 def before_capture(*args: Any, **kwargs: Any) -> None:
-    """Before a CUDA graph is captured: it keeps the limit of the waits in it, which is the long one until the first calls were waited for.
+    """Before a CUDA graph is captured. It keeps the limit of its waits, which is the long one until the first calls were waited for.
 
     Args:
         *args: not used.

@@ -1,0 +1,72 @@
+"""torchtitan's MoE layer with moequant's dispatcher instead of its own (torchtitan_inside.py), on one rank and on two."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import engines
+import pytest
+
+HERE = Path(__file__).parent
+RANKS = ["1-0", "2-0", "2-1"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """What came of each rank."""
+    folder = tmp_path_factory.mktemp("torchtitan")
+    result = engines.run_inside("torchtitan", str(HERE / "torchtitan_inside.py"), str(folder))
+    assert result.returncode == 0, result.stdout
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    assert list(results) == RANKS, result.stdout
+    for name, what in results.items():
+        assert "failed" not in what, f"{name}:\n{what['failed']}"
+    return results
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchtitan") is not None, reason="torchtitan is installed")
+def test_without_torchtitan_the_import_says_what_is_wanted():
+    with pytest.raises(ImportError, match=r"written for torchtitan 0\.3, got none: pip install 'torchtitan==0\.3\.\*'"):
+        importlib.import_module("moequant.integrations.torchtitan")
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_output_and_all_gradients_are_those_of_torchtitans_own_dispatcher(found, rank):
+    what = found[rank]
+    assert what["class"] == "MoEQuantTokenDispatcher"
+    # more tokens than the dispatcher was made for, and fewer
+    for length in ("5", "11", "3"):
+        errors = what[length]
+        weights = {name for name in errors if name not in ("output", "x")}
+        assert len(weights) == 4
+        # of rows that are summed in float32 here, and in bfloat16 there
+        assert 0 < errors["output"] < 0.005 and 0 < errors["x"] < 0.005
+        assert max(errors[name] for name in weights) < 0.001
+    assert what["no grad"]["output"] < 0.005
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_recomputed_layers_have_the_same_bits(found, rank):
+    assert all(found[rank][f"{length} recomputed"] for length in (5, 11, 3))
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_layers_share_a_dispatcher_that_grows(found, rank):
+    assert found[rank]["dispatchers"] == 2 and found[rank]["room"] == 22
+
+
+def test_experts_that_want_their_rows_at_multiples_of_32_and_unknown_settings_are_refused(found):
+    (multiple, unknown), *others = (found[rank]["refused"] for rank in RANKS)
+    assert multiple.startswith("ValueError: an expert's rows begin at a multiple of 16, and these experts want 32")
+    assert "deltas for fields not on" in unknown and "capacity" in unknown
+    assert others == [[multiple, unknown]] * 2
+
+
+def test_another_torchtitan_is_refused(found):
+    for rank in RANKS:
+        assert found[rank]["other version"].startswith(
+            "ImportError: moequant.integrations.torchtitan was written for torchtitan 0.3, got 0.2.2"
+        )
