@@ -26,7 +26,7 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 import moequant.integrations.vllm as integration
 import test_docstrings
 from moequant.activations import Activation
-from moequant.integrations.vllm import activations, config as adapter, experts as adapter_experts
+from moequant.integrations.vllm import activations, experts as adapter_experts, method as adapter
 from moequant.reference.activations import activated
 from moequant.testing import relative_error
 
@@ -141,7 +141,7 @@ def with_experts_of_vllms(test: Callable[[], Any]) -> Any:
 class Naive(batched_moe.NaiveBatchedExperts):
     # whose own answers are about GPUs
     @staticmethod
-    def is_supported_config(cls: Any, *_: Any) -> tuple[bool, str | None]:
+    def is_supported_config(*_: Any) -> tuple[bool, str | None]:
         return True, None
 
 

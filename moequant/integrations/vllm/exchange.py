@@ -92,6 +92,7 @@ class Exchange:
             out: (T, H), written.
         """
         self.settle(experts)
+        hidden, ids, weights = tokens
         largest = max(across)
         dispatcher = self.decode if largest <= self.decode.config.max_tokens_per_rank else self.chunks
         step = dispatcher.config.max_tokens_per_rank
@@ -99,7 +100,7 @@ class Exchange:
         for begin in range(0, largest, step):
             rows = slice(begin, begin + step)
             expected = sum(min(max(size - begin, 0), step) for size in across)
-            dispatcher(*(x[rows] for x in tokens), experts, out=out[rows], expected_tokens=expected)
+            dispatcher(hidden[rows], ids[rows], weights[rows], experts, out=out[rows], expected_tokens=expected)
 
     def settle(self, layer: object) -> None:
         """Ends `first_timeout` once a step has been through all layers.

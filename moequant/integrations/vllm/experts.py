@@ -125,6 +125,8 @@ class MoEQuantExperts(mk.FusedMoEExpertsModular):
         super().__init__(moe_config, quant_config)
         self.exchange = exchange
         self._experts: GroupedExperts | None = None
+        # of the weights that these are made of
+        self._places = (0, 0)
 
     @staticmethod
     def activation_format() -> mk.FusedMoEActivationFormat:
@@ -158,7 +160,7 @@ class MoEQuantExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: FusedMoEParallelConfig) -> bool:
-        # what it does not is said in words: config.check
+        # what it does not is said in words: method._unserved
         return True
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
@@ -200,18 +202,19 @@ class MoEQuantExperts(mk.FusedMoEExpertsModular):
 
     def _experts_of(self, w1: Tensor, w2: Tensor, activation: MoEActivation) -> GroupedExperts:
         """The weights where vLLM has them, which may fill them anew."""
-        experts, places = self._experts, (w1.data_ptr(), w2.data_ptr())
-        if experts is None or (experts.w13.values.data_ptr(), experts.w2.values.data_ptr()) != places:
+        places = w1.data_ptr(), w2.data_ptr()
+        if self._experts is None or self._places != places:
             assert self.w1_scale is not None and self.w2_scale is not None
             kind = activation_of(activation, self.activation_config)
-            experts = self._experts = GroupedExperts(
+            self._places = places
+            self._experts = GroupedExperts(
                 QuantizedTensor(w1.data, self.w1_scale.data, "block", segments=kind.halves),
                 QuantizedTensor(w2.data, self.w2_scale.data, "block"),
                 activation=kind,
                 bias13=self.w1_bias,
                 bias2=self.w2_bias,
             )
-        return experts
+        return self._experts
 
 
 def weighted(hidden: Tensor, weights: Tensor, on_input: bool) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,6 @@ def register() -> None:
     except ImportError as error:
         LOG.warning("--quantization moequant is not there: %s", error)
         return
-    from moequant.integrations.vllm import config
+    from moequant.integrations.vllm import method
 
-    config.register(NAME)
+    method.register(NAME)
