@@ -2,8 +2,9 @@
 
     --override.imports moequant.integrations.torchtitan.token_dispatcher
 
-Router and experts stay torchtitan's. Needs torchtitan 0.3; raises ImportError otherwise. T tokens of this rank, K top-k, E experts, L local
-experts, R rows of a rank's, D hidden size, as torchtitan calls it.
+Router and experts stay torchtitan's. Needs torchtitan 0.3; raises ImportError otherwise.
+
+T tokens of this rank, K top-k, E experts, L local experts, R rows of a rank's, D hidden size, as torchtitan calls it.
 """
 
 # pyright: reportMissingImports=false

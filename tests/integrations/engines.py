@@ -1,4 +1,4 @@
-"""Serving engines as plain Python, without their compiled parts, each with what it imports in a folder of its own, .venv/<name>-<version>.
+"""Serving engines as plain Python, without their compiled parts, each with what it imports in a folder, .venv/<name>-<version>.
 
     python tests/integrations/engines.py            fetches all that are not there; needs network, once
     python tests/integrations/engines.py vllm       this one
@@ -8,12 +8,15 @@ Tests of an adapter run in processes of their own (`run_inside`), as the package
 
 from __future__ import annotations
 
+import ast
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -78,13 +81,12 @@ def _pip(*arguments: str) -> None:
         raise NotFetchedError(f"{' '.join(command)}:\n{result.stderr[-2000:]}")
 
 
-def run_inside(name: str, *command: str, timeout: float = 600, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_inside(name: str, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs a Python command with an engine, or skips the test that asks for it.
 
     Args:
         name: the engine's.
         *command: Python's arguments.
-        timeout: in seconds, for what hangs.
         **variables: of the environment.
 
     Returns:
@@ -106,8 +108,50 @@ def run_inside(name: str, *command: str, timeout: float = 600, **variables: str)
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout,
+        # for what hangs
+        timeout=600,
     )
+
+
+def names_in(file: str) -> list[str]:
+    """The tests of a file that can't be imported here.
+
+    Args:
+        file: beside this one.
+
+    Returns:
+        Names of its functions.
+    """
+    tree = ast.parse((HERE / file).read_text())
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+
+
+def outcomes(name: str, file: str, folder: Path, **variables: str) -> dict[str, str]:
+    """Runs a file's tests with an engine, once for all processes of this run, as an engine takes long to import.
+
+    Args:
+        name: the engine's.
+        file: beside this one.
+        folder: of this process, from `tmp_path_factory.getbasetemp()`.
+        **variables: of the environment.
+
+    Returns:
+        By name of a test what went wrong in it; "" if nothing did.
+    """
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    report = shared / f"{Path(file).stem}.xml"
+    with open(report.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.exists():
+            options = ("-q", "--noconftest", "-p", "no:cacheprovider", f"--junitxml={report}")
+            result = run_inside(name, "-m", "pytest", *options, str(HERE / file), **variables)
+            assert report.exists(), result.stdout
+    found: dict[str, str] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        test = str(case.get("name")).partition("[")[0]
+        wrong = "".join(f"{case.get('name')}:\n{part.text}\n" for part in case if part.tag in ("failure", "error", "skipped"))
+        found[test] = found.get(test, "") + wrong
+    return found
 
 
 def main(names: list[str]) -> int:

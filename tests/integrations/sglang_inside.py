@@ -44,7 +44,7 @@ def import_engine() -> None:
     for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.io"):
         sys.modules[name] = mock.MagicMock()
     for name in ("include", "csrc"):
-        (Path(sglang.__file__).parent / "kernels" / "jit" / name).mkdir(exist_ok=True)
+        (Path(str(sglang.__file__)).parent / "kernels" / "jit" / name).mkdir(exist_ok=True)
     import sglang.srt.layers.moe.ep_moe.layer
 
 

@@ -124,7 +124,7 @@ def test_two_batches_under_way_have_the_bits_of_one_after_the_other_in_deepeps_f
 @pytest.mark.parametrize(
     "case, words",
     [
-        ("experts", "each of 2 ranks has as many experts, and there are 9: take another --tp"),
+        ("experts", "each of 2 ranks has as many experts, got 9: take another --tp"),
         ("activation", "SGLang's deep_gemm runner has gated silu alone, got 'situ'"),
         ("gate", "this model needs another backend"),
         ("runner", "takes the place of --moe-runner-backend deep_gemm, and this layer has 'triton': add it"),

@@ -43,7 +43,7 @@ def check_ranks(num_experts: int) -> None:
     ranks = get_parallel().moe_ep_size
     if num_experts % ranks:
         refuse(
-            f"each of {ranks} ranks has as many experts, and there are {num_experts}: take another --tp, or --ep-num-redundant-experts"
+            f"each of {ranks} ranks has as many experts, got {num_experts}: take another --tp, or --ep-num-redundant-experts"
         )
 
 

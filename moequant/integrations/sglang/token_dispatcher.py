@@ -54,7 +54,7 @@ class Received(DeepEPLLDispatchOutput):
 
 
 class MoEQuantTokenDispatcher(BaseDispatcher):
-    """Of one layer; those of a model share what they send with. Collective where sizes first come, as are all its methods but the last two.
+    """Of one layer; those of a model share what they send with. Collective where sizes first come.
 
     `dispatch` and `combine` leave everything to the experts between them: GEMM 2 stores rows at their tokens' ranks, and more tokens than
     there is room for go in as many calls as the rank with most needs. Two-batch overlap parts the steps, each half in a slot of its own.
