@@ -11,6 +11,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pkgutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -236,7 +237,7 @@ def together(rank: int, ranks: int, folder: str) -> dict[str, Any]:
             name = "other layer"
             errors[name] = max(errors.get(name, 0.0), error(layers[1](hidden, choice), first.float()))
     agree((16, 16), rank)
-    hidden, choice = tokens(5, seed=0)
+    hidden, choice = tokens(17, seed=0)
     stale = said(lambda: layers[0](hidden, choice))
     first, last = (len(checkpoint()[0]) // ranks * place for place in (rank, rank + 1))
     gate, up, down = (w[first:last] for w in checkpoint())
@@ -364,7 +365,27 @@ def refused(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     return found
 
 
+def docstrings(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """What is missing in them, as test_docstrings.py reads them."""
+    start(rank, ranks, folder)
+    import test_docstrings
+    from moequant.integrations import sglang as integration
+
+    names = [module.name for module in pkgutil.iter_modules(integration.__path__)]
+    with mock.patch.object(test_docstrings, "MODULES", [f"integrations.sglang.{name}" for name in names]):
+        public = dict(test_docstrings.public())
+    wrong = []
+    for name, value in public.items():
+        try:
+            test_docstrings.check(name, value)
+        except AssertionError as failure:
+            wrong.append(f"{name}: {failure}")
+    return {"looked at": len(public), "wrong": wrong}
+
+
+# and on how many ranks
 CASES = {
+    "docstrings": (docstrings, 1),
     "not_asked": (not_asked, 1),
     "alone": (alone, 1),
     "together": (together, 2),

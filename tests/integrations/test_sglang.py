@@ -51,6 +51,11 @@ def test_another_sglang_ends_a_start_that_asked_for_moequant(monkeypatch, versio
         sglang.register()
 
 
+def test_a_post_release_of_it_is_none_of_another():
+    for version in ("0.5.23", "0.5.23.post1", "0.5.23+cu130"):
+        sglang.require(version)
+
+
 def test_a_variable_that_is_neither_0_nor_1_ends_a_start(monkeypatch):
     monkeypatch.setenv(sglang.VARIABLE, "true")
     with pytest.raises(SystemExit, match="MOEQUANT_SGLANG must be 0 or 1, got 'true'"):
@@ -64,6 +69,11 @@ def test_the_tested_engine_is_the_one_that_the_hooks_were_written_for():
 def test_an_installed_plugin_leaves_sglang_as_it_is_unless_it_is_asked_for(found):
     (what,) = found["not_asked"]
     assert what == {"loaded": True, "hooks": [], "imported": [], "class": "DeepEPMoE", "fused": False}
+
+
+def test_docstrings_have_every_parameter_what_is_returned_and_what_is_raised(found):
+    (what,) = found["docstrings"]
+    assert what["looked at"] > 20 and what["wrong"] == []
 
 
 def test_a_draft_model_with_another_backend_gets_sglangs_own_classes(found):
@@ -95,7 +105,7 @@ def test_ranks_make_as_many_calls_and_tell_the_gemms_how_many_tokens_all_have(fo
 
 def test_numbers_of_another_step_are_refused_and_no_token_is_lost(found):
     for what in found["together"]:
-        assert what["stale"].startswith("RuntimeError: SGLang says that the 2 ranks have [16, 16] tokens, and this one has 5")
+        assert what["stale"].startswith("RuntimeError: SGLang says that the 2 ranks have [16, 16] tokens, and this one has 17")
 
 
 def test_weights_that_sglang_loads_are_those_of_quantize_weight_and_are_not_copied(found):

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher, TorchAOTokenDispatcher
 
+import test_docstrings
 from moequant.integrations import torchtitan as integration
 
 EXPERTS, TOP_K, DIM, HIDDEN = 8, 3, 64, 48
@@ -107,6 +109,9 @@ def run(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     plain = LocalTokenDispatcher.Config(num_experts=EXPERTS, top_k=TOP_K)
     factory = integration.token_dispatcher
     found["refused"] = [said(lambda: factory(padded)), said(lambda: factory(plain, capacity=8))]
+    with mock.patch.object(test_docstrings, "MODULES", ["integrations.torchtitan"]):
+        for name, value in test_docstrings.public():
+            test_docstrings.check(name, value)
     found["other version"] = said(lambda: integration.require("0.2.2"))
     return found
 

@@ -7,10 +7,11 @@ nothing, and imports nothing of SGLang.
 from __future__ import annotations
 
 import os
+import re
 from importlib.metadata import PackageNotFoundError, version
 
 VARIABLE = "MOEQUANT_SGLANG"
-# hooks name SGLang's internals, which change with each of its releases
+# hooks name SGLang's internals, which change with each of its releases; 0.5.23.post1 is one of these
 WANTED = "0.5.23"
 
 
@@ -56,7 +57,7 @@ def require(found: str | None) -> None:
     Raises:
         ImportError: there is none, or it is another one.
     """
-    if found != WANTED:
+    if found is None or re.findall(r"\d+", found)[:3] != WANTED.split("."):
         raise ImportError(
             f"moequant.integrations.sglang was written for sglang=={WANTED}, got {found or 'none'}: install that one, another "
             f"moequant, or unset {VARIABLE}"

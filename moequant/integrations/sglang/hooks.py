@@ -14,7 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_exec
 
 from moequant.integrations.sglang import dispatchers
-from moequant.integrations.sglang.refusals import check_layer, check_ranks, refuse
+from moequant.integrations.sglang.refusals import check_layer, check_ranks, refusal
 from moequant.integrations.sglang.token_dispatcher import MoEQuantTokenDispatcher, run_experts
 
 LAYERS = "sglang.srt.layers.moe"
@@ -105,5 +105,5 @@ def _is_ours() -> bool:
     """Whether the layer that is being built is to run in moequant: a draft model may have a backend of its own."""
     asked = get_exec().moe.moe_a2a_backend
     if asked != "deepep":
-        refuse(f"it takes the place of --moe-a2a-backend deepep, and this server has {asked!r}: add it")
+        raise refusal(f"it takes the place of --moe-a2a-backend deepep, and this server has {asked!r}: add it")
     return get_moe_a2a_backend().is_deepep()
