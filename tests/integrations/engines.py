@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ast
 import fcntl
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -151,6 +153,30 @@ def outcomes(name: str, file: str, folder: Path, **variables: str) -> dict[str, 
         test = str(case.get("name")).partition("[")[0]
         wrong = "".join(f"{case.get('name')}:\n{part.text}\n" for part in case if part.tag in ("failure", "error", "skipped"))
         found[test] = found.get(test, "") + wrong
+    return found
+
+
+def results(name: str, file: str, folder: Path, **variables: str) -> dict[str, Any]:
+    """Runs a script with an engine, once for all processes of this run.
+
+    Args:
+        name: the engine's.
+        file: beside this one; it takes a folder, makes it, and writes JSON there, {"failed": why} where something went wrong.
+        folder: of this process, from `tmp_path_factory.getbasetemp()`.
+        **variables: of the environment.
+
+    Returns:
+        What is in the files, by name.
+    """
+    made = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / Path(file).stem
+    with open(made.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            result = run_inside(name, str(HERE / file), str(made), **variables)
+            assert result.returncode == 0, result.stdout
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(made.glob("*.json"))}
+    wrong = [f"{path}:\n{what['failed']}" for path, what in found.items() if "failed" in what]
+    assert found and not wrong, "\n".join(wrong)
     return found
 
 

@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """What test_sglang.py runs with SGLang: its own plugin loader, its own MoE layer, on ranks that are forked when it is imported.
 
-python tests/integrations/sglang_inside.py FOLDER     writes <case>-<rank>.json there: what came of each
+python tests/integrations/sglang_inside.py FOLDER     makes it, and writes <case>-<rank>.json there: what came of each
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import pkgutil
@@ -139,11 +140,12 @@ def tokens(count: int, seed: int) -> tuple[Tensor, Any]:
     return hidden, StandardTopKOutput(weights, ids, torch.empty(count, EXPERTS))
 
 
-def dense(hidden: Tensor, choice: Any, quantized: bool = True) -> Tensor:
+def dense(hidden: Tensor, choice: Any, quantized: bool = True, limit: float = math.inf) -> Tensor:
     """The layer in float32, every expert for every token, of the weights that the layer has."""
     x = hidden.float()
     gate, up, down = (dequantize(quantize_weight(w)) if quantized else w.float() for w in checkpoint())
-    inner = torch.nn.functional.silu(torch.einsum("th,eih->eti", x, gate)) * torch.einsum("th,eih->eti", x, up)
+    gates, ups = (torch.einsum("th,eih->eti", x, w) for w in (gate, up))
+    inner = torch.nn.functional.silu(gates.clamp(max=limit)) * ups.clamp(-limit, limit)
     outputs = torch.einsum("eti,ehi->teh", inner, down)
     shares = torch.zeros(x.shape[0], EXPERTS + 1).scatter_(1, choice.topk_ids.long() % (EXPERTS + 1), choice.topk_weights)
     return torch.einsum("te,teh->th", shares[:, :EXPERTS], outputs)
@@ -191,17 +193,28 @@ def alone(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     """One rank, in fp8 and in bfloat16."""
     start(rank, ranks, folder)
     hidden, choice = tokens(9, seed=3)
-    found: dict[str, Any] = {}
-    for name, quantized in {"fp8": True, "bfloat16": False}.items():
-        layer = build(quantized)
-        if not quantized:
+    agree((9,), 0)
+    limit, results, rooms = 1.0, {}, set()
+    for name, settings in {
+        "fp8": {},
+        "bfloat16": {"quantized": False},
+        "limit": {"quantized": False, "swiglu_limit": limit},
+    }.items():
+        layer = build(**settings)
+        if "quantized" in settings:
             # what SGLang chooses on a GPU
             layer.quant_method.forward = layer.quant_method.forward_cuda
-        agree((9,), 0)
         with torch.inference_mode():
-            found[name] = error(layer(hidden, choice), dense(hidden, choice, quantized))
-        found[f"{name} rooms"] = [inner.config.max_tokens_per_rank for inner in layer.dispatcher._inners]
-    return found
+            results[name] = layer(hidden, choice)
+        rooms |= {inner.config.max_tokens_per_rank for inner in layer.dispatcher._inners}
+    exact = dense(hidden, choice, quantized=False)
+    return {
+        "fp8": error(results["fp8"], dense(hidden, choice)),
+        "bfloat16": error(results["bfloat16"], exact),
+        "limit": error(results["limit"], dense(hidden, choice, quantized=False, limit=limit)),
+        "no limit": error(results["limit"], exact),
+        "rooms": sorted(rooms),
+    }
 
 
 def together(rank: int, ranks: int, folder: str) -> dict[str, Any]:
@@ -410,6 +423,7 @@ def run(case: str, rank: int, folder: Path) -> None:
 def main(folder: Path) -> None:
     """Runs every case, on ranks that are forked."""
     import_engine()
+    folder.mkdir()
     install_plugin(folder)
     os.environ["MOEQUANT_SGLANG"] = "1"
     context = multiprocessing.get_context("fork")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import engines
@@ -13,22 +11,14 @@ import pytest
 
 from moequant.integrations import sglang
 
-HERE = Path(__file__).parent
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def found(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     """What came of each case, by rank."""
-    folder = tmp_path_factory.mktemp("sglang")
-    result = engines.run_inside("sglang", str(HERE / "sglang_inside.py"), str(folder), SGLANG_PLUGINS="moequant")
-    assert result.returncode == 0, result.stdout
     cases: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        cases.setdefault(path.stem.rpartition("-")[0], []).append(json.loads(path.read_text()))
-    assert cases, result.stdout
-    for name, ranks in cases.items():
-        for what in ranks:
-            assert "failed" not in what, f"{name}:\n{what['failed']}"
+    written = engines.results("sglang", "sglang_inside.py", tmp_path_factory.getbasetemp(), SGLANG_PLUGINS="moequant")
+    for name, what in written.items():
+        cases.setdefault(name.rpartition("-")[0], []).append(what)
     return cases
 
 
@@ -81,10 +71,12 @@ def test_a_draft_model_with_another_backend_gets_sglangs_own_classes(found):
         assert (what["draft"], what["draft class"]) == ("StandardDispatcher", "FusedMoE")
 
 
-def test_one_rank_has_the_layer_of_a_dense_reference_in_fp8_and_bfloat16(found):
+def test_one_rank_has_the_layer_of_a_dense_reference_in_fp8_and_bfloat16_and_with_a_limit(found):
     (what,) = found["alone"]
-    assert 0.03 < what["fp8"] < 0.05 and what["bfloat16"] < 0.005
-    assert what["fp8 rooms"] == what["bfloat16 rooms"] == [128, 1024]
+    assert 0.03 < what["fp8"] < 0.05 and what["bfloat16"] < 0.005 and what["limit"] < 0.005
+    # which does limit something
+    assert what["no limit"] > 0.05
+    assert what["rooms"] == [128, 1024]
 
 
 def test_two_ranks_have_it_with_uneven_tokens_without_any_with_padding_and_in_chunks(found):

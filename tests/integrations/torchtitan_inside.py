@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """What test_torchtitan.py runs with torchtitan: its own MoE layer, with its own dispatchers and with moequant's, on forked ranks.
 
-python tests/integrations/torchtitan_inside.py FOLDER     writes <ranks>-<rank>.json there: what came of it
+python tests/integrations/torchtitan_inside.py FOLDER     makes it, and writes <ranks>-<rank>.json there: what came of it
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torchtitan.config import OverrideConfig, apply_overrides
 from torchtitan.distributed.utils import set_spmd_backend
 from torchtitan.models.common.config_utils import make_routed_experts_config
@@ -69,11 +69,18 @@ def build(rank: int, ranks: int, *imports: Any) -> Any:
     return layer
 
 
-def step(layer: Any, x: Tensor, recompute: bool = False) -> dict[str, Tensor]:
-    """Output and all gradients, by name."""
+# torchtitan's full and selective activation checkpointing
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten._grouped_mm.default])},
+}
+
+
+def step(layer: Any, x: Tensor, way: str | None = None) -> dict[str, Tensor]:
+    """Output and all gradients, by name; what a way doesn't keep is recomputed."""
     layer.zero_grad()
     x = x.clone().requires_grad_()
-    output = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+    output = checkpoint(layer, x, use_reentrant=False, **WAYS[way]) if way else layer(x)
     (output.float() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
     assert x.grad is not None
     grads = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
@@ -97,8 +104,9 @@ def run(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
         x = torch.randn(2, length, DIM, generator=torch.Generator().manual_seed(100 * length + rank)).bfloat16()
         expected, mine = step(own.bfloat16(), x), step(other.bfloat16(), x)
         found[f"{length}"] = error(mine, expected)
-        again = step(other, x, recompute=True)
-        found[f"{length} recomputed"] = all(torch.equal(again[name], mine[name]) for name in mine)
+        for way in WAYS:
+            again = step(other, x, way)
+            found[f"{length} {way}"] = all(torch.equal(again[name], mine[name]) for name in mine)
     second = build(rank, ranks, TARGET).bfloat16()
     with torch.no_grad():
         found["no grad"] = error({"output": second(x)}, {"output": own(x)})
@@ -127,6 +135,7 @@ def said(call: Callable[[], Any]) -> str:
 
 def main(folder: Path) -> None:
     """Runs one rank, and two."""
+    folder.mkdir()
     context = multiprocessing.get_context("fork")
     for ranks in (1, 2):
         processes = [context.Process(target=write, args=(rank, ranks, folder), daemon=True) for rank in range(ranks)]
