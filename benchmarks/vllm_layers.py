@@ -61,7 +61,8 @@ class Gathered:
     ) -> tuple[Any, ...]:
         given = [rows, weights, ids, *extra_tensors]
         out = [x.new_empty(dist.get_world_size() * len(x), *x.shape[1:]) for x in given]
-        with dist._coalescing_manager(device=rows.device):
+        # which gloo has not
+        with dist._coalescing_manager(device=rows.device) if rows.is_cuda else contextlib.nullcontext():
             for target, x in zip(out, given, strict=True):
                 # which has no float8
                 dist.all_gather_into_tensor(target.view(torch.uint8), x.contiguous().view(torch.uint8))

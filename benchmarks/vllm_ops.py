@@ -127,8 +127,8 @@ def per_token_group_fp8_quant(
 
 LIBRARIES = {name: torch.library.Library(name, "FRAGMENT") for name in ("_C", "_moe_C")}
 OPERATIONS = {
-    "_C::silu_and_mul_per_block_quant(Tensor! out, Tensor input, Tensor! scales, int group_size, Tensor? scale_ub, bool is_scale_transposed) "
-    "-> ()": silu_and_mul_per_block_quant,
+    "_C::silu_and_mul_per_block_quant(Tensor! out, Tensor input, Tensor! scales, int group_size, Tensor? scale_ub, bool "
+    "is_scale_transposed) -> ()": silu_and_mul_per_block_quant,
     "_C::per_token_group_fp8_quant(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, float fp8_min, float "
     "fp8_max, bool scale_ue8m0, bool column_major, bool tma_aligned) -> ()": per_token_group_fp8_quant,
     "_moe_C::moe_sum(Tensor input, Tensor! output, Tensor? topk_ids, Tensor? expert_map) -> ()": moe_sum,
@@ -137,10 +137,17 @@ OPERATIONS = {
 }
 
 
+# what vLLM asks when it is imported: whether its GEMMs of other kinds are there
+QUESTIONS = ("cutlass_scaled_mm_supports_fp8", "cutlass_scaled_mm_supports_block_fp8", "cutlass_group_gemm_supported")
+OPERATIONS |= {f"_C::{name}(int capability) -> bool": lambda capability: False for name in QUESTIONS}
+
+
 def install() -> None:
     """Makes vLLM importable where it can't load its extensions. Before it is imported."""
-    for name in ("_C_stable_libtorch", "_moe_C_stable_libtorch"):
-        sys.modules.setdefault(f"vllm.{name}", ModuleType(f"vllm.{name}"))
+    for name in ("_C_stable_libtorch", "_moe_C_stable_libtorch", "vllm_flash_attn"):
+        module = sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
+        # attention's functions, which no experts call
+        module.__getattr__ = lambda _: None  # type: ignore[method-assign]
     for schema, function in OPERATIONS.items():
         library, _, rest = schema.partition("::")
         LIBRARIES[library].define(rest)
