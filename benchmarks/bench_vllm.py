@@ -111,7 +111,7 @@ def record(bench: Bench, name: str, layer: Layer, tokens: int, times: dict[str, 
     for mode, (timing, result) in times[own].items():
         peer, other = times[peer_name][mode]
         us = float(f"{peer.us:.5g}")
-        errors = {"error": float(f"{result.relative:.3g}"), "peer_error": float(f"{other.relative:.3g}")}
+        errors = {"relative_error": float(f"{result.relative:.3g}"), "peer_relative_error": float(f"{other.relative:.3g}")}
         if not other.passed:
             print(f"{peer_name}, T={tokens}: {other}", file=sys.stderr)
         bench.record(
