@@ -28,6 +28,7 @@ TITLES = {
     "transformers_layer": "Experts of a layer of transformers' models",
     "transformers_experts": "Experts of a layer of transformers' models, split over ranks",
     "transformers_model": "Whole models of transformers: prefill, or a step of decoding T sequences",
+    "vllm_layer": "A layer of vLLM's modular MoE kernel, from its Python sources",
     "accuracy": "Held-out loss of small language models, their experts in each format",
     "host_layer": "The host's time for a whole layer without a graph",
     "host_dispatch": "The host's time for a dispatch",

@@ -2,6 +2,7 @@
 
     python tests/integrations/engines.py            fetches all that are not there; needs network, once
     python tests/integrations/engines.py vllm       this one
+    python tests/integrations/engines.py --newest   fetches nothing; fails if one has another interface than the one that is tested
 
 Tests of an adapter run in processes of their own (`run_inside`), as the packages of an engine would hide those of the environment.
 """
@@ -27,6 +28,8 @@ HERE = Path(__file__).parent
 # name, version, and the oldest Python that there is one for. What an engine imports, in versions that go together, is in
 # <name>_packages.txt; torch, Triton and NumPy are the environment's.
 ENGINES = {"vllm": ("0.33.0", (3, 11)), "sglang": ("0.5.23", (3, 11)), "torchtitan": ("0.3.0", (3, 11))}
+# how many numbers of a version say which interface it has, where they aren't major and minor
+PARTS = {"sglang": 3}
 # of a wheel: neither compiled parts nor sources of kernels
 KEPT = (".py", ".json", "METADATA", "entry_points.txt")
 
@@ -76,11 +79,12 @@ def fetch(name: str, version: str) -> Path:
     return done
 
 
-def _pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", *arguments[1:]]
+def _pip(*arguments: str) -> str:
+    command = [sys.executable, "-m", "pip", arguments[0], "--disable-pip-version-check", *arguments[1:]]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise NotFetchedError(f"{' '.join(command)}:\n{result.stderr[-2000:]}")
+    return result.stdout
 
 
 def run_inside(name: str, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -180,16 +184,36 @@ def results(name: str, file: str, folder: Path, **variables: str) -> dict[str, A
     return found
 
 
-def main(names: list[str]) -> int:
-    """Fetches engines.
+def newest(name: str) -> str:
+    """The newest release of an engine.
 
     Args:
-        names: which; none for all.
+        name: its package on PyPI.
+
+    Returns:
+        The version.
+    """
+    # "vllm (0.33.0)", and then all of them
+    return _pip("index", "versions", name).partition("(")[2].partition(")")[0]
+
+
+def main(names: list[str]) -> int:
+    """Fetches engines, or asks for newer ones.
+
+    Args:
+        names: which; none for all; --newest.
 
     Returns:
         The exit status.
     """
     failed = 0
+    if names == ["--newest"]:
+        for name, (version, _) in ENGINES.items():
+            there = newest(name)
+            print(f"engines: {name} {there} is the newest, and {version} is tested")
+            parts = PARTS.get(name, 2)
+            failed |= there.split(".")[:parts] != version.split(".")[:parts]
+        return failed
     for name in names or ENGINES:
         version, oldest = ENGINES[name]
         if sys.version_info < oldest:

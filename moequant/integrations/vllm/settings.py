@@ -1,6 +1,6 @@
 """What a user can set, by vLLM's own option for what it doesn't know:
 
---additional-config '{"moequant": {"max_tokens": 2048}}'
+--additional-config '{"moequant": {"max_tokens": 4096}}'
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Settings:
         ValueError: a wrong setting.
     """
 
-    max_tokens: int = 1024
+    max_tokens: int = 2048
     transport: str = "auto"
     reduce: str = "exact"
     timeout: float = 300.0
