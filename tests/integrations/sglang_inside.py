@@ -210,7 +210,8 @@ def refused(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         "activation": words(activation="situ"),
         "gate": words(gemm1_alpha=1.7),
         "runner": words(runner_backend="triton"),
-        "shared": words(num_local_experts=5),
+        "shared": words(num_fused_shared_experts=1),
+        "elastic": words(num_local_experts=5),
         "on input": words(apply_router_weight_on_input=True),
     }
     for name, changes in {"blocks": {"weight_block_size": [32, 32]}, "mxfp8": {"use_mxfp8": True}}.items():

@@ -35,7 +35,8 @@ def test_output_and_all_gradients_are_those_of_torchtitans_own_dispatcher(found,
         assert len(weights) == 4
         # of rows that are summed in float32 here, and in bfloat16 there
         assert 0 < errors["output"] < 0.005 and 0 < errors["x"] < 0.005
-        assert max(errors[name] for name in weights) < 0.001
+        # half of bfloat16's step, where rows lie at other places of the same product
+        assert max(errors[name] for name in weights) < 0.002
     assert what["no grad"]["output"] < 0.005
 
 

@@ -52,8 +52,8 @@ def config() -> MoE.Config:
     return MoE.Config(num_experts=EXPERTS, routed_experts=routed, router=router)
 
 
-def build(rank: int, ranks: int, *imports: Any) -> Any:
-    """This rank's part of the layer, with torchtitan's own dispatcher or after overrides. The same weights each time."""
+def build(rank: int, ranks: int, device: torch.device, *imports: Any) -> Any:
+    """This rank's part of the layer in bfloat16, with torchtitan's own dispatcher or after overrides. The same weights each time."""
     chosen = config()
     apply_overrides(OverrideConfig(imports=list(imports)), chosen)
     layer: Any = chosen.build()
@@ -65,8 +65,8 @@ def build(rank: int, ranks: int, *imports: Any) -> Any:
         for name, parameter in list(layer.routed_experts.inner_experts.named_parameters()):
             mine = parameter[rank * local : (rank + 1) * local].detach().clone()
             setattr(layer.routed_experts.inner_experts, name, nn.Parameter(mine))
-        layer.routed_experts.token_dispatcher.wire_meshes(ep_mesh=init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",)))
-    return layer
+        layer.routed_experts.token_dispatcher.wire_meshes(ep_mesh=init_device_mesh(device.type, (ranks,), mesh_dim_names=("ep",)))
+    return layer.to(device, torch.bfloat16)
 
 
 # torchtitan's full and selective activation checkpointing
@@ -81,7 +81,7 @@ def step(layer: Any, x: Tensor, way: str | None = None) -> dict[str, Tensor]:
     layer.zero_grad()
     x = x.clone().requires_grad_()
     output = checkpoint(layer, x, use_reentrant=False, **WAYS[way]) if way else layer(x)
-    (output.float() * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    (output.float() * torch.linspace(-1, 1, output.numel(), device=x.device).view_as(output)).sum().backward()
     assert x.grad is not None
     grads = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     return {"output": output.detach(), "x": x.grad, **grads}
@@ -96,18 +96,22 @@ def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, fl
 def run(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     # its other one checks placements on a model's meshes
     set_spmd_backend("default")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
-    own, other = build(rank, ranks), build(rank, ranks, (TARGET, {"timeout": 30.0}))
+    device = torch.device("cuda", rank) if torch.cuda.device_count() >= ranks else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
+    own, other = build(rank, ranks, device), build(rank, ranks, device, (TARGET, {"timeout": 30.0}))
     found: dict[str, Any] = {"class": type(other.routed_experts.token_dispatcher).__name__}
     # more tokens than before, and fewer
     for length in (5, 11, 3):
-        x = torch.randn(2, length, DIM, generator=torch.Generator().manual_seed(100 * length + rank)).bfloat16()
-        expected, mine = step(own.bfloat16(), x), step(other.bfloat16(), x)
+        x = torch.randn(2, length, DIM, generator=torch.Generator().manual_seed(100 * length + rank)).to(device, torch.bfloat16)
+        expected, mine = step(own, x), step(other, x)
         found[f"{length}"] = error(mine, expected)
         for way in WAYS:
             again = step(other, x, way)
             found[f"{length} {way}"] = all(torch.equal(again[name], mine[name]) for name in mine)
-    second = build(rank, ranks, TARGET).bfloat16()
+    second = build(rank, ranks, device, TARGET)
     with torch.no_grad():
         found["no grad"] = error({"output": second(x)}, {"output": own(x)})
     # of layers with one timeout, and with another

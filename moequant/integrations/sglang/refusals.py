@@ -63,8 +63,8 @@ def check_layer(config: Any, quant_method: Any) -> None:
         raise refusal(f"it takes the place of --moe-runner-backend deep_gemm, and this layer has {runner!r}: add it")
     check_ranks(config.num_experts)
     mine, every = config.num_local_experts, config.num_experts
-    if every != mine * get_parallel().moe_ep_size:
-        raise refusal(f"each rank has E / W experts, got {mine} of {every}: leave shared experts unfused")
+    if config.num_fused_shared_experts or every != mine * get_parallel().moe_ep_size:
+        raise refusal(f"ranks have nothing but their share of routed experts, got {mine} of {every}: leave shared experts unfused")
     if config.activation != "silu" or not config.is_gated or config.gemm1_alpha is not None or config.gemm1_clamp_limit is not None:
         raise refusal(
             f"SGLang's deep_gemm runner has gated silu alone, got {config.activation!r}: this model needs another backend"
