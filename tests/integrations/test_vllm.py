@@ -13,10 +13,13 @@ from unittest import mock
 import pytest
 from engines import ROOT, names_in, outcomes
 
+from moequant.config import PADDED_TOKENS
 from moequant.errors import ClosedError, PeerTimeoutError
 from moequant.integrations.vllm import register, requirement
 from moequant.integrations.vllm.settings import Settings, settings_of
 from moequant.integrations.vllm.watch import terminate, watch
+from moequant.models import model_shape
+from moequant.transport.select import buffer_bytes
 
 INSIDE = "vllm_inside.py"
 
@@ -89,3 +92,16 @@ def test_a_worker_ends_as_its_executor_ends_it():
 def test_nothing_shadows_vllm():
     """The adapter's folder has vLLM's name, and is found by its own alone."""
     assert not any((Path(place) / "vllm" / "watch.py").exists() for place in sys.path)
+
+
+def test_the_memory_of_the_page_is_what_the_dispatchers_take():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    head, _, *rows = re.search(r"<!-- memory -->\n(.*)\n<!-- /memory -->", page, re.S)[1].splitlines()  # type: ignore[index]
+    sizes = [int(cell) for cell in head.split("|")[2:-1]]
+    assert sizes and Settings().max_tokens in sizes
+    for row in rows:
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        shape = vars(model_shape(name)) | {"world_size": 8, "layout": "auto", "transport": "symmetric"}
+        shape.pop("note")
+        found = [sum(buffer_bytes(**shape, max_tokens_per_rank=few) for few in {PADDED_TOKENS, most}) for most in sizes]
+        assert cells == [f"{total / 2**30:.2f}" for total in found], name
