@@ -129,9 +129,8 @@ class GroupedExperts(ExpertWeights):
         if repeats is None:
             repeats = self._repeats[batch] = Repeats()
         # with what may be refused: weights that require grad
-        tensors = self.w13, self.w2, self.bias13, self.bias2
-        weights = *(address for w in tensors for address in addresses_of(w)), torch.is_grad_enabled()
-        return repeats.run(batch.values, inputs, (name, num_sms, batch.values.data_ptr(), *weights), call)
+        weights = addresses_of(self.w13, self.w2, self.bias13, self.bias2)
+        return repeats.run(batch.values, inputs, (name, num_sms, batch.values.data_ptr(), *weights, torch.is_grad_enabled()), call)
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
         """GEMM 1, activation and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
