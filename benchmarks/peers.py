@@ -92,6 +92,12 @@ def import_peer(name: str, remarks: list[str]) -> Any:
         return None
 
 
+def masked_product(deep_gemm: Any) -> Callable[..., None]:
+    """DeepGEMM's masked grouped GEMM, whose name has changed."""
+    names = "m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked"
+    return next(getattr(deep_gemm, name) for name in names if hasattr(deep_gemm, name))
+
+
 def release(module: ModuleType) -> str:
     try:
         return version(module.__name__)
@@ -195,8 +201,7 @@ class Products:
     """DeepGEMM's masked grouped GEMMs on the batch and the weights of this project's layer."""
 
     def __init__(self, deep_gemm: Any, layer: Layer) -> None:
-        names = "m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked"
-        self.function = next(getattr(deep_gemm, name) for name in names if hasattr(deep_gemm, name))
+        self.function = masked_product(deep_gemm)
         experts, self.layer = layer.experts, layer
         assert isinstance(experts.w13, QuantizedTensor) and isinstance(experts.w2, QuantizedTensor)
         self.w13, self.w2 = experts.w13, experts.w2

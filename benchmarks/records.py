@@ -30,6 +30,7 @@ TITLES = {
     "transformers_experts": "Experts of a layer of transformers' models, split over ranks",
     "transformers_model": "Whole models of transformers: prefill, or a step of decoding T sequences",
     "accuracy": "Held-out loss of small language models, their experts in each format",
+    "training_loss": "Held-out loss of small language models, trained with their experts by torch and by moequant",
     "host_layer": "The host's time for a whole layer without a graph",
     "host_dispatch": "The host's time for a dispatch",
     "host_experts": "The host's time for the experts of a batch",
@@ -37,6 +38,7 @@ TITLES = {
     "host_product_triton": "The host's time for GEMM 1's kernel by Triton's launch",
     "host_quantize": "The host's time for `quantize_expert_batch`",
     "host_quantize_triton": "The host's time for the kernel of `quantize_expert_batch` by Triton's launch",
+    "host_deep_gemm": "The host's time for DeepGEMM's GEMM 1 of the batch",
     "host_torch_grouped_mm": "The host's time for `torch.nn.functional.grouped_mm`",
 }
 CEILINGS = ("copy", "matmul")
@@ -80,6 +82,7 @@ RESULTS_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
     "training": [{}],
     "transformers_experts": [{}],
     "accuracy": [{}],
+    "training_loss": [{}],
     **{op: [{"T": (1, 64, 512)}] for op in TITLES if op.startswith("host_")},
 }
 SYMMETRIC, PADDED, PACKED = (
