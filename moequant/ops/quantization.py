@@ -199,40 +199,36 @@ def plain_rows(
     kernel(out, Valid(num_tokens, expert_start), values, scales)
 
 
-@registered(mutates=("of_weights", "gradient", "inner", "values", "scales"))
 def silu_mul_backward(
-    d_inner: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    num_tokens: Tensor,
-    expert_start: Tensor | None,
-    sources: Tensor,
-    weights: Tensor,
-    of_weights: Tensor | None,
-    more: Tensor | None,
+    given: tuple[Tensor, Tensor, Tensor | None],
+    placed: tuple[Tensor, Tensor | None, Tensor],
+    entries: tuple[Tensor, Tensor | None, Tensor | None],
     gradient: Tensor,
     inner: Tensor | None = None,
-    values: Tensor | None = None,
-    scales: Tensor | None = None,
+    narrow: tuple[Tensor, Tensor] | None = None,
     recipe: str = "default",
     activation: str = "silu",
 ) -> None:
     """`reference.silu_mul_backward`, with contiguous tensors but the scales. activation: `Activation.text` of one that isn't
-    interleaved. Values: of I a multiple of 128, if it is gated."""
+    interleaved. narrow: of I a multiple of 128, if it is gated.
+
+    Not registered: no compiler sees a backward.
+    """
+    x = given[1]
     if not uses_kernels(x):
-        given, placed, entries = (d_inner, x, bias), (num_tokens, expert_start, sources), (weights, of_weights, more)
-        narrow = None if values is None or scales is None else (values, scales)
         reference.silu_mul_backward(given, placed, entries, gradient, inner, narrow, recipe, parsed(activation))
         return
     from moequant.kernels.quantization import silu_mul_backward as kernel
 
-    spec = None if values is None else quant_spec(values.dtype, recipe)
-    kernel.silu_mul_backward(
-        kernel.Given(d_inner, x, bias),
-        kernel.Placed(num_tokens, expert_start, sources),
-        kernel.Entries(weights, of_weights, weights.shape[1], more),
-        kernel.Made(gradient, inner, values),
-        scales,
-        spec,
-        activation_spec(activation),
-    )
+    weights, of_weights, more = entries
+    values, scales = (None, None) if narrow is None else narrow
+    with torch.cuda.device_of(x):
+        kernel.silu_mul_backward(
+            kernel.Given(*given),
+            kernel.Placed(*placed),
+            kernel.Entries(weights, of_weights, weights.shape[1], more),
+            kernel.Made(gradient, inner, values),
+            scales,
+            None if values is None else quant_spec(values.dtype, recipe),
+            activation_spec(activation),
+        )

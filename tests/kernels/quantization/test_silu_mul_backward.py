@@ -17,7 +17,6 @@ from moequant.batch import ceil_div, empty_scales_of
 from moequant.reference.backward import contracted_rows
 from moequant.reference.quantization import counted_rows
 from moequant.testing import assert_bit_equal
-from operation_case import COUNTS
 from ragged_rows import ragged
 
 KINDS = {name: kind for name, (kind, _, _) in CASES.items() if not kind.interleaved}
@@ -33,6 +32,10 @@ class Rows(NamedTuple):
     expert_start: Tensor | None
     sources: Tensor
     weights: Tensor
+
+    @property
+    def placed(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        return self.num_tokens, self.expert_start, self.sources
 
     @property
     def valid(self) -> Tensor:
@@ -88,23 +91,14 @@ def run(
     groups = ceil_div(rows.x.shape[-1], 128)
     scales = Guarded(*rows.x.shape[:-2], groups, rows.x.shape[-2], dtype=torch.float32, device=device)
     narrow = (values.tensor, scales.tensor.mT) if quantized else None
-    given, placed = (rows.d_inner, rows.x, bias), (rows.num_tokens, rows.expert_start, rows.sources)
+    given, entries = (rows.d_inner, rows.x, bias), (rows.weights, of_weights.tensor, more)
+    made = gradient.tensor, inner.tensor, narrow, "ue8m0"
     if kernel:
-        from moequant.kernels.quantization import silu_mul_backward as module
-
-        spec = ops.quant_spec(E4M3, "ue8m0") if quantized else None
-        module.silu_mul_backward(
-            module.Given(*given),
-            module.Placed(*placed),
-            module.Entries(rows.weights, of_weights.tensor, ROOM, more),
-            module.Made(gradient.tensor, inner.tensor, None if narrow is None else narrow[0]),
-            None if narrow is None else narrow[1],
-            spec,
-            ops.quantization.activation_spec(kind.text),
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MOEQUANT_CPU_KERNELS", "1")
+            ops.silu_mul_backward(given, rows.placed, entries, *made, kind.text)
     else:
-        entries = rows.weights, of_weights.tensor, more
-        reference.silu_mul_backward(given, placed, entries, gradient.tensor, inner.tensor, narrow, "ue8m0", kind)
+        reference.silu_mul_backward(given, rows.placed, entries, *made, kind)
     contracted, valid = rows.contracted.unsqueeze(-1), rows.valid
     gradient.assert_only(contracted, "the gradient")
     inner.assert_only(contracted, "inner")
@@ -162,29 +156,22 @@ def test_columns_that_are_no_groups_and_numbers_added_to_the_rows(columns, layou
 
 
 @pytest.mark.parametrize("layout", ["padded", "ragged"])
-def test_results_may_lie_where_the_inputs_do(layout, device):
+def test_results_may_lie_where_the_inputs_do(layout, device, monkeypatch):
     rows = rows_of(layout, [9, 0, 17], 256, 2, device)
     apart = run(rows, Activation(), device, kernel=True, quantized=True)
     scales = empty_scales_of(rows.x.shape, 128, device)
     values = torch.empty(rows.x.shape, dtype=E4M3, device=device)
     of_weights = torch.zeros_like(rows.weights)
     given = rows.d_inner.clone(), rows.x.clone()
-    monkey = (rows.num_tokens, rows.expert_start, rows.sources, rows.weights, of_weights, None)
-    call = ops.silu_mul_backward if device != "cpu" else kernel_operation
-    call(*given, None, *monkey, given[1], given[0], values, scales, "ue8m0", "silu")
+    entries = rows.weights, of_weights, None
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1")
+    ops.silu_mul_backward((*given, None), rows.placed, entries, given[1], given[0], (values, scales), "ue8m0")
     contracted, valid = rows.contracted, rows.valid
     assert_bit_equal(given[1][contracted], apart.gradient[contracted])
     assert_bit_equal(given[0][contracted], apart.inner[contracted])
     assert apart.values is not None and apart.scales is not None
     assert_bit_equal(values[valid].view(torch.int8), apart.values[valid].view(torch.int8))
     assert_bit_equal(scales[valid], apart.scales[valid])
-
-
-def kernel_operation(*arguments: Any) -> None:
-    """The operation by its kernel, interpreted."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEQUANT_CPU_KERNELS", "1")
-        ops.silu_mul_backward(*arguments)
 
 
 def test_gates_of_any_size_have_finite_gradients(device):
@@ -226,15 +213,14 @@ def test_random_batches_match_the_reference_on_the_gpu(seed, layout):
 
 
 def call_backward(dtype: torch.dtype, columns: int = 2048, activation: str = "SwiGLU", biased: bool = False) -> None:
-    kind, quantized = KINDS[activation], dtype == E4M3
+    kind = KINDS[activation]
     x, inner = empty(4, 256, columns * kind.width), empty(4, 256, columns)
-    values = empty(*x.shape, dtype=E4M3) if quantized else None
-    scales = empty_scales_of(x.shape, 128, "cpu") if quantized else None
+    narrow = (empty(*x.shape, dtype=E4M3), empty_scales_of(x.shape, 128, "cpu")) if dtype == E4M3 else None
     weights = empty(1, 8192, dtype=torch.float32)
     placed = counted(x), None, torch.empty(4, 256, dtype=torch.int64)
     bias = empty(4, x.shape[-1]) if biased else None
     entries = weights, empty(1, 8192, dtype=torch.float32), None
-    ops.silu_mul_backward(inner, x, bias, *placed, *entries, x, inner, values, scales, "ue8m0", kind.text)
+    ops.silu_mul_backward((inner, x, bias), placed, entries, x, inner, narrow, "ue8m0", kind.text)
 
 
 COMPILE_CASES = [
@@ -242,16 +228,3 @@ COMPILE_CASES = [
     *cases(call_backward, {"dtype": BF16}, {"dtype": BF16, "activation": "MiniMax-M3", "biased": True}),
     *cases(call_backward, {"dtype": BF16, "columns": 1445}, {"dtype": BF16, "columns": 1}, wide=False, may_spill=True),
 ]
-
-
-def arguments(quantized: bool) -> tuple:
-    x, narrow = torch.randn(2, 4, 256).bfloat16(), (None, None)
-    if quantized:
-        narrow = torch.zeros(2, 4, 256).to(E4M3), empty_scales_of((2, 4, 256), 128, "cpu").zero_()
-    sources, weights = torch.arange(8).view(2, 4), torch.rand(1, 8)
-    made = torch.zeros(2, 4, 256).bfloat16(), torch.zeros(2, 4, 128).bfloat16()
-    placed = COUNTS, None, sources
-    return torch.randn(2, 4, 128).bfloat16(), x, None, *placed, weights, torch.zeros(1, 8), None, *made, *narrow, "ue8m0", "silu"
-
-
-OPERATION_CASES = {"silu_mul_backward": {"fp8": lambda: arguments(True), "plain": lambda: arguments(False)}}
