@@ -32,7 +32,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dispatcher_of(layout: str, quant: str, device: str) -> MoEQuantDispatcher:
-    sizes = {"num_experts": EXPERTS, "top_k": 2, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
+    sizes: dict[str, Any] = {"num_experts": EXPERTS, "top_k": 2, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
     return MoEQuantDispatcher(**sizes, layout=layout, quant=quant, recipe="ue8m0", device=device)
 
 

@@ -31,12 +31,13 @@ def batch(layout: str, counts: list[int], columns: int, device: str) -> tuple[Te
 
 
 def check(layout: str, counts: list[int], columns: int, dtype: torch.dtype, device: str) -> None:
-    x, *placed = batch(layout, counts, columns, device)
+    x, num_tokens, expert_start = batch(layout, counts, columns, device)
+    placed = num_tokens, expert_start
     q = quantize_expert_batch(x, *placed, dtype=dtype, recipe="ue8m0")
     made, expected = (Guarded(*x.shape, dtype=BF16, device=device) for _ in range(2))
     plain_rows(made.tensor, Valid(*placed), q.values, q.scales)
     reference.plain_rows(expected.tensor, *placed, q.values, q.scales)
-    contracted = contracted_rows(placed[0], x, placed[1]).unsqueeze(-1)
+    contracted = contracted_rows(num_tokens, x, expert_start).unsqueeze(-1)
     for out in (made, expected):
         out.assert_only(contracted)
     assert_bit_equal(made.tensor, expected.tensor)
@@ -45,7 +46,7 @@ def check(layout: str, counts: list[int], columns: int, dtype: torch.dtype, devi
     blanked.tensor.copy_(x)
     plain_rows(blanked.tensor, Valid(*placed), None, None)
     blanked.assert_only()
-    valid = counted_rows(placed[0], x, placed[1])
+    valid = counted_rows(num_tokens, x, expert_start)
     assert_bit_equal(blanked.tensor, x.masked_fill(contracted & ~valid.unsqueeze(-1), 0))
 
 

@@ -58,12 +58,11 @@ def rows_of(layout: str, counts: list[int], columns: int, width: int, device: st
     batch = ragged(counts, spare=spare)
     tensors = d_inner.bfloat16(), x.bfloat16(), sources
     if layout == "ragged":
-        numbers = [batch.pack(tensor).to(device) for tensor in tensors]
-        return Rows(*numbers[:2], batch.num_tokens.to(device), batch.expert_start.to(device), numbers[2], weights)
-    numbers = [tensor.to(device) for tensor in tensors]
-    for tensor in numbers[:2]:
-        tensor[sources.to(device) < 0] = torch.nan
-    return Rows(*numbers[:2], batch.num_tokens.to(device), None, numbers[2], weights)
+        d_inner, x, sources = (batch.pack(tensor).to(device) for tensor in tensors)
+        return Rows(d_inner, x, batch.num_tokens.to(device), batch.expert_start.to(device), sources, weights)
+    d_inner, x, sources = (tensor.to(device) for tensor in tensors)
+    d_inner[sources < 0] = x[sources < 0] = torch.nan
+    return Rows(d_inner, x, batch.num_tokens.to(device), None, sources, weights)
 
 
 class Made(NamedTuple):
