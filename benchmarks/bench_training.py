@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 # the scripts run from a checkout, installed or not
@@ -112,7 +111,7 @@ def write_profile(path: Path, name: str, call: Callable[[], Any], device: torch.
     for event in profiled.key_averages():
         us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         # what the host calls has its kernels' time too
-        if us > 0 and (not on_gpu or event.device_type == DeviceType.CUDA):
+        if us > 0 and (not on_gpu or event.device_type.name == "CUDA"):
             rows.append((us / PROFILED, event.count / PROFILED, event.key))
     total = sum(us for us, _, _ in rows)
     with path.open("a") as file:
@@ -187,6 +186,7 @@ def record(bench: Bench, case: dict[str, Any], modes: dict[str, Modes], more: di
     if case["step"] != "forward":
         # of weights' gradients in bfloat16
         floor, flops = 2 * floor + bench.floor_us(flops=product), 3 * product
+    taken = more.get("memory", {})
     extra: dict[str, Any] = {"fresh_us": significant(mine.fresh.us, 5), **more}
     if others:
         times = {name: mode.chained.us for name, mode in others.items()}
@@ -194,7 +194,6 @@ def record(bench: Bench, case: dict[str, Any], modes: dict[str, Modes], more: di
         extra |= {"peer": fastest, "peer_us": significant(times[fastest], 5)}
         extra |= {"peers": {name: significant(us, 5) for name, us in times.items()}}
         extra |= {"peers_fresh": {name: significant(mode.fresh.us, 5) for name, mode in others.items()}}
-        taken = more.get("memory", {})
         if taken.get("moequant"):
             extra |= {"bytes": taken["moequant"]["bytes"], "peer_bytes": taken[fastest]["bytes"]}
     bench.record("training", case, mine.chained, floor_us=floor, tflops=flops / mine.chained.us / 1e6, **extra)

@@ -158,5 +158,6 @@ def keeps_graph() -> bool:
     Returns:
         The answer; True where torch doesn't say.
     """
-    asked: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    # torch's own name for it is private
+    asked: Any = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if asked is None else asked()

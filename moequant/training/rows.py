@@ -96,12 +96,14 @@ class Rows:
         Returns:
             (R, H): bfloat16 of quantized values, which are copied; plain ones are views, whose zeros the buffer gets.
         """
-        quantized = isinstance(self.values, QuantizedTensor)
-        values, scales = (self.values.values, self.values.scales) if quantized else (self.values, None)
-        if not ops.uses_kernels(values) or not values.is_contiguous():
+        given, counts = self.values, (self.num_tokens, self.expert_start)
+        if not ops.uses_kernels(self.num_tokens) or (isinstance(given, Tensor) and not given.is_contiguous()):
             return self.plain()
-        out = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device) if quantized else values
-        ops.plain_rows(out, self.num_tokens, self.expert_start, values if quantized else None, scales)
+        if isinstance(given, Tensor):
+            ops.plain_rows(given, *counts)
+            return given.flatten(0, -2)
+        out = torch.empty(given.shape, dtype=torch.bfloat16, device=given.values.device)
+        ops.plain_rows(out, *counts, given.values, given.scales)
         return out.flatten(0, -2)
 
     def shaped(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dispatcher_of(layout: str, quant: str, device: str) -> MoEQuantDispatcher:
-    sizes = {"num_experts": EXPERTS, "top_k": 2, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
+    sizes: dict[str, Any] = {"num_experts": EXPERTS, "top_k": 2, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
     return MoEQuantDispatcher(**sizes, layout=layout, quant=quant, recipe="ue8m0", device=device)
 
 
@@ -98,16 +98,14 @@ def test_only_what_is_wanted_is_made(device):
         assert given.d_inner.isnan().any()
 
 
-@QUANTS
-@LAYOUTS
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_whole_layers_by_kernels_have_the_gradients_of_autograd(layout, quant, recompute, device):
+@pytest.mark.parametrize("layout, quant", [("padded", "none"), ("ragged", "fp8_e4m3fn")])
+def test_whole_layers_by_kernels_have_the_gradients_of_autograd(layout, quant, device):
     settings, sizes = {"quant": quant, "layout": layout}, (256, 128, 40)
-    options = {"recompute": recompute, "biases": recompute, "passes": 1}
+    options = {"recompute": layout == "padded", "passes": 1}
     check_layer([run_layer(0, 1, device, settings, sizes, options)], sizes, options, LARGEST[quant])
 
 
-@QUANTS
+@pytest.mark.parametrize("quant", ["none", pytest.param("fp8_e4m3fn", marks=pytest.mark.gpu)])
 def test_a_graph_that_is_kept_gives_the_same_gradients_twice(quant, device):
     with dispatcher_of("ragged", quant, device) as dispatcher:
         of, tokens = leaves(weights_of(EXPERTS, HIDDEN, 128), device), tokens_of(TOKENS, 2, EXPERTS, HIDDEN)

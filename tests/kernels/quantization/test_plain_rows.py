@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compile_case import BF16, E4M3, INT8, PLAIN, cases, counted, empty
+from compile_case import BF16, E4M3, INT8, PLAIN, cases, empty
 from guarded import Guarded
 from moequant import ops, quantize_expert_batch, reference
 from moequant.batch import empty_scales_of
@@ -31,12 +31,13 @@ def batch(layout: str, counts: list[int], columns: int, device: str) -> tuple[Te
 
 
 def check(layout: str, counts: list[int], columns: int, dtype: torch.dtype, device: str) -> None:
-    x, *placed = batch(layout, counts, columns, device)
+    x, num_tokens, expert_start = batch(layout, counts, columns, device)
+    placed = num_tokens, expert_start
     q = quantize_expert_batch(x, *placed, dtype=dtype, recipe="ue8m0")
     made, expected = (Guarded(*x.shape, dtype=BF16, device=device) for _ in range(2))
     plain_rows(made.tensor, Valid(*placed), q.values, q.scales)
     reference.plain_rows(expected.tensor, *placed, q.values, q.scales)
-    contracted = contracted_rows(placed[0], x, placed[1]).unsqueeze(-1)
+    contracted = contracted_rows(num_tokens, x, expert_start).unsqueeze(-1)
     for out in (made, expected):
         out.assert_only(contracted)
     assert_bit_equal(made.tensor, expected.tensor)
@@ -45,7 +46,7 @@ def check(layout: str, counts: list[int], columns: int, dtype: torch.dtype, devi
     blanked.tensor.copy_(x)
     plain_rows(blanked.tensor, Valid(*placed), None, None)
     blanked.assert_only()
-    valid = counted_rows(placed[0], x, placed[1])
+    valid = counted_rows(num_tokens, x, expert_start)
     assert_bit_equal(blanked.tensor, x.masked_fill(contracted & ~valid.unsqueeze(-1), 0))
 
 
@@ -80,14 +81,17 @@ def test_random_batches_match_the_reference_on_the_gpu(seed, layout):
     check(layout, counts, int(torch.randint(1, 900, ())) * 8, (E4M3, INT8)[seed % 2], "cuda")
 
 
-def call_plain_rows(dtype: torch.dtype, columns: int = 7168) -> None:
-    out = empty(4, 256, columns, dtype=dtype if dtype in PLAIN else BF16)
+def call_plain_rows(dtype: torch.dtype, columns: int = 7168, layout: str = "padded") -> None:
+    shape = (4, 256) if layout == "padded" else (1024,)
+    out, counts = empty(*shape, columns, dtype=dtype if dtype in PLAIN else BF16), torch.zeros(4, dtype=torch.int32)
     narrow = (None, None) if dtype in PLAIN else (empty(*out.shape, dtype=dtype), empty_scales_of(out.shape, 128, "cpu"))
-    ops.plain_rows(out, counted(out), None, *narrow)
+    ops.plain_rows(out, counts, None if layout == "padded" else counts, *narrow)
 
 
 COMPILE_CASES = [
-    *cases(call_plain_rows, {"dtype": E4M3}, {"dtype": INT8}, {"dtype": BF16}),
+    *cases(call_plain_rows, {"dtype": E4M3}, {"dtype": INT8}, {"dtype": E4M3, "layout": "ragged"}),
+    # in place, where nothing is loaded
+    *cases(call_plain_rows, {"dtype": BF16}, {"dtype": BF16, "layout": "ragged"}, wide=False),
     *cases(call_plain_rows, {"dtype": INT8, "columns": 1445}, wide=False, may_spill=True),
 ]
 
