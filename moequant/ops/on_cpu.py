@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moequant import reference
+from moequant.reference.gemm import product
 
 BLOCK = 128
 
@@ -25,6 +26,7 @@ def grouped_gemm_blockscale(
     expert_start: Tensor | None,
     out: Tensor,
     segments: int,
+    batch_invariant: bool = False,
 ) -> None:
     """`reference.grouped_gemm_blockscale`, to the bit: each product has the operands and the shape that it has there, on which the bits
     of a CPU's product depend.
@@ -54,7 +56,7 @@ def grouped_gemm_blockscale(
             if b_scales is not None:
                 for block, scales in zip(blocks, b_scales[expert], strict=True):
                     block *= scales
-            out[place] = left @ right.T
+            out[place] = product(left, right, batch_invariant)
 
 
 def spread(scales: Tensor, columns: int) -> Tensor:

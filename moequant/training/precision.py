@@ -114,7 +114,8 @@ class Precision:
             (L, M, N), ragged (R, N), bfloat16. Rows that belong to no expert hold anything.
         """
         counts = rows.num_tokens, rows.expert_start
-        return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, expected_rows=rows.expected_rows)
+        hints = {"expected_rows": rows.expected_rows, "batch_invariant": rows.batch_invariant}
+        return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, **hints)
 
     def activation(self, x: Tensor, rows: Rows, kind: Activation, bias: Tensor | None) -> QuantizedTensor | Tensor:
         """GEMM 1's result to GEMM 2's operand.

@@ -24,6 +24,7 @@ class Rows:
         sources: (L, M), ragged (R,), int64: `source_rank << 32 | token * top_k + k`.
         experts: (R,) int64, each row's expert, and some expert for rows that belong to none.
         expected_rows: a guess of the mean of num_tokens, as `ExpertBatch` has it.
+        batch_invariant: as `ExpertBatch` has it.
     """
 
     values: QuantizedTensor | Tensor
@@ -32,6 +33,7 @@ class Rows:
     sources: Tensor
     experts: Tensor
     expected_rows: int | None = None
+    batch_invariant: bool = False
 
     @classmethod
     def of(cls, batch: ExpertBatch) -> Rows:
@@ -44,7 +46,8 @@ class Rows:
             Them.
         """
         experts = batch.experts_of_rows().expand(batch.sources.shape).flatten()
-        return cls(batch.activations, batch.num_tokens, batch.expert_start, batch.sources, experts, batch.expected_rows)
+        hints = batch.expected_rows, batch.batch_invariant
+        return cls(batch.activations, batch.num_tokens, batch.expert_start, batch.sources, experts, *hints)
 
     @functools.cached_property
     def valid(self) -> Tensor:
