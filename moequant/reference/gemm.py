@@ -44,7 +44,7 @@ def product(a: Tensor, b: Tensor, batch_invariant: bool = False) -> Tensor:
     with torch.autocast(a.device.type, enabled=False):
         if not batch_invariant:
             return a @ b.T
-        out, one = a.new_empty(a.shape[0], b.shape[0]), a.new_empty(a.shape[1])
+        b, out, one = b.contiguous(), a.new_empty(a.shape[0], b.shape[0]), a.new_empty(a.shape[1])
         for place, row in zip(out, a, strict=True):
             place.copy_(torch.mv(b, one.copy_(row)))
         return out
