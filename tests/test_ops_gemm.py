@@ -200,7 +200,9 @@ def test_where_places_would_choose_the_kernel_they_are_refused():
     out = output(4, 64, 1024)
     for pair in ((misplaced(a), b), (a, misplaced(b))):
         assert ops.gemm_kernel(pair[0], a_scales, pair[1], b_scales, out, expected_rows=2000) is plain
-        with pytest.raises(ValueError, match="batch_invariant=True .* [ab] must begin at a multiple of 16 bytes, got 0x.*; clone it"):
+        with pytest.raises(
+            ValueError, match="batch_invariant=True .* [ab] must begin at a multiple of 16 bytes, got 0x.*; clone it"
+        ):
             ops.gemm_kernel(pair[0], a_scales, pair[1], b_scales, out, expected_rows=ANY_ROWS)
     a, a_scales, b, b_scales = operands(4, 63, 1024, 256)
     with pytest.raises(ValueError, match=r"batch_invariant=True .* groups a multiple of 4 numbers apart, .* \(126, 1, 63\)"):
