@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from invariance import Model, Tokens, differing, one_by_one, some
-from moequant import MoEQuantDispatcher, grouped_gemm_blockscale, reference
+from moequant import MoEQuantDispatcher, QuantizedTensor, grouped_gemm_blockscale, ops, reference
+from moequant.batch import ANY_ROWS, empty_scales_of
 from moequant.config import DispatcherConfig
+from moequant.kernels.library import common
 from moequant.nn import MoEExperts
+from moequant.reference.gemm import product
+from moequant.testing import relative_error
+from ragged_rows import ragged
 
 # odd sizes: rows that begin at any address, groups and blocks that are not whole
 ODD, WHOLE = (516, 264, 6, 3), (256, 128, 8, 4)
@@ -28,7 +33,7 @@ def on_cpu(model: Model, most: int, **changes: Any) -> MoEQuantDispatcher:
 @pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8", "none", "float16"])
 @pytest.mark.parametrize("sizes", [ODD, WHOLE], ids=["odd", "whole"])
 def test_a_token_has_its_bits_in_any_batch_and_either_layout(sizes, quant):
-    model = Model(*sizes, quant)
+    model = Model(*sizes, quant=quant)
     experts, tokens = model.experts_of("cpu"), model.tokens(37, 5, "cpu")
     with on_cpu(model, 1) as alone, on_cpu(model, 37) as padded, on_cpu(model, 64, layout="ragged") as ragged:
         expected = one_by_one(alone, tokens, experts)
@@ -87,11 +92,11 @@ def test_a_row_s_product_is_the_same_in_any_place(depth):
     """Rows of 100 numbers begin at addresses that products of CPUs can tell from each other."""
     rng = torch.Generator().manual_seed(depth)
     row, b = torch.randn(depth, generator=rng), torch.randn(9, depth, generator=rng)
-    expected = reference.gemm.product(row[None], b, True)
+    expected = product(row[None], b, True)
     for place in range(17):
         a = torch.randn(17, depth, generator=rng)
         a[place] = row
-        assert torch.equal(reference.gemm.product(a, b, True)[place], expected[0])
+        assert torch.equal(product(a, b, True)[place], expected[0])
     assert torch.allclose(expected, row[None] @ b.T, rtol=1e-5, atol=1e-5)
 
 
@@ -134,7 +139,7 @@ QUANTS = ["fp8_e4m3fn", "int8", "none", "float16"]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_on_a_gpu_has_its_bits_in_500_batches(shape, quant):
     """Of 1 to 600 tokens, through dispatchers that are made for few and for many, in both layouts."""
-    model = Model(*SHAPES[shape], quant)
+    model = Model(*SHAPES[shape], quant=quant)
     experts, tokens = model.experts_of("cuda"), model.tokens(600, 3, "cuda")
     with (
         MoEQuantDispatcher(**model.settings(1)) as alone,
@@ -175,7 +180,7 @@ def test_without_it_a_gpu_gives_a_token_other_bits_in_another_dispatcher():
 @pytest.mark.parametrize("quant", ["none", "fp8_e4m3fn"])
 @pytest.mark.parametrize("shape", ["qwen3-30b", "odd"])
 def test_a_forward_in_training_on_a_gpu_has_the_bits_of_inference(shape, quant, layout):
-    model = Model(*SHAPES[shape], quant)
+    model = Model(*SHAPES[shape], quant=quant)
     check_forwards(model, model.tokens(200, 6, "cuda"), "cuda", layout)
 
 
@@ -201,6 +206,47 @@ def test_a_product_on_a_gpu_is_the_same_of_any_rows_and_experts(columns, depth, 
                 out = grouped_gemm_blockscale(*operands, counts, out_dtype=out_dtype, batch_invariant=True)[-1, place]
                 expected = out if expected is None else expected
                 assert torch.equal(out, expected), (experts, rows, place)
+
+
+@pytest.fixture
+def two_at_a_time(device, monkeypatch):
+    """The device, whose kernels, interpreted on a CPU, are launched for two experts at once."""
+    monkeypatch.setenv("MOEQUANT_CPU_KERNELS", "1" if device == "cpu" else "0")
+    monkeypatch.setattr(common, "MOST_EXPERTS", 2)
+    return device
+
+
+def test_many_experts_are_several_launches_of_some(two_at_a_time):
+    """In both layouts, stored and pushed, GEMM 1 with its activation too."""
+    device, counts, (experts, most, columns, depth) = two_at_a_time, [3, 0, 17, 32, 5], (5, 32, 256, 144)
+    rng = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(experts, n, depth, generator=rng).bfloat16().to(device) for n in (most, columns))
+    a, b = reference.quantize_expert_batch(x, dtype=torch.int8), reference.quantize_weight(w, dtype=torch.int8, segments=2)
+    rows = ragged(counts, device)
+    packed = rows.operand(a)
+    assert isinstance(packed, QuantizedTensor)
+    stored = []
+    for left, starts in ((a, None), (packed, rows.expert_start)):
+        there, mask = (
+            left.values.shape[:-1],
+            rows.mask() if starts is not None else reference.counted_rows(rows.num_tokens, a.values),
+        )
+        given = left.values, left.scales, b.values, b.scales, rows.num_tokens, starts
+        out, elsewhere = (torch.full((*there, columns), 7.0, dtype=torch.bfloat16, device=device) for _ in range(2))
+        places = torch.arange(mask.numel(), device=device).view(there)
+        ops.grouped_gemm_blockscale(*given, out, segments=2, expected_rows=ANY_ROWS)
+        assert bool((out[~mask] == 7).all())
+        ops.grouped_gemm_push(*given, elsewhere.data_ptr() + places * (2 * columns), ANY_ROWS, None)
+        assert torch.equal(elsewhere, out)
+        values = torch.zeros(*there, columns // 2, dtype=torch.int8, device=device)
+        scales = empty_scales_of(values.shape, 128, device).zero_()
+        ops.gemm1_swiglu(*given, values, scales, expected_rows=ANY_ROWS)
+        stored.append([out[mask], values[mask], scales[mask]])
+        expected = torch.full_like(out, 7.0)
+        reference.grouped_gemm_blockscale(left, b, rows.num_tokens, starts, out=expected)
+        assert relative_error(out[mask], expected[mask]) < 1.75e-3
+    for padded, packed in zip(*stored, strict=True):
+        assert torch.equal(padded, packed)
 
 
 def test_tensors_whose_place_would_choose_the_kernel_are_refused(monkeypatch):

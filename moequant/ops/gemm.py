@@ -142,7 +142,7 @@ def grouped_gemm_blockscale(
         return
     if too_many(b, expected_rows):
         for some in some_at_a_time(a, a_scales, b, b_scales, num_tokens, expert_start, out):
-            grouped_gemm_blockscale(*some, segments, expected_rows, num_sms)
+            grouped_gemm_blockscale(*some, segments=segments, expected_rows=expected_rows, num_sms=num_sms)
         return
     kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments, expected_rows)
     kernel(a, a_scales, b, b_scales, num_tokens, expert_start, out, segments=segments, expected_rows=expected_rows, num_sms=num_sms)
@@ -166,7 +166,7 @@ def grouped_gemm_push(
     """
     if too_many(b, expected_rows):
         for some in some_at_a_time(a, a_scales, b, b_scales, num_tokens, expert_start, destinations):
-            grouped_gemm_push(*some, expected_rows, num_sms)
+            grouped_gemm_push(*some, expected_rows=expected_rows, num_sms=num_sms)
         return
     kernel = gemm_kernel(a, a_scales, b, b_scales, None, expected_rows=expected_rows)
     with torch.cuda.device_of(a):
@@ -242,7 +242,7 @@ def gemm1_swiglu(
     """
     if uses_kernels(a) and too_many(w13, expected_rows):
         for some in some_at_a_time(a, a_scales, w13, w13_scales, num_tokens, expert_start, values, scales):
-            gemm1_swiglu(*some, recipe, expected_rows, num_sms)
+            gemm1_swiglu(*some, recipe=recipe, expected_rows=expected_rows, num_sms=num_sms)
         return
     rows = buffer_rows(a, w13) if expected_rows is None else expected_rows
     if uses_kernels(a) and fuses_gemm1(a, a_scales, w13, w13_scales, values, scales, rows):

@@ -119,7 +119,7 @@ SHAPES = {"qwen3-30b": (2048, 768, 16, 8), "odd": (1000, 328, 6, 3)}
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_token_has_its_bits_on_one_gpu_and_on_two(shape, quant):
     """500 batches on the symmetric transport, and 60 in each other way."""
-    model, backend = Model(*SHAPES[shape], quant), "cpu:gloo,cuda:nccl"
+    model, backend = Model(*SHAPES[shape], quant=quant), "cpu:gloo,cuda:nccl"
     for ways, batches in ((SYMMETRIC[:1], 500), (SYMMETRIC[1:], 60), (COLLECTIVE, 60)):
         assert run_ranks(run_batches, 2, model, ways, 600, batches, "cuda:{rank}", backend=backend) == [[]] * 2
 
@@ -129,4 +129,4 @@ def test_a_token_has_its_bits_on_one_gpu_and_on_two(shape, quant):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_forward_in_training_has_its_bits_on_one_gpu_and_on_two(shape, quant):
     backend = "cpu:gloo,cuda:nccl"
-    assert run_ranks(run_training, 2, Model(*SHAPES[shape], quant), 200, "cuda:{rank}", backend=backend) == [[]] * 2
+    assert run_ranks(run_training, 2, Model(*SHAPES[shape], quant=quant), 200, "cuda:{rank}", backend=backend) == [[]] * 2
