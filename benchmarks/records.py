@@ -45,6 +45,7 @@ CEILINGS = ("copy", "matmul")
 V3, V4_FLASH = {"H": (7168,), "I": (2048,)}, {"H": (4096,), "I": (2048,)}
 # layers as they go by default, on four GPUs with the experts of 32 each; large batches with the capacity that they all have
 SHARED = {"E": (128,), "reduce": ("exact",), "routing": ("uniform",), "quant": ("fp8_e4m3fn",), "overlap": (None, "rows pushed")}
+SHARED |= {"batch_invariant": (None,)}
 FEW, MANY = {"T": (1, 8, 128), "capacity": (None,)}, {"T": (4096,), "capacity": (2048,)}
 EXCHANGED = [V3 | SHARED | FEW, V3 | SHARED | MANY]
 # What docs/results.md shows: of these ops the cases that have the values of one of these. Everything stands in the full table.
@@ -171,6 +172,7 @@ def other_routing_rows(records: Iterable[Record]) -> list[Record]:
         and record["case"].get("routing", "uniform") != "uniform"
         and record["case"].get("quant") != "none"
         and record["case"].get("overlap") in SHARED["overlap"]
+        and "batch_invariant" not in record["case"]
     ]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moequant import reference
+from moequant.reference.gemm import product
 
 BLOCK = 128
 # times a power of two of `widen` a smaller scale is no infinity
@@ -28,6 +29,7 @@ def grouped_gemm_blockscale(
     expert_start: Tensor | None,
     out: Tensor,
     segments: int,
+    batch_invariant: bool = False,
 ) -> None:
     """`reference.grouped_gemm_blockscale`, to the bit: each product has the operands and the shape that it has there, on which the bits
     of a CPU's product depend.
@@ -69,7 +71,7 @@ def grouped_gemm_blockscale(
                 else:
                     for block, of_block in zip(blocks, scales, strict=True):
                         block *= of_block
-            out[place] = left @ right.T
+            out[place] = product(left, right, batch_invariant)
 
 
 def spread(scales: Tensor, columns: int) -> Tensor:

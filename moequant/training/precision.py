@@ -116,7 +116,8 @@ class Precision:
             (L, M, N), ragged (R, N), bfloat16. Rows that belong to no expert hold anything.
         """
         counts = rows.num_tokens, rows.expert_start
-        return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, expected_rows=rows.expected_rows)
+        hints = {"expected_rows": rows.expected_rows, "batch_invariant": rows.batch_invariant}
+        return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, **hints)
 
     def back_product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows) -> Tensor:
         """Each row times its expert's weight, as a backward multiplies by one that its forward has multiplied by transposed.

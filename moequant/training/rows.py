@@ -25,6 +25,7 @@ class Rows:
         expert_start: (L,) int32, ragged, or None.
         sources: (L, M), ragged (R,), int64: `source_rank << 32 | token * top_k + k`.
         expected_rows: a guess of the mean of num_tokens, as `ExpertBatch` has it.
+        batch_invariant: as `ExpertBatch` has it.
     """
 
     values: QuantizedTensor | Tensor
@@ -32,6 +33,7 @@ class Rows:
     expert_start: Tensor | None
     sources: Tensor
     expected_rows: int | None = None
+    batch_invariant: bool = False
 
     @classmethod
     def of(cls, batch: ExpertBatch) -> Rows:
@@ -43,7 +45,8 @@ class Rows:
         Returns:
             Them.
         """
-        return cls(batch.activations, batch.num_tokens, batch.expert_start, batch.sources, batch.expected_rows)
+        hints = batch.expected_rows, batch.batch_invariant
+        return cls(batch.activations, batch.num_tokens, batch.expert_start, batch.sources, *hints)
 
     @functools.cached_property
     def experts(self) -> Tensor:
