@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # Of a group of gradients that are all smaller, nothing would be left: those of a loss that is a mean over many tokens are below 1e-6.
 LARGEST_FLOOR = 1e-10
 QUANTS = ("none", "fp8_e4m3fn")
+# Rows of an expert from which on torch's `grouped_mm` is the faster product in bfloat16. benchmarks/notes_training.md
+MANY_ROWS = 512
 # torch 2.10 may have it under another name only
 GROUPED_MM: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
@@ -116,6 +118,9 @@ class Precision:
             (L, M, N), ragged (R, N), bfloat16. Rows that belong to no expert hold anything.
         """
         counts = rows.num_tokens, rows.expert_start
+        many = (rows.expected_rows or 0) >= MANY_ROWS and not rows.batch_invariant
+        if many and not isinstance(a, QuantizedTensor) and rows.expert_start is not None and takes_grouped_mm(a, *w.shape[1:]):
+            return GROUPED_MM(a, w.to(torch.bfloat16).mT, offs=rows.ends)
         hints = {"expected_rows": rows.expected_rows, "batch_invariant": rows.batch_invariant}
         return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, **hints)
 
