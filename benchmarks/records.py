@@ -29,6 +29,7 @@ TITLES = {
     "transformers_layer": "Experts of a layer of transformers' models",
     "transformers_experts": "Experts of a layer of transformers' models, split over ranks",
     "transformers_model": "Whole models of transformers: prefill, or a step of decoding T sequences",
+    "vllm_layer": "A layer of vLLM's modular MoE kernel, from its Python sources",
     "accuracy": "Held-out loss of small language models, their experts in each format",
     "training_loss": "Held-out loss of small language models, trained with their experts by torch and by moequant",
     "host_layer": "The host's time for a whole layer without a graph",

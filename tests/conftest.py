@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 # files with the tests that take longest, which come first, so that none of them is what the last process still has to do
 LONGEST = (
     *("test_triton_releases", "test_compile", "test_symmetric_protocol", "test_pdl", "test_symmetric", "test_symmetric_faults"),
-    *("test_layer", "test_faults", "test_collective", "test_bench_ep"),
+    *("test_layer", "test_faults", "test_collective", "test_bench_ep", "test_vllm"),
 )
 
 

@@ -1,0 +1,91 @@
+"""The adapter of vLLM: what of it needs no vLLM here, and the tests of vllm_inside.py, which run inside vLLM's own layers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from engines import ROOT, names_in, outcomes
+
+from moequant.errors import ClosedError, PeerTimeoutError
+from moequant.integrations.vllm import register, requirement
+from moequant.integrations.vllm.settings import Settings, settings_of
+from moequant.integrations.vllm.watch import terminate, watch
+
+INSIDE = "vllm_inside.py"
+
+
+@pytest.fixture(scope="session")
+def inside(tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CACHE_ROOT": str(folder / "vllm"), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    return outcomes("vllm", INSIDE, folder, VLLM_TARGET_DEVICE="cpu", **quiet)
+
+
+@pytest.mark.parametrize("name", names_in(INSIDE))
+def test_inside(inside, name):
+    assert inside[name] == ""
+
+
+@pytest.mark.parametrize("found", ["0.32.1", "0.34.0", "1.33.0"])
+def test_another_minor_is_refused_in_words(found):
+    with pytest.raises(ImportError, match=rf"needs vLLM 0\.33, .* got {re.escape(found)}: pip install 'vllm==0\.33\.\*'"):
+        requirement.require(found)
+    requirement.require("0.33.1+cu130")
+
+
+def test_register_says_why_and_lets_the_engine_start(monkeypatch, caplog):
+    """It runs in all processes of any engine that finds this package."""
+    monkeypatch.setattr("moequant.integrations.vllm.registration.installed", lambda: None)
+    with caplog.at_level(logging.WARNING, "moequant"):
+        register()
+    assert "needs vLLM 0.33, and there is none" in caplog.text
+    assert "vllm" not in sys.modules
+
+
+def test_the_entry_point_is_register():
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text.partition('[project.entry-points."vllm.general_plugins"]\n')[2]
+    assert section.partition("\n")[0] == 'moequant = "moequant.integrations.vllm:register"'
+
+
+def test_settings_come_from_vllms_additional_config():
+    assert settings_of({}) == settings_of({"others": 1}) == Settings()
+    assert settings_of({"moequant": {"max_tokens": 2048, "reduce": "per_rank"}}) == Settings(max_tokens=2048, reduce="per_rank")
+    for wrong, words in (
+        ({"tokens": 1}, "may have max_tokens, transport"),
+        ({"transport": "nvshmem"}, "transport must be one of"),
+        (3, "got 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            settings_of({"moequant": wrong})
+
+
+@pytest.mark.parametrize(
+    "error, ends", [(PeerTimeoutError("rank 1 is gone", 1), True), (ClosedError("closed"), False)], ids=["lost", "closed"]
+)
+def test_a_lost_rank_ends_the_worker_while_nothing_calls_the_dispatcher(error, ends, caplog):
+    dispatcher, end = mock.Mock(), mock.Mock()
+    dispatcher.check.side_effect = [0, 0, error]
+    thread = watch((dispatcher,), end, interval=0.001)
+    thread.join(60)
+    assert not thread.is_alive() and thread.daemon
+    assert dispatcher.check.call_args_list == [mock.call(wait=False)] * 3
+    assert end.called == ends and ("rank 1 is gone" in caplog.text) == ends
+
+
+def test_a_worker_ends_as_its_executor_ends_it():
+    with mock.patch.object(os, "kill") as kill:
+        terminate()
+    kill.assert_called_once_with(os.getpid(), signal.SIGTERM)
+
+
+def test_nothing_shadows_vllm():
+    """The adapter's folder has vLLM's name, and is found by its own alone."""
+    assert not any((Path(place) / "vllm" / "watch.py").exists() for place in sys.path)
