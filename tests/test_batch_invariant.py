@@ -100,6 +100,21 @@ def test_a_row_s_product_is_the_same_in_any_place(depth):
     assert torch.allclose(expected, row[None] @ b.T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, None], ids=str)
+@pytest.mark.parametrize(("columns", "depth"), [(210, 200), (256, 384), (1, 1), (128, 0)])
+def test_what_a_cpu_runs_has_the_bits_of_the_reference(columns, depth, dtype):
+    rng = torch.Generator().manual_seed(depth)
+    a, b = (torch.randn(3, rows, depth, generator=rng).bfloat16() for rows in (19, columns))
+    operands: tuple[Any, Any] = (a, b)
+    if dtype is not None:
+        operands = reference.quantize_expert_batch(a, dtype=dtype), reference.quantize_weight(b, dtype=dtype)
+    counts = torch.tensor([7, 0, 25], dtype=torch.int32)
+    found, expected = (torch.full((3, 19, columns), 7.0) for _ in range(2))
+    grouped_gemm_blockscale(*operands, counts, out=found, batch_invariant=True)
+    reference.grouped_gemm_blockscale(*operands, counts, out=expected, batch_invariant=True)
+    assert torch.equal(found, expected)
+
+
 def test_a_batch_and_its_parts_carry_the_setting():
     model = Model(*WHOLE, "int8")
     tokens = model.tokens(5, 1, "cpu")
