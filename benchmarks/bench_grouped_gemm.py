@@ -21,6 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Bench, Timing, gpu_samples, measure, progress
+from benchmarks.peers import masked_product
 from moequant import quantize_expert_batch, reference
 from moequant.batch import QuantizedTensor
 from moequant.formats import FORMATS
@@ -142,7 +143,7 @@ def peer_call(p: Problem) -> Callable[[], Any] | None:
         return None
     if p.dtype != torch.float8_e4m3fn:
         return None
-    function = getattr(deep_gemm, "m_grouped_fp8_gemm_nt_masked", None) or deep_gemm.fp8_m_grouped_gemm_nt_masked
+    function = masked_product(deep_gemm)
     out = p.output()
     left, right = (p.a.values, p.a.scales), (p.b.values, p.b.scales)
 

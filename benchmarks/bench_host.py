@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_local import make_weights
 from benchmarks.common import Bench, OneLineParser, Timing, measure_graph, process_group, slowest_rank
-from moequant import GroupedExperts, MoEQuantDispatcher, quantize_expert_batch
+from benchmarks.peers import import_peer, masked_product
+from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher, QuantizedTensor, quantize_expert_batch
 from moequant.kernels.library.launch import Launchable
 from moequant.models import ModelShape
 from moequant.testing import routing
@@ -71,7 +72,7 @@ def calls_of(
     if hidden.is_cuda:
         # the same kernels as Triton launches them
         calls |= {f"{op}_triton": triton_launch(calls[op]) for op in ("host_product", "host_quantize") if op in calls}
-    return calls | torch_calls(layer, hidden, ids)
+    return calls | torch_calls(layer, hidden, ids) | deep_gemm_calls(layer, batch)
 
 
 def triton_launch(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -102,6 +103,16 @@ def torch_calls(layer: GroupedExperts, hidden: Tensor, ids: Tensor) -> dict[str,
     weights = hidden.new_zeros(experts, depth, columns)
     ends = torch.linspace(0, ids.numel(), experts + 1, device=hidden.device)[1:].int()
     return {"host_torch_grouped_mm": lambda: grouped_mm(rows, weights, offs=ends)}
+
+
+def deep_gemm_calls(layer: GroupedExperts, batch: ExpertBatch) -> dict[str, Callable[[], Any]]:
+    """DeepGEMM's GEMM 1 of the same operands, where it is installed."""
+    w13, deep_gemm = layer.w13, import_peer("deep_gemm", [])
+    if deep_gemm is None or not isinstance(w13, QuantizedTensor) or w13.values.dtype != torch.float8_e4m3fn:
+        return {}
+    product, operands = masked_product(deep_gemm), ((batch.values, batch.scales), (w13.values, w13.scales))
+    out, rows = torch.empty_like(layer.gemm1(batch)), batch.expected_rows
+    return {"host_deep_gemm": lambda: product(*operands, out, batch.num_tokens, rows, disable_ue8m0_cast=True)}
 
 
 def record_all(bench: Bench | None, options: argparse.Namespace, rank: int, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 A case has the experts that one rank of 8 would hold, and as many tokens, so that an expert has as many rows as on 8 ranks with T tokens
 each. Beside the whole layer stands the same in bfloat16 by torch's own grouped_mm; of both, the most memory that tensors took in a call
-besides weights and inputs, the dispatcher's buffers among it.
+besides weights and inputs, the dispatcher's buffers among it. --batch-invariant times the whole layer with that setting too.
 
 Letters: T tokens, K top-k, E experts, M rows of an expert's buffer, H hidden size, I intermediate size, G = ceil(H / 128).
 """
@@ -92,8 +92,8 @@ def torch_beside(inputs: tuple[Tensor, Tensor, Tensor], given: tuple[Tensor, Ten
     return {"peer": "torch grouped_mm, bfloat16", "peer_us": float(f"{timing.us:.5g}"), "peer_bytes": taken}
 
 
-def run_shape(bench: Bench, shape: ModelShape, all_tokens: tuple[int, ...], quant: str, layouts: tuple[str, ...]) -> None:
-    """Times one model's layer for each number of tokens and each layout."""
+def run_shape(bench: Bench, shape: ModelShape, all_tokens: tuple[int, ...], quant: str, ways: list[dict[str, Any]]) -> None:
+    """Times one model's layer for each number of tokens and each way: more of the dispatcher's settings."""
     experts, top_k, columns = max(shape.num_experts // RANKS, shape.top_k), shape.top_k, shape.hidden_size
     w13, w2 = make_weights(shape, experts, bench.device)
     layer = GroupedExperts.from_weights(w13, w2, quant=quant)
@@ -103,11 +103,11 @@ def run_shape(bench: Bench, shape: ModelShape, all_tokens: tuple[int, ...], quan
         ids, weights = routing(tokens, top_k, experts, generator=generator)
         hidden = torch.randn(tokens, columns, dtype=torch.bfloat16, generator=generator, device=bench.device)
         beside = torch_beside((hidden, ids, weights), (w13, w2), bench.device)
-        for layout in layouts:
-            run_layout(bench, shape, layer, (w13, w2), (hidden, ids, weights), {"quant": quant, "layout": layout}, beside)
+        for way in ways:
+            run_way(bench, shape, layer, (w13, w2), (hidden, ids, weights), {"quant": quant, **way}, beside)
 
 
-def run_layout(
+def run_way(
     bench: Bench,
     shape: ModelShape,
     layer: GroupedExperts,
@@ -116,7 +116,7 @@ def run_layout(
     options: dict[str, Any],
     beside: dict[str, Any],
 ) -> None:
-    """Checks and times a layer in one layout. given: w13 and w2, bfloat16. options: more of the dispatcher's settings.
+    """Checks and times a layer in one way. given: w13 and w2, bfloat16. options: more of the dispatcher's settings.
     beside: what the record says of another layer."""
     (tokens, columns), experts, quant = inputs[0].shape, len(given[0]), options["quant"]
     settings: dict[str, Any] = {"num_experts": experts, "top_k": shape.top_k, "hidden_size": columns, "max_tokens_per_rank": tokens}
@@ -132,12 +132,13 @@ def run_layout(
     with dispatchers[0] as dispatcher:
         case = {"T": tokens, "H": columns, "I": shape.intermediate_size, "E": experts, "K": shape.top_k, "W": 1, "quant": quant}
         case |= {"transport": "local", "routing": "uniform"} | ({"layout": "ragged"} if dispatcher.config.ragged else {})
+        case |= {"batch_invariant": True} if dispatcher.config.batch_invariant else {}
         run_steps(bench, case, dispatcher, layer, *inputs, beside)
 
 
 def run_steps(
     bench: Bench,
-    case: dict[str, int | str],
+    case: dict[str, int | str | bool],
     dispatcher: MoEQuantDispatcher,
     layer: GroupedExperts,
     hidden: Tensor,
@@ -145,28 +146,30 @@ def run_steps(
     weights: Tensor,
     beside: dict[str, Any],
 ) -> None:
-    """Times and records routing, dispatch, combine and the whole layer. beside: more of the layer's record."""
+    """Times and records routing, dispatch, combine and the whole layer; with batch_invariant=True, which the other steps don't know, the
+    layer alone. beside: more of the layer's record."""
     config, (tokens, columns), size = dispatcher.config, hidden.shape, layer.intermediate_size
     width, rows = config.dtype.itemsize, ids.numel()
     row = columns * width + (4 * config.num_groups if config.quantized else 0)
     common = {key: value for key, value in case.items() if key != "I"}
 
     def record(
-        op: str, own: dict[str, int | str], step, nbytes: int, floor_us: float | None = None, flops: int = 0, **more
+        op: str, own: dict[str, int | str | bool], step, nbytes: int, floor_us: float | None = None, flops: int = 0, **more
     ) -> None:
         timing = measure_graph(step, device=bench.device)
         rates: dict[str, Any] = {"tflops": flops / timing.us / 1e6} if flops else {"gbps": nbytes / timing.us / 1e3}
         bench.record(op, own, timing, floor_us=bench.floor_us(nbytes) if floor_us is None else floor_us, **rates, **more)
 
-    rows_in_expert, counts = torch.empty_like(ids), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
-    shape = {key: case[key] for key in ("T", "E", "K")}
-    record("route", shape, lambda: ops.route(ids, rows_in_expert, counts, config.max_rows), 8 * rows + 4 * config.num_experts)
-    record("dispatch", common, lambda: dispatcher.dispatch(hidden, ids, weights), tokens * columns * 2 + rows * row)
-
+    if not config.batch_invariant:
+        rows_in_expert, counts = torch.empty_like(ids), torch.empty(config.num_experts, dtype=torch.int32, device=ids.device)
+        shape = {key: case[key] for key in ("T", "E", "K")}
+        record("route", shape, lambda: ops.route(ids, rows_in_expert, counts, config.max_rows), 8 * rows + 4 * config.num_experts)
+        record("dispatch", common, lambda: dispatcher.dispatch(hidden, ids, weights), tokens * columns * 2 + rows * row)
     batch, handle = dispatcher.dispatch(hidden, ids, weights)
-    output, summed = layer(batch), torch.empty_like(hidden)
-    combined = (rows + tokens) * columns * 2
-    record("combine", common, lambda: dispatcher.combine(output, handle, out=summed), combined)
+    if not config.batch_invariant:
+        output, summed = layer(batch), torch.empty_like(hidden)
+        combined = (rows + tokens) * columns * 2
+        record("combine", common, lambda: dispatcher.combine(output, handle, out=summed), combined)
 
     busy = int((batch.num_tokens > 0).sum())
     products = 6 * rows * size * columns
@@ -185,17 +188,21 @@ def main() -> None:
     parser.add_argument(
         "--layouts", nargs="+", choices=("padded", "ragged"), default=("padded", "ragged"), help="of the rows (default: both)"
     )
+    parser.add_argument("--batch-invariant", action="store_true", help="time the whole layer with batch_invariant=True as well")
     parser.add_argument("--output-json", type=Path, help="append records here instead of benchmarks/results/<machine>.jsonl")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)")
     options = parser.parse_args()
+    ways: list[dict[str, Any]] = [{"layout": layout} for layout in options.layouts]
+    if options.batch_invariant:
+        ways = [way | more for way in ways for more in ({}, {"batch_invariant": True})]
     torch.manual_seed(0)
     bench = Bench.start(options.output_json, device=options.device)
     with torch.no_grad():
         if bench.device == "cpu":
-            run_shape(bench, CPU_SHAPE, CPU_TOKENS, options.quant, tuple(options.layouts))
+            run_shape(bench, CPU_SHAPE, CPU_TOKENS, options.quant, ways)
             return
         for name in options.models:
-            run_shape(bench, model_shape(name), tuple(options.num_tokens or TOKENS), options.quant, tuple(options.layouts))
+            run_shape(bench, model_shape(name), tuple(options.num_tokens or TOKENS), options.quant, ways)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def run_model(bench: Bench | None, name: str, options: argparse.Namespace, devic
             times[kernel] = time_case(layer, kernel, tokens, options)
         if bench is not None:
             record(bench, name, layer, tokens, times)
+    layer.close()
     progress("")
 
 

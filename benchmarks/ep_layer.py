@@ -198,6 +198,7 @@ class Layer:
         # as it is rounded
         case |= {"capacity": config.max_rows if config.capacity is not None else None}
         case |= {"layout": "ragged", "rank_capacity": options.rank_capacity} if config.ragged else {}
+        case |= {"batch_invariant": True} if config.batch_invariant else {}
         return {key: value for key, value in case.items() if value is not None}
 
     def time(self, name: str, step: Callable[[], Any]) -> Modes:

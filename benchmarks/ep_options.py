@@ -77,6 +77,11 @@ def make_parser(description: str | None) -> OneLineParser:
     add("--skew", action="store_true", help=f"also time {', '.join(SKEWS)}")
     add("--peers", action="store_true", help="also time deep_ep and deep_gemm on the same inputs, where they are installed")
     add("--layout", choices=CHOICES["layout"], default="padded", help="of a rank's rows (default: padded)")
+    add(
+        "--batch-invariant",
+        action="store_true",
+        help="a token has the same bits in any batch (see the dispatcher's batch_invariant)",
+    )
     add("--capacity", type=int, metavar="M", help="rows of an expert's buffer; rows past it are dropped (default: none can be)")
     add(
         "--rank-capacity",
@@ -193,6 +198,7 @@ def dispatcher_settings(options: argparse.Namespace) -> dict[str, Any]:
         "rank_capacity": options.rank_capacity,
         "overlap": options.overlap == "on",
         "slots": 2 if options.chunks == 2 else 1,
+        "batch_invariant": options.batch_invariant,
         "on_overflow": "error" if options.capacity is None and options.rank_capacity is None else "drop",
     }
 

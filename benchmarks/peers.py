@@ -57,9 +57,10 @@ def find_peers(layer: Layer) -> Peers:
     products, gemm_name = None, ""
     if deep_gemm is not None:
         gemm_name = f"deep_gemm {release(deep_gemm)}"
-        products = attempt(gemm_name, lambda: Products(deep_gemm, layer), peers.remarks)
+        make = contiguous_products if layer.config.ragged else Products
+        products = attempt(gemm_name, lambda: make(deep_gemm, layer), peers.remarks)
     if products is not None:
-        peers.add(gemm_name, products.steps(), on_gpu)
+        peers.add(gemm_name, products.steps() if isinstance(products, Products) else products, on_gpu)
     if deep_ep is not None and group is None:
         peers.remarks.append("deep_ep: needs a process group; start the script with torchrun")
     elif deep_ep is not None:
@@ -68,7 +69,7 @@ def find_peers(layer: Layer) -> Peers:
             low = attempt(f"{name} low-latency", lambda: LowLatency(deep_ep, group, layer), peers.remarks)
             if low is not None:
                 peers.add(f"{name} low-latency", {"dispatch": low.dispatch, "combine": low.combine}, on_gpu)
-            if low is not None and products is not None:
+            if low is not None and isinstance(products, Products):
                 both = f"{name} low-latency + {gemm_name}"
                 whole = attempt(both, lambda: Composed(low, products, layer), peers.remarks)
                 if whole is not None:
@@ -90,6 +91,12 @@ def import_peer(name: str, remarks: list[str]) -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         remarks.append(f"{name}: can't be imported ({str(error).splitlines()[0]}), so it is not timed")
         return None
+
+
+def masked_product(deep_gemm: Any) -> Callable[..., None]:
+    """DeepGEMM's masked grouped GEMM, whose name has changed."""
+    names = "m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked"
+    return next(getattr(deep_gemm, name) for name in names if hasattr(deep_gemm, name))
 
 
 def release(module: ModuleType) -> str:
@@ -195,8 +202,7 @@ class Products:
     """DeepGEMM's masked grouped GEMMs on the batch and the weights of this project's layer."""
 
     def __init__(self, deep_gemm: Any, layer: Layer) -> None:
-        names = "m_grouped_fp8_gemm_nt_masked", "fp8_m_grouped_gemm_nt_masked"
-        self.function = next(getattr(deep_gemm, name) for name in names if hasattr(deep_gemm, name))
+        self.function = masked_product(deep_gemm)
         experts, self.layer = layer.experts, layer
         assert isinstance(experts.w13, QuantizedTensor) and isinstance(experts.w2, QuantizedTensor)
         self.w13, self.w2 = experts.w13, experts.w2
@@ -223,6 +229,43 @@ class Products:
             "gemm1": lambda: self.multiply((batch.values, scales), self.w13, self.outputs[0], batch.num_tokens),
             "gemm2": lambda: self.multiply((inner.values, inner.scales), self.w2, self.outputs[1], batch.num_tokens),
         }
+
+
+def contiguous_products(deep_gemm: Any, layer: Layer) -> dict[str, Callable[[], Any]]:
+    """DeepGEMM's contiguous grouped GEMMs of the rows of a ragged batch. It wants each expert's rows from a multiple of 128 on: they are
+    moved before, which nobody is charged for."""
+    experts, (batch, _) = layer.experts, layer.dispatcher.dispatch(*layer.tokens)
+    gate_up = experts.gemm1(batch)
+    inner = experts.activation(gate_up, batch)
+    output = experts.gemm2(inner, batch)
+    counts, device = batch.num_tokens, gate_up.device
+    assert batch.expert_start is not None and batch.scales is not None and isinstance(inner, QuantizedTensor)
+    room = (counts + 127) // 128 * 128
+    owners = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    row = torch.arange(len(owners), device=device) - (counts.cumsum(0) - counts)[owners]
+    ours, theirs = batch.expert_start[owners] + row, (room.cumsum(0) - room)[owners] + row
+    # of rows that belong to no expert -1
+    total = int(room.sum())
+    groups = torch.full((total,), -1, dtype=torch.int32, device=device).index_copy_(0, theirs, owners.int())
+
+    def product(step: str, values: Tensor, scales: Tensor, w: Any, expected: Tensor) -> Callable[[], Any]:
+        moved = torch.zeros(total, values.shape[1], dtype=torch.uint8, device=device)
+        moved[theirs] = values.view(torch.uint8)[ours]
+        factors = torch.zeros(scales.shape[1], total, device=device).T
+        factors[theirs] = scales[ours]
+        a, out = (moved.view(values.dtype), factors), torch.empty(total, expected.shape[1], dtype=torch.bfloat16, device=device)
+
+        def call() -> None:
+            deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, (w.values, w.scales), out, groups, disable_ue8m0_cast=True)
+
+        call()
+        expect_near(step, out[theirs], expected[ours].float(), PRODUCT)
+        return call
+
+    return {
+        "gemm1": product("gemm1", batch.values, batch.scales, experts.w13, gate_up),
+        "gemm2": product("gemm2", inner.values, inner.scales, experts.w2, output),
+    }
 
 
 class Composed:

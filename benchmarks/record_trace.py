@@ -182,12 +182,12 @@ def autocast(device: str) -> Any:
 
 
 def train(
-    model: LanguageModel, sizes: Sizes, text: Tensor, held_out: Tensor, seconds: float, steps: int | None
+    model: LanguageModel, sizes: Sizes, text: Tensor, held_out: Tensor, seconds: float, steps: int | None, seed: int = 0
 ) -> list[dict[str, float]]:
-    """Trains for so many seconds, or steps if these are given. Returns the loss curve."""
+    """Trains for so many seconds, or steps if these are given, on batches of a seed. Returns the loss curve."""
     device = text.device.type
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda")
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     checked = torch.arange(sizes.batch, device=device) * sizes.context % (len(held_out) - sizes.context)
     history: list[dict[str, float]] = []
     begin, step, done = time.monotonic(), 0, 0.0

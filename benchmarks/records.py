@@ -25,11 +25,13 @@ TITLES = {
     "combine_pull": "Combine, by loads from the other ranks",
     "combine_push": "Combine, of rows that GEMM 2 stored",
     "layer": "The whole layer",
+    "training": "The whole layer, forward alone and with its backward, eager",
     "transformers_layer": "Experts of a layer of transformers' models",
     "transformers_experts": "Experts of a layer of transformers' models, split over ranks",
     "transformers_model": "Whole models of transformers: prefill, or a step of decoding T sequences",
     "vllm_layer": "A layer of vLLM's modular MoE kernel, from its Python sources",
     "accuracy": "Held-out loss of small language models, their experts in each format",
+    "training_loss": "Held-out loss of small language models, trained with their experts by torch and by moequant",
     "host_layer": "The host's time for a whole layer without a graph",
     "host_dispatch": "The host's time for a dispatch",
     "host_experts": "The host's time for the experts of a batch",
@@ -37,12 +39,14 @@ TITLES = {
     "host_product_triton": "The host's time for GEMM 1's kernel by Triton's launch",
     "host_quantize": "The host's time for `quantize_expert_batch`",
     "host_quantize_triton": "The host's time for the kernel of `quantize_expert_batch` by Triton's launch",
+    "host_deep_gemm": "The host's time for DeepGEMM's GEMM 1 of the batch",
     "host_torch_grouped_mm": "The host's time for `torch.nn.functional.grouped_mm`",
 }
 CEILINGS = ("copy", "matmul")
 V3, V4_FLASH = {"H": (7168,), "I": (2048,)}, {"H": (4096,), "I": (2048,)}
 # layers as they go by default, on four GPUs with the experts of 32 each; large batches with the capacity that they all have
 SHARED = {"E": (128,), "reduce": ("exact",), "routing": ("uniform",), "quant": ("fp8_e4m3fn",), "overlap": (None, "rows pushed")}
+SHARED |= {"batch_invariant": (None,)}
 FEW, MANY = {"T": (1, 8, 128), "capacity": (None,)}, {"T": (4096,), "capacity": (2048,)}
 EXCHANGED = [V3 | SHARED | FEW, V3 | SHARED | MANY]
 # What docs/results.md shows: of these ops the cases that have the values of one of these. Everything stands in the full table.
@@ -77,8 +81,10 @@ RESULTS_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
         V3 | SHARED | {"E": (32,), "T": (8, 128, 4096)},
     ],
     **{op: [{"mode": ("graph",)}] for op in ("transformers_layer", "transformers_model")},
+    "training": [{}],
     "transformers_experts": [{}],
     "accuracy": [{}],
+    "training_loss": [{}],
     **{op: [{"T": (1, 64, 512)}] for op in TITLES if op.startswith("host_")},
 }
 SYMMETRIC, PADDED, PACKED = (
@@ -167,6 +173,7 @@ def other_routing_rows(records: Iterable[Record]) -> list[Record]:
         and record["case"].get("routing", "uniform") != "uniform"
         and record["case"].get("quant") != "none"
         and record["case"].get("overlap") in SHARED["overlap"]
+        and "batch_invariant" not in record["case"]
     ]
 
 

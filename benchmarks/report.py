@@ -158,9 +158,9 @@ def summary(records: list[Record], rows: dict[str, dict[int, Record]]) -> list[s
     if models:
         faster = [record["peer_us"] / record["us"] for record in models]
         tokens = [record["case"]["T"] for record in models]
-        names = " and ".join(sorted({record["case"]["model"] for record in models}))
+        names = ", ".join(sorted({record["case"]["model"] for record in models}))
         sentences.append(
-            f"In models of transformers ({names}, {min(tokens)} to {max(tokens)} tokens, one GPU) the experts of a layer in fp8 are "
+            f"In models of transformers ({names}; {min(tokens)} to {max(tokens)} tokens, one GPU) the experts of a layer in fp8 are "
             f"{min(faster):.1f} to {max(faster):.1f} times as fast as the fastest of transformers' own implementations in bfloat16."
         )
     return sentences

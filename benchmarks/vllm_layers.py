@@ -19,6 +19,7 @@ import vllm
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 import vllm.model_executor.layers.fused_moe.prepare_finalize.naive_dp_ep as naive_dp_ep
 from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -62,7 +63,7 @@ class Gathered:
         given = [rows, weights, ids, *extra_tensors]
         out = [x.new_empty(dist.get_world_size() * len(x), *x.shape[1:]) for x in given]
         # which gloo has not
-        with dist._coalescing_manager(device=rows.device) if rows.is_cuda else contextlib.nullcontext():
+        with _coalescing_manager(device=rows.device) if rows.is_cuda else contextlib.nullcontext():
             for target, x in zip(out, given, strict=True):
                 # which has no float8
                 dist.all_gather_into_tensor(target.view(torch.uint8), x.contiguous().view(torch.uint8))
@@ -89,9 +90,7 @@ class Layer:
         self.mine = range(self.rank * local, (self.rank + 1) * local)
         made = [self.expert(e) for e in self.mine]
         self.w13, self.w2 = (
-            QuantizedTensor(
-                *(torch.cat(x) for x in ([w[i].values for w in made], [w[i].scales for w in made])), "block", segments=2 - i
-            )
+            QuantizedTensor(torch.cat([w[i].values for w in made]), torch.cat([w[i].scales for w in made]), "block", segments=2 - i)
             for i in range(2)
         )
         self.map: Tensor | None = None
@@ -126,6 +125,12 @@ class Layer:
         )
         scales = fp8_w8a8_moe_quant_config(w1_scale=self.w13.scales, w2_scale=self.w2.scales, block_shape=[128, 128])
         self.kernels = {OWN: self.own(scales, max_tokens), PEER: self.peer(scales)}
+
+    def close(self) -> None:
+        """Lets go of moequant's buffers."""
+        exchange = self.kernels[OWN].fused_experts.exchange
+        for dispatcher in {exchange.chunks, exchange.decode}:
+            dispatcher.close()
 
     def own(self, scales: FusedMoEQuantConfig, max_tokens: int) -> mk.FusedMoEKernel:
         shape = self.shape

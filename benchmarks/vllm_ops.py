@@ -66,7 +66,7 @@ def moe_align_block_size(
     expert_map: Tensor | None,
     *_: Any,
 ) -> None:
-    rows, experts, blocks = topk_ids.numel(), triton.next_power_of_2(num_experts), expert_ids.numel()
+    rows, experts, blocks = topk_ids.numel(), 1 << (num_experts - 1).bit_length(), expert_ids.numel()
     ends, cursors = torch.empty((2, experts), dtype=torch.int32, device=topk_ids.device)
     sorted_ids.fill_(rows)
     mapped = topk_ids if expert_map is None else expert_map, ends, cursors
@@ -92,7 +92,8 @@ def silu_and_mul_quantize_kernel(both, values, scales, columns, GROUPS: tl.const
 def silu_and_mul_per_block_quant(values: Tensor, both: Tensor, scales: Tensor, group: int, *_: Any) -> None:
     assert group == 128 and scales.is_contiguous()
     rows, columns = values.shape
-    silu_and_mul_quantize_kernel[(rows, triton.cdiv(columns, 1024))](both, values, scales, columns, GROUPS=8)
+    groups: Any = 8
+    silu_and_mul_quantize_kernel[(rows, triton.cdiv(columns, 1024))](both, values, scales, columns, GROUPS=groups)
 
 
 @triton.jit

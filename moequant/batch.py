@@ -14,13 +14,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from moequant.checks import check_int, check_is, check_tensor
+from moequant.checks import check_int, check_is, check_part, check_tensor
 from moequant.errors import LayoutError
 from moequant.formats import FORMAT_OF_DTYPE, recipe_of
 
 ScaleLayout = Literal["row", "transposed", "tma_aligned", "transposed_flat", "ue8m0_packed", "block"]
 NARROW_DTYPES = tuple(FORMAT_OF_DTYPE)
 LAYOUTS: tuple[str, ...] = get_args(ScaleLayout)
+# In place of a guess of an expert's rows, by which products choose kernels and tiles: a choice that is the same for any number of them.
+ANY_ROWS = -1
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -254,6 +256,8 @@ class ExpertBatch:
         owner: the dispatcher's; batches of different owners may be in flight at once, too. None: nobody's in particular.
         expert_start: (L,) int32, ragged: each expert's first row, a multiple of 16; experts without rows have one too, which may be R.
             None: padded.
+        batch_invariant: products choose kernels and tiles by the lengths of rows alone, so that what becomes of a row doesn't depend on
+            the others.
 
     Raises:
         ValueError: tensors and numbers that are no batch.
@@ -268,6 +272,7 @@ class ExpertBatch:
     slot: int = 0
     owner: Owner | None = None
     expert_start: Tensor | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         check_tensor("values", self.values, dims=3 if self.expert_start is None else 2)
@@ -286,11 +291,17 @@ class ExpertBatch:
         check_int("slot", self.slot)
         if self.owner is not None:
             check_is("owner", self.owner, Owner)
+        check_is("batch_invariant", self.batch_invariant, bool)
 
     @property
     def ragged(self) -> bool:
         """Whether the rows of all experts lie in one buffer: layout "ragged"."""
         return self.expert_start is not None
+
+    @property
+    def chosen_by(self) -> int:
+        """What products choose kernels and tiles by: expected_rows, or, with batch_invariant, ANY_ROWS."""
+        return ANY_ROWS if self.batch_invariant else self.expected_rows
 
     @functools.cached_property
     def activations(self) -> QuantizedTensor | Tensor:
@@ -356,23 +367,6 @@ class ExpertBatch:
     @functools.cached_property
     def _parts(self) -> dict[tuple[int, int], ExpertBatch]:
         return {}
-
-
-def check_part(begin: int, end: int, experts: int) -> None:
-    """Refuses experts that are none.
-
-    Args:
-        begin: the first expert.
-        end: the one after the last.
-        experts: how many there are.
-
-    Raises:
-        ValueError: unless 0 <= begin < end <= experts.
-    """
-    check_int("begin", begin, 0, experts - 1)
-    check_int("end", end, 1, experts)
-    if begin >= end:
-        raise ValueError(f"begin must be below end, as the part is of experts begin..end - 1, got {begin} and {end}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,6 +94,23 @@ def check_int(name: str, value: Any, low: int = 0, high: int = MAX_INT) -> None:
         raise ValueError(f"{name} must be {f'in {low}..{high}' if value > high else f'at least {low}'}, got {value}")
 
 
+def check_part(begin: int, end: int, experts: int) -> None:
+    """Refuses experts that are none.
+
+    Args:
+        begin: the first expert.
+        end: the one after the last.
+        experts: how many there are.
+
+    Raises:
+        ValueError: unless 0 <= begin < end <= experts.
+    """
+    check_int("begin", begin, 0, experts - 1)
+    check_int("end", end, 1, experts)
+    if begin >= end:
+        raise ValueError(f"begin must be below end, as the part is of experts begin..end - 1, got {begin} and {end}")
+
+
 def check_number(name: str, value: Any) -> None:
     """Raises ValueError unless value is a number that float32 can hold, or infinite or NaN."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):

@@ -74,6 +74,7 @@ class DispatcherConfig:
         num_sms: SMs (multiprocessors) that GEMMs leave to an exchange beside them.
         timeout: seconds, from 0.001 to 1e6.
         first_timeout: the same, until the first check; None: timeout.
+        batch_invariant: whether a token's output is the same to the bit whoever else is there.
 
     Raises:
         ValueError: a setting is wrong; it says what was given and what was expected.
@@ -100,6 +101,7 @@ class DispatcherConfig:
     num_sms: int = 8
     timeout: float = 60.0
     first_timeout: float | None = None
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
@@ -115,7 +117,7 @@ class DispatcherConfig:
                 f"num_experts must be a multiple of the number of ranks, got {self.num_experts} experts on {self.world_size} ranks; "
                 "add experts that no token is routed to, or use another group"
             )
-        for name in ("overlap", "shared_batch"):
+        for name in ("overlap", "shared_batch", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         given = self.transport == "symmetric" or self.exchange != "auto" or (self.capacity, self.rank_capacity) != (None, None)
@@ -125,6 +127,7 @@ class DispatcherConfig:
                 f'capacity and rank_capacity, got transport "{self.transport}", exchange "{self.exchange}", {self.capacity!r} and '
                 f"{self.rank_capacity!r}"
             )
+        self._check_invariance()
         if self.slots > 2:
             raise ValueError(f"slots must be 1 or 2, got {self.slots}")
         if self.capacity is not None and (
@@ -153,6 +156,20 @@ class DispatcherConfig:
             )
         if self.transport == "local" and self.world_size > 1:
             raise ValueError(f'transport "local" serves one rank, got a group of {self.world_size}; use "collective" or "auto"')
+
+    def _check_invariance(self) -> None:
+        """Raises ValueError for settings by which a token's output depends on other tokens, or on the number of ranks."""
+        if not self.batch_invariant:
+            return
+        if self.reduce != "exact":
+            raise ValueError(
+                f'batch_invariant=True takes reduce="exact" alone, got "{self.reduce}": its sums depend on which rank holds which expert'
+            )
+        if self.on_overflow != "error":
+            raise ValueError(
+                f'batch_invariant=True takes on_overflow="error" alone, got "{self.on_overflow}": which rows are dropped depends on the '
+                "other tokens"
+            )
 
     def _check_layout(self) -> None:
         """Settles on a layout. Raises ValueError for a capacity that the layout doesn't have, or that is none."""

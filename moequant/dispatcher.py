@@ -88,6 +88,9 @@ class MoEQuantDispatcher(PushedRows):
         first_timeout: the same in the constructor, and in calls until `check()` has waited for the first ones: ranks that load weights
             and compile their experts' kernels may be minutes apart. Captured graphs keep the limit under which they were captured.
             None: timeout, and 600 s while the constructor compiles.
+        batch_invariant: with `GroupedExperts` and `moequant.nn.MoEExperts`, a token's output has the same bits whatever other tokens
+            there are, and on any number of ranks, any transport and in both layouts, under grad too; slower where there are few rows.
+            With reduce="exact" and on_overflow="error" alone.
         device: where tensors live; None: the current GPU, or the CPU without one or with a gloo group.
 
     Raises:
@@ -120,6 +123,7 @@ class MoEQuantDispatcher(PushedRows):
         num_sms: int = 8,
         timeout: float = 60.0,
         first_timeout: float | None = None,
+        batch_invariant: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         self._number = numbered.add(self)
@@ -157,6 +161,7 @@ class MoEQuantDispatcher(PushedRows):
                 num_sms=num_sms,
                 timeout=timeout,
                 first_timeout=first_timeout,
+                batch_invariant=batch_invariant,
             )
 
         mine = attempt(settings, alone=world_size == 1)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import ExpertBatch, Owner, QuantizedTensor, check_part
-from moequant.checks import check_contiguous, check_is, check_no_grad, check_num_sms, check_tensor
+from moequant.batch import ExpertBatch, Owner, QuantizedTensor
+from moequant.checks import check_contiguous, check_is, check_no_grad, check_num_sms, check_part, check_tensor
 from moequant.formats import FLOAT_DTYPES
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import silu_mul, silu_mul_quantize
@@ -129,9 +129,8 @@ class GroupedExperts(ExpertWeights):
         if repeats is None:
             repeats = self._repeats[batch] = Repeats()
         # with what may be refused: weights that require grad
-        tensors = self.w13, self.w2, self.bias13, self.bias2
-        weights = *(address for w in tensors for address in addresses_of(w)), torch.is_grad_enabled()
-        return repeats.run(batch.values, inputs, (name, num_sms, batch.values.data_ptr(), *weights), call)
+        weights = addresses_of(self.w13, self.w2, self.bias13, self.bias2)
+        return repeats.run(batch.values, inputs, (name, num_sms, batch.values.data_ptr(), *weights, torch.is_grad_enabled()), call)
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
         """GEMM 1, activation and quantization: in one kernel where there is a faster one, otherwise one after the other, with the same
@@ -150,7 +149,7 @@ class GroupedExperts(ExpertWeights):
         assert isinstance(self.w13, QuantizedTensor) and isinstance(inner, QuantizedTensor) and batch.scales is not None
         w13, out = (self.w13.values, self.w13.scales), (inner.values, inner.scales)
         counts = batch.num_tokens, batch.expert_start
-        ops.gemm1_swiglu(batch.values, batch.scales, *w13, *counts, *out, batch.recipe, batch.expected_rows, num_sms)
+        ops.gemm1_swiglu(batch.values, batch.scales, *w13, *counts, *out, batch.recipe, batch.chosen_by, num_sms)
         return inner
 
     def part(self, begin: int, end: int) -> GroupedExperts:
@@ -194,7 +193,7 @@ class GroupedExperts(ExpertWeights):
             return False
         if not (isinstance(w13, QuantizedTensor) and isinstance(inner, QuantizedTensor)) or batch.scales is None:
             return False
-        return ops.fuses_gemm1(batch.values, batch.scales, w13.values, w13.scales, inner.values, inner.scales, batch.expected_rows)
+        return ops.fuses_gemm1(batch.values, batch.scales, w13.values, w13.scales, inner.values, inner.scales, batch.chosen_by)
 
     def gemm1(self, batch: ExpertBatch, *, num_sms: int | None = None) -> Tensor:
         """The batch's values times w13.
@@ -289,11 +288,12 @@ class GroupedExperts(ExpertWeights):
         # asked first: what torch may copy is not repeated
         side_by_side = destinations if destinations.is_contiguous() else destinations.contiguous()
         counts = batch.num_tokens, batch.expert_start
-        ops.grouped_gemm_push(*parts_of(inner), *parts_of(self.w2), *counts, side_by_side, batch.expected_rows, num_sms)
+        ops.grouped_gemm_push(*parts_of(inner), *parts_of(self.w2), *counts, side_by_side, batch.chosen_by, num_sms)
 
     def _product(self, a: QuantizedTensor | Tensor, w: Weight, batch: ExpertBatch, out: Tensor, num_sms: int | None) -> Tensor:
         counts = batch.num_tokens, batch.expert_start
-        return grouped_gemm_blockscale(a, w, *counts, out=out, expected_rows=batch.expected_rows, num_sms=num_sms)
+        hints = {"expected_rows": batch.expected_rows, "batch_invariant": batch.batch_invariant}
+        return grouped_gemm_blockscale(a, w, *counts, out=out, num_sms=num_sms, **hints)
 
     def _check_inner(self, inner: QuantizedTensor | Tensor, batch: ExpertBatch) -> None:
         """Raises unless inner is what `activation` makes of the batch."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import QuantizedTensor
-from moequant.checks import check_choice, check_counts, check_int, check_no_grad, check_num_sms, check_tensor
+from moequant.batch import ANY_ROWS, QuantizedTensor
+from moequant.checks import check_choice, check_counts, check_int, check_is, check_no_grad, check_num_sms, check_tensor
 from moequant.dense.gemm import mm_fp8_blockscale
 from moequant.dense.int8 import int8_addmm, int8_addmm_quant, int8_gemm, int8_gemm_quant
 from moequant.dense.per_tensor import fp8_gemm
@@ -38,6 +38,7 @@ def grouped_gemm_blockscale(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     expected_rows: int | None = None,
+    batch_invariant: bool = False,
     num_sms: int | None = None,
 ) -> Tensor:
     """One GEMM for each expert, over its valid rows: out[l, m] = dequantize(a[l, m]) @ dequantize(b[l]).T for m < num_tokens[l].
@@ -55,6 +56,9 @@ def grouped_gemm_blockscale(
         out_dtype: bfloat16, float16 or float32; out's own dtype if out is given.
         expected_rows: a host-side guess of the mean of num_tokens, for the choice of tiles; None takes M, ragged R / L. Results
             don't depend on its being right; their last bits may depend on the choice.
+        batch_invariant: kernel and tiles are chosen by columns, K_dim and types alone, whatever expected_rows is, and no sum is split:
+            a row of `a` has the same bits in any place of any batch. On GPUs operands, their scales and out then have to begin at
+            multiples of 16 bytes.
         num_sms: SMs (multiprocessors) of the GPU to use, so that kernels of other streams have the rest; None for all.
 
     Returns:
@@ -81,6 +85,7 @@ def grouped_gemm_blockscale(
     check_num_sms(num_sms)
     if expected_rows is not None:
         check_int("expected_rows", expected_rows)
+    check_is("batch_invariant", batch_invariant, bool)
     shape = (*a_values.shape[:-1], b_values.shape[1])
     check_choice("out_dtype", out_dtype, FLOAT_DTYPES)
     if out is None:
@@ -90,7 +95,8 @@ def grouped_gemm_blockscale(
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     segments = b.segments if isinstance(b, QuantizedTensor) else 1
     counts = num_tokens, expert_start
-    ops.grouped_gemm_blockscale(a_values, a_scales, b_values, b_scales, *counts, out, segments, expected_rows, num_sms)
+    hint = ANY_ROWS if batch_invariant else expected_rows
+    ops.grouped_gemm_blockscale(a_values, a_scales, b_values, b_scales, *counts, out, segments, hint, num_sms)
     return out
 
 

@@ -127,21 +127,25 @@ def bias_apart(bias: Tensor | None, w: Weight, activation: Activation) -> Tensor
     return halves_apart(bias) if bias is not None and activation.interleaved else bias
 
 
-def addresses_of(w: Weight | None) -> tuple[int, ...]:
-    """Where a weight lies, and whether it requires grad, for which its use may be refused.
+def addresses_of(*weights: Weight | None) -> tuple[int, ...]:
+    """Where weights lie, and whether they require grad, for which their use may be refused.
 
     Args:
-        w: the weight, or a bias, or None for none.
+        *weights: weights, and biases, or None for none.
 
     Returns:
-        The addresses of values and scales, or of a plain tensor and 1 if it requires grad; 0 for none.
+        For each in turn the addresses of values and scales, or of a plain tensor and 1 if it requires grad; 0 for none, so that one
+        bias is not taken for the other.
     """
-    if w is None:
-        # so that one bias is not taken for the other
-        return (0,)
-    if isinstance(w, QuantizedTensor):
-        return w.values.data_ptr(), w.scales.data_ptr()
-    return w.data_ptr(), w.requires_grad
+    found: list[int] = []
+    for w in weights:
+        if w is None:
+            found.append(0)
+        elif isinstance(w, QuantizedTensor):
+            found += w.values.data_ptr(), w.scales.data_ptr()
+        else:
+            found += w.data_ptr(), w.requires_grad
+    return tuple(found)
 
 
 def parts_of(x: QuantizedTensor | Tensor) -> tuple[Tensor, Tensor | None]:

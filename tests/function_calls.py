@@ -99,6 +99,7 @@ FUNCTIONS: dict[str, Callable[[], Call]] = {
             "out": torch.zeros(2, 4, 6, dtype=torch.bfloat16),
             "out_dtype": torch.bfloat16,
             "expected_rows": 3,
+            "batch_invariant": True,
             "num_sms": None,
         },
         exact=False,

@@ -54,6 +54,16 @@ def convert(array: np.ndarray, source: tl.dtype, target: tl.dtype) -> np.ndarray
     return bits.reshape(np.shape(array))
 
 
+def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """What `tl.dot` multiplies. Its order of additions, and so a row's bits, may depend on the row's place."""
+    return np.matmul(a, b, dtype=dtype)
+
+
+def product_by_rows(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`product`, with the same bits for a row in any place, as tensor cores have it; a test may put it in its place."""
+    return np.stack([np.matmul(row.copy(), b, dtype=dtype) for row in a])
+
+
 @functools.cache
 def install() -> None:
     shipped_cast = Builder.cast_impl
@@ -80,7 +90,7 @@ def install() -> None:
                 return as_torch(operand.data, operand.dtype.scalar).float().numpy().reshape(operand.data.shape)
             return operand.data.astype(acc.data.dtype)
 
-        return Handle(np.matmul(widen(a), widen(b), dtype=acc.data.dtype) + acc.data, acc.dtype.scalar)
+        return Handle(product(widen(a), widen(b), acc.data.dtype) + acc.data, acc.dtype.scalar)
 
     def fma(self, x, y, z):
         # the product of two float32 is exact in float64; the sum is rounded to odd there, so that rounding it again does no harm

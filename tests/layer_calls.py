@@ -117,6 +117,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "slot": 0,
             "owner": None,
             "expert_start": None,
+            "batch_invariant": True,
         },
     ),
     "ExpertBatch.rows_of": lambda: Call(
@@ -178,6 +179,7 @@ LAYERS: dict[str, Callable[[], Call]] = {
             "num_sms": 8,
             "timeout": 10.0,
             "first_timeout": 20.0,
+            "batch_invariant": False,
             "device": "cpu",
         },
     ),

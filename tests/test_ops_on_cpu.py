@@ -61,7 +61,12 @@ def test_products_have_the_bits_of_the_reference(shape, dtype, out_dtype):
 
 def test_experts_without_rows_are_passed_over(monkeypatch):
     widened, widen = [], on_cpu.widen
-    monkeypatch.setattr(on_cpu, "widen", lambda x, *rest: (widened.append(x.data_ptr()), widen(x, *rest)))
+
+    def seen(x: Tensor, *rest: Tensor) -> float:
+        widened.append(x.data_ptr())
+        return widen(x, *rest)
+
+    monkeypatch.setattr(on_cpu, "widen", seen)
     a, b = torch.randn(4, 3, 8).bfloat16(), torch.randn(4, 5, 8).bfloat16()
     counts = torch.tensor([0, 2, 0, 1], dtype=torch.int32)
     ops.grouped_gemm_blockscale(a, None, b, None, counts, None, torch.empty(4, 3, 5))
@@ -70,13 +75,13 @@ def test_experts_without_rows_are_passed_over(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_is_widened_to_itself(dtype):
-    bits = torch.arange(1 << 8 * dtype.itemsize, dtype=torch.int32)
+    bits = torch.arange(1 << 8 * dtype.itemsize, dtype=torch.int32).repeat(20)
     numbers = bits.to(torch.uint8 if dtype.itemsize == 1 else torch.int16).view(dtype)
     # all, and those without NaN, which take another way
     for x in (numbers, numbers.view(torch.int8 if dtype.itemsize == 1 else torch.int16)[~numbers.float().isnan()].view(dtype)):
         out = torch.empty(x.shape)
-        on_cpu.widen(x, torch.empty(x.shape, dtype=torch.int16), out)
-        assert same_bits(out, x.float())
+        power = on_cpu.widen(x, torch.empty(x.shape, dtype=torch.int16), out)
+        assert same_bits(out * power, x.float())
 
 
 @pytest.mark.parametrize("columns", [256, 250, 3])

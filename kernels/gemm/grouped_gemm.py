@@ -284,8 +284,11 @@ def few_tiles(experts: int, rows: int, column_tiles: int, sms: int) -> bool:
 def choose_config(expected_rows: int, experts: int, rows: int, column_tiles: int, steps: int, sms: int) -> Config:
     """The configuration for a mean number of valid rows, by what was measured on an H200 (benchmarks/results).
 
-    column_tiles, steps: tiles of 128 columns, and blocks of K_dim, of one expert.
+    expected_rows: below 0 for any: then it is always the same one. column_tiles, steps: tiles of 128 columns, and blocks of K_dim, of one
+    expert.
     """
+    if expected_rows < 0:
+        return SMALL_TILES
     if few_tiles(experts, rows, column_tiles, sms):
         tiles = experts * triton.cdiv(rows, STREAMING.block_m) * column_tiles
         # one program for each multiprocessor, or two if their sums are long: the second kernel takes as long as about ten steps
@@ -343,16 +346,14 @@ def grouped_gemm_blockscale(
     out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written. None with destinations.
     destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, float16 if a is, a multiple of 16 if N
     is one of 8.
-    expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M, ragged R / L. config: instead of that
-    choice.
-    num_sms: multiprocessors to use; None for all.
+    expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M, ragged R / L; below 0: any. config:
+    instead of that choice. num_sms: multiprocessors to use; None for all.
     """
     assert (out is None) != (destinations is None)
     experts, columns, depth = b.shape
     rows = a.shape[-2]
     if experts * rows * columns == 0:
         return
-    # of a buffer for each expert; of one for all the mean
     mean = rows if expert_start is None else triton.cdiv(rows, experts)
     limits = device_limits(a.device)
     sms = limits.sms if num_sms is None else num_sms

@@ -313,9 +313,11 @@ def cost(halves: int, experts: int, columns: int, expected_rows: int, sms: int) 
 
 @functools.lru_cache
 def choose_config(experts: int, columns: int, expected_rows: int, out_bytes: int, sms: int) -> Config:
-    """The configuration for a problem, by its size alone."""
+    """The configuration for a problem, by its size alone; for any number of rows (expected_rows below 0) by the type of its output."""
     if out_bytes == 4:
         return FLOAT32
+    if expected_rows < 0:
+        return WIDE
     return min((WIDE, NARROW), key=lambda config: cost(config.halves, experts, columns, expected_rows, sms))
 
 
@@ -342,9 +344,8 @@ def grouped_gemm_blockscale_hopper(
     expert_start: (L,) int32, with a (R, K_dim), a_scales (R, G), strides (1, any), out (R, N) and destinations (R,); or None.
     out: (L, M, N) contiguous bfloat16, float16 or float32; rows past num_tokens are not written. None with destinations.
     destinations: (L, M) int64 contiguous, the address for each row of N bfloat16 numbers, a multiple of 16 if N is one of 8.
-    expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M, ragged R / L. config: instead of that
-    choice.
-    num_sms: multiprocessors to use; None for all, 0 to compile and no more.
+    expected_rows: a guess of the mean of num_tokens, which chooses the configuration; None takes M, ragged R / L; below 0: any. config:
+    instead of that choice. num_sms: multiprocessors to use; None for all, 0 to compile and no more.
     """
     assert (out is None) != (destinations is None)
     experts, columns, depth = b.shape
@@ -353,7 +354,7 @@ def grouped_gemm_blockscale_hopper(
     sms = multiprocessors(a.device) if num_sms is None else num_sms
     if config is None:
         mean = rows if expert_start is None else triton.cdiv(rows, experts)
-        expected = mean if expected_rows is None else max(1, min(expected_rows, rows))
+        expected = mean if expected_rows is None else min(expected_rows or 1, rows)
         config = choose_config(experts, columns, expected, dtype.itemsize, multiprocessors(a.device))
     groups = triton.cdiv(depth, 128)
     scales_matrix, scale_rows = scale_matrix(a_scales)

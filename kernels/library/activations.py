@@ -99,11 +99,19 @@ def soft_capped(x, CAP: tl.constexpr):
 @triton.jit
 def gelu_of_twice(h):
     """GELU of x = 2h, x * (1 + erf(x / sqrt(2))) / 2, in float32, within a few units in the last place also below -1, where 1 + erf would
-    cancel. Half of x is what the formula wants everywhere.
+    cancel. Half of x is what the formula wants everywhere."""
+    u, tail = erfc_of_twice(h)
+    # max(x, 0) - u * tail on both sides of zero; h + |h| is NaN for -Inf, as the formula is
+    return tl.fma(u * -1.0, tail, h + tl.abs(h))
 
-    With u = |h|, 1 + erf(-2u / sqrt(2)) = exp(-2 * u**2) * p(t), t = (u - 2) / (u + 2). p is the polynomial of degree 7 whose largest
-    relative error down to x = -6.7 is the smallest, 6e-8, found by Lawson's iteration. Beyond, the result is below the floor of any
-    group, and its error a thousandth of that floor's step.
+
+@triton.jit
+def erfc_of_twice(h):
+    """|h|, at most 4.15, and 1 + erf(-2|h| / sqrt(2)) there.
+
+    With u = |h| that is exp(-2 * u**2) * p(t), t = (u - 2) / (u + 2). p is the polynomial of degree 7 whose largest relative error down
+    to x = -6.7 is the smallest, 6e-8, found by Lawson's iteration. Beyond, GELU is below the floor of any group, and its error a
+    thousandth of that floor's step.
     """
     u = tl.minimum(tl.abs(h), 4.15)
     t = quotient(u - 2.0, u + 2.0, False)
@@ -121,6 +129,4 @@ def gelu_of_twice(h):
     half_ln_2 = tl.full(h.shape, 0.3465735912322998, tl.float32)
     lost = tl.fma(u, u, square * -1.0) + tl.fma(power, half_ln_2, square)
     e = tl.exp2(power)
-    tail = p * tl.fma(e, lost * -2.0, e)
-    # max(x, 0) - u * tail on both sides of zero; h + |h| is NaN for -Inf, as the formula is
-    return tl.fma(u * -1.0, tail, h + tl.abs(h))
+    return u, p * tl.fma(e, lost * -2.0, e)

@@ -19,6 +19,9 @@ INF_BITS = tl.constexpr(0x7F800000)
 # The bits of a call's word that say its layer; 0 says none (`moequant.transport.calls`).
 LAYERS = tl.constexpr((1 << 10) - 1)
 
+# Experts of a launch of Hopper's kernels: the counts of all are read in one pass.
+MOST_EXPERTS = 256
+
 # What values are stored as where the device does not convert to their type: the bits of e4m3fnuz are made by hand.
 POINTER_VIEW = {torch.float8_e4m3fnuz: torch.uint8}
 

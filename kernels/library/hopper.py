@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moequant.kernels.gemm.grouped_gemm import few_tiles
-from moequant.kernels.library.common import multiprocessors, runs_gluon
+from moequant.kernels.library.common import MOST_EXPERTS, multiprocessors, runs_gluon
 from moequant.kernels.library.launch import current_stream
 
 # Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
@@ -111,24 +111,33 @@ def too_small(experts: int, rows: int, columns: int, expected_rows: int, device:
 
 def takes(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, out: Tensor | None, segments: int) -> bool:
     """`supports`, but for the device: formats, and what TMA can address."""
-    if a.dtype not in (torch.float8_e4m3fn, torch.int8) or a_scales is None or b_scales is None:
+    if not takes_rows(a, b, out, segments) or a_scales is None or b_scales is None:
         return False
-    experts, columns, depth = b.shape
+    experts, columns, _ = b.shape
     rows = a.shape[-2]
     if experts * rows * columns == 0:
         return False
-    # int32 coordinates, and counts of all experts in one pass
+    # int32 coordinates
     matrices = experts if a.dim() == 3 else 1
-    if experts > 256 or max(matrices * rows, experts * columns) >= 2**31 or (segments > 1 and columns // segments % 128):
+    if experts > MOST_EXPERTS or max(matrices * rows, experts * columns) >= 2**31:
         return False
     *expert_strides, row_stride, group_stride = a_scales.stride()
-    aligned = all(x.data_ptr() % 16 == 0 for x in (a, b, a_scales, out) if x is not None)
-    widths = (depth, columns * (2 if out is None else out.element_size()), group_stride * 4)
     return (
-        aligned
-        and depth > 0
-        and all(width % 16 == 0 for width in widths)
+        all(x.data_ptr() % 16 == 0 for x in (a, b, a_scales, out) if x is not None)
+        and group_stride % 4 == 0
         and row_stride == 1
         and group_stride >= rows
         and all(stride % group_stride == 0 for stride in expert_strides)
+    )
+
+
+def takes_rows(a: Tensor, b: Tensor, out: Tensor | None, segments: int) -> bool:
+    """What `takes` asks of types and of the lengths of rows: nothing of how many there are, nor of where they lie."""
+    _, columns, depth = b.shape
+    return (
+        a.dtype in (torch.float8_e4m3fn, torch.int8)
+        and depth > 0
+        and depth % 16 == 0
+        and columns * (2 if out is None else out.element_size()) % 16 == 0
+        and (segments == 1 or columns // segments % 128 == 0)
     )

@@ -1,14 +1,19 @@
-"""Products of quantized operands."""
+"""Products of quantized operands.
+
+With ANY_ROWS in place of expected_rows, kernel and tiles follow from types and lengths of rows alone, and nothing is added in parts: a
+row's bits depend neither on how many rows, experts and ranks there are nor on the layout.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moequant.batch import ceil_div
+from moequant.batch import ANY_ROWS, ceil_div
 from moequant.ops import on_cpu
 from moequant.ops.quantization import quant_spec, silu_mul_quantize
 from moequant.ops.registration import registered, uses_kernels
@@ -38,18 +43,64 @@ def gemm_kernel(
     """The kernel for a grouped GEMM: Hopper's in Gluon where it takes the arguments and is faster, plain Triton's everywhere else."""
     from moequant.kernels.library import common
 
+    invariant = expected_rows == ANY_ROWS
+    if invariant:
+        for name, x in {"a": a, "b": b, "out": b if out is None else out}.items():
+            check_address(name, x)
     if common.runs_gluon(a.device):
         from moequant.kernels.library import hopper
 
         rows = buffer_rows(a, b)
-        small = hopper.too_small(b.shape[0], rows, b.shape[1], rows if expected_rows is None else expected_rows, a.device)
+        hint = rows if expected_rows is None else expected_rows
+        small = not invariant and hopper.too_small(b.shape[0], rows, b.shape[1], hint, a.device)
         if not small and hopper.supports(a, a_scales, b, b_scales, out, segments=segments):
             from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
 
             return grouped_gemm_blockscale_hopper
+        if invariant and a_scales is not None and a.numel() and b.numel() and hopper.takes_rows(a, b, out, segments):
+            raise ValueError(
+                "batch_invariant=True chooses kernels whatever the number of rows is: the scales of a must begin at a multiple of 16 "
+                "bytes and have groups a multiple of 4 numbers apart, as moequant.batch.empty_scales_of makes them, got strides "
+                f"{a_scales.stride()}"
+            )
     from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale as plain
 
     return plain
+
+
+def check_address(name: str, x: Tensor) -> None:
+    """Raises ValueError for a tensor whose rows TMA could read, if it didn't begin where it does: that must not choose the kernel."""
+    if x.shape[-1] * x.element_size() % 16 == 0 and x.data_ptr() % 16:
+        raise ValueError(
+            f"batch_invariant=True chooses kernels wherever tensors lie: {name} must begin at a multiple of 16 bytes, got "
+            f"{x.data_ptr():#x}; clone it"
+        )
+
+
+def too_many(b: Tensor, expected_rows: int | None) -> bool:
+    """Whether a launch must not have all experts: with so many, ANY_ROWS would choose another kernel."""
+    from moequant.kernels.library.common import MOST_EXPERTS
+
+    return expected_rows == ANY_ROWS and b.shape[0] > MOST_EXPERTS
+
+
+def some_at_a_time(
+    a: Tensor,
+    a_scales: Tensor | None,
+    b: Tensor,
+    b_scales: Tensor | None,
+    num_tokens: Tensor | None,
+    expert_start: Tensor | None,
+    *outputs: Tensor,
+) -> Iterator[tuple[Any, ...]]:
+    """A product's arguments as several, each of as many experts as one launch may have."""
+    from moequant.kernels.library.common import MOST_EXPERTS
+
+    for begin in range(0, b.shape[0], MOST_EXPERTS):
+        some = slice(begin, begin + MOST_EXPERTS)
+        of_rows = [x if x is None or a.dim() == 2 else x[some] for x in (a, a_scales, *outputs)]
+        of_experts = [None if x is None else x[some] for x in (b, b_scales, num_tokens, expert_start)]
+        yield *of_rows[:2], *of_experts, *of_rows[2:]
 
 
 def buffer_rows(a: Tensor, b: Tensor) -> int:
@@ -86,7 +137,12 @@ def grouped_gemm_blockscale(
     num_sms: multiprocessors to use, so that others' kernels have the rest; None for all.
     """
     if not uses_kernels(a):
-        on_cpu.grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, expert_start, out, segments)
+        invariant = expected_rows == ANY_ROWS
+        on_cpu.grouped_gemm_blockscale(a, a_scales, b, b_scales, num_tokens, expert_start, out, segments, invariant)
+        return
+    if too_many(b, expected_rows):
+        for some in some_at_a_time(a, a_scales, b, b_scales, num_tokens, expert_start, out):
+            grouped_gemm_blockscale(*some, segments=segments, expected_rows=expected_rows, num_sms=num_sms)
         return
     kernel = gemm_kernel(a, a_scales, b, b_scales, out, segments, expected_rows)
     kernel(a, a_scales, b, b_scales, num_tokens, expert_start, out, segments=segments, expected_rows=expected_rows, num_sms=num_sms)
@@ -108,6 +164,10 @@ def grouped_gemm_push(
 
     Not registered: torch.library can't know of memory that has an address only. It runs as a kernel alone.
     """
+    if too_many(b, expected_rows):
+        for some in some_at_a_time(a, a_scales, b, b_scales, num_tokens, expert_start, destinations):
+            grouped_gemm_push(*some, expected_rows=expected_rows, num_sms=num_sms)
+        return
     kernel = gemm_kernel(a, a_scales, b, b_scales, None, expected_rows=expected_rows)
     with torch.cuda.device_of(a):
         kernel(
@@ -138,12 +198,16 @@ def fuses_gemm1(
     from moequant.kernels.gemm import gemm1_swiglu_hopper as fused
     from moequant.kernels.gemm.grouped_gemm import few_tiles
 
-    experts, columns, _ = w13.shape
-    # where programs share tiles, and add in another order
-    if few_tiles(experts, buffer_rows(a, w13), ceil_div(columns, 128), common.multiprocessors(a.device)):
-        return False
-    if better_apart(a, w13, expected_rows):
-        return False
+    if too_many(w13, expected_rows):
+        pieces = some_at_a_time(a, a_scales, w13, w13_scales, None, None, values, scales)
+        a, a_scales, w13, w13_scales, _, _, values, scales = next(pieces)
+    if expected_rows != ANY_ROWS:
+        experts, columns, _ = w13.shape
+        # where programs share tiles, and add in another order
+        if few_tiles(experts, buffer_rows(a, w13), ceil_div(columns, 128), common.multiprocessors(a.device)):
+            return False
+        if better_apart(a, w13, expected_rows):
+            return False
     return fused.supports_gemm1_swiglu(a, a_scales, w13, w13_scales, values, scales)
 
 
@@ -176,6 +240,10 @@ def gemm1_swiglu(
     a: (L, M, H), a_scales: (L, M, G), as for the GEMM. w13: (L, 2I, H), gate first, with scales of two segments. values (L, M, I) and
     scales (L, M, ceil(I / 128)) are written for the valid rows. expert_start, num_sms: as for the GEMM.
     """
+    if uses_kernels(a) and too_many(w13, expected_rows):
+        for some in some_at_a_time(a, a_scales, w13, w13_scales, num_tokens, expert_start, values, scales):
+            gemm1_swiglu(*some, recipe=recipe, expected_rows=expected_rows, num_sms=num_sms)
+        return
     rows = buffer_rows(a, w13) if expected_rows is None else expected_rows
     if uses_kernels(a) and fuses_gemm1(a, a_scales, w13, w13_scales, values, scales, rows):
         from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper as kernel

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from moequant import reference
+from moequant.reference.gemm import product
 
 BLOCK = 128
+# times a power of two of `widen` a smaller scale is no infinity
+LARGEST = 2.0**118
+FEW = 4096
 
 
 def grouped_gemm_blockscale(
@@ -25,6 +29,7 @@ def grouped_gemm_blockscale(
     expert_start: Tensor | None,
     out: Tensor,
     segments: int,
+    batch_invariant: bool = False,
 ) -> None:
     """`reference.grouped_gemm_blockscale`, to the bit: each product has the operands and the shape that it has there, on which the bits
     of a CPU's product depend.
@@ -37,8 +42,11 @@ def grouped_gemm_blockscale(
     if out.numel() == 0:
         return
     right, bits = (torch.empty(b.shape[1:], dtype=dtype, device=b.device) for dtype in (torch.float32, torch.int16))
-    # the pieces of a weight that have one row of scales
+    # the pieces of a weight that have one row of scales: side by side, if all are whole
+    whole = right.shape[0] % (segments * BLOCK) == 0
     blocks = [block for segment in right.unflatten(0, (segments, -1)) for block in segment.split(BLOCK)]
+    # written so that a NaN is none
+    small = b_scales is not None and b_scales.numel() > 0 and bool(b_scales.abs().max() < LARGEST)
     b_scales = None if b_scales is None else spread(b_scales, columns)
     # float32 under autocast too
     with torch.autocast("cpu", enabled=False):
@@ -47,14 +55,23 @@ def grouped_gemm_blockscale(
             if not len(rows):
                 continue
             left = torch.empty(rows.shape, dtype=torch.float32, device=a.device)
-            widen(rows, torch.empty_like(left, dtype=torch.int16), left)
+            power = widen(rows, torch.empty_like(left, dtype=torch.int16), left)
+            if power != 1.0:
+                left *= power
             if a_scales is not None:
                 left *= spread(a_scales[place], columns)
-            widen(b[expert], bits, right)
+            power = widen(b[expert], bits, right)
+            if not small and power != 1.0:
+                right *= power
             if b_scales is not None:
-                for block, scales in zip(blocks, b_scales[expert], strict=True):
-                    block *= scales
-            out[place] = left @ right.T
+                # a power of two rounds nothing, wherever it is multiplied
+                scales = b_scales[expert] * power if small else b_scales[expert]
+                if whole:
+                    right.unflatten(0, (len(scales), BLOCK)).mul_(scales.unsqueeze(1))
+                else:
+                    for block, of_block in zip(blocks, scales, strict=True):
+                        block *= of_block
+            out[place] = product(left, right, batch_invariant)
 
 
 def spread(scales: Tensor, columns: int) -> Tensor:
@@ -62,17 +79,22 @@ def spread(scales: Tensor, columns: int) -> Tensor:
     return scales.repeat_interleave(min(BLOCK, columns), -1)[..., :columns]
 
 
-def widen(x: Tensor, bits: Tensor, out: Tensor) -> None:
-    """out.copy_(x) to float32, which is several times as fast for the two common float8 types by way of float16, whose numbers include
-    theirs. bits: int16 of x's shape, overwritten."""
-    if x.dtype == torch.float8_e5m2:
+def widen(x: Tensor, bits: Tensor, out: Tensor) -> float:
+    """x to float32, over the power of two that it returns: several times as fast as a copy for the two common float8 types by way of
+    float16, whose numbers include theirs. bits: int16 of x's shape, overwritten."""
+    if x.numel() < FEW:
+        # where calls take longer than numbers
+        out.copy_(x)
+    elif x.dtype == torch.float8_e5m2:
         # float16 without its lower byte
         bits.copy_(x.view(torch.int8)).mul_(1 << 8)
         out.copy_(bits.view(torch.float16))
-    elif x.dtype == torch.float8_e4m3fn and x.numel() and x.view(torch.int8).max() < 0x7F and x.view(torch.uint8).max() < 0xFF:
+    elif x.dtype == torch.float8_e4m3fn and x.view(torch.int8).max().item() < 0x7F and x.view(torch.uint8).max().item() < 0xFF:
         # no NaN: the seven bits of magnitude become float16's lower exponent and upper mantissa; its exponents count from 15, not 7. The
         # sign, which int16 extends, is in bits 15 and 14
         bits.copy_(x.view(torch.int8)).mul_(1 << 7).bitwise_and_(~0x4000)
-        out.copy_(bits.view(torch.float16)).mul_(2.0 ** (15 - 7))
+        out.copy_(bits.view(torch.float16))
+        return 2.0 ** (15 - 7)
     else:
         out.copy_(x)
+    return 1.0

@@ -21,10 +21,12 @@ __all__ = [
     "add_bias",
     "dequantize_blocks",
     "fused_rms_quantize",
+    "plain_rows",
     "quant_spec",
     "quantize_expert_batch",
     "quantize_weight",
     "silu_mul",
+    "silu_mul_backward",
     "silu_mul_quantize",
 ]
 
@@ -181,3 +183,52 @@ def dequantize_blocks(values: Tensor, scales: Tensor, out: Tensor, group_rows: i
         kernel(values, scales, out, group_rows=group_rows, group_size=group_size)
         return
     out.copy_(reference.dequantize_blocks(values, scales, group_rows, group_size, out.dtype))
+
+
+@registered(mutates=("out",))
+def plain_rows(
+    out: Tensor, num_tokens: Tensor, expert_start: Tensor | None, values: Tensor | None = None, scales: Tensor | None = None
+) -> None:
+    """`reference.plain_rows`, of contiguous values and out. Formats that no kernel of the device reads take plain torch."""
+    if not uses_kernels(out) or (values is not None and not reads(values.dtype, values.device)):
+        reference.plain_rows(out, num_tokens, expert_start, values, scales)
+        return
+    from moequant.kernels.library.arguments import Valid
+    from moequant.kernels.quantization.plain_rows import plain_rows as kernel
+
+    kernel(out, Valid(num_tokens, expert_start), values, scales)
+
+
+def silu_mul_backward(
+    given: tuple[Tensor, Tensor, Tensor | None],
+    placed: tuple[Tensor, Tensor | None, Tensor],
+    entries: tuple[Tensor, Tensor | None, Tensor | None],
+    gradient: Tensor,
+    inner: Tensor | None = None,
+    narrow: tuple[Tensor, Tensor] | None = None,
+    recipe: str = "default",
+    activation: str = "silu",
+) -> None:
+    """`reference.silu_mul_backward`, with contiguous tensors but the scales. activation: `Activation.text` of one that isn't
+    interleaved. narrow: of I a multiple of 128, if it is gated.
+
+    Not registered: no compiler sees a backward.
+    """
+    x = given[1]
+    if not uses_kernels(x):
+        reference.silu_mul_backward(given, placed, entries, gradient, inner, narrow, recipe, parsed(activation))
+        return
+    from moequant.kernels.quantization import silu_mul_backward as kernel
+
+    weights, of_weights, more = entries
+    values, scales = (None, None) if narrow is None else narrow
+    with torch.cuda.device_of(x):
+        kernel.silu_mul_backward(
+            kernel.Given(*given),
+            kernel.Placed(*placed),
+            kernel.Entries(weights, of_weights, weights.shape[1], more),
+            kernel.Made(gradient, inner, values),
+            scales,
+            None if values is None else quant_spec(values.dtype, recipe),
+            activation_spec(activation),
+        )

@@ -23,6 +23,7 @@ def grouped_gemm_blockscale(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     expected_rows: int | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """As `moequant.grouped_gemm_blockscale`: a float32 product of the dequantized operands, one expert after the other."""
     del expected_rows
@@ -30,14 +31,23 @@ def grouped_gemm_blockscale(
         out = torch.empty(*a.shape[:-1], b.shape[1], dtype=out_dtype, device=a.device)
     for expert, place in enumerate(expert_places(out, num_tokens, expert_start)):
         if out[place].numel():
-            out[place] = product(operand_rows(a, place), operand_rows(b, (expert,))).to(out.dtype)
+            out[place] = product(operand_rows(a, place), operand_rows(b, (expert,)), batch_invariant).to(out.dtype)
     return out
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a (M, K_dim) times the transpose of b (N, K_dim), in their float32 under autocast too."""
+def product(a: Tensor, b: Tensor, batch_invariant: bool = False) -> Tensor:
+    """a (M, K_dim) times the transpose of b (N, K_dim), in their float32 under autocast too.
+
+    batch_invariant: one row after the other, as libraries add in another order for another M. Each row is copied to a tensor of its own,
+    since the order may depend on the address too.
+    """
     with torch.autocast(a.device.type, enabled=False):
-        return a @ b.T
+        if not batch_invariant:
+            return a @ b.T
+        b, out, one = b.contiguous(), a.new_empty(a.shape[0], b.shape[0]), a.new_empty(a.shape[1])
+        for place, row in zip(out, a, strict=True):
+            place.copy_(torch.mv(b, one.copy_(row)))
+        return out
 
 
 def operand_rows(x: QuantizedTensor | Tensor, place: tuple[int | slice, ...]) -> Tensor:

@@ -45,16 +45,14 @@ class LocalRoutes(Routes):
         begins = [sum(extents[:expert]) for expert in range(self.num_experts)]
         values = x.new_full((sum(extents) + (ROW_ALIGNMENT if self.capacity is None else 0), x.shape[1]), torch.nan)
         sources = torch.full(values.shape[:1], 1 << 40, device=x.device)
-        experts = torch.zeros_like(sources)
-        for expert, (begin, of_expert) in enumerate(zip(begins, entries, strict=True)):
+        for begin, of_expert in zip(begins, entries, strict=True):
             own = torch.arange(begin, begin + len(of_expert), device=x.device)
             places[of_expert], sources[own], values[own] = own, of_expert, x[of_expert // ids.shape[1]]
-            experts[begin:] = expert
         self._rows, self._unweighted = places.view(ids.shape), weights is None
         self._weights = torch.ones(ids.shape, dtype=x.dtype, device=x.device) if weights is None else weights
         starts = None if self.capacity is not None else torch.tensor(begins, dtype=torch.int32, device=x.device)
         counted = torch.tensor(counts, dtype=torch.int32, device=x.device)
-        return Rows(values.view(*shape, -1), counted, starts, sources.view(shape), experts)
+        return Rows(values.view(*shape, -1), counted, starts, sources.view(shape))
 
     def run(self, tokens: tuple[Tensor, Tensor, Tensor], experts: Callable[[Rows], Tensor]) -> Tensor:
         """Dispatch, experts, sum."""

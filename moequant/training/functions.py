@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moequant.activations import Activation
+from moequant.training.between import Given, Wanted, keeps_graph, slopes
 from moequant.training.precision import Precision
 from moequant.training.routes import Routes
 from moequant.training.rows import Rows
-from moequant.training.slopes import activated_with_slopes
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,35 +123,37 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     plan: Plan = ctx.plan
     routes, precision = plan.routes, plan.precision
     d_hidden = d_weights = d_w13 = d_w2 = d_bias13 = d_bias2 = None
+    made_here = h is None
     if h is None:
         _, h = plan.first_product(hidden, ids, None, w13)
 
     rows = routes.dispatch(grad, ids)
-    s, of_output = routes.at_rows(weights, rows).unsqueeze(1), rows.plain()
-    wide = torch.promote_types(torch.float32, h.dtype)
-    x = rows.only(h).to(wide)
-    if bias13 is not None:
-        x = x + bias13.to(wide)[rows.experts]
-    d_inner = rows.only(precision.product(rows.values, w2.mT, rows)).to(wide)
-    inner, d_h = activated_with_slopes(x, plan.kind, s * d_inner)
-    if for_weights:
-        of_rows = (d_inner * inner).sum(1)
-        if bias2 is not None:
-            of_rows += (of_output.to(wide) @ bias2.to(wide).T).gather(1, rows.experts.unsqueeze(1)).squeeze(1)
-        d_weights = routes.to_entries(of_rows, rows, ids).to(weights.dtype)
-    if for_w2:
-        d_w2 = precision.weight_gradient(of_output, s * inner, rows, of_w2)
-    if for_bias2:
-        assert bias2 is not None
-        d_bias2 = sums(s * of_output, rows).to(of_bias2)
+    d_inner = precision.back_product(rows.values, w2, rows)
+    of_output = more = None
+    if bias2 is not None and (for_weights or for_bias2):
+        of_output = rows.contracted()
+        plain = rows.only(of_output).to(torch.promote_types(torch.float32, of_output.dtype))
+        more = (plain @ bias2.to(plain.dtype).T).gather(1, rows.experts.unsqueeze(1)).squeeze(1)
+        if for_bias2:
+            d_bias2 = sums(routes.at_rows(weights, rows).unsqueeze(1) * plain, rows).to(of_bias2)
+        del plain
+    wanted = Wanted(operand=for_hidden, inner=for_w2, weights=for_weights, keep=not made_here and keeps_graph())
+    made = slopes(plan, rows, Given(d_inner, h, bias13, weights, ids, more), wanted)
+    del d_inner, h
+    if made.of_weights is not None:
+        d_weights = made.of_weights.to(weights.dtype)
+    if made.inner is not None:
+        d_w2 = precision.weight_gradient(rows.contracted() if of_output is None else of_output, made.inner, rows, of_w2)
     if for_bias13:
-        assert bias13 is not None
-        d_bias13 = sums(d_h, rows).to(of_bias13)
-    if for_hidden:
-        d_rows = precision.product(precision.operand(d_h, rows), w13.mT, rows)
-        d_hidden = routes.sum(d_rows).to(hidden.dtype)
+        d_bias13 = sums(rows.only(made.of_h), rows).to(of_bias13)
+    of_h, operand = made.of_h, made.operand
+    # what comes next takes the memory of what isn't used any more
+    del made, of_output
+    if operand is not None:
+        d_hidden = routes.sum(precision.back_product(operand, w13, rows)).to(hidden.dtype)
+        del operand
     if for_w13:
-        d_w13 = precision.weight_gradient(d_h, routes.dispatch(hidden, ids).plain(), rows, of_w13)
+        d_w13 = precision.weight_gradient(of_h, routes.dispatch(hidden, ids).contracted(), rows, of_w13)
     return d_hidden, None, d_weights, d_w13, d_w2, d_bias13, d_bias2, None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from moequant import ops
 from moequant.activations import Activation
 from moequant.batch import QuantizedTensor
-from moequant.config import QUANT_DTYPES, ROW_ALIGNMENT
+from moequant.config import QUANT_DTYPES
 from moequant.experts import GroupedExperts
 from moequant.formats import recipe_of
 from moequant.gemm import grouped_gemm_blockscale
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 # Of a group of gradients that are all smaller, nothing would be left: those of a loss that is a mean over many tokens are below 1e-6.
 LARGEST_FLOOR = 1e-10
 QUANTS = ("none", "fp8_e4m3fn")
+# Rows of an expert from which on torch's `grouped_mm` is the faster product in bfloat16. benchmarks/notes_training.md
+MANY_ROWS = 512
+# torch 2.10 may have it under another name only
+GROUPED_MM: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,27 @@ class Precision:
             (L, M, N), ragged (R, N), bfloat16. Rows that belong to no expert hold anything.
         """
         counts = rows.num_tokens, rows.expert_start
-        return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, expected_rows=rows.expected_rows)
+        many = (rows.expected_rows or 0) >= MANY_ROWS and not rows.batch_invariant
+        if many and not isinstance(a, QuantizedTensor) and rows.expert_start is not None and takes_grouped_mm(a, *w.shape[1:]):
+            return GROUPED_MM(a, w.to(torch.bfloat16).mT, offs=rows.ends)
+        hints = {"expected_rows": rows.expected_rows, "batch_invariant": rows.batch_invariant}
+        return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, **hints)
+
+    def back_product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows) -> Tensor:
+        """Each row times its expert's weight, as a backward multiplies by one that its forward has multiplied by transposed.
+
+        Args:
+            a: (L, M, N), ragged (R, N), an operand.
+            w: (L, N, K_dim) float, any strides.
+            rows: whose they are.
+
+        Returns:
+            (L, M, K_dim), ragged (R, K_dim), bfloat16. Rows that belong to no expert hold anything.
+        """
+        if isinstance(a, QuantizedTensor) or rows.expert_start is None or not takes_grouped_mm(a, *w.shape[1:]):
+            return self.product(a, w.mT, rows)
+        # torch's takes weights in either order, so that none is copied for its transpose
+        return GROUPED_MM(a, w.to(torch.bfloat16), offs=rows.ends)
 
     def activation(self, x: Tensor, rows: Rows, kind: Activation, bias: Tensor | None) -> QuantizedTensor | Tensor:
         """GEMM 1's result to GEMM 2's operand.
@@ -167,7 +191,7 @@ class Precision:
         """The sum over each expert's rows of a's row times b's row, in bfloat16 and added in float32.
 
         Args:
-            a: (R, N), 0 in rows that belong to no expert.
+            a: (R, N), 0 in rows that belong to no expert, as `Rows.contracted` says.
             b: (R, K_dim), the same.
             rows: whose they are.
             dtype: of the result.
@@ -182,14 +206,28 @@ class Precision:
             experts = len(rows.num_tokens)
             pair = a.unflatten(0, (experts, -1)).mT, b.unflatten(0, (experts, -1))
             return torch.bmm(*pair, out_dtype=torch.float32) if dtype == torch.float32 else torch.bmm(*pair).to(dtype)
-        if a.shape[1] % 8 or b.shape[1] % 8:
+        if GROUPED_MM is None or a.shape[1] % 8 or b.shape[1] % 8:
             # rows that are no multiple of 16 bytes apart, which `grouped_mm` doesn't take: one expert after the other, with a host sync
             return sums_of_products(a, b, rows, dtype)
-        # between the end of an expert's rows and the start of the next one's are zeros
-        ends = rows.expert_start + (rows.num_tokens + (ROW_ALIGNMENT - 1)) // ROW_ALIGNMENT * ROW_ALIGNMENT
-        made = F.grouped_mm(a.t(), b, offs=ends.to(torch.int32))
+        made = GROUPED_MM(a.t(), b, offs=rows.ends)
         # of an expert without rows nothing need have been written
-        return made.masked_fill_((rows.num_tokens == 0)[:, None, None], 0).to(dtype)
+        ops.plain_rows(made, torch.where(rows.num_tokens > 0, a.shape[1], 0).to(torch.int32), None)
+        return made.to(dtype)
+
+
+def takes_grouped_mm(a: Tensor, *sizes: int) -> bool:
+    """Whether torch's `grouped_mm` runs rows as one kernel: GPUs from Hopper on, and rows of whole 16 bytes.
+
+    Args:
+        a: the rows, bfloat16.
+        *sizes: numbers in a row, of a and of the others.
+
+    Returns:
+        The answer.
+    """
+    if GROUPED_MM is None or not a.is_cuda or torch.version.hip is not None or any(size % 8 for size in sizes):
+        return False
+    return a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device) >= (9, 0)
 
 
 def sums_of_products(a: Tensor, b: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:

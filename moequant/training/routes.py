@@ -151,16 +151,28 @@ class Routes:
         Returns:
             (R,) float32; 0 for rows that belong to no expert.
         """
+        everyone = self.everyones(weights)
+        valid = rows.valid.squeeze(1)
+        places = torch.where(valid, self._places(rows.sources.flatten(), everyone.shape[1]), 0)
+        return torch.where(valid, everyone.flatten()[places], 0)
+
+    def everyones(self, weights: Tensor) -> Tensor:
+        """The routing weights of all ranks' entries. Collective where there are several ranks.
+
+        Args:
+            weights: (T, K) float32 or bfloat16.
+
+        Returns:
+            (W, at least T * K) float32, a row for each rank: entry k of token t at t * K + k.
+        """
         room = self.dispatcher.config.max_tokens_per_rank * weights.shape[1]
         mine = torch.zeros(room, dtype=torch.float32, device=weights.device)
         mine[: weights.numel()] = weights.flatten()
-        everyone = mine
-        if self._ranks > 1:
-            everyone = mine.new_empty(self._ranks, room)
-            self._wire.all_gather(everyone, mine)
-        valid = rows.valid.squeeze(1)
-        places = torch.where(valid, self._places(rows.sources.flatten(), room), 0)
-        return torch.where(valid, everyone.flatten()[places], 0)
+        if self._ranks == 1:
+            return mine.unsqueeze(0)
+        everyone = mine.new_empty(self._ranks, room)
+        self._wire.all_gather(everyone, mine)
+        return everyone
 
     def to_entries(self, x: Tensor, rows: Rows, ids: Tensor) -> Tensor:
         """A number of each row, at the token and choice that it came from. Collective where there are several ranks.
@@ -177,12 +189,24 @@ class Routes:
         # rows that belong to no expert have a place behind all
         places = torch.where(rows.valid.squeeze(1), self._places(rows.sources.flatten(), room), self._ranks * room)
         sent = x.new_zeros(self._ranks * room + 1).index_copy_(0, places, x)[:-1].view(self._ranks, room)
+        return self.returned(sent.contiguous(), ids)
+
+    def returned(self, numbers: Tensor, ids: Tensor) -> Tensor:
+        """What this rank has made for the entries of all ranks, back at their tokens. Collective where there are several ranks.
+
+        Args:
+            numbers: of all ranks' entries, as `everyones` has them, contiguous; 0 for those without a row here.
+            ids: (T, K), as they were dispatched.
+
+        Returns:
+            (T, K) float32.
+        """
         if self._ranks > 1:
-            received = torch.empty_like(sent)
-            self._wire.all_to_all(received, sent.contiguous())
+            received = torch.empty_like(numbers)
+            self._wire.all_to_all(received, numbers)
             # one rank has the entry's row, and of the others come zeros
-            sent = received.sum(0, keepdim=True)
-        return sent[0, : ids.numel()].view(ids.shape)
+            numbers = received.sum(0, keepdim=True)
+        return numbers[0, : ids.numel()].view(ids.shape)
 
     @staticmethod
     def _places(sources: Tensor, room: int) -> Tensor:

@@ -247,5 +247,6 @@ class Transport(ABC, Generic[AnySlot]):
                 slot.number,
                 self.owner,
                 buffers.expert_start,
+                config.batch_invariant,
             )
         return batch

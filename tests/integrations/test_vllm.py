@@ -11,12 +11,17 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from engines import ROOT, names_in, outcomes
 
+from moequant.config import PADDED_TOKENS
 from moequant.errors import ClosedError, PeerTimeoutError
 from moequant.integrations.vllm import register, requirement
+from moequant.integrations.vllm.exchange import Exchange, Sizes
 from moequant.integrations.vllm.settings import Settings, settings_of
 from moequant.integrations.vllm.watch import terminate, watch
+from moequant.models import model_shape
+from moequant.transport.select import buffer_bytes
 
 INSIDE = "vllm_inside.py"
 
@@ -89,3 +94,65 @@ def test_a_worker_ends_as_its_executor_ends_it():
 def test_nothing_shadows_vllm():
     """The adapter's folder has vLLM's name, and is found by its own alone."""
     assert not any((Path(place) / "vllm" / "watch.py").exists() for place in sys.path)
+
+
+def test_the_memory_of_the_page_is_what_the_dispatchers_take():
+    page = (ROOT / "docs" / "serving.md").read_text()
+    head, _, *rows = re.search(r"<!-- memory -->\n(.*)\n<!-- /memory -->", page, re.S)[1].splitlines()  # type: ignore[index]
+    sizes = [int(cell) for cell in head.split("|")[2:-1]]
+    assert sizes and Settings().max_tokens in sizes
+    for row in rows:
+        name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        shape = vars(model_shape(name)) | {"world_size": 8, "layout": "auto", "transport": "symmetric"}
+        shape.pop("note")
+        found = [sum(buffer_bytes(**shape, max_tokens_per_rank=few) for few in {PADDED_TOKENS, most}) for most in sizes]
+        assert cells == [f"{total / 2**30:.2f}" for total in found], name
+
+
+@pytest.fixture
+def exchange(monkeypatch):
+    """Of two ranks' sizes, without a group: dispatchers for 256 and 512 tokens, whose calls are looked at."""
+    made = Exchange(
+        None, Sizes(num_experts=4, top_k=2, hidden_size=16, quant="none", max_tokens=8192, padded=False), Settings(max_tokens=512)
+    )
+    assert [d.config.max_tokens_per_rank for d in (made.decode, made.chunks)] == [256, 512]
+    made.decode, made.chunks = (mock.MagicMock(config=d.config) for d in (made.decode, made.chunks))
+    return made
+
+
+def calls(dispatcher: mock.MagicMock) -> list[tuple[int, int]]:
+    """Of each call T and what was expected of all ranks."""
+    return [(len(call.args[0]), call.kwargs["expected_tokens"]) for call in dispatcher.call_args_list]
+
+
+def run(exchange: Exchange, tokens: int, across: list[int], layer: object = None) -> None:
+    given = torch.zeros(tokens, 16), torch.zeros(tokens, 2, dtype=torch.int32), torch.zeros(tokens, 2)
+    exchange.run(given, layer, across, torch.zeros(tokens, 16))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "across, decode, chunks",
+    [
+        ((1, 256), [(1, 257)], []),
+        ((1, 257), [], [(1, 258)]),
+        # as often as the other rank's 1030 tokens take
+        ((3, 1030), [], [(3, 515), (0, 512), (0, 6)]),
+        ((0, 0), [], []),
+    ],
+    ids=str,
+)
+def test_the_largest_rank_says_which_dispatcher_is_called_and_how_often(exchange, across, decode, chunks):
+    run(exchange, across[0], list(across))
+    assert calls(exchange.decode) == decode and calls(exchange.chunks) == chunks
+
+
+def test_the_first_limit_ends_when_the_first_layer_comes_again(exchange):
+    first, second = object(), object()
+    for layer, checks in ((first, 0), (second, 0), (first, 1), (second, 1), (first, 1)):
+        run(exchange, 1, [1], layer)
+        assert exchange.decode.check.call_count == exchange.chunks.check.call_count == checks
+
+
+def test_experts_of_vllms_get_padded_rows_in_one_piece():
+    made = Exchange(None, Sizes(num_experts=4, top_k=2, hidden_size=16, quant="none", max_tokens=512, padded=True), Settings())
+    assert made.decode is made.chunks and made.chunks.config.layout == "padded" and made.chunks.config.max_tokens_per_rank == 512

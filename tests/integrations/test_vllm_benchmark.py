@@ -1,4 +1,4 @@
-"""The benchmark of vLLM's kernel, tried out on a CPU, where Triton's kernels are interpreted: vLLM's, and the stand-ins for compiled ones."""
+"""The benchmark of vLLM's kernel, tried out on a CPU: vLLM's kernels, and the stand-ins for compiled ones, in Triton's interpreter."""
 
 from __future__ import annotations
 

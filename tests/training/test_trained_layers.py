@@ -32,6 +32,10 @@ LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
 KINKED = 0.0125
 
 
+def kinked(kind: Activation) -> bool:
+    return kind.limit is not None or kind.function.startswith("relu")
+
+
 class Factors(torch.nn.Module):
     """Experts of one's own: each row times its expert's factors, and then something that isn't linear."""
 
@@ -62,8 +66,7 @@ def test_gradients_of_one_rank_are_those_of_autograd(layout, quant, recompute):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_gradients_of_every_activation_with_biases_are_those_of_autograd(name):
     kind = ACTIVATIONS[name]
-    kinked = kind.limit is not None or kind.function.startswith("relu")
-    trained(1, {"quant": "none", "layout": "ragged"}, largest=KINKED if kinked else 0.0, kind=kind, biases=True)
+    trained(1, {"quant": "none", "layout": "ragged"}, largest=KINKED if kinked(kind) else 0.0, kind=kind, biases=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -85,12 +88,22 @@ def test_fp8_gradients_of_two_ranks_are_those_of_autograd(layout):
 @pytest.mark.gpu
 @LAYOUTS
 @pytest.mark.parametrize("quant", LARGEST)
-@pytest.mark.parametrize("kind", ["silu", Activation(limit=0.7, alpha=1.702, offset=1.0)], ids=["silu", "gpt-oss"])
-def test_gradients_on_a_gpu_are_those_of_autograd(layout, quant, kind):
-    sizes, options = (1024, 384, 700), {"kind": kind, "biases": kind != "silu", "recompute": kind == "silu"}
-    settings = {"quant": quant, "layout": layout}
-    largest = KINKED if quant == "none" and options["biases"] else LARGEST[quant]
-    check_layer([run_layer(0, 1, "cuda", settings, sizes, options)], sizes, options, largest)
+def test_gradients_on_a_gpu_are_those_of_autograd(layout, quant):
+    sizes, options = (1024, 384, 700), {"recompute": True}
+    check_layer([run_layer(0, 1, "cuda", {"quant": quant, "layout": layout}, sizes, options)], sizes, options, LARGEST[quant])
+
+
+@pytest.mark.gpu
+@LAYOUTS
+@pytest.mark.parametrize("quant", LARGEST)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_every_activation_on_a_gpu_are_those_of_a_cpu(layout, quant, name):
+    """Not those of float64, as rounding GEMM 1's result puts much of it on the other side of a limit, in fp8 most of all."""
+    kind = ACTIVATIONS[name]
+    call = {"quant": quant, "layout": layout}, (256, 128, 100), {"kind": kind, "biases": True}
+    expected, largest = run_layer(0, 1, "cpu", *call), KINKED if kinked(kind) else LARGEST["none"]
+    for of, grad in run_layer(0, 1, "cuda", *call).items():
+        assert relative_error(grad, expected[of]) < largest, (of, relative_error(grad, expected[of]))
 
 
 @pytest.mark.multigpu

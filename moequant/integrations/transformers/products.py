@@ -100,9 +100,9 @@ class OwnActivation:
         module: Any = self._module()
         counts = batch.num_tokens, batch.expert_start
         assert module is not None
-        hint = batch.expected_rows
+        hints = {"expected_rows": batch.expected_rows, "batch_invariant": batch.batch_invariant}
         biases = [local(getattr(module, name)) for name in self._contract.biases]
-        up = grouped_gemm_blockscale(batch.activations, self.w13, *counts, expected_rows=hint)
+        up = grouped_gemm_blockscale(batch.activations, self.w13, *counts, **hints)
         rows = valid_rows(batch, most)
         experts = batch.experts_of_rows()[rows] if biases else None
         columns = up[rows]
@@ -115,7 +115,7 @@ class OwnActivation:
         activations: QuantizedTensor | Tensor = inner
         if isinstance(self.w2, QuantizedTensor):
             activations = quantize_expert_batch(inner, *counts, dtype=dtype_of(self.w2), recipe=batch.recipe)
-        out = grouped_gemm_blockscale(activations, self.w2, *counts, expected_rows=hint)
+        out = grouped_gemm_blockscale(activations, self.w2, *counts, **hints)
         if experts is not None:
             out[rows] = (out[rows] + biases[1][experts]).to(out.dtype)
         return out
