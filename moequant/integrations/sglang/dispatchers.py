@@ -16,7 +16,7 @@ from sglang.srt.environ import envs
 from moequant.dispatcher import MoEQuantDispatcher
 
 # Decoding has one of its own, whose buffers are small: an expert's rows lie where its number says.
-DECODE, DEFAULT = 128, 1024
+DECODE, DEFAULT = 256, 2048
 # Seconds. Ranks load weights and compile kernels minutes apart; later SGLang's own watchdog ends a process after 300.
 FIRST_TIMEOUT, TIMEOUT = 1800.0, 120.0
 
