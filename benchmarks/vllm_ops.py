@@ -18,7 +18,7 @@ from torch import Tensor
 # said beside the results
 REPLACED = (
     "vLLM's compiled moe_align_block_size (here three launches), silu_and_mul_per_block_quant and moe_sum are Triton kernels of this "
-    "benchmark, and per_token_group_fp8_quant is vLLM's own Triton fallback"
+    "benchmark, and per_token_group_fp8_quant is vLLM's own Triton fallback; eager, all are launched by Python, which takes longer"
 )
 
 

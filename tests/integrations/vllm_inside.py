@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +24,13 @@ from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationCo
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 import moequant.integrations.vllm as integration
 import test_docstrings
 from moequant.activations import Activation
 from moequant.integrations.vllm import activations, experts as adapter_experts, method as adapter
+from moequant.integrations.vllm.settings import settings_of
 from moequant.reference.activations import activated
 from moequant.testing import relative_error
 
@@ -113,6 +117,17 @@ def test_a_rank_without_tokens():
             return relative_error(out.float(), vr.dense(x, weights, ids)) if len(x) else 0.0
 
     assert 0 < vr.on_ranks(2, rank)[0] < ERROR
+
+
+def test_vllms_batch_invariance_is_the_dispatchers(monkeypatch):
+    monkeypatch.setattr(adapter, "envs", SimpleNamespace(VLLM_BATCH_INVARIANT=True))
+
+    def rank(number: int, port: int) -> bool:
+        with vr.engine(number, port):
+            exchange = exchange_of(vr.load(vr.make_layer()))
+            return exchange.decode.config.batch_invariant and exchange.chunks.config.batch_invariant
+
+    assert vr.on_ranks(1, rank) == [True] and adapter_experts.MoEQuantExperts._supports_batch_invariance()
 
 
 def with_experts_of_vllms(test: Callable[[], Any]) -> Any:
@@ -263,6 +278,18 @@ def test_without_the_flag_nothing_changes(tmp_path):
 def test_the_flag_serves_a_checkpoint_without_quantization(tmp_path):
     made = config_of(tmp_path, None, quantization="moequant").quant_config
     assert type(made) is adapter.MoEQuantConfig and made.weight_block_size is None
+
+
+def test_the_commands_of_the_page_are_vllms():
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("vllm serve ")]
+    assert len(commands) == 4
+    for _, _, model, *flags in commands:
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        made = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *flags]))
+        assert made.quantization == "moequant"
+        settings_of(made.additional_config)
+        assert made.enable_expert_parallel == (made.data_parallel_size == 8)
 
 
 @pytest.mark.parametrize(

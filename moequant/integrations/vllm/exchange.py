@@ -31,6 +31,7 @@ class Sizes:
         quant: as a dispatcher takes it.
         max_tokens: the largest T that vLLM gives a layer.
         padded: whether experts take rows as vLLM's batched format has them, and all T at once.
+        batch_invariant: as a dispatcher takes it.
     """
 
     num_experts: int
@@ -39,6 +40,7 @@ class Sizes:
     quant: str
     max_tokens: int
     padded: bool
+    batch_invariant: bool = False
 
 
 class Exchange:
@@ -68,6 +70,7 @@ class Exchange:
             layout="padded" if sizes.padded else "auto",
             transport="local" if group is None else settings.transport,
             reduce=settings.reduce,
+            batch_invariant=sizes.batch_invariant,
             timeout=settings.timeout,
             first_timeout=settings.first_timeout,
         )

@@ -163,6 +163,10 @@ class MoEQuantExperts(mk.FusedMoEExpertsModular):
         # what it does not is said in words: method._unserved
         return True
 
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        return True
+
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
         """Nothing is left to add up.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import vllm.envs as envs
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_ep_group
@@ -135,6 +136,7 @@ def kernel_of(moe: FusedMoEConfig, quant_config: FusedMoEQuantConfig, how: Plan,
         quant=quant,
         max_tokens=moe.max_num_tokens,
         padded=how.batched,
+        batch_invariant=envs.VLLM_BATCH_INVARIANT,
     )
     exchange = exchange_of(get_ep_group().device_group if reduced else None, sizes, how.settings)
     if not how.batched:
