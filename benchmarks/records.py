@@ -80,7 +80,7 @@ RESULTS_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
         *(V4_FLASH | SHARED | size for size in (FEW, MANY)),
         V3 | SHARED | {"E": (32,), "T": (8, 128, 4096)},
     ],
-    **{op: [{"mode": ("graph",)}] for op in ("transformers_layer", "transformers_model")},
+    **{op: [{"mode": ("graph",)}] for op in ("transformers_layer", "transformers_model", "vllm_layer")},
     "training": [{}],
     "transformers_experts": [{}],
     "accuracy": [{}],

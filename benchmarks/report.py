@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 # the script runs from a checkout
@@ -120,6 +120,21 @@ def readme_section(records: list[Record], plots: Iterable[str]) -> str:
     return "\n\n".join([*summary(records, rows), "\n".join(lines), *images])
 
 
+def deep_ep_text(records: list[Record]) -> Iterator[str]:
+    """A sentence for each step of several GPUs that DeepEP was timed beside."""
+    for record in records:
+        for name, us in record.get("peers", {}).items():
+            if name.startswith("deep_ep"):
+                case, kernels = record["case"], "low-latency" if "low-latency" in name else "normal"
+                # the normal ones move what each rank's rows of a token add up to
+                apart = (record["op"], kernels, case.get("reduce")) == ("combine", "normal", "exact")
+                summed = ', which add up a rank\'s rows before they travel, as `reduce="per_rank"` does' if apart else ""
+                yield (
+                    f" {TITLES[record['op']]} of {case['T']} tokens a rank, {case['W']} GPUs: {number(record['us'])} us where DeepEP's "
+                    f"{kernels} kernels took {number(us)}{summed}."
+                )
+
+
 def summary(records: list[Record], rows: dict[str, dict[int, Record]]) -> list[str]:
     """One sentence on the layer, and one on its peer of the same run, if they are recorded."""
     sentences = []
@@ -129,8 +144,8 @@ def summary(records: list[Record], rows: dict[str, dict[int, Record]]) -> list[s
         ceiling = "" if part is None else f", {part:.0%} of what its two GEMMs allow at the measured ceiling"
         sentences.append(
             "**Why this and not DeepEP?** It needs torch and Triton alone, all of it is Python that you can read and change, and a whole "
-            f"fp8 layer of DeepSeek-V3's shape over {ranks} H200s takes {number(layer['us'])} us at 128 tokens a rank{ceiling}; "
-            "DeepEP has not been timed beside it."
+            f"fp8 layer of DeepSeek-V3's shape over {ranks} H200s takes {number(layer['us'])} us at 128 tokens a rank{ceiling}."
+            + "".join(deep_ep_text(records))
         )
     # machines of one version of Triton have the same sizes once more
     factors = [

@@ -24,7 +24,7 @@ def import_engine() -> None:
     """Imports what the layer needs. TorchVision's compiled part, which image processors of SGLang's import, is not here, nor are the
     sources that its kernels would be compiled from."""
     import sglang
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     # what transformers has found out stays
     is_torchvision_available()
