@@ -96,20 +96,19 @@ class Plan:
         rows = self.routes.dispatch(hidden, ids, weights)
         return rows, self.precision.product(rows.values, w13, rows, self.kind.halves)
 
-    def second_product(self, h: Tensor, rows: Rows, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None) -> Tensor:
-        """The activation and GEMM 2.
+    def second_product(self, inner: QuantizedTensor | Tensor, rows: Rows, w2: Tensor, bias2: Tensor | None) -> Tensor:
+        """GEMM 2.
 
         Args:
-            h: (L, M, 2I), ragged (R, 2I), not gated I for 2I.
+            inner: (L, M, I), ragged (R, I), the activation's value, an operand.
             rows: whose it is.
             w2: (L, H, I).
-            bias13: (L, 2I), or None.
             bias2: (L, H), or None.
 
         Returns:
             (L, M, H), ragged (R, H).
         """
-        output = self.precision.product(self.precision.activation(h, rows, self.kind, bias13), w2, rows)
+        output = self.precision.product(inner, w2, rows)
         if bias2 is not None:
             self.precision.add_bias(output, rows, bias2)
         return output
@@ -138,7 +137,10 @@ class LayerFunction(torch.autograd.Function):
             return plan.routes.run((hidden, ids, weights), plan.precision.experts(w13, w2, bias13, bias2, plan.kind))
         rows, h = plan.first_product(hidden, ids, weights, w13)
         ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, *plan.kept(h, rows))
-        return plan.routes.sum(plan.second_product(h, rows, w2, bias13, bias2))
+        inner = plan.precision.activation(h, rows, plan.kind, bias13)
+        # where it isn't kept, its memory is for GEMM 2
+        del h
+        return plan.routes.sum(plan.second_product(inner, rows, w2, bias2))
 
     @staticmethod
     @once_differentiable
