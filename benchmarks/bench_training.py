@@ -136,7 +136,9 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
         before = allocated(device)
         with MoEQuantDispatcher(**settings, quant=quant, device=device) as dispatcher:
             torch.manual_seed(0)
-            module = MoEExperts(dispatcher, shape.intermediate_size, recompute=options.recompute, dtype=torch.bfloat16)
+            narrow = options.keep_quantized and quant != "none"
+            kept = {"recompute": options.recompute, "keep_quantized": narrow}
+            module = MoEExperts(dispatcher, shape.intermediate_size, **kept, dtype=torch.bfloat16)
             parameters = module.w13, module.w2
             layers: dict[str, Layer] = {"moequant": module}
             if grouped_mm is not None:
@@ -165,7 +167,7 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
                     path = options.profile if rank == 0 else options.profile.with_suffix(f".rank{rank}{options.profile.suffix}")
                     write_profile(path, f"{sizes} {quant}, {name}", way.call, device)
             named = {**sizes, "quant": quant, "transport": dispatcher.config.transport, "routing": "uniform", "layout": "ragged"}
-            named |= {"recompute": True} if options.recompute else {}
+            named |= {name: True for name, value in kept.items() if value}
             for step, ways in (("forward", forward), ("forward + backward", both)):
                 modes = time_turn_about(ways, device=device.type, reps=options.reps)
                 if bench is not None:
@@ -211,6 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--quants", nargs="+", choices=tuple(LARGEST), default=tuple(LARGEST), help="(default: both)")
     add("--rank-capacity", type=float, help=f"times the mean (default: {ALONE} on one rank, {ROOM} on several)")
     add("--recompute", action="store_true", help="GEMM 1 runs again in the backward")
+    add("--keep-quantized", action="store_true", help="in fp8, GEMM 1's result lies in fp8 until the backward")
     add("--transport", default="auto", choices=("auto", "local", "collective", "symmetric"), help="(default: auto)")
     add("--reps", type=int, default=REPS, help=f"of each timing (default: {REPS})")
     add("--profile", type=Path, help="append the kernels of forward and backward, by their time, to this file")

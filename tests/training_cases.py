@@ -165,7 +165,8 @@ def run_layer(
             of = leaves(every.each(lambda w: w[local]), device)
             x, s = (t.to(device, copy=True).requires_grad_() for t in (tokens.hidden, tokens.weights))
             given = of.w13, of.w2, of.bias13, of.bias2
-            out = train(dispatcher, (x, tokens.ids.to(device), s), given, activation_of(kind), recompute=recompute)
+            kept = {"recompute": recompute, "keep_quantized": options.get("keep_quantized", False)}
+            out = train(dispatcher, (x, tokens.ids.to(device), s), given, activation_of(kind), **kept)
             out.backward(tokens.grad.to(device))
             made = {"output": out, "hidden": x.grad, "weights": s.grad} | {
                 n: w.grad for n, w in of._asdict().items() if w is not None

@@ -120,6 +120,7 @@ def silu_mul_backward_kernel(
         first, e = begin.to(tl.int64), expert.to(tl.int64)
         source = tl.load(placed.sources + first + lane, mask=valid, other=0)
         place = (source >> 32) * entries.room + (source & 0xFFFFFFFF)
+        # 0 where there is no row, as is what is loaded of it: so is all that is made of it
         weight = tl.load(entries.weights + place, mask=valid, other=0.0)[:, None]
         narrow_base, wide_base = first * columns, first * (columns * WIDTH)
         # without scales it is not looked at
@@ -149,17 +150,15 @@ def silu_mul_backward_kernel(
                 if GATED:
                     up += tl.load(bias_at + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
             inner, by_gate, by_up = activated_with_slopes(gate, up, ACTIVATION)
-            total += tl.where(is_valid, d_inner * inner, 0.0)
+            total += d_inner * inner
             d_inner *= weight
             if made.inner is not None:
-                weighted = tl.where(is_valid, weight * inner, 0.0).to(made.inner.dtype.element_ty)
+                weighted = (weight * inner).to(made.inner.dtype.element_ty)
                 tl.store(made.inner + (narrow_base + column) + in_narrow, weighted, mask=is_there)
-            of_gate = tl.where(is_valid, d_inner * by_gate, 0.0)
-            store_half(of_gate, made, wide_base + column, in_wide, scale_at, valid, is_there, is_valid, spec)
+            store_half(d_inner * by_gate, made, wide_base + column, in_wide, scale_at, valid, is_there, is_valid, spec)
             if GATED:
-                of_up = tl.where(is_valid, d_inner * by_up, 0.0)
                 at = wide_base + columns + column
-                store_half(of_up, made, at, in_wide, scale_at + to_up, valid, is_there, is_valid, spec)
+                store_half(d_inner * by_up, made, at, in_wide, scale_at + to_up, valid, is_there, is_valid, spec)
             if scales.pointer is not None:
                 scale_at += scales.column
         if entries.gradients is not None:

@@ -111,7 +111,7 @@ def by_kernel(plan: Plan, rows: Rows, given: Given, wanted: Wanted) -> Slopes:
         operand = QuantizedTensor(*narrow, "transposed", precision.recipe)
     ops.silu_mul_backward(
         (d_inner, h, None if given.bias13 is None else given.bias13.contiguous()),
-        (rows.num_tokens, rows.expert_start, rows.sources),
+        (rows.num_tokens, rows.expert_start, rows.sources.contiguous()),
         (everyones, of_everyones, given.more),
         of_h,
         d_inner if wanted.inner else None,

@@ -18,7 +18,8 @@ h is GEMM 1's result, A = activation(h), and s_r = s_tk the routing weight, whic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moequant.activations import Activation
+from moequant.batch import QuantizedTensor, scale_layout
 from moequant.training.between import Given, Wanted, keeps_graph, slopes
 from moequant.training.precision import Precision
 from moequant.training.routes import Routes
@@ -41,12 +43,43 @@ class Plan:
         precision: of the products.
         kind: the activation, gate and up apart.
         recompute: h is not kept for the backward, which makes it again.
+        keep_quantized: h is kept as the precision has its operands.
     """
 
     routes: Routes
     precision: Precision
     kind: Activation
     recompute: bool = False
+    keep_quantized: bool = False
+
+    def kept(self, h: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+        """What stays of h until the backward.
+
+        Args:
+            h: of `first_product`.
+            rows: whose it is.
+
+        Returns:
+            The tensors.
+        """
+        made = self.precision.operand(h.flatten(0, -2), rows) if self.keep_quantized else h
+        return (made.values, made.scales) if isinstance(made, QuantizedTensor) else (made,)
+
+    def restored(self, kept: Sequence[Tensor], rows: Rows) -> Tensor:
+        """h from what `kept` has kept, rounded by that.
+
+        Args:
+            kept: the tensors.
+            rows: of another dispatch of the same ids.
+
+        Returns:
+            (L, M, 2I), ragged (R, 2I).
+        """
+        if len(kept) == 1:
+            return kept[0]
+        values, scales = kept
+        q = QuantizedTensor(values, scales, scale_layout(scales), self.precision.recipe)
+        return rows.shaped(replace(rows, values=q).contracted())
 
     def first_product(self, hidden: Tensor, ids: Tensor, weights: Tensor | None, w13: Tensor) -> tuple[Rows, Tensor]:
         """Dispatch and GEMM 1.
@@ -63,20 +96,19 @@ class Plan:
         rows = self.routes.dispatch(hidden, ids, weights)
         return rows, self.precision.product(rows.values, w13, rows, self.kind.halves)
 
-    def second_product(self, h: Tensor, rows: Rows, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None) -> Tensor:
-        """The activation and GEMM 2.
+    def second_product(self, inner: QuantizedTensor | Tensor, rows: Rows, w2: Tensor, bias2: Tensor | None) -> Tensor:
+        """GEMM 2.
 
         Args:
-            h: (L, M, 2I), ragged (R, 2I), not gated I for 2I.
+            inner: (L, M, I), ragged (R, I), the activation's value, an operand.
             rows: whose it is.
             w2: (L, H, I).
-            bias13: (L, 2I), or None.
             bias2: (L, H), or None.
 
         Returns:
             (L, M, H), ragged (R, H).
         """
-        output = self.precision.product(self.precision.activation(h, rows, self.kind, bias13), w2, rows)
+        output = self.precision.product(inner, w2, rows)
         if bias2 is not None:
             self.precision.add_bias(output, rows, bias2)
         return output
@@ -101,11 +133,14 @@ class LayerFunction(torch.autograd.Function):
         # asked here, where the parameters are: what autograd hands back may be another tensor
         ctx.dtypes = [dtype_of_gradient(parameter) for parameter in (w13, w2, bias13, bias2)]
         if plan.recompute:
-            ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, None)
+            ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2)
             return plan.routes.run((hidden, ids, weights), plan.precision.experts(w13, w2, bias13, bias2, plan.kind))
         rows, h = plan.first_product(hidden, ids, weights, w13)
-        ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, h)
-        return plan.routes.sum(plan.second_product(h, rows, w2, bias13, bias2))
+        ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, *plan.kept(h, rows))
+        inner = plan.precision.activation(h, rows, plan.kind, bias13)
+        # where it isn't kept, its memory is for GEMM 2
+        del h
+        return plan.routes.sum(plan.second_product(inner, rows, w2, bias2))
 
     @staticmethod
     @once_differentiable
@@ -117,17 +152,15 @@ class LayerFunction(torch.autograd.Function):
 
 
 def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, ids, weights, w13, w2, bias13, bias2, h = ctx.saved_tensors
+    hidden, ids, weights, w13, w2, bias13, bias2, *kept = ctx.saved_tensors
     for_hidden, _, for_weights, for_w13, for_w2, for_bias13, for_bias2, _ = ctx.needs_input_grad
     of_w13, of_w2, of_bias13, of_bias2 = ctx.dtypes
     plan: Plan = ctx.plan
     routes, precision = plan.routes, plan.precision
     d_hidden = d_weights = d_w13 = d_w2 = d_bias13 = d_bias2 = None
-    made_here = h is None
-    if h is None:
-        _, h = plan.first_product(hidden, ids, None, w13)
-
+    h = None if kept else plan.first_product(hidden, ids, None, w13)[1]
     rows = routes.dispatch(grad, ids)
+    h = plan.restored(kept, rows) if h is None else h
     d_inner = precision.back_product(rows.values, w2, rows)
     of_output = more = None
     if bias2 is not None and (for_weights or for_bias2):
@@ -137,9 +170,9 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if for_bias2:
             d_bias2 = sums(routes.at_rows(weights, rows).unsqueeze(1) * plain, rows).to(of_bias2)
         del plain
-    wanted = Wanted(operand=for_hidden, inner=for_w2, weights=for_weights, keep=not made_here and keeps_graph())
+    wanted = Wanted(operand=for_hidden, inner=for_w2, weights=for_weights, keep=len(kept) == 1 and keeps_graph())
     made = slopes(plan, rows, Given(d_inner, h, bias13, weights, ids, more), wanted)
-    del d_inner, h
+    del d_inner, h, kept
     if made.of_weights is not None:
         d_weights = made.of_weights.to(weights.dtype)
     if made.inner is not None:

@@ -148,6 +148,7 @@ def train(
     kind: Activation,
     *,
     recompute: bool = False,
+    keep_quantized: bool = False,
     slot: int = 0,
     layer: int | None = None,
 ) -> Tensor:
@@ -159,6 +160,7 @@ def train(
         weights: w13 (L, 2I, H), not gated (L, I, H), w2 (L, H, I), and their biases or None; any float type.
         kind: the activation.
         recompute: GEMM 1's result is not kept for the backward.
+        keep_quantized: it is kept as the dispatcher's quant has it.
         slot: whose buffers to use.
         layer: the number of the model's layer, or None.
 
@@ -172,7 +174,7 @@ def train(
     if kind.interleaved:
         w13, kind = halves_apart(w13), replace(kind, interleaved=False)
         bias13 = None if bias13 is None else halves_apart(bias13)
-    plan = Plan(Routes(dispatcher, slot, layer), Precision.of(dispatcher.config), kind, recompute)
+    plan = Plan(Routes(dispatcher, slot, layer), Precision.of(dispatcher.config), kind, recompute, keep_quantized)
     return LayerFunction.apply(*tokens, w13, w2, bias13, bias2, plan)
 
 

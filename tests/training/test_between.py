@@ -105,6 +105,19 @@ def test_whole_layers_by_kernels_have_the_gradients_of_autograd(layout, quant, d
     check_layer([run_layer(0, 1, device, settings, sizes, options)], sizes, options, LARGEST[quant])
 
 
+@LAYOUTS
+@pytest.mark.parametrize("inner", [128, 200], ids=str)
+def test_a_result_kept_in_fp8_comes_back_as_its_rows_dequantized(inner, layout, device):
+    with dispatcher_of(layout, "fp8_e4m3fn", device) as dispatcher:
+        rows, given, _, _, _ = both(dispatcher, Activation(), inner, ALL)
+        plan = Plan(Routes(dispatcher), Precision.of(dispatcher.config), Activation(), keep_quantized=True)
+        values, scales = plan.kept(given.h, rows)
+        back, valid = plan.restored((values, scales), rows), rows.valid.squeeze(1)
+        expected = plain(QuantizedTensor(values, scales, "transposed", "ue8m0"))[valid]
+        assert back.shape == given.h.shape and values.nbytes + scales.nbytes < 0.54 * given.h.nbytes
+        assert_bit_equal(back.flatten(0, -2)[valid].float(), expected)
+
+
 @pytest.mark.parametrize("quant", ["none", pytest.param("fp8_e4m3fn", marks=pytest.mark.gpu)])
 def test_a_graph_that_is_kept_gives_the_same_gradients_twice(quant, device):
     with dispatcher_of("ragged", quant, device) as dispatcher:

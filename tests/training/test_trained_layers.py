@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moequant import Activation, ExpertBatch, GroupedExperts, MoEQuantDispatcher
+from moequant.nn import MoEExperts
 from moequant.testing import assert_bit_equal, relative_error, run_ranks
 from moequant.training.layer import train
 from training_cases import (
@@ -324,3 +325,21 @@ def test_what_has_no_backward_says_so():
         twice = torch.autograd.grad(dispatcher(x, *tokens[1:3], Factors(torch.rand(4, HIDDEN))).sum(), x, create_graph=True)[0]
         with pytest.raises(RuntimeError, match="once_differentiable"):
             twice.sum().backward()
+
+
+@LAYOUTS
+def test_a_result_that_is_kept_in_fp8_gives_near_gradients_and_the_same_output(layout):
+    call = {"quant": "fp8_e4m3fn", "layout": layout}, (256, 128, 40)
+    whole, narrow = (run_layer(0, 1, "cpu", *call, {"keep_quantized": keep, "passes": 1}) for keep in (False, True))
+    assert_bit_equal(narrow.pop("output"), whole["output"])
+    for name, grad in narrow.items():
+        # by one more rounding, and so by no more than all the others are worth
+        assert 0.02 < relative_error(grad, whole[name]) < LARGEST["fp8_e4m3fn"], name
+
+
+def test_fp8_is_kept_of_layers_that_quantize_and_nothing_recompute():
+    with one_rank(quant="none") as plain, one_rank(quant="fp8_e4m3fn") as quantizing:
+        for dispatcher, recompute in ((plain, False), (quantizing, True)):
+            with pytest.raises(ValueError, match="keep_quantized is of a dispatcher that quantizes, without recompute"):
+                MoEExperts(dispatcher, INNER, keep_quantized=True, recompute=recompute)
+        assert MoEExperts(quantizing, INNER, keep_quantized=True).keep_quantized
