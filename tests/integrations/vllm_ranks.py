@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -56,8 +57,8 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             ends[rank][1].send((True, function(rank, ports, *args)))
         except BaseException:
             ends[rank][1].send((False, traceback.format_exc()))
-        # destructors of a forked interpreter have nothing to do here
-        os._exit(0)
+        # the others may still ask the store that this rank holds: all of them are ended together
+        signal.pause()
 
     ranks = [context.Process(target=run, args=(rank,)) for rank in range(world)]
     for process in ranks:
