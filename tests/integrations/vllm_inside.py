@@ -42,8 +42,8 @@ ERROR = 0.06
 def errors(world: int, across: tuple[int, ...], padding: int = 0, **options: Any) -> list[tuple[float, float, int]]:
     """Of each rank's layer: its error, that of a second layer on the same dispatchers, and what `check` counts."""
 
-    def rank(number: int, port: int) -> tuple[float, float, int]:
-        with vr.engine(number, port, **options) as config:
+    def rank(number: int, ports: list[int]) -> tuple[float, float, int]:
+        with vr.engine(number, ports, **options) as config:
             layers = [vr.load(vr.make_layer(n)) for n in range(2)]
             # ranks that share their tokens are told as one
             found = [vr.call(layer, config, number % len(across), across, padding) for layer in layers]
@@ -100,9 +100,9 @@ def test_ranks_that_hold_the_same_tokens():
 def test_a_rank_without_tokens():
     """vLLM skips experts that get no row, so it is the experts that are asked."""
 
-    def rank(number: int, port: int) -> float:
+    def rank(number: int, ports: list[int]) -> float:
         across = (8, 0)
-        with vr.engine(number, port, data=2) as config:
+        with vr.engine(number, ports, data=2) as config:
             kernel = vr.load(vr.make_layer()).routed_experts.quant_method.moe_kernel
             layer, (x, logits) = kernel.fused_experts, vr.tokens_of(number, across[number])
             weights, ids = vr.route(x, logits, vr.K, False)
@@ -122,8 +122,8 @@ def test_a_rank_without_tokens():
 def test_vllms_batch_invariance_is_the_dispatchers(monkeypatch):
     monkeypatch.setattr(adapter, "envs", SimpleNamespace(VLLM_BATCH_INVARIANT=True))
 
-    def rank(number: int, port: int) -> bool:
-        with vr.engine(number, port):
+    def rank(number: int, ports: list[int]) -> bool:
+        with vr.engine(number, ports):
             exchange = exchange_of(vr.load(vr.make_layer()))
             return exchange.decode.config.batch_invariant and exchange.chunks.config.batch_invariant
 
@@ -174,8 +174,8 @@ def test_experts_of_vllms_where_nothing_is_exchanged():
 
 @pytest.mark.parametrize("fp8", [True, False], ids=["an fp8 checkpoint", "a bfloat16 checkpoint"])
 def test_weights_lie_as_quantize_weight_makes_them(fp8):
-    def rank(number: int, port: int) -> list[bool]:
-        with vr.engine(number, port, data=2):
+    def rank(number: int, ports: list[int]) -> list[bool]:
+        with vr.engine(number, ports, data=2):
             layer = vr.load(vr.make_layer(config=None if fp8 else {}), fp8)
         experts, mine = layer.routed_experts, slice(4 * number, 4 * number + 4)
         return [
@@ -188,8 +188,8 @@ def test_weights_lie_as_quantize_weight_makes_them(fp8):
 
 
 def test_a_bfloat16_checkpoint_gives_what_its_fp8_weights_give():
-    def rank(number: int, port: int) -> bool:
-        with vr.engine(number, port) as config:
+    def rank(number: int, ports: list[int]) -> bool:
+        with vr.engine(number, ports) as config:
             fp8, loaded = vr.load(vr.make_layer(0)), vr.load(vr.make_layer(1, {}), fp8=False)
             return torch.equal(vr.call(fp8, config, 0, (16,))[0], vr.call(loaded, config, 0, (16,))[0])
 
@@ -310,8 +310,8 @@ def test_other_checkpoints_are_refused_in_words(other):
 # --- refusals -----------------------------------------------------------------------------------------------------------------
 
 
-def refused(number: int, port: int, options: dict[str, Any], arguments: dict[str, Any]) -> str:
-    with vr.engine(number, port, **options), pytest.raises(ValueError) as caught:
+def refused(number: int, ports: list[int], options: dict[str, Any], arguments: dict[str, Any]) -> str:
+    with vr.engine(number, ports, **options), pytest.raises(ValueError) as caught:
         vr.make_layer(**arguments)
     return str(caught.value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -35,27 +36,29 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
     Args:
         world: how many.
-        function: called with the rank's number, a free port, and what follows.
+        function: called with the rank's number, free ports, and what follows.
         *args: of any kind, as nothing is pickled.
 
     Returns:
         By rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(4)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in sockets]
     context = multiprocessing.get_context("fork")
     ends = [context.Pipe(duplex=False) for _ in range(world)]
 
     def run(rank: int) -> None:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports[0]))
         torch.set_num_threads(1)
         try:
-            ends[rank][1].send((True, function(rank, port, *args)))
+            ends[rank][1].send((True, function(rank, ports, *args)))
         except BaseException:
             ends[rank][1].send((False, traceback.format_exc()))
-        # destructors of a forked interpreter have nothing to do here
-        os._exit(0)
+        # the others may still ask the store that this rank holds: all of them are ended together
+        signal.pause()
 
     ranks = [context.Process(target=run, args=(rank,)) for rank in range(world)]
     for process in ranks:
@@ -74,12 +77,14 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def engine(rank: int, port: int, data: int = 1, tensor: int = 1, backend: str = "auto", **settings: Any) -> Iterator[VllmConfig]:
+def engine(
+    rank: int, ports: list[int], data: int = 1, tensor: int = 1, backend: str = "auto", **settings: Any
+) -> Iterator[VllmConfig]:
     """A rank of an engine without a model.
 
     Args:
         rank: its number.
-        port: a free one.
+        ports: free ones, the same on all ranks.
         data: data parallel ranks.
         tensor: tensor parallel ranks.
         backend: --moe-backend.
@@ -98,8 +103,8 @@ def engine(rank: int, port: int, data: int = 1, tensor: int = 1, backend: str = 
             distributed_executor_backend="mp",
         )
         # ranks that are built by hand each look for a free port of their own
-        parallel.data_parallel_master_port = port + 1
-        parallel._data_parallel_master_port_list = [port + number for number in range(2, 6)]
+        parallel.data_parallel_master_port = ports[1]
+        parallel._data_parallel_master_port_list = ports[2:]
     config = VllmConfig(parallel_config=parallel, additional_config={"moequant": settings})
     config.scheduler_config.max_num_batched_tokens = BATCH
     config.kernel_config.moe_backend = backend
@@ -107,7 +112,7 @@ def engine(rank: int, port: int, data: int = 1, tensor: int = 1, backend: str = 
         init_distributed_environment(
             world_size=tensor,
             rank=rank if tensor > 1 else 0,
-            distributed_init_method=f"tcp://127.0.0.1:{port}",
+            distributed_init_method=f"tcp://127.0.0.1:{ports[0]}",
             local_rank=rank,
             backend="gloo",
         )
