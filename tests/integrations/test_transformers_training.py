@@ -254,7 +254,9 @@ def loss_and_gradients(model: Any) -> dict[str, Tensor]:
     # some routers sample while they are trained
     torch.manual_seed(3)
     model.zero_grad()
-    loss = model(prompt(), labels=prompt()).loss
+    # with these no router of the families below has two scores so near that bfloat16 products choose the other expert
+    ids = prompt(length=10)
+    loss = model(ids, labels=ids).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -268,8 +270,8 @@ def test_a_model_has_the_loss_and_the_gradients_that_it_has_by_itself(family):
     found = loss_and_gradients(model)
     assert found.keys() == expected.keys() and len(found) > 10
     for name, gradient in expected.items():
-        # measured at most 1.2e-2, of gemma4's routers, which follow a norm of what the experts before them made, 2.1e-2
-        assert error(found[name], gradient) < (2.5e-2 if ".router." in name else 1.5e-2), name
+        # measured at most 1.1e-2: what two layers of experts do to a gradient that passes both
+        assert error(found[name], gradient) < 1.3e-2, name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
