@@ -72,9 +72,7 @@ def exact_product(
         out[place] = (left @ right.T).to(out.dtype)
 
 
-def run_all(
-    rank: int, ranks: int, classes: dict[ExpertsClass, tuple[str, ...]]
-) -> tuple[list[str], tuple[bool, bool, str] | None]:
+def run_all(rank: int, ranks: int, classes: dict[ExpertsClass, tuple[str, ...]]) -> tuple[list[str], tuple[bool, bool, str] | None]:
     """What was wrong, and what came of three ranks."""
     return wrong_layouts(classes), of_three(rank, next(iter(classes)))
 

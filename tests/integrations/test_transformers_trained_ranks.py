@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 pytest.importorskip("transformers", "5.23")
 
@@ -60,7 +59,9 @@ def trained_layouts(rank: int, ranks: int, classes: list[ExpertsClass]) -> dict[
             given = batches[rank if layout == "apart" else 0]
             found = backward(tried, mine, given, rank if layout == "apart" else 0)
             # of all ranks' losses, batch after batch
-            expected = [backward(whole, whole, batch, each) for each, batch in enumerate(batches[: ranks if layout == "apart" else 1])]
+            expected = [
+                backward(whole, whole, batch, each) for each, batch in enumerate(batches[: ranks if layout == "apart" else 1])
+            ]
             for of, gradient in found.items():
                 if of in ("output", "hidden", "weights"):
                     reference = expected[rank if layout == "apart" else 0][of]
@@ -85,8 +86,9 @@ def by_the_built_in(rank: int, which: ExpertsClass) -> tuple[float, list[str]]:
     mine = split(whole, mesh).requires_grad_(True)
     mine._apply_gate = odd_gate
     tried, given = MoEQuantEP(mine, mesh, mesh_of([[0], [1]])), tokens(5 + rank, experts=EXPERTS, seed=rank)
-    found = [backward(tried, mine, given, 0) for _ in range(2)][0]
-    return error(found["output"], run(whole, "moequant", *given)), [line for line in said if "under grad" in line]
+    first, second = (backward(tried, mine, given, 0) for _ in range(2))
+    assert torch.equal(first["hidden"], second["hidden"])
+    return error(first["output"], run(whole, "moequant", *given)), [line for line in said if "under grad" in line]
 
 
 def trained_model(folder: str, sizes: tuple[int, int]) -> float:

@@ -79,7 +79,7 @@ class Slices(NamedTuple):
         return everyone[: self.tokens]
 
 
-class TakeSlice(torch.autograd.Function):
+class _TakeSlice(torch.autograd.Function):
     """This rank's slice of a batch, whose gradient has the rows of all ranks."""
 
     @staticmethod
@@ -93,7 +93,7 @@ class TakeSlice(torch.autograd.Function):
         return None, ctx.slices.gathered(grad_outputs[0])
 
 
-class GatherSlices(torch.autograd.Function):
+class _GatherSlices(torch.autograd.Function):
     """The batch of all ranks' slices. Each rank has its gradient, and that of its own slice is part of it."""
 
     @staticmethod
@@ -206,7 +206,7 @@ class MoEQuantEP(EPImplementation):
         if ranks == 1:
             return run_on(self._apart, module, self._num_experts, inputs, most, settings, of)
         # without grad these functions would only cost time
-        take, gather = (TakeSlice.apply, GatherSlices.apply) if of is not None else (Slices.taken, Slices.gathered)
+        take, gather = (_TakeSlice.apply, _GatherSlices.apply) if of is not None else (Slices.taken, Slices.gathered)
         inputs = take(slices, hidden_states), slices.taken(top_k_index), take(slices, top_k_weights)
         return gather(slices, run_on(self._apart, module, self._num_experts, inputs, most, settings, of))
 

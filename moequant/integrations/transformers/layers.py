@@ -161,7 +161,7 @@ def run_on(
         experts: Callable[..., Tensor] = layer.experts
         if not isinstance(experts, GroupedExperts):
             experts = functools.partial(experts, most=dispatcher.config.num_batches * piece * top_k)
-        return in_pieces(lambda *inputs: dispatcher(*inputs, experts), tokens, most, piece)
+        return in_pieces(lambda x, ids, weights: dispatcher(x, ids, weights, experts), tokens, most, piece)
 
 
 def in_pieces(layer: Callable[..., Tensor], tokens: tuple[Tensor, Tensor, Tensor], most: int, piece: int) -> Tensor:
