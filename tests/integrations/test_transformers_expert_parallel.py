@@ -36,9 +36,9 @@ LAYOUTS: dict[str, tuple[list[list[int]], list[list[int]]]] = {
 }
 
 
-def mesh_of(groups: list[list[int]]) -> DeviceMesh:
+def mesh_of(groups: list[list[int]], device: str = "cpu") -> DeviceMesh:
     """This rank's group, as a mesh of one dimension."""
-    return DeviceMesh("cpu", groups, mesh_dim_names=("others", "mine"))["mine"]
+    return DeviceMesh(device, groups, mesh_dim_names=("others", "mine"))["mine"]
 
 
 def split(module: Any, mesh: DeviceMesh) -> Any:

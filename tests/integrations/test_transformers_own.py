@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", "5.23")
+pytest.importorskip("transformers", "5.23")
 
 from hf_models import config_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, __version__
 from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.integrations.moe import ExpertsInterface
 
@@ -26,7 +26,7 @@ from moequant.integrations.transformers.expert_parallel import MoEQuantEP
 from moequant.integrations.transformers.layers import experts_forward
 from moequant.testing import run_ranks
 
-FOLDER = Path(__file__).parents[2] / ".venv" / f"transformers-{transformers.__version__}-tests"
+FOLDER = Path(__file__).parents[2] / ".venv" / f"transformers-{__version__}-tests"
 FAMILY = "qwen3_moe"
 # of its test classes, for models in float32: products of bfloat16 on one rank and on two are the same ones
 TOLERANCE = 1e-5

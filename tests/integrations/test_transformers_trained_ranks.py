@@ -33,29 +33,33 @@ def backward(call: Any, module: nn.Module, given: Given, seed: int) -> dict[str,
     hidden, weights = (x.clone().requires_grad_() for x in (given[0], given[2]))
     module.zero_grad()
     out = call(hidden, given[1], weights)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype))
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out))
     made = {"output": out.detach(), "hidden": hidden.grad, "weights": weights.grad}
     made |= {name: parameter.grad for name, parameter in module.named_parameters()}
     assert all(gradient is not None for gradient in made.values())
     return {name: gradient.clone() for name, gradient in made.items()}  # type: ignore[union-attr]
 
 
-def trained_layouts(rank: int, ranks: int, classes: list[ExpertsClass]) -> dict[str, float]:
+def trained_layouts(rank: int, ranks: int, classes: list[ExpertsClass], device: str = "cpu") -> dict[str, float]:
     """How far each gradient is from that of one rank: 0 for equal bits."""
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     on_cpu.grouped_gemm_blockscale = exact_product
     # 7 and 16 tokens go in pieces, of which one rank then has none
     configure(max_tokens=8)
-    together, alone = mesh_of([list(range(ranks))]), mesh_of([[each] for each in range(ranks)])
-    nothing_travels, far = expert_parallel.sends_nothing, {}
+    together, alone = (mesh_of(groups, device) for groups in ([list(range(ranks))], [[each] for each in range(ranks)]))
+    far: dict[str, float] = {}
     for which in classes:
-        whole = make(which, EXPERTS).requires_grad_(True)
+        whole = make(which, EXPERTS).to(device).requires_grad_(True)
         whole.config._experts_implementation_internal = "moequant"
         for layout in LAYOUTS:
-            expert_parallel.sends_nothing = nothing_travels if layout == "shared" else lambda *given: False
+            expert_parallel.sends_nothing = lambda *given, layout=layout: layout == "shared"
             mine = split(whole, together).requires_grad_(True)
             tried = MoEQuantEP(mine, together, alone if layout == "apart" else together)
             counts = [7, 16] if layout == "apart" else [19] * ranks
-            batches = [tokens(count, experts=EXPERTS, seed=each) for each, count in enumerate(counts)]
+            batches: list[Any] = [
+                tuple(x.to(device) for x in tokens(count, experts=EXPERTS, seed=each)) for each, count in enumerate(counts)
+            ]
             given = batches[rank if layout == "apart" else 0]
             found = backward(tried, mine, given, rank if layout == "apart" else 0)
             # of all ranks' losses, batch after batch

@@ -37,15 +37,13 @@ def settings():
     configure(**vars(before))
 
 
-def gradients(
-    module: Any, implementation: str, inputs: tuple[Tensor, Tensor, Tensor], grad: Tensor | None = None
-) -> dict[str, Tensor]:
+def gradients(module: Any, implementation: str, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     """The output and all gradients, of a loss that is linear in the output."""
     module.config._experts_implementation_internal = implementation
     hidden, ids, weights = inputs
     hidden, weights = (x.clone().requires_grad_() for x in (hidden, weights))
     out = module(hidden, ids, weights)
-    out.backward(grad_of(len(hidden)).to(out.dtype) if grad is None else grad)
+    out.backward(grad_of(len(hidden)).to(out))
     found = {"output": out.detach(), "hidden": hidden.grad, "weights": weights.grad}
     found |= {name: parameter.grad for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert all(gradient is not None for gradient in found.values())
@@ -261,7 +259,7 @@ def loss_and_gradients(model: Any) -> dict[str, Tensor]:
     torch.manual_seed(3)
     model.zero_grad()
     # with these no router of the families below has two scores so near that bfloat16 products choose the other expert
-    ids = prompt(length=10)
+    ids = prompt(length=10).to(model.device)
     loss = model(ids, labels=ids).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -277,7 +275,8 @@ def test_a_model_has_the_loss_and_the_gradients_that_it_has_by_itself(family):
     assert found.keys() == expected.keys() and len(found) > 10
     for name, gradient in expected.items():
         # measured at most 1.1e-2: what two layers of experts do to a gradient that passes both
-        assert error(found[name], gradient) < 1.3e-2, name
+        # a router that chose between no two experts has none
+        assert error(found[name], gradient) < 1.3e-2 if gradient.any() else not found[name].any(), name
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
