@@ -161,7 +161,9 @@ def run_on(
         experts: Callable[..., Tensor] = layer.experts
         if not isinstance(experts, GroupedExperts):
             experts = functools.partial(experts, most=dispatcher.config.num_batches * piece * top_k)
-        return in_pieces(lambda x, ids, weights: dispatcher(x, ids, weights, experts), tokens, most, piece)
+        # the module's, as experts may be made anew on one rank alone
+        number = dispatcher._layer_of(module)
+        return in_pieces(lambda x, ids, weights: dispatcher(x, ids, weights, experts, layer=number), tokens, most, piece)
 
 
 def in_pieces(layer: Callable[..., Tensor], tokens: tuple[Tensor, Tensor, Tensor], most: int, piece: int) -> Tensor:
