@@ -95,6 +95,19 @@ def by_the_built_in(rank: int, which: ExpertsClass) -> tuple[float, list[str]]:
     return error(first["output"], run(whole, "moequant", *given)), [line for line in said if "under grad" in line]
 
 
+def made_anew_on_one_rank(rank: int, which: ExpertsClass) -> bool:
+    """Whether ranks stay in step when the weights of one alone are others, and training and inference take turns."""
+    mesh = mesh_of([[0, 1]])
+    mine = split(make(which, EXPERTS), mesh).requires_grad_(True)
+    tried, given = MoEQuantEP(mine, mesh, mesh), tokens(5, experts=EXPERTS)
+    with torch.no_grad():
+        before = tried(*given)
+        if rank:
+            mine.down_proj.mul_(1)
+        after = tried(*given)
+    return torch.equal(after, before) and torch.equal(tried(*given).detach(), before)
+
+
 def trained_model(folder: str, sizes: tuple[int, int]) -> float:
     """The largest error of the gradients of a model that transformers has split, against the whole one with all tokens."""
     from transformers import AutoModelForCausalLM
@@ -120,8 +133,10 @@ MODELS = {"gpt_oss": (2, 1), "qwen3_moe": (1, 2)}
 
 
 def run_all(rank: int, ranks: int, folder: str) -> tuple[dict[str, float], tuple[float, list[str]], list[float]]:
+    """What `trained_layouts` and `by_the_built_in` say, and the largest error of each model."""
     classes = [scan()[name] for name in ("Qwen3MoeExperts", "GptOssExperts")]
     far, built_in = trained_layouts(rank, ranks, classes), by_the_built_in(rank, classes[0])
+    assert made_anew_on_one_rank(rank, classes[0])
     configure(max_tokens=4096)
     return far, built_in, [trained_model(f"{folder}/{family}", sizes) for family, sizes in MODELS.items()]
 
