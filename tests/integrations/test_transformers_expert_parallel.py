@@ -60,8 +60,10 @@ def exact_product(
     expert_start: Tensor | None,
     out: Tensor,
     segments: int,
+    batch_invariant: bool = False,
 ) -> None:
-    """The CPU's grouped product, in float64: of float32 a row may have other bits with other rows beside it."""
+    """The CPU's grouped product, in float64: of float32 a row may have other bits with other rows beside it. So batch_invariant, with
+    which they have not, changes nothing."""
     for expert, place in enumerate(reference.expert_places(out, num_tokens, expert_start)):
         left, right = a[place].double(), b[expert].double()
         if a_scales is not None and b_scales is not None:
