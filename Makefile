@@ -13,7 +13,7 @@ bench: .venv/.ready
 	@gpus=$$($(PYTHON_ENV) -c 'import torch; print(torch.cuda.device_count())') && \
 	PYTHONPATH=. $(PYTHON_ENV) -m torch.distributed.run --standalone --nproc-per-node $$(( gpus > 0 ? gpus : 2 )) launch/bench_ep.py $(ARGS)
 
-test: lint .venv/.tritons .venv/.engines
+test: lint .venv/.tritons .venv/.engines .venv/.transformers-tests
 # long tests come first (tests/conftest.py), and a process that has none left takes another's; tests that take all GPUs run one by one
 	OMP_NUM_THREADS=1 $(PYTHON_ENV) -m pytest -n $(WORKERS) --dist worksteal $(if $(GPUS),-m "not multigpu")
 ifneq ($(GPUS),)
@@ -42,6 +42,10 @@ format: .venv/.ready-to-test
 # the same of the serving engines, as plain Python: .venv/<name>-<version>
 .venv/.engines: .venv/.ready-to-test $(wildcard tests/integrations/*_packages.txt) tests/integrations/engines.py
 	@$(PYTHON_ENV) tests/integrations/engines.py && touch $@ || echo "make: the adapters of serving engines are not tested inside those that are missing"
+
+# without network they are skipped
+.venv/.transformers-tests: .venv/.ready-to-test .ci/fetch_transformers_tests
+	@.ci/fetch_transformers_tests && touch $@ || echo "make: transformers' own tests are not here, and not run"
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Numbered:
@@ -35,3 +42,20 @@ class Numbered:
 
 
 numbered = Numbered()
+
+
+def untraced(function: Function) -> Function:
+    """The function as a graph break for torch.compile, which calls it as it is."""
+    disabled: Callable[..., Any] | None = None
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        # what makes graph breaks takes seconds to import: only a process that compiles something has it
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = cast(Callable[..., Any], torch.compiler.disable(function))
+        return disabled(*args, **kwargs)
+
+    return cast(Function, run)

@@ -163,14 +163,14 @@ class Routes:
             weights: (T, K) float32 or bfloat16.
 
         Returns:
-            (W, at least T * K) float32, a row for each rank: entry k of token t at t * K + k.
+            (W, at least T * K) float32, a row for each rank, or one for all where they share the tokens: entry k of token t at t * K + k.
         """
         room = self.dispatcher.config.max_tokens_per_rank * weights.shape[1]
         mine = torch.zeros(room, dtype=torch.float32, device=weights.device)
         mine[: weights.numel()] = weights.flatten()
-        if self._ranks == 1:
+        if self._batches == 1:
             return mine.unsqueeze(0)
-        everyone = mine.new_empty(self._ranks, room)
+        everyone = mine.new_empty(self._batches, room)
         self._wire.all_gather(everyone, mine)
         return everyone
 
@@ -187,8 +187,8 @@ class Routes:
         """
         room = self.dispatcher.config.max_tokens_per_rank * ids.shape[1]
         # rows that belong to no expert have a place behind all
-        places = torch.where(rows.valid.squeeze(1), self._places(rows.sources.flatten(), room), self._ranks * room)
-        sent = x.new_zeros(self._ranks * room + 1).index_copy_(0, places, x)[:-1].view(self._ranks, room)
+        places = torch.where(rows.valid.squeeze(1), self._places(rows.sources.flatten(), room), self._batches * room)
+        sent = x.new_zeros(self._batches * room + 1).index_copy_(0, places, x)[:-1].view(self._batches, room)
         return self.returned(sent.contiguous(), ids)
 
     def returned(self, numbers: Tensor, ids: Tensor) -> Tensor:
@@ -202,8 +202,11 @@ class Routes:
             (T, K) float32.
         """
         if self._ranks > 1:
-            received = torch.empty_like(numbers)
-            self._wire.all_to_all(received, numbers)
+            received = numbers.new_empty(self._ranks, numbers.shape[1])
+            if self._batches == 1:
+                self._wire.all_gather(received, numbers[0])
+            else:
+                self._wire.all_to_all(received, numbers)
             # one rank has the entry's row, and of the others come zeros
             numbers = received.sum(0, keepdim=True)
         return numbers[0, : ids.numel()].view(ids.shape)
@@ -215,6 +218,10 @@ class Routes:
     @property
     def _ranks(self) -> int:
         return self.dispatcher.config.world_size
+
+    @property
+    def _batches(self) -> int:
+        return self.dispatcher.config.num_batches
 
     @property
     def _wire(self) -> Wire:

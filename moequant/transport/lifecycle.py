@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from moequant.batch import DispatchHandle
 from moequant.checks import check_counted, check_int, check_is, check_tokens, with_rows
 from moequant.config import DispatcherConfig
 from moequant.errors import ClosedError, OutOfStepError, PeerTimeoutError, StaleHandleError
+from moequant.traced import untraced
 from moequant.transport import guards
 from moequant.transport.agreement import agree, attempt
 from moequant.transport.base import Slot, Stage, Transport
@@ -37,8 +37,8 @@ def step(method: Method) -> Method:
     """A method that launches kernels: one thread's at a time, on the dispatcher's device, whichever is current; a fault that it raises
     stays. A graph break for torch.compile."""
 
-    untraced: Callable[..., Any] | None = None
-
+    @untraced
+    @functools.wraps(method)
     def guarded(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
         try:
             # a context of torch.cuda costs more than the question
@@ -51,17 +51,7 @@ def step(method: Method) -> Method:
             self._fault = self._fault or error
             raise
 
-    @functools.wraps(method)
-    def run(self: Lifecycle, *args: Any, **kwargs: Any) -> Any:
-        nonlocal untraced
-        # what makes graph breaks takes seconds to import: only a process that compiles something has it
-        if "torch._dynamo" not in sys.modules:
-            return guarded(self, *args, **kwargs)
-        if untraced is None:
-            untraced = cast(Callable[..., Any], torch.compiler.disable(guarded))
-        return untraced(self, *args, **kwargs)
-
-    return cast(Method, run)
+    return cast(Method, guarded)
 
 
 class Lifecycle:

@@ -36,11 +36,14 @@ def test_the_example_prints_a_table(capsys, monkeypatch):
 def test_the_page_shows_what_runs(tmp_path):
     build("qwen3_moe").save_pretrained(tmp_path)
     shown = re.findall(r"```py\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(shown) == 3
-    names: dict[str, Any] = {"path": str(tmp_path)}
-    # the last is of several ranks
-    for block in shown[:2]:
+    assert len(shown) == 4
+    names: dict[str, Any] = {"path": str(tmp_path), "ids": prompt()}
+    # the third is of several ranks
+    plain, quantized, _, trained = shown
+    for block in (plain, quantized):
         exec(compile(block, PAGE.name, "exec"), names)
         with torch.no_grad():
             assert names["model"](prompt()).logits.isfinite().all()
     assert names["model"].model.layers[0].mlp.experts.down_proj.dtype == torch.float8_e4m3fn
+    exec(compile(trained, PAGE.name, "exec"), names)
+    assert names["model"].model.layers[0].mlp.experts.down_proj.grad.any()

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 pytest.importorskip("transformers", "5.23")
 
-from hf_experts import ExpertsClass, error, make, quantize, run, scan, tokens
+from hf_experts import ExpertsClass, make, quantize, run, scan, tokens
 from hf_models import build, prompt
 
 from examples import generate
@@ -36,9 +36,9 @@ LAYOUTS: dict[str, tuple[list[list[int]], list[list[int]]]] = {
 }
 
 
-def mesh_of(groups: list[list[int]]) -> DeviceMesh:
+def mesh_of(groups: list[list[int]], device: str = "cpu") -> DeviceMesh:
     """This rank's group, as a mesh of one dimension."""
-    return DeviceMesh("cpu", groups, mesh_dim_names=("others", "mine"))["mine"]
+    return DeviceMesh(device, groups, mesh_dim_names=("others", "mine"))["mine"]
 
 
 def split(module: Any, mesh: DeviceMesh) -> Any:
@@ -60,8 +60,10 @@ def exact_product(
     expert_start: Tensor | None,
     out: Tensor,
     segments: int,
+    batch_invariant: bool = False,
 ) -> None:
-    """The CPU's grouped product, in float64: of float32 a row may have other bits with other rows beside it."""
+    """The CPU's grouped product, in float64: of float32 a row may have other bits with other rows beside it. So batch_invariant, with
+    which they have not, changes nothing."""
     for expert, place in enumerate(reference.expert_places(out, num_tokens, expert_start)):
         left, right = a[place].double(), b[expert].double()
         if a_scales is not None and b_scales is not None:
@@ -72,9 +74,7 @@ def exact_product(
         out[place] = (left @ right.T).to(out.dtype)
 
 
-def run_all(
-    rank: int, ranks: int, classes: dict[ExpertsClass, tuple[str, ...]]
-) -> tuple[list[str], tuple[bool, float, bool, str] | None]:
+def run_all(rank: int, ranks: int, classes: dict[ExpertsClass, tuple[str, ...]]) -> tuple[list[str], tuple[bool, bool, str] | None]:
     """What was wrong, and what came of three ranks."""
     return wrong_layouts(classes), of_three(rank, next(iter(classes)))
 
@@ -104,9 +104,9 @@ def wrong_layouts(classes: dict[ExpertsClass, tuple[str, ...]]) -> list[str]:
     return wrong
 
 
-def of_three(rank: int, which: ExpertsClass) -> tuple[bool, float, bool, str] | None:
-    """Equal bits in inference, compiled too, with one batch and batches of their own; under grad
-    how far from it the built-in is, and whether grads came; what is said of too many tokens."""
+def of_three(rank: int, which: ExpertsClass) -> tuple[bool, bool, str] | None:
+    """Equal bits in inference, compiled too, and under grad, with one batch and batches of their own; whether gradients came; what is
+    said of too many tokens."""
     three, alone = DeviceMesh("cpu", [[0, 1, 2]], mesh_dim_names=("others", "mine")), mesh_of([[0], [1], [2], [3]])
     if rank == 3:
         return None
@@ -127,9 +127,9 @@ def of_three(rank: int, which: ExpertsClass) -> tuple[bool, float, bool, str] | 
             compiled = torch.compile(lambda *given, tried=tried: tried(*given), fullgraph=True, backend="eager")
             equal &= torch.equal(tried(*inputs), expected_here) and torch.equal(compiled(*inputs), expected_here)
     mine.requires_grad_(True)
-    under_grad = implementation(hidden.requires_grad_(), ids, weights.bfloat16())
+    under_grad = implementation(hidden.requires_grad_(), ids, weights)
     under_grad.float().sum().backward()
-    far = error(under_grad, expected) if rank else 0.0
+    equal &= torch.equal(under_grad.detach(), expected)
     configure(agree=False, max_tokens=4)
     try:
         with torch.no_grad():
@@ -137,16 +137,16 @@ def of_three(rank: int, which: ExpertsClass) -> tuple[bool, float, bool, str] | 
         said = ""
     except ValueError as raised:
         said = str(raised)
-    return equal, far, bool(mine.down_proj.grad.any()), said
+    return equal, bool(mine.down_proj.grad.any()), said
 
 
-def test_ranks_have_the_bits_of_one_rank_in_every_layout_and_under_grad_the_built_in_computes():
+def test_ranks_have_the_bits_of_one_rank_in_every_layout_and_under_grad():
     results = run_ranks(run_all, RANKS, {scan()[name]: quants for name, quants in CLASSES.items()})
     assert [wrong for wrong, _ in results] == [[]] * RANKS
     for three in [three for _, three in results][:3]:
         assert three is not None
-        equal, far, came, said = three
-        assert equal and far < 1e-2 and came
+        equal, came, said = three
+        assert equal and came
         assert said == "5 tokens of a rank are more than max_tokens=4; configure(max_tokens=) or agree=True"
 
 

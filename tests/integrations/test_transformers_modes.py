@@ -75,27 +75,6 @@ def test_autocast_changes_nothing(name):
         assert_bit_equal(module(*inputs), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_under_grad_the_built_in_computes_and_it_is_said_once(name, caplog):
-    module = moequant(name).requires_grad_(True)
-    hidden, ids, weights = tokens(7)
-    with caplog.at_level(logging.WARNING, "moequant"):
-        out = module(hidden, ids, weights.bfloat16())
-        module(hidden, ids, weights.bfloat16())
-    assert sum("under grad" in record.message for record in caplog.records) == 1
-    out.float().sum().backward()
-    assert module.down_proj.grad is not None and bool(module.down_proj.grad.any())
-    assert error(out, run(module, "moequant", hidden, ids, weights)) < 1e-2
-
-
-def test_quantized_weights_under_grad_are_refused():
-    module = moequant(QWEN)
-    quantize(module, "int8")
-    hidden, ids, weights = tokens(3)
-    with pytest.raises(RuntimeError, match=r"quantized by MoEQuantConfig and has no backward; .* torch.no_grad"):
-        module(hidden.float().requires_grad_(), ids, weights)
-
-
 @pytest.mark.parametrize("quant", ["fp8_e4m3fn", "int8"])
 def test_a_function_of_the_models_own_with_weights_that_are_quantized(quant):
     module, inputs = moequant(OWN), tokens(7)

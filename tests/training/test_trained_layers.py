@@ -86,6 +86,30 @@ def test_fp8_gradients_of_two_ranks_are_those_of_autograd(layout):
     trained(2, {"quant": "fp8_e4m3fn", "layout": layout, "reduce": "per_rank"}, (256, 128, 40))
 
 
+def run_shared(rank: int, ranks: int, reduce: str) -> dict[str, Tensor]:
+    """This rank's results for tokens that all ranks hold."""
+    of = leaves(weights_of(4, HIDDEN, INNER, biases=True).each(lambda w: w[4 * rank // ranks : 4 * (rank + 1) // ranks]))
+    tokens = tokens_of(13, 2, 4, HIDDEN)
+    x, s = tokens.hidden.requires_grad_(), tokens.weights.requires_grad_()
+    common: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": HIDDEN, "max_tokens_per_rank": 13, "quant": "none"}
+    with MoEQuantDispatcher(**common, shared_batch=True, reduce=reduce) as dispatcher:
+        out = train(dispatcher, (x, tokens.ids, s), (of.w13, of.w2, of.bias13, of.bias2), Activation())
+        out.backward(tokens.grad)
+    made = {"output": out.detach(), "hidden": x.grad, "weights": s.grad} | {name: w.grad for name, w in of._asdict().items()}
+    return {name: gradient for name, gradient in made.items() if gradient is not None}
+
+
+@pytest.mark.parametrize("reduce", ["exact", "per_rank"])
+def test_ranks_that_share_a_batch_all_get_the_gradients_of_its_tokens(reduce):
+    results = run_ranks(run_shared, 2, reduce)
+    (each,), of_weights = dense_gradients([tokens_of(13, 2, 4, HIDDEN)], weights_of(4, HIDDEN, INNER, biases=True))
+    for name, expected in each.items():
+        assert_bit_equal(results[1][name], results[0][name])
+        assert relative_error(results[0][name], expected) < LARGEST["none"], name
+    for name, expected in of_weights.items():
+        assert relative_error(torch.cat([result[name] for result in results]), expected) < LARGEST["none"], name
+
+
 @pytest.mark.gpu
 @LAYOUTS
 @pytest.mark.parametrize("quant", LARGEST)

@@ -6,6 +6,7 @@ numbers, to float32's rounding.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -23,10 +24,11 @@ PROBE = (-3000.0, -40.0, -9.0, -4.0, -2.0, -1.0, -0.5, -0.1, 0.0, 0.3, 0.7, 1.7,
 RELATIVE, ABSOLUTE = 1e-5, 2e-6
 # with which silu is nearly gelu: transformers' "quick_gelu" has it in its code
 QUICK = 1.702
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[Contract, Activation | None]] = weakref.WeakKeyDictionary()
 
 
 def activation_of(module: Any, contract: Contract) -> Activation | None:
-    """The activation of a module.
+    """The activation of a module, which is looked for once.
 
     Args:
         module: experts.
@@ -35,6 +37,13 @@ def activation_of(module: Any, contract: Contract) -> Activation | None:
     Returns:
         It, for columns as the module's weights have them, or None for a function that moequant doesn't have.
     """
+    known = _FOUND.get(module)
+    if known is None or known[0] != contract:
+        known = _FOUND[module] = contract, _looked_for(module, contract)
+    return known[1]
+
+
+def _looked_for(module: Any, contract: Contract) -> Activation | None:
     numbers = Numbers(module)
     probe = torch.tensor(sorted({*PROBE, *numbers.around()}), device="cpu")
     gate, up = (x.flatten() for x in torch.meshgrid(probe, probe, indexing="ij"))

@@ -7,6 +7,7 @@ experts, and functions for what happens between and behind the two products. E e
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -109,11 +110,17 @@ def local(weight: Tensor) -> Tensor:
     return (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
 
 
+@functools.cache
+def _other_flags() -> dict[str, object]:
+    """The decorator's flags that are not known here, with their defaults."""
+    options = inspect.signature(use_experts_implementation).parameters.values()
+    known = FLAGS | {"experts_class", "experts_interface"}
+    return {option.name: option.default for option in options if option.name not in known}
+
+
 def _check_known(module: nn.Module) -> None:
     """Raises UnknownExpertsError for what the class asks beyond FLAGS and STEPS."""
-    options = inspect.signature(use_experts_implementation).parameters.values()
-    flags = {option.name: option.default for option in options if option.name not in ("experts_class", "experts_interface")}
-    asked = [name for name, default in flags.items() if name not in FLAGS and getattr(module, name, default) != default]
+    asked = [name for name, default in _other_flags().items() if getattr(module, name, default) != default]
     asked += [name for name in dir(type(module)) if name.startswith("_apply_") and name not in STEPS]
     if asked:
         raise UnknownExpertsError(

@@ -25,10 +25,11 @@ from moequant.integrations.transformers.contract import contract_of, local
 from moequant.integrations.transformers.dispatchers import Place, Sizes, dispatcher_of, room_for
 from moequant.integrations.transformers.products import Experts, experts_of
 from moequant.integrations.transformers.settings import Settings, current, say_once
+from moequant.integrations.transformers.training import Steps, Trained, train_on, trained, wants_grad
 from moequant.integrations.transformers.weights import SCALES, weight_names
-from moequant.traced import numbered
+from moequant.traced import numbered, untraced
 
-# What takes over where gradients are wanted.
+# What takes over where gradients are wanted that moequant doesn't have.
 BUILT_IN = "grouped_mm"
 
 
@@ -71,7 +72,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         (T, H) of the hidden states' type.
     """
     if wants_grad(module, hidden_states, top_k_weights):
-        return built_in(module)(module, hidden_states, top_k_index, top_k_weights)
+        return under_grad(module, hidden_states, top_k_index, top_k_weights)
     if torch.compiler.is_compiling():
         mark = getattr(module, "_moequant", None)
         number = _number(module) if mark is None or mark.number is None else mark.number
@@ -79,8 +80,9 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return run(module, hidden_states, top_k_index, top_k_weights)
 
 
-def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The experts of one rank, without grad.
+@untraced
+def under_grad(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of one rank, with a backward: moequant's, or that of what transformers has.
 
     Args:
         module: experts.
@@ -91,10 +93,29 @@ def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: 
     Returns:
         (T, H) of the hidden states' type.
     """
+    of = trained(module)
+    if isinstance(of, str):
+        return built_in(module, of)(module, hidden_states, top_k_index, top_k_weights)
+    return run(module, hidden_states, top_k_index, top_k_weights, of)
+
+
+def run(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, of: Trained | None = None) -> Tensor:
+    """The experts of one rank.
+
+    Args:
+        module: experts.
+        hidden_states: as `experts_forward`.
+        top_k_index: as `experts_forward`.
+        top_k_weights: as `experts_forward`.
+        of: what is trained of them; None: nothing, and there is no grad.
+
+    Returns:
+        (T, H) of the hidden states' type.
+    """
     inputs, tokens = (hidden_states, top_k_index, top_k_weights), hidden_states.shape[0]
     # where experts are split, ids beyond the range are other ranks'
     place = ALONE[bool(getattr(module, "_is_expert_parallel", False))]
-    return run_on(place, module, int(module.num_experts), inputs, tokens, current())
+    return run_on(place, module, int(module.num_experts), inputs, tokens, current(), of)
 
 
 def run_on(
@@ -104,8 +125,9 @@ def run_on(
     tokens: tuple[Tensor, Tensor, Tensor],
     most: int,
     settings: Settings,
+    of: Trained | None = None,
 ) -> Tensor:
-    """The experts of a group's ranks, without grad. Collective.
+    """The experts of a group's ranks. Collective.
 
     Args:
         place: of the ranks.
@@ -114,15 +136,22 @@ def run_on(
         tokens: hidden states, ids and weights of this rank, T of each.
         most: the largest T of any rank.
         settings: as the user has them.
+        of: what is trained of them; None: nothing, and there is no grad.
 
     Returns:
         (T, H) of the hidden states' type.
     """
-    hidden, ids, weights = tokens
+    hidden, ids, _ = tokens
     (_, columns), top_k = hidden.shape, ids.shape[1]
+    piece = min(most, settings.max_tokens)
+    if of is not None:
+        # copies of weights that are going to change
+        _LAYERS.pop(module, None)
+        sizes = Sizes(num_experts, top_k, columns, "none", hidden.device)
+        dispatcher = dispatcher_of(place, sizes, piece, settings)
+        return in_pieces(lambda *inputs: train_on(dispatcher, inputs, of), tokens, most, piece)
     with torch.no_grad():
         layer = layer_of(module)
-        piece = min(most, settings.max_tokens)
         key = place, top_k, room_for(piece, settings)
         found = layer.dispatchers.get(key)
         if found is None or found[0] is not settings:
@@ -132,11 +161,27 @@ def run_on(
         experts: Callable[..., Tensor] = layer.experts
         if not isinstance(experts, GroupedExperts):
             experts = functools.partial(experts, most=dispatcher.config.num_batches * piece * top_k)
-        if piece == most:
-            return dispatcher(hidden, ids, weights, experts)
-        # every rank goes through as many pieces as the largest needs
-        spans = [slice(cut, cut + piece) for cut in range(0, most, piece)]
-        return torch.cat([dispatcher(hidden[span], ids[span], weights[span], experts) for span in spans])
+        # the module's, as experts may be made anew on one rank alone
+        number = dispatcher._layer_of(module)
+        return in_pieces(lambda x, ids, weights: dispatcher(x, ids, weights, experts, layer=number), tokens, most, piece)
+
+
+def in_pieces(layer: Callable[..., Tensor], tokens: tuple[Tensor, Tensor, Tensor], most: int, piece: int) -> Tensor:
+    """A layer that has no room for all tokens at once. Every rank goes through as many pieces as the largest needs.
+
+    Args:
+        layer: from hidden states, ids and weights to their sums.
+        tokens: those of this rank, T of each.
+        most: the largest T of any rank.
+        piece: as many tokens as go through at once.
+
+    Returns:
+        (T, H).
+    """
+    if piece == most:
+        return layer(*tokens)
+    spans = [slice(cut, cut + piece) for cut in range(0, most, piece)]
+    return torch.cat([layer(*(x[span] for x in tokens)) for span in spans])
 
 
 def layer_of(module: nn.Module) -> Layer:
@@ -167,34 +212,22 @@ def layer_of(module: nn.Module) -> Layer:
 
 
 def _stamp(module: nn.Module, names: tuple[str, ...]) -> tuple[int, ...]:
-    """Addresses and versions of a module's parameters."""
-    stamp: list[int] = []
-    for name in names:
-        weight = getattr(module, name)
+    """Addresses and versions of a module's parameters, and the optimizers' steps for those that are trained."""
+    weights = [getattr(module, name) for name in names]
+    stamp = [Steps.taken if any(weight.requires_grad for weight in weights) else 0]
+    for weight in weights:
         if isinstance(weight, DTensor):
             weight = weight.to_local()
         stamp += weight.data_ptr(), 0 if weight.is_inference() else weight._version
     return tuple(stamp)
 
 
-def wants_grad(module: nn.Module, *inputs: Tensor) -> bool:
-    """Whether the result of a call has to have a derivative.
-
-    Args:
-        module: experts.
-        *inputs: of the call.
-
-    Returns:
-        Whether grad mode is on and something requires grad.
-    """
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *module.parameters()))
-
-
-def built_in(module: nn.Module) -> Callable[..., Tensor]:
+def built_in(module: nn.Module, why: str) -> Callable[..., Tensor]:
     """What transformers has for a module where gradients are wanted.
 
     Args:
         module: experts.
+        why: moequant does not train them.
 
     Returns:
         The function.
@@ -210,7 +243,7 @@ def built_in(module: nn.Module) -> Callable[..., Tensor]:
         )
     else:
         functions = ExpertsInterface()
-    say_once(f'experts under grad run as experts_implementation="{BUILT_IN}": moequant has no backward; call under torch.no_grad()')
+    say_once(f'{type(module).__name__} under grad runs as experts_implementation="{BUILT_IN}": {why}')
     return functions[BUILT_IN]
 
 
