@@ -36,9 +36,9 @@ for folder in (TESTS.parent, TESTS, TESTS / "distributed"):
 
 # settings that share a family
 BLOCK = 20
-# over several GPUs the first two, on one all but "shared"
-FAMILIES = ("layers", "shared", "peers", "invariant", "trained", "product", "gemm1_swiglu", "quantize", "activation")
-FAMILIES += ("silu_mul_backward", "plain_rows", "checkpoint")
+# over several ranks, on one of them, and only there where it is a GPU
+ON_SEVERAL, ON_A_GPU = ("layers", "shared"), ("peers", "gemm1_swiglu")
+ON_ONE = ("layers", "invariant", "trained", "product", "quantize", "activation", "silu_mul_backward", "plain_rows", "checkpoint")
 # of one setting, and of one whose kernels are compiled
 SECONDS, FIRST_SECONDS = 60.0, 240.0
 # after its time, how long a worker may take to end
@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, default=1, help="1: one GPU; more: layers over so many GPUs")
     parser.add_argument("--workers", type=int, help="processes that draw settings at the same time; 12, or 1 without a GPU")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, help="draw these alone")
+    parser.add_argument("--families", nargs="+", choices=sorted({*ON_SEVERAL, *ON_ONE, *ON_A_GPU}), help="draw these alone")
     parser.add_argument("--only", type=int, help="the number of one setting to run again")
     parser.add_argument("--out", type=Path, help="a file of JSON lines to which the result is added")
     # of workers, which this program starts
@@ -71,24 +71,24 @@ class Log:
     def __init__(self, path: Path | None) -> None:
         self.file = open(path, "a") if path else None  # noqa: SIM115 (open for the worker's life)
         self.seed = 0
-        self.name = "?"
+        self.name = self.family = "?"
         self.watch = threading.Timer(0, int)
 
     def begin(self, seed: int, name: str, seconds: float) -> None:
         self.seed, self.name = seed, name
-        self._write({"seed": seed, "name": name})
+        self._write({})
         self.watch = threading.Timer(seconds, self._too_late, [seconds])
         self.watch.daemon = True
         self.watch.start()
 
     def end(self, error: str | None, guards: bool, drawn: list[str]) -> None:
         self.watch.cancel()
-        end = {"done": True, "error": error, "guards": guards, "drawn": drawn}
-        self._write({"seed": self.seed, "name": self.name, **end})
+        self._write({"done": True, "error": error, "guards": guards, "drawn": drawn})
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps(entry) + "\n")
+            named = {"seed": self.seed, "name": self.name, "family": self.family}
+            self.file.write(json.dumps(named | entry) + "\n")
             self.file.flush()
 
     def _too_late(self, seconds: float) -> None:
@@ -181,7 +181,7 @@ def work(options: argparse.Namespace) -> int:
             error, guards = None, False
             if family is None:
                 family, error, guards = attempt(draw_family, block, place, options.families)
-                log.name = family.name if family else "a family"
+                log.name, log.family = (family.name, family.family) if family else ("a family", "?")
             # what a family says it drew besides
             drawn: set[str] = getattr(family, "drawn", set())
             drawn.clear()
@@ -310,6 +310,8 @@ def report(options: argparse.Namespace, entries: list[dict[str, Any]], lost: int
     wrong = [entry for entry in entries if entry.get("error")]
     guards = sum(bool(entry.get("guards")) for entry in entries)
     done, bad = (Counter(entry["name"] for entry in chosen) for chosen in (entries, wrong))
+    # a family that was not drawn is said
+    done.update(dict.fromkeys(undrawn(options, entries), 0))
     drawn = Counter(f"{entry['name']}: {draw}" for entry in entries for draw in entry.get("drawn", ()))
     for entry in sorted(wrong, key=lambda entry: entry["seed"]):
         lines = [line for line in entry["error"].splitlines() if line.strip()]
@@ -329,6 +331,14 @@ def report(options: argparse.Namespace, entries: list[dict[str, Any]], lost: int
                 + "\n"
             )
     return 1 if wrong or lost or not entries else 0
+
+
+def undrawn(options: argparse.Namespace, entries: list[dict[str, Any]]) -> set[str]:
+    """The families that could have been drawn, or were asked for, and were not."""
+    import torch
+
+    here = ON_SEVERAL if options.ranks > 1 else ON_ONE + (ON_A_GPU if torch.cuda.is_available() else ())
+    return set(options.families or here) - {entry.get("family") for entry in entries}
 
 
 def record(

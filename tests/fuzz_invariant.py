@@ -64,15 +64,17 @@ class Invariant:
         layers = importlib.import_module("fuzz_layers")
         # a token that names an expert twice may have no room
         inputs = layers.draw_inputs(rng, self.settings, 1, self.dtype, twice=False)
+        spoiled = inputs[0][1]
         if self.settings["on_invalid_id"] == "absent":
             self.drawn.add("ids beyond the range")
-            inputs[0][1] = layers.spoil_ids(rng, inputs, self.settings["num_experts"])[0]
-        mine = [tensor.to(self.place.device) for tensor in inputs[0]]
+            spoiled = layers.spoil_ids(rng, inputs, self.settings["num_experts"])[0]
+        one = [tensor.to(self.place.device) for tensor in inputs[0]]
+        mine = [one[0], spoiled.to(self.place.device), one[2]]
         tokens = len(mine[0])
         few = torch.tensor(rng.sample(range(tokens), min(tokens, 2 if self.place.tiny else 24)), dtype=torch.int64)
         given = layers.draw_out(rng, mine[0])
         with guarded_buffers(self.place.device) as buffers, by_rows(self.place):
-            expected = self._alone(mine, few)
+            expected = self._alone(one, few)
             outs = {"padded": self.padded(*mine, self.experts), "ragged": self.ragged(*mine, self.experts)}
             guess = layers.draw_guess(rng, 0, tokens)
             dispatcher = rng.choice([self.padded, self.ragged])
