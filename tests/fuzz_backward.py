@@ -174,7 +174,7 @@ class Backward:
             self.drawn.add("in place")
             before = Guarded.of(d_inner, device), Guarded.of(x, device)
             again = Guarded(ranks, room, dtype=torch.float32, device=device)
-            run(*(part.tensor for part in before), before[1].tensor, before[0].tensor, again.tensor)
+            run(before[0].tensor, before[1].tensor, before[1].tensor, before[0].tensor, again.tensor)
             for part, given, made in ((before[0], d_inner, inner), (before[1], x, gradient)):
                 part.assert_only(name="a tensor in place")
                 written = contracted & (wanted[0] or made is gradient)
@@ -214,9 +214,9 @@ class PlainRows:
         out = Guarded(*numbers.shape, dtype=self.output, device=device, skew=rng.choice([0, 0, rng.randint(1, 7)]))
         ops.plain_rows(out.tensor, *counts, values.tensor, scales.tensor.mT)
         out.assert_only(contracted, "plain rows")
-        given = [None if tensor is None else tensor.cpu() for tensor in (*counts, values.tensor, scales.tensor.mT)]
+        given: Any = [None if tensor is None else tensor.cpu() for tensor in (*counts, values.tensor, scales.tensor.mT)]
         expected = Guarded(*numbers.shape, dtype=self.output)
-        reference.plain_rows(expected.tensor, *given)  # type: ignore[arg-type]
+        reference.plain_rows(expected.tensor, *given)
         assert_bit_equal(out.tensor.cpu(), expected.tensor, "plain rows")
         # rows that are there already
         x = numbers.to(self.output)

@@ -43,6 +43,9 @@ class Invariant:
     """Dispatchers for one token, and for many in each layout, all buffers between guards."""
 
     name = family = "invariant"
+    alone: Any
+    padded: Any
+    ragged: Any
 
     def __init__(self, rng: random.Random, place: Place) -> None:
         layers = importlib.import_module("fuzz_layers")
@@ -68,8 +71,8 @@ class Invariant:
         if self.settings["on_invalid_id"] == "absent":
             self.drawn.add("ids beyond the range")
             spoiled = layers.spoil_ids(rng, inputs, self.settings["num_experts"])[0]
-        one = [tensor.to(self.place.device) for tensor in inputs[0]]
-        mine = [one[0], spoiled.to(self.place.device), one[2]]
+        one: Any = [tensor.to(self.place.device) for tensor in inputs[0]]
+        mine: Any = [one[0], spoiled.to(self.place.device), one[2]]
         tokens = len(mine[0])
         few = torch.tensor(rng.sample(range(tokens), min(tokens, 2 if self.place.tiny else 24)), dtype=torch.int64)
         given = layers.draw_out(rng, mine[0])
@@ -85,7 +88,8 @@ class Invariant:
                 assert_bit_equal(out, outs["padded"], f"a batch in other layouts, {name} {guess}")
             # some of them, in another order
             order = torch.tensor(rng.sample(range(tokens), rng.randint(0, tokens)), dtype=torch.int64).to(self.place.device)
-            out = rng.choice([self.padded, self.ragged])(*(tensor[order] for tensor in mine), self.experts)
+            some: Any = [tensor[order] for tensor in mine]
+            out = rng.choice([self.padded, self.ragged])(*some, self.experts)
             assert_bit_equal(out, outs["padded"][order], "some of a batch's tokens")
         given.check()
         for made in (buffers, self.buffers):
@@ -93,9 +97,10 @@ class Invariant:
         for dispatcher in (self.alone, self.padded, self.ragged):
             dispatcher.check()
 
-    def _alone(self, mine: list[Tensor], few: Tensor) -> Tensor:
+    def _alone(self, mine: Any, few: Tensor) -> Tensor:
         """Each of some tokens in a call of its own."""
-        outs = [self.alone(*(tensor[token : token + 1] for tensor in mine), self.experts) for token in few.tolist()]
+        each: Any = [[tensor[token : token + 1] for tensor in mine] for token in few.tolist()]
+        outs = [self.alone(*one, self.experts) for one in each]
         return torch.cat(outs) if outs else mine[0][:0].clone()
 
     def close(self) -> None:

@@ -157,7 +157,7 @@ class Layers:
         transports += [{"transport": "symmetric"}] * 4
         self.transport = rng.choice(transports) if place.ranks > 1 else {"transport": "local"}
         self.name = "-".join(self.transport.values())
-        self.settings = draw_layer(rng, place) | {"on_invalid_id": rng.choice(["error", "error", "absent"])}
+        self.settings: dict[str, Any] = draw_layer(rng, place) | {"on_invalid_id": rng.choice(["error", "error", "absent"])}
         self.dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
         self.experts = draw_grouped_experts(rng, place, self.settings)
         # Hopper's kernels for few tiles too

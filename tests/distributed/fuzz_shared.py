@@ -66,13 +66,15 @@ class Shared:
     """A dispatcher of ranks that hold the same tokens; with batch_invariant beside one rank that has all experts."""
 
     name = family = "shared"
+    alone: Any
 
     def __init__(self, rng: random.Random, place: Place) -> None:
         self.place, self.drawn = place, set[str]()
         invariant = rng.random() < 0.5
-        settings = draw_layer(rng, place) | {"capacity": None, "rank_capacity": None}
+        settings: dict[str, Any] = draw_layer(rng, place)
+        settings |= {"capacity": None, "rank_capacity": None}
         settings |= ALONE if invariant else {"slots": rng.choice([1, 2])}
-        self.settings = settings | {"layout": "ragged", "on_invalid_id": rng.choice(["error", "error", "absent"])}
+        self.settings: dict[str, Any] = settings | {"layout": "ragged", "on_invalid_id": rng.choice(["error", "error", "absent"])}
         self.dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
         # which tokens' rows all ranks get: none, some, or all
         most = place.ranks * settings["max_tokens_per_rank"] * settings["top_k"] * settings["hidden_size"] * 2
