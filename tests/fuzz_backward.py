@@ -48,9 +48,10 @@ class Rows(NamedTuple):
         return x.masked_fill((self.contracted & ~self.valid).unsqueeze(-1), 0)
 
 
-def draw_rows(rng: random.Random, place: Place) -> tuple[Rows, tuple[int, int]]:
-    """And (L, M)."""
-    experts, rows = rng.randint(1, 4 if place.tiny else 40), rng.randint(1, 20 if place.tiny else 120)
+def draw_rows(rng: random.Random, place: Place, columns: int) -> tuple[Rows, tuple[int, int]]:
+    """And (L, M), of as many numbers as a CPU computes in a fraction of a second."""
+    experts = rng.randint(1, 4 if place.tiny else 40)
+    rows = rng.randint(1, 20 if place.tiny else min(120, 2**20 // (experts * columns) + 1))
     counts = draw_counts(rng, experts, rows)
     layout = draw_ragged(rng, counts, rows, place.device)
     if layout is None:
@@ -109,7 +110,7 @@ class Backward:
 
     def check(self, rng: random.Random) -> None:
         device, kind, columns = self.place.device, self.kind, self.columns
-        rows, (experts, most) = draw_rows(rng, self.place)
+        rows, (experts, most) = draw_rows(rng, self.place, columns * kind.width)
         valid = rows.valid
         d_inner = (torch.randn(experts, most, columns, device=device) * rng.choice([1.0, 1e-3, 1e-6])).bfloat16()
         x = (torch.randn(experts, most, kind.width * columns, device=device) * rng.choice([1.0, 3.0])).bfloat16()
@@ -204,7 +205,7 @@ class PlainRows:
 
     def check(self, rng: random.Random) -> None:
         device, columns = self.place.device, self.columns
-        rows, (experts, most) = draw_rows(rng, self.place)
+        rows, (experts, most) = draw_rows(rng, self.place, columns)
         counts, contracted = (rows.num_tokens, rows.expert_start), rows.contracted.unsqueeze(-1)
         numbers = rows.pack(torch.randn(experts, most, columns, device=device) * 30)
         values = Guarded(*numbers.shape, dtype=self.dtype, device=device)
