@@ -219,11 +219,10 @@ class Trained:
         for buffers in self.dispatcher._slots:
             layers.poison(named(buffers.buffers))
         made = []
-        with guarded_buffers(self.place.device) as buffers:
+        with guarded_buffers(self.place.device, self.buffers):
             for tape in tapes:
                 with tape.recording():
                     made.append(self._gradients(self.dispatcher, given, ids if spoiled is None else spoiled, guarded=True))
-        buffers.check()
         self.buffers.check()
         for name, first in made[0].items():
             assert_bit_equal(made[1][name], first, f"{name}, twice")

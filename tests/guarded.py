@@ -39,9 +39,13 @@ class Guarded:
         made.tensor.copy_(x)
         return made
 
+    def guards(self) -> tuple[Tensor, Tensor]:
+        """The bytes before and behind."""
+        return self.memory[: self.begin], self.memory[self.begin + self.nbytes :]
+
     def assert_only(self, written: Tensor | None = None, name: str = "a buffer") -> None:
         """The guards are whole, and so is every element outside the mask `written`; None: all may be written."""
-        for side, guard in (("before", self.memory[: self.begin]), ("behind", self.memory[self.begin + self.nbytes :])):
+        for side, guard in zip(("before", "behind"), self.guards(), strict=True):
             touched = (guard != GUARD).nonzero()
             if len(touched):
                 far = int(touched[-1]) if side == "before" else int(touched[0])
@@ -58,22 +62,33 @@ class Guarded:
 
 
 class Buffers:
-    """What `guarded_buffers` has given."""
+    """What `guarded_buffers` has given. Those of the first calls are kept, as many as fit into some memory: workspaces come back."""
+
+    MOST = 2**27
 
     def __init__(self) -> None:
         self.given: list[Guarded] = []
 
     def check(self) -> None:
         """The guards of all are whole."""
-        for buffer in self.given:
-            buffer.assert_only(name=f"a buffer of {buffer.tensor.dtype}")
+        guards = [(part != GUARD).any() for buffer in self.given for part in buffer.guards()]
+        # one wait for the device
+        if guards and bool(torch.stack(guards).any()):
+            for buffer in self.given:
+                buffer.assert_only(name=f"a buffer of {buffer.tensor.dtype}")
+        room = self.MOST
+        for number, buffer in enumerate(self.given):
+            room -= buffer.memory.numel()
+            if room < 0:
+                del self.given[number:]
+                break
 
 
 @contextlib.contextmanager
-def guarded_buffers(device: str) -> Iterator[Buffers]:
-    """While it lasts, what is asked of torch.empty and torch.empty_like on a device, in any thread, is `Guarded`: NaN between guards. The
-    buffers are kept until what it gives is gone."""
-    buffers, kind, empty = Buffers(), torch.device(device).type, torch.empty
+def guarded_buffers(device: str, buffers: Buffers | None = None) -> Iterator[Buffers]:
+    """While it lasts, what is asked of torch.empty and torch.empty_like on a device, in any thread, is `Guarded`: NaN between guards. It
+    gives the buffers, which are added to those that are given."""
+    buffers, kind, empty = buffers or Buffers(), torch.device(device).type, torch.empty
 
     def guarded(shape: Any, dtype: torch.dtype) -> Tensor:
         # a mode that watches what torch is asked for sees an allocation, as it would have
