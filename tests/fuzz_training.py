@@ -215,6 +215,9 @@ class Trained:
         # as a loss has them, which is a mean
         grad = torch.randn(hidden.shape) * torch.randn(len(hidden), 1).exp() * rng.choice([1.0, 1e-3])
         given = [hidden, routing, *weights, grad.to(self.dtype)]
+        for dispatcher in (self.dispatcher, self.on_cpu):
+            # rows that an earlier setting dropped, which went wrong
+            dispatcher.check()
         tapes = Tape(), Tape()
         for buffers in self.dispatcher._slots:
             layers.poison(named(buffers.buffers))

@@ -16,7 +16,7 @@ import fuzz_backward
 import fuzz_families
 import fuzz_gpu
 from fuzz_operations import Place
-from guarded import GUARD, GuardTouchedError, guarded_buffers
+from guarded import GUARD, Buffers, GuardTouchedError, guarded_buffers
 from moequant import MoEQuantDispatcher, ops
 from moequant.testing import run_ranks
 from moequant.training import functions, precision
@@ -78,6 +78,19 @@ def test_buffers_that_code_asks_torch_for_are_nan_between_guards():
     assert int(buffers.given[1].memory[0]) == GUARD
     behind(made[1])
     with pytest.raises(GuardTouchedError, match=r"1 bytes behind a buffer of torch.float32 \(4,\)"):
+        buffers.check()
+
+
+def test_the_first_buffers_are_looked_at_again(monkeypatch):
+    monkeypatch.setattr(Buffers, "MOST", 20_000)
+    with guarded_buffers("cpu") as buffers:
+        made = [torch.empty(10, device="cpu") for _ in range(3)]
+    buffers.check()
+    with guarded_buffers("cpu", buffers):
+        torch.empty(5, device="cpu")
+    assert [len(buffer.tensor) for buffer in buffers.given] == [10, 10, 5]
+    behind(made[0])
+    with pytest.raises(GuardTouchedError):
         buffers.check()
 
 

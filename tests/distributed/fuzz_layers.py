@@ -142,8 +142,8 @@ def assert_near_layer(out: Tensor, expected: Tensor, name: str) -> None:
     """Other tiles add in another order, which may move quantized numbers by a step."""
     assert bool(out.isfinite().all()), f"{name}: not finite"
     error = relative_error(out, expected)
-    # of few numbers the error scatters
-    assert error <= (0.02 if out.numel() >= 4096 else 0.06), f"{name}: relative error {error:.2e}"
+    # a step of e5m2 is a quarter of a number, and of few numbers a large part
+    assert error <= (0.02 if out.numel() >= 4096 else 0.1), f"{name}: relative error {error:.2e}"
 
 
 class Layers:
@@ -258,26 +258,31 @@ class Layers:
             local = self.settings["num_experts"] // self.place.ranks
             if pushes and local > 1 and rng.random() < 0.5:
                 first = rng.randint(1, local - 1)
-                out = self.dispatcher(*mine, self.experts, slot=slot, chunks=1, first_experts=first)
+                out = self._placed(rng, mine, slot=slot, first_experts=first)
                 assert_near_layer(out, apart, f"waves of {first} of {local} experts")
             if pushes and self.settings["slots"] == 2 and not dropped:
-                out = self.dispatcher(*mine, self.experts, chunks=2, first_experts=0)
+                out = self._placed(rng, mine, chunks=2)
                 assert_near_layer(out, apart, "halves")
         self.dispatcher.check()
 
     def _into(self, rng: random.Random, mine: list[Tensor], slot: int, expected: Tensor) -> None:
         """A layer into a place of one's own, and, by another guess of the rows, with other tiles, whose bits are the same each time."""
-        given = draw_out(rng, mine[0])
-        self.drawn.add("out")
-        found = self.dispatcher(given.hidden, *mine[1:], self.experts, slot=slot, out=given.out)
-        assert found is given.out
-        given.check()
+        found = self._placed(rng, mine, slot=slot)
         assert_bit_equal(found.cpu(), expected.cpu(), "a layer that is written where it was asked for")
         guess = self._guess(rng, mine)
         if guess is not None:
             first, second = (self.dispatcher(*mine, self.experts, slot=slot, expected_tokens=guess) for _ in range(2))
             assert_near_layer(first, expected, f"a layer for {guess} tokens")
             assert_bit_equal(second.cpu(), first.cpu(), f"a layer for {guess} tokens, again")
+
+    def _placed(self, rng: random.Random, mine: list[Tensor], **how: int) -> Tensor:
+        """A layer's result in a place of one's own."""
+        given = draw_out(rng, mine[0])
+        self.drawn.add("out")
+        found = self.dispatcher(given.hidden, *mine[1:], self.experts, **how, out=given.out)
+        assert found is given.out, "a layer returns another tensor than out"
+        given.check()
+        return found
 
     def _guards(self) -> None:
         check = getattr(self.dispatcher._transport, "check_guards", None)
