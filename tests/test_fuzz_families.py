@@ -56,12 +56,6 @@ def test_every_family_of_one_rank_runs(family, device):
     assert settings_of(family, 0, place=here) == (None, False)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", fuzz_gpu.ON_A_GPU)
-def test_every_family_that_needs_a_gpu_runs(family):
-    assert settings_of(family, 0, place=Place("cuda:0", False)) == (None, False)
-
-
 def test_families_are_those_that_can_be_asked_for():
     assert {family.family for family in fuzz_families.families_of(PLACE)} == {*fuzz_gpu.ON_ONE}
     assert {family.family for family in fuzz_families.families_of(Place("cpu", True, 0, 2))} == {*fuzz_gpu.ON_SEVERAL}
