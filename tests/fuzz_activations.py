@@ -111,7 +111,7 @@ def assert_activated_and_quantized(
 class Activated:
     """An activation of a product's rows with a bias or without, quantized and not; and a bias alone."""
 
-    name = "activation"
+    name = family = "activation"
 
     def __init__(self, rng: random.Random, place: Place) -> None:
         self.place, self.activation = place, draw_activation(rng)

@@ -2,19 +2,20 @@
 
     python tests/fuzz_gpu.py --seconds 300 --seed 0                one GPU: operations, layers of one rank, ranks that are its streams
     python tests/fuzz_gpu.py --seconds 300 --seed 0 --ranks 2      layers over two GPUs
+    python tests/fuzz_gpu.py --families trained invariant          some families alone
     python tests/fuzz_gpu.py --only 4711 [--ranks 2]               one setting again, after those of its block that came before it
 
 What is checked: bits against `moequant.reference` and `in_one_process` where they are promised, pushed against stored products, products
-against float32; outputs begin as NaN and lie between guards. BLOCK settings in a row share a family: the sizes that kernels are compiled
-for, and a dispatcher. Several workers take blocks in turn; one that dies or hangs is replaced, and its setting has failed. One that dies
-between settings is counted as lost.
+against float32, gradients step by step; outputs begin as NaN and lie between guards. BLOCK settings in a row share a family
+(fuzz_families.py): the sizes that kernels are compiled for, and a dispatcher. Several workers take blocks in turn; one that dies or hangs
+is replaced, and its setting has failed. One that dies between settings is counted as lost. Below the families stands how often they drew
+what only some of their settings have.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import json
 import os
 import platform
@@ -35,6 +36,9 @@ for folder in (TESTS.parent, TESTS, TESTS / "distributed"):
 
 # settings that share a family
 BLOCK = 20
+# over several ranks, on one of them, and only there where it is a GPU
+ON_SEVERAL, ON_A_GPU = ("layers", "shared"), ("peers", "gemm1_swiglu")
+ON_ONE = ("layers", "invariant", "trained", "product", "quantize", "activation", "silu_mul_backward", "plain_rows", "checkpoint")
 # of one setting, and of one whose kernels are compiled
 SECONDS, FIRST_SECONDS = 60.0, 240.0
 # after its time, how long a worker may take to end
@@ -49,6 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--ranks", type=int, default=1, help="1: one GPU; more: layers over so many GPUs")
     parser.add_argument("--workers", type=int, help="processes that draw settings at the same time; 12, or 1 without a GPU")
+    parser.add_argument("--families", nargs="+", choices=sorted({*ON_SEVERAL, *ON_ONE, *ON_A_GPU}), help="draw these alone")
     parser.add_argument("--only", type=int, help="the number of one setting to run again")
     parser.add_argument("--out", type=Path, help="a file of JSON lines to which the result is added")
     # of workers, which this program starts
@@ -66,46 +71,31 @@ class Log:
     def __init__(self, path: Path | None) -> None:
         self.file = open(path, "a") if path else None  # noqa: SIM115 (open for the worker's life)
         self.seed = 0
-        self.name = "?"
+        self.name = self.family = "?"
         self.watch = threading.Timer(0, int)
 
     def begin(self, seed: int, name: str, seconds: float) -> None:
         self.seed, self.name = seed, name
-        self._write({"seed": seed, "name": name})
+        self._write({})
         self.watch = threading.Timer(seconds, self._too_late, [seconds])
         self.watch.daemon = True
         self.watch.start()
 
-    def end(self, error: str | None, guards: bool) -> None:
+    def end(self, error: str | None, guards: bool, drawn: list[str]) -> None:
         self.watch.cancel()
-        self._write({"seed": self.seed, "name": self.name, "done": True, "error": error, "guards": guards})
+        self._write({"done": True, "error": error, "guards": guards, "drawn": drawn})
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.file:
-            self.file.write(json.dumps(entry) + "\n")
+            named = {"seed": self.seed, "name": self.name, "family": self.family}
+            self.file.write(json.dumps(named | entry) + "\n")
             self.file.flush()
 
     def _too_late(self, seconds: float) -> None:
         frames = sys._current_frames()[threading.main_thread().ident or 0]
-        self.end(f"not done after {seconds:g} s\n{''.join(traceback.format_stack(frames)[-6:])}", False)
+        self.end(f"not done after {seconds:g} s\n{''.join(traceback.format_stack(frames)[-6:])}", False, [])
         # the device may be stuck, and nothing waits for it
         os._exit(3)
-
-
-def draw_family(block: int, place: Any) -> Any:
-    import torch
-
-    from fuzz_operations import operations
-
-    layers = importlib.import_module("fuzz_layers")
-    rng = random.Random(f"block {block}")
-    torch.manual_seed(block)
-    families = [layers.Layers]
-    if place.ranks == 1:
-        families += operations(place)
-        if place.device != "cpu":
-            families += [layers.PeersOnOneGPU] * 2
-    return rng.choice(families)(rng, place)
 
 
 def attempt(function: Any, *arguments: Any) -> tuple[Any, str | None, bool]:
@@ -178,6 +168,8 @@ def work(options: argparse.Namespace) -> int:
     place = set_up(options)
     import torch
 
+    from fuzz_families import draw_family
+
     control = Control(options.ranks, options.rank)
     log = Log(options.folder / f"log-{options.worker}-{options.rank}" if options.folder else None)
     wrong, printed, block = 0, 0, options.first
@@ -188,14 +180,17 @@ def work(options: argparse.Namespace) -> int:
             log.begin(seed, family.name if family else "?", FIRST_SECONDS if first else SECONDS)
             error, guards = None, False
             if family is None:
-                family, error, guards = attempt(draw_family, block, place)
-                log.name = family.name if family else "a family"
+                family, error, guards = attempt(draw_family, block, place, options.families)
+                log.name, log.family = (family.name, family.family) if family else ("a family", "?")
+            # what a family says it drew besides
+            drawn: set[str] = getattr(family, "drawn", set())
+            drawn.clear()
             if error is None:
                 rng = random.Random(f"setting {seed}")
                 _, error, guards = attempt(family.check, rng)
             late = time.time() > end or seed == options.only
             error, guards, stop = control.merge(error, guards, late)
-            log.end(error, guards)
+            log.end(error, guards, sorted(drawn))
             if error:
                 wrong += 1
                 printed += 1
@@ -218,7 +213,8 @@ def work(options: argparse.Namespace) -> int:
 
 
 def again(seed: int, options: argparse.Namespace) -> str:
-    return f"python tests/fuzz_gpu.py --only {seed}" + (f" --ranks {options.ranks}" if options.ranks > 1 else "")
+    families = f" --families {' '.join(options.families)}" if options.families else ""
+    return f"python tests/fuzz_gpu.py --only {seed}" + (f" --ranks {options.ranks}" if options.ranks > 1 else "") + families
 
 
 class Worker:
@@ -233,6 +229,7 @@ class Worker:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(self.number), "--first", str(first)]
         command += ["--step", str(self.step), "--ranks", str(self.options.ranks), "--folder", str(self.folder)]
         command += ["--only", str(self.options.only)] if self.options.only is not None else []
+        command += ["--families", *self.options.families] if self.options.families else []
         self.first = first
         self.processes = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(self.options.ranks)]
 
@@ -313,6 +310,9 @@ def report(options: argparse.Namespace, entries: list[dict[str, Any]], lost: int
     wrong = [entry for entry in entries if entry.get("error")]
     guards = sum(bool(entry.get("guards")) for entry in entries)
     done, bad = (Counter(entry["name"] for entry in chosen) for chosen in (entries, wrong))
+    # a family that was not drawn is said
+    done.update(dict.fromkeys(undrawn(options, entries), 0))
+    drawn = Counter(f"{entry['name']}: {draw}" for entry in entries for draw in entry.get("drawn", ()))
     for entry in sorted(wrong, key=lambda entry: entry["seed"]):
         lines = [line for line in entry["error"].splitlines() if line.strip()]
         print(f"seed {entry['seed']} ({entry['name']}): {lines[-1][:200]}\n    {again(entry['seed'], options)}")
@@ -320,12 +320,25 @@ def report(options: argparse.Namespace, entries: list[dict[str, Any]], lost: int
     for name in sorted(done):
         print(f"{name:24} {done[name]:8} {bad[name]:6}")
     print(f"{'all':24} {len(entries):8} {len(wrong):6}   guards touched: {guards}, {seconds:.0f} s, seed {options.seed}")
+    for name in sorted(drawn):
+        print(f"    {name:50} {drawn[name]:8}")
     if lost:
         print(f"{lost} workers ended by an error of their own: see above")
     if options.out:
         with options.out.open("a") as file:
-            file.write(json.dumps({**record(options, entries, wrong, guards, done, seconds), "workers_lost": lost}) + "\n")
+            file.write(
+                json.dumps({**record(options, entries, wrong, guards, done, seconds), "by_draw": dict(drawn), "workers_lost": lost})
+                + "\n"
+            )
     return 1 if wrong or lost or not entries else 0
+
+
+def undrawn(options: argparse.Namespace, entries: list[dict[str, Any]]) -> set[str]:
+    """The families that could have been drawn, or were asked for, and were not."""
+    import torch
+
+    here = ON_SEVERAL if options.ranks > 1 else ON_ONE + (ON_A_GPU if torch.cuda.is_available() else ())
+    return set(options.families or here) - {entry.get("family") for entry in entries}
 
 
 def record(

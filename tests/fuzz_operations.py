@@ -5,7 +5,10 @@ Letters: L experts, M rows of an expert's buffer, N columns, K_dim contraction, 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +20,7 @@ from moequant.batch import QuantizedTensor, ceil_div
 from moequant.config import ROW_ALIGNMENT
 from moequant.formats import FORMATS
 from moequant.kernels.gemm.grouped_gemm import grouped_gemm_blockscale as plain_gemm
-from moequant.kernels.library import common, hopper
+from moequant.kernels.library import hopper
 from moequant.testing import assert_bit_equal, relative_error
 from ragged_rows import Ragged, ragged
 
@@ -32,6 +35,17 @@ class Place(NamedTuple):
     tiny: bool
     rank: int = 0
     ranks: int = 1
+
+
+@contextlib.contextmanager
+def by_reference() -> Iterator[None]:
+    """While it lasts, a CPU runs the reference and not interpreted kernels."""
+    before = os.environ.pop("MOEQUANT_CPU_KERNELS", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["MOEQUANT_CPU_KERNELS"] = before
 
 
 def draw_columns(rng: random.Random, place: Place, most: int) -> int:
@@ -93,7 +107,7 @@ class Products:
     """Grouped GEMMs: each row at its place and at an address of its own, with the same bits, near a float32 product. Rows are padded or
     ragged."""
 
-    name = "product"
+    name = family = "product"
 
     def __init__(self, rng: random.Random, place: Place) -> None:
         self.place = place
@@ -198,7 +212,7 @@ def assert_near(result: Tensor, expected: Tensor) -> None:
 class FusedGemm1:
     """GEMM 1 with SwiGLU and quantization: the bits of the two kernels that it replaces. Hopper alone."""
 
-    name = "gemm1_swiglu"
+    name = family = "gemm1_swiglu"
 
     def __init__(self, rng: random.Random, place: Place) -> None:
         self.place = place
@@ -252,7 +266,7 @@ class FusedGemm1:
 class Quantizers:
     """Quantization of an expert batch: the reference's bits, and nothing outside."""
 
-    name = "quantize"
+    name = family = "quantize"
 
     def __init__(self, rng: random.Random, place: Place) -> None:
         self.place = place
@@ -291,14 +305,3 @@ class Quantizers:
 def selected(x: Tensor, valid: Tensor) -> Tensor:
     """Rows on a CPU; float8 can't be selected."""
     return x.view(torch.int8)[valid].view(x.dtype).cpu() if x.itemsize == 1 else x[valid].cpu()
-
-
-def operations(place: Place) -> list[Any]:
-    """The families of single operations that a device has."""
-    from fuzz_activations import Activated
-
-    families: list[Any] = [Products, Quantizers, Activated]
-    if common.runs_gluon(torch.device(place.device)):
-        # the Hopper kernels for every size, not only where they are faster
-        families += [Products, FusedGemm1]
-    return families

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -27,9 +32,20 @@ class Guarded:
         self.memory[self.begin :][: self.nbytes] = POISON
         self.tensor = self.memory[self.begin :][: self.nbytes].view(dtype).view(shape)
 
+    @classmethod
+    def of(cls, x: Tensor, device: torch.device | str = "cpu") -> Guarded:
+        """With a copy of x."""
+        made = cls(*x.shape, dtype=x.dtype, device=device)
+        made.tensor.copy_(x)
+        return made
+
+    def guards(self) -> tuple[Tensor, Tensor]:
+        """The bytes before and behind."""
+        return self.memory[: self.begin], self.memory[self.begin + self.nbytes :]
+
     def assert_only(self, written: Tensor | None = None, name: str = "a buffer") -> None:
         """The guards are whole, and so is every element outside the mask `written`; None: all may be written."""
-        for side, guard in (("before", self.memory[: self.begin]), ("behind", self.memory[self.begin + self.nbytes :])):
+        for side, guard in zip(("before", "behind"), self.guards(), strict=True):
             touched = (guard != GUARD).nonzero()
             if len(touched):
                 far = int(touched[-1]) if side == "before" else int(touched[0])
@@ -43,3 +59,55 @@ class Guarded:
             raise GuardTouchedError(
                 f"{int(wrong.sum())} elements of {name} {tuple(self.tensor.shape)} were written, from {first} on"
             )
+
+
+class Buffers:
+    """What `guarded_buffers` has given. Those of the first calls are kept, as many as fit into some memory: workspaces come back."""
+
+    MOST = 2**27
+
+    def __init__(self) -> None:
+        self.given: list[Guarded] = []
+
+    def check(self) -> None:
+        """The guards of all are whole."""
+        guards = [(part != GUARD).any() for buffer in self.given for part in buffer.guards()]
+        # one wait for the device
+        if guards and bool(torch.stack(guards).any()):
+            for buffer in self.given:
+                buffer.assert_only(name=f"a buffer of {buffer.tensor.dtype}")
+        room = self.MOST
+        for number, buffer in enumerate(self.given):
+            room -= buffer.memory.numel()
+            if room < 0:
+                del self.given[number:]
+                break
+
+
+@contextlib.contextmanager
+def guarded_buffers(device: str, buffers: Buffers | None = None) -> Iterator[Buffers]:
+    """While it lasts, what is asked of torch.empty and torch.empty_like on a device, in any thread, is `Guarded`: NaN between guards. It
+    gives the buffers, which are added to those that are given."""
+    buffers, kind, empty = buffers or Buffers(), torch.device(device).type, torch.empty
+
+    def guarded(shape: Any, dtype: torch.dtype) -> Tensor:
+        # a mode that watches what torch is asked for sees an allocation, as it would have
+        empty(0, device="cpu")
+        with torch._C.DisableTorchFunction():
+            buffers.given.append(Guarded(*shape, dtype=dtype, device=device))
+        # no view, as a buffer is none
+        return buffers.given[-1].tensor.detach()
+
+    def any_empty(*shape: Any, dtype: torch.dtype | None = None, device: Any = None, **options: Any) -> Tensor:
+        if device is None or torch.device(device).type != kind or options:
+            return empty(*shape, dtype=dtype, device=device, **options)
+        return guarded(shape[0] if shape and not isinstance(shape[0], int) else shape, dtype or torch.get_default_dtype())
+
+    def any_like(x: Tensor, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        if x.device.type != kind or options or not x.is_contiguous():
+            return empty_like(x, dtype=dtype, **options)
+        return guarded(x.shape, dtype or x.dtype)
+
+    empty_like = torch.empty_like
+    with mock.patch.object(torch, "empty", any_empty), mock.patch.object(torch, "empty_like", any_like):
+        yield buffers

@@ -30,6 +30,10 @@ def test_a_few_settings_are_drawn_and_recorded(tmp_path):
     assert record["settings"] >= 1
     assert (record["wrong"], record["guards_touched"], record["failures"]) == (0, 0, [])
     assert sum(record["by_family"].values()) == record["settings"]
+    # those that were not drawn have none
+    families = {*fuzz_gpu.ON_ONE, "local"} | ({*fuzz_gpu.ON_A_GPU} if torch.cuda.is_available() else set())
+    assert set(record["by_family"]) <= families and len(record["by_family"]) == len(families) - 1
+    assert all(draw.partition(": ")[0] in record["by_family"] for draw in record["by_draw"])
     assert record["torch"] == torch.__version__ and record["seed"] == 2
 
 

@@ -1,0 +1,287 @@
+"""Each family of the fuzz runs its settings, and finds errors that are planted: a wrong bit, a guard that is touched."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fuzz_backward
+import fuzz_families
+import fuzz_gpu
+from fuzz_operations import Place
+from guarded import GUARD, Buffers, GuardTouchedError, guarded_buffers
+from moequant import MoEQuantDispatcher, ops
+from moequant.testing import run_ranks
+from moequant.training import functions, precision
+from moequant.transport import shared
+from moequant.transport.local import LocalTransport
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))
+PLACE = Place("cpu", True)
+
+
+def settings_of(family: str, block: int, count: int = 2, place: Place = PLACE) -> tuple[str | None, bool]:
+    """How the first wrong one of a block's settings ends, or the last one."""
+    drawn, error, guards = fuzz_gpu.attempt(fuzz_families.draw_family, block, place, [family])
+    for seed in range(block * fuzz_gpu.BLOCK, block * fuzz_gpu.BLOCK + count):
+        if error is None:
+            _, error, guards = fuzz_gpu.attempt(drawn.check, random.Random(f"setting {seed}"))
+    if drawn is not None and hasattr(drawn, "close"):
+        drawn.close()
+    return error, guards
+
+
+def flip(x: Tensor) -> None:
+    """The lowest bit of the first number."""
+    if x.numel():
+        x.view(torch.uint8)[(0,) * x.dim()] ^= 1
+
+
+def behind(x: Tensor) -> None:
+    """A store past the end."""
+    whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+    whole[(x.storage_offset() + x.numel()) * x.itemsize + 3] = 0
+
+
+@pytest.mark.parametrize("family", fuzz_gpu.ON_ONE)
+def test_every_family_of_one_rank_runs(family, device):
+    here = Place("cpu", True) if device == "cpu" else Place("cuda:0", False)
+    assert settings_of(family, 0, place=here) == (None, False)
+
+
+def test_families_are_those_that_can_be_asked_for():
+    assert {family.family for family in fuzz_families.families_of(PLACE)} == {*fuzz_gpu.ON_ONE}
+    assert {family.family for family in fuzz_families.families_of(Place("cpu", True, 0, 2))} == {*fuzz_gpu.ON_SEVERAL}
+    with pytest.raises(ValueError, match="families must be some of those that 1 of cpu have, activation, .* got .'peers'.'?"):
+        fuzz_families.families_of(PLACE, ["peers"])
+    chosen = fuzz_gpu.parse(["--families", "trained", "layers"])
+    assert fuzz_gpu.again(7, chosen) == "python tests/fuzz_gpu.py --only 7 --families trained layers"
+    assert fuzz_gpu.undrawn(chosen, [{"family": "layers"}]) == {"trained"}
+    assert "peers" not in fuzz_gpu.undrawn(fuzz_gpu.parse(["--ranks", "2"]), [])
+
+
+def test_buffers_that_code_asks_torch_for_are_nan_between_guards():
+    with guarded_buffers("cpu") as buffers:
+        made = [torch.empty(2, 3, dtype=torch.bfloat16, device="cpu"), torch.empty((4,), device="cpu")]
+        made.append(torch.empty_like(made[0], dtype=torch.float32))
+        # as they were
+        others = torch.empty(5), torch.empty_like(made[0].T)
+    assert len(buffers.given) == 3 and others[1].stride() == (1, 3)
+    assert all(bool(x.isnan().all()) and x.is_leaf and x.data_ptr() % 16 == 0 for x in made)
+    buffers.check()
+    assert int(buffers.given[1].memory[0]) == GUARD
+    behind(made[1])
+    with pytest.raises(GuardTouchedError, match=r"1 bytes behind a buffer of torch.float32 \(4,\)"):
+        buffers.check()
+
+
+def test_the_first_buffers_are_looked_at_again(monkeypatch):
+    monkeypatch.setattr(Buffers, "MOST", 20_000)
+    with guarded_buffers("cpu") as buffers:
+        made = [torch.empty(10, device="cpu") for _ in range(3)]
+    buffers.check()
+    with guarded_buffers("cpu", buffers):
+        torch.empty(5, device="cpu")
+    assert [len(buffer.tensor) for buffer in buffers.given] == [10, 10, 5]
+    behind(made[0])
+    with pytest.raises(GuardTouchedError):
+        buffers.check()
+
+
+def damaged(patch: pytest.MonkeyPatch, owner: Any, name: str, damage: Callable[..., object]) -> None:
+    """Lets a function do some damage besides: damage(result, *arguments)."""
+    before = getattr(owner, name)
+
+    def call(*given: Any, **settings: Any) -> Any:
+        result = before(*given, **settings)
+        damage(result, *given, **settings)
+        return result
+
+    patch.setattr(owner, name, call)
+
+
+def wrong(family: str, text: str, guards: bool = False, blocks: int = 8) -> None:
+    """Before long a setting is wrong, and says so."""
+    errors = []
+    for block in range(blocks):
+        error, touched = settings_of(family, block)
+        if error is not None and text in error:
+            assert touched is guards, error
+            return
+        errors.append(error)
+    raise AssertionError(f"{text} was not found: {errors}")
+
+
+def test_a_guess_that_changes_a_batch_is_wrong(monkeypatch):
+    def guessed(result: Any, *given: Any, expected_tokens: int | None = None, **settings: Any) -> None:
+        if expected_tokens is not None:
+            flip(result[0].values)
+
+    damaged(monkeypatch, MoEQuantDispatcher, "dispatch", guessed)
+    wrong("layers", "differ in")
+
+
+def test_an_output_that_is_written_behind_its_rows_is_wrong(monkeypatch):
+    def more(result: Any, dispatcher: Any, *given: Any, out: Tensor | None = None, **settings: Any) -> None:
+        if out is not None and len(out):
+            behind(out)
+
+    damaged(monkeypatch, MoEQuantDispatcher, "__call__", more)
+    wrong("layers", "a layer's output", guards=True)
+    wrong("invariant", "a layer's output", guards=True)
+
+
+@pytest.mark.parametrize("family", ["layers", "invariant", "trained"])
+def test_an_id_that_is_cut_to_32_bits_is_wrong(family, monkeypatch):
+    before = LocalTransport.dispatch
+
+    def cut(self: Any, hidden: Tensor, ids: Tensor, *others: Any) -> Any:
+        return before(self, hidden, ids.remainder(2**32) if ids.dtype == torch.int64 else ids.abs(), *others)
+
+    monkeypatch.setattr(LocalTransport, "dispatch", cut)
+    wrong(family, "AssertionError" if family == "trained" else "differ in")
+
+
+def test_a_token_that_is_another_one_in_a_batch_is_wrong(monkeypatch):
+    damaged(monkeypatch, LocalTransport, "combine", lambda result, self, y, weights, out, *_: len(out) > 1 and flip(out))
+    wrong("invariant", "tokens in a batch and alone")
+
+
+def test_a_store_behind_a_buffer_of_a_layer_is_wrong(monkeypatch):
+    for family in ("invariant", "trained"):
+        with monkeypatch.context() as patch:
+            damaged(
+                patch, LocalTransport, "combine", lambda result, self, y, weights, out, slot, state: behind(slot.buffers.values)
+            )
+            wrong(family, "behind a buffer of", guards=True)
+
+
+BACKWARD: dict[str, tuple[Callable[..., object], str, bool]] = {
+    "a zero": (
+        lambda _, given, placed, entries, gradient, *more: gradient.masked_fill_(gradient == 0, 1e-3),
+        "zeros of the gradient",
+        False,
+    ),
+    "a row of nobody": (
+        lambda _, given, placed, entries, gradient, *more: gradient[-1:].fill_(1e-3),
+        "elements of the gradient",
+        True,
+    ),
+    "a larger gradient": (lambda _, given, placed, entries, gradient, *more: gradient.mul_(1.02), "the gradient: ", False),
+    "a weight's gradient": (
+        lambda _, given, placed, entries, *more: entries[1] is not None and entries[1].mul_(1.001),
+        "routing",
+        False,
+    ),
+    "a row's value": (
+        lambda _, given, placed, entries, gradient, inner, *more: inner is not None and inner.mul_(0.98),
+        "inner: ",
+        False,
+    ),
+    "past the end": (lambda _, given, placed, entries, gradient, *more: behind(gradient), "behind the gradient", True),
+    "a narrow bit": (lambda _, *given: given[5] is not None and flip(given[5][0]), "values of the gradient differ", False),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARD)
+def test_an_error_of_a_backward_is_found(case, monkeypatch):
+    damage, text, guards = BACKWARD[case]
+    damaged(monkeypatch, fuzz_backward.ops, "silu_mul_backward", damage)
+    wrong("silu_mul_backward", text, guards)
+
+
+@pytest.mark.parametrize(("damage", "guards"), [(flip, False), (behind, True)], ids=["a bit", "past the end"])
+def test_an_error_of_plain_rows_is_found(damage, guards, monkeypatch):
+    damaged(monkeypatch, fuzz_backward.ops, "plain_rows", lambda _, out, *given: damage(out))
+    wrong("plain_rows", "behind plain rows" if guards else "plain rows differ", guards)
+
+
+def scaled(name: str, factor: float) -> Callable[..., object]:
+    """Makes what `slopes` gives other by a factor."""
+
+    def damage(made: Any, *given: Any) -> None:
+        if getattr(made, name) is not None:
+            getattr(made, name).mul_(factor)
+
+    return damage
+
+
+TRAINED: dict[str, tuple[Any, str, Callable[..., object], str]] = {
+    "a product": (precision.Precision, "product", lambda made, *_: made.mul_(1.01), "a product: relative error"),
+    "one number of a product": (precision.Precision, "back_product", lambda made, *_: made[..., :1].add_(1.0), "product: "),
+    "an activation's derivative": (functions, "slopes", scaled("of_h", 1.02), "the gradient of h: "),
+    "a routing weight's": (functions, "slopes", scaled("of_weights", 1.001), "routing weights: "),
+    "what is multiplied by": (functions, "slopes", scaled("inner", 0.98), "inner: "),
+    "a weight's": (precision.Precision, "weight_gradient", lambda made, *_: made[:1].mul_(1.03), "the gradient of w"),
+    "a bit of a token's": (functions.Routes, "sum", lambda made, *_: flip(made), "the gradient of hidden"),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_an_error_of_a_layer_that_is_trained_is_found(case, monkeypatch):
+    owner, name, damage, text = TRAINED[case]
+    calls = [0]
+
+    def on_the_device(*given: Any, **settings: Any) -> None:
+        if calls[0]:
+            damage(*given, **settings)
+
+    # the CPU's layer is right
+    damaged(monkeypatch, owner, name, on_the_device)
+    before = fuzz_families.Trained._gradients
+
+    def gradients(*given: Any, guarded: bool) -> Any:
+        calls[0] = guarded
+        return before(*given, guarded=guarded)
+
+    monkeypatch.setattr(fuzz_families.Trained, "_gradients", gradients)
+    wrong("trained", text)
+
+
+def test_a_gradient_that_is_not_the_same_twice_is_wrong(monkeypatch):
+    turns = iter(range(10**6))
+    damaged(monkeypatch, precision.Precision, "weight_gradient", lambda made, *_: made[:1].mul_(1 + next(turns)))
+    wrong("trained", ", twice differ")
+
+
+@pytest.mark.parametrize(("damage", "text"), [(flip, "values of w"), (behind, "behind a buffer")], ids=["a bit", "past the end"])
+def test_an_error_of_weights_that_are_quantized_anew_is_found(damage, text, monkeypatch):
+    # what is made as a reference, without guards, is right
+    plain = torch.empty
+    damaged(monkeypatch, ops, "quantize_weight", lambda _, w, values, *given: torch.empty is not plain and damage(values))
+    wrong("checkpoint", text, guards=damage is behind)
+
+
+SHARED: dict[str, tuple[str, Callable[..., object]]] = {
+    "a sum": ("combine", lambda _, self, y, weights, out, *more: flip(out)),
+    "a row": ("dispatch", lambda made, *given: flip(made[0].values)),
+    "past the end": ("combine", lambda _, self, y, weights, out, *more: behind(out)),
+}
+
+
+def run_shared(rank: int, ranks: int) -> dict[str, tuple[str | None, bool]]:
+    """The first error of each kind that is planted, and of none."""
+    found: dict[str, tuple[str | None, bool]] = {}
+    for planted in ("none", *SHARED):
+        with pytest.MonkeyPatch.context() as patch:
+            if planted in SHARED:
+                damaged(patch, shared.SharedTransport, *SHARED[planted])
+            found[planted] = next(
+                (end for end in (settings_of("shared", block, 1, Place("cpu", True, rank, ranks)) for block in range(2)) if end[0]),
+                (None, False),
+            )
+    return found
+
+
+def test_shared_batches_run_and_errors_of_theirs_are_found():
+    for found in run_ranks(run_shared, 2):
+        assert found.pop("none") == (None, False)
+        assert all(error for error, _ in found.values()), found
+        assert [planted for planted, (_, guards) in found.items() if guards] == ["past the end"]
