@@ -123,9 +123,10 @@ def trained_model(folder: str, sizes: tuple[int, int]) -> float:
     model(mine, labels=mine).loss.backward()
     far = 0.0
     for name, parameter in whole.named_parameters():
-        gradient = model.get_parameter(name).grad
+        gradient, expected = model.get_parameter(name).grad, parameter.grad
+        assert gradient is not None and expected is not None, name
         gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        far = max(far, error(gradient, parameter.grad))
+        far = max(far, error(gradient, expected))
     return far
 
 
