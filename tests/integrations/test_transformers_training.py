@@ -179,8 +179,8 @@ def test_more_tokens_than_fit_are_trained_in_pieces(name):
     configure(max_tokens=12)
     found = gradients(trainable(name), "moequant", inputs)
     for of, gradient in found.items():
-        # sums of an expert's rows are rounded once for each piece
-        assert error(gradient, expected[of]) < (0 if of in ("output", "weights") else 4e-3) + 1e-9, of
+        # each piece is rounded, and each sum of pieces: 0.16% of what is rounded, which comes to 0.33% of four pieces
+        assert error(gradient, expected[of]) < (0 if of in ("output", "weights") else 5.5e-3) + 1e-9, of
 
 
 @pytest.mark.parametrize("name", NAMES)
