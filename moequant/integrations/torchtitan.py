@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch.distributed as dist
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from moequant.config import ROW_ALIGNMENT
 from moequant.dispatcher import MoEQuantDispatcher
+from moequant.integrations.versions import installed, numbers
 
 # of these, as the interface of its dispatchers changes with each
-WANTED = "0.3"
+WANTED = 0, 3
 
 
 def require(found: str | None) -> None:
@@ -34,21 +34,15 @@ def require(found: str | None) -> None:
     Raises:
         ImportError: there is none, or it is another one.
     """
-    if found is None or found.split(".")[:2] != WANTED.split("."):
+    wanted = ".".join(map(str, WANTED))
+    if found is None or numbers(found, 2) != WANTED:
         raise ImportError(
-            f"moequant.integrations.torchtitan was written for torchtitan {WANTED}, got {found or 'none'}: "
-            f"pip install 'torchtitan=={WANTED}.*', or take another moequant"
+            f"moequant.integrations.torchtitan was written for torchtitan {wanted}, got {found or 'none'}: "
+            f"pip install 'torchtitan=={wanted}.*', or take another moequant"
         )
 
 
-def _installed() -> str | None:
-    try:
-        return version("torchtitan")
-    except PackageNotFoundError:
-        return None
-
-
-require(_installed())
+require(installed("torchtitan"))
 
 from torchtitan.config import derive, override  # noqa: E402
 from torchtitan.models.common.token_dispatcher import BaseEPTokenDispatcher, LocalTokenDispatcher  # noqa: E402

@@ -24,7 +24,7 @@ def found(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
 
 def test_without_the_variable_nothing_is_imported_and_nothing_raised(monkeypatch):
     for value in (None, "", "0"):
-        monkeypatch.setattr(sglang, "installed", lambda: pytest.fail("asked for SGLang's version"))
+        monkeypatch.setattr(sglang, "installed", lambda library: pytest.fail("asked for SGLang's version"))
         monkeypatch.delenv(sglang.VARIABLE, raising=False)
         if value is not None:
             monkeypatch.setenv(sglang.VARIABLE, value)
@@ -35,7 +35,7 @@ def test_without_the_variable_nothing_is_imported_and_nothing_raised(monkeypatch
 @pytest.mark.parametrize("version", [None, "0.5.22", "0.6.0"])
 def test_another_sglang_ends_a_start_that_asked_for_moequant(monkeypatch, version):
     monkeypatch.setenv(sglang.VARIABLE, "1")
-    monkeypatch.setattr(sglang, "installed", lambda: version)
+    monkeypatch.setattr(sglang, "installed", lambda library: version)
     words = f"ImportError: moequant.integrations.sglang was written for sglang=={sglang.WANTED}, got {version or 'none'}"
     with pytest.raises(SystemExit, match=re.escape(words)):
         sglang.register()

@@ -47,7 +47,7 @@ def test_another_minor_is_refused_in_words(found):
 
 def test_register_says_why_and_lets_the_engine_start(monkeypatch, caplog):
     """It runs in all processes of any engine that finds this package."""
-    monkeypatch.setattr("moequant.integrations.vllm.registration.installed", lambda: None)
+    monkeypatch.setattr("moequant.integrations.vllm.registration.installed", lambda library: None)
     with caplog.at_level(logging.WARNING, "moequant"):
         register()
     assert "needs vLLM 0.33, and there is none" in caplog.text

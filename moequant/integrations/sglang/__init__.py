@@ -7,8 +7,8 @@ nothing, and imports nothing of SGLang.
 from __future__ import annotations
 
 import os
-import re
-from importlib.metadata import PackageNotFoundError, version
+
+from moequant.integrations.versions import installed, numbers
 
 VARIABLE = "MOEQUANT_SGLANG"
 # hooks name SGLang's internals, which change with each of its releases; 0.5.23.post1 is one of these
@@ -28,24 +28,12 @@ def register() -> None:
     try:
         if asked != "1":
             raise ValueError(f"{VARIABLE} must be 0 or 1, got {asked!r}")
-        require(installed())
+        require(installed("sglang"))
         from moequant.integrations.sglang import hooks
 
         hooks.install()
     except Exception as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-
-
-def installed() -> str | None:
-    """The version of SGLang that is installed.
-
-    Returns:
-        It, or None where there is none.
-    """
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        return None
 
 
 def require(found: str | None) -> None:
@@ -57,7 +45,7 @@ def require(found: str | None) -> None:
     Raises:
         ImportError: there is none, or it is another one.
     """
-    if found is None or re.findall(r"\d+", found)[:3] != WANTED.split("."):
+    if found is None or numbers(found, 3) != numbers(WANTED, 3):
         raise ImportError(
             f"moequant.integrations.sglang was written for sglang=={WANTED}, got {found or 'none'}: install that one, another "
             f"moequant, or unset {VARIABLE}"

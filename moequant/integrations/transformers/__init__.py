@@ -7,9 +7,10 @@
 Needs transformers 5.23 or newer, the extra `moequant[transformers]`; raises ImportError otherwise.
 """
 
-from moequant.integrations.transformers.requirement import installed, require
+from moequant.integrations.transformers.requirement import require
+from moequant.integrations.versions import installed
 
-require(installed())
+require(installed("transformers"))
 
 from moequant.integrations.transformers.config import MoEQuantConfig  # noqa: E402
 from moequant.integrations.transformers.contract import UnknownExpertsError  # noqa: E402

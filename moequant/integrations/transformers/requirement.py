@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from importlib.metadata import PackageNotFoundError, version
+from moequant.integrations.versions import numbers
 
 # the first whose models choose their experts and their expert parallelism by name
 OLDEST = 5, 23
-
-
-def installed() -> str | None:
-    """The version of transformers that is installed.
-
-    Returns:
-        It, or None where there is none.
-    """
-    try:
-        return version("transformers")
-    except PackageNotFoundError:
-        return None
 
 
 def require(found: str | None) -> None:
@@ -34,6 +21,5 @@ def require(found: str | None) -> None:
     remedy = "pip install 'moequant[transformers]'"
     if found is None:
         raise ImportError(f"moequant.integrations.transformers needs transformers {needed} or newer, and there is none: {remedy}")
-    parts = re.findall(r"\d+", found)[:2]
-    if tuple(map(int, parts)) < OLDEST:
+    if numbers(found, 2) < OLDEST:
         raise ImportError(f"moequant.integrations.transformers needs transformers {needed} or newer, got {found}: {remedy}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from moequant.integrations.vllm.requirement import installed, require
+from moequant.integrations.versions import installed
+from moequant.integrations.vllm.requirement import require
 
 LOG = logging.getLogger("moequant")
 NAME = "moequant"
@@ -17,7 +18,7 @@ def register() -> None:
     the others read why vLLM doesn't know it.
     """
     try:
-        require(installed())
+        require(installed("vllm"))
     except ImportError as error:
         LOG.warning("--quantization moequant is not there: %s", error)
         return

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from importlib.metadata import PackageNotFoundError, version
+from moequant.integrations.versions import numbers
 
 # the minor version whose classes are derived from here; others have other classes
 MINOR = 0, 33
-
-
-def installed() -> str | None:
-    """The version of vLLM that is installed.
-
-    Returns:
-        It, or None where there is none.
-    """
-    try:
-        return version("vllm")
-    except PackageNotFoundError:
-        return None
 
 
 def require(found: str | None) -> None:
@@ -34,7 +21,7 @@ def require(found: str | None) -> None:
     remedy = f"pip install 'vllm=={wanted}.*', or a moequant made for yours"
     if found is None:
         raise ImportError(f"moequant.integrations.vllm needs vLLM {wanted}, and there is none: {remedy}")
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) != MINOR:
+    if numbers(found, 2) != MINOR:
         raise ImportError(
             f"moequant.integrations.vllm needs vLLM {wanted}, as each minor version moves what it derives from, got {found}: {remedy}"
         )
