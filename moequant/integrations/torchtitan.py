@@ -10,7 +10,6 @@ T tokens of this rank, K top-k, E experts, L local experts, R rows of a rank's, 
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from moequant.config import ROW_ALIGNMENT
 from moequant.dispatcher import MoEQuantDispatcher
+from moequant.integrations.groups import ByGroup
 from moequant.integrations.versions import installed, numbers
 
 # of these, as the interface of its dispatchers changes with each
@@ -47,14 +47,8 @@ require(installed("torchtitan"))
 from torchtitan.config import derive, override  # noqa: E402
 from torchtitan.models.common.token_dispatcher import BaseEPTokenDispatcher, LocalTokenDispatcher  # noqa: E402
 
-
-class _Alone:
-    """Stands for the group of one rank alone."""
-
-
-_ALONE = _Alone()
 # by group, and by what else layers have to have in common
-_DISPATCHERS: weakref.WeakKeyDictionary[object, dict[tuple[object, ...], MoEQuantDispatcher]] = weakref.WeakKeyDictionary()
+_DISPATCHERS: ByGroup[tuple[object, ...], MoEQuantDispatcher] = ByGroup()
 
 
 class MoEQuantTokenDispatcher(BaseEPTokenDispatcher):
@@ -133,7 +127,7 @@ class MoEQuantTokenDispatcher(BaseEPTokenDispatcher):
         """The one of all layers like this one, with room for these tokens."""
         tokens, hidden = max(x.shape[0], 1), x.shape[1]
         group: dist.ProcessGroup | None = None if self.ep_mesh is None else self.ep_mesh.get_group()
-        known = _DISPATCHERS.setdefault(_ALONE if group is None else group, {})
+        known = _DISPATCHERS.of(group)
         key = hidden, x.device, *self._settings.values()
         if key not in known:
             settings: dict[str, Any] = self._settings | ({"transport": "local"} if group is None else {})

@@ -20,6 +20,7 @@ pytest.importorskip("transformers", "5.23")
 from hf_experts import EXPERTS, HIDDEN, TOP_K, error, make, odd_gate, quantize, run, scan, tokens
 from test_transformers_experts import LIMITS
 
+from moequant.integrations.groups import ByGroup
 from moequant.integrations.transformers import UnknownExpertsError, configure, layers as layers_of_models
 from moequant.integrations.transformers.contract import contract_of
 from moequant.integrations.transformers.dispatchers import room_for
@@ -59,7 +60,7 @@ def moequant(name: str) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_modes_in_any_order_have_one_result(name, order, monkeypatch):
     # what is kept must be made anew
-    monkeypatch.setattr("moequant.integrations.transformers.dispatchers._DISPATCHERS", weakref.WeakKeyDictionary())
+    monkeypatch.setattr("moequant.integrations.transformers.dispatchers._DISPATCHERS", ByGroup())
     module, inputs = moequant(name), tokens(7)
     expected = run(moequant(name), "moequant", *inputs)
     for mode in (*order, *order):

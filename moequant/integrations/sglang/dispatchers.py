@@ -6,7 +6,6 @@ T tokens of a rank, K top-k, E experts, W ranks, H hidden size.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from sglang.srt.environ import envs
 
 from moequant.dispatcher import MoEQuantDispatcher
+from moequant.integrations.groups import ByGroup
 
 # Decoding has one of its own, whose buffers are small: an expert's rows lie where its number says.
 DECODE, DEFAULT = 256, 2048
@@ -40,8 +40,7 @@ class Sizes:
     slots: int
 
 
-# by group: what its ranks agreed on ends with it
-_KNOWN: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Sizes, tuple[MoEQuantDispatcher, ...]]] = weakref.WeakKeyDictionary()
+_KNOWN: ByGroup[Sizes, tuple[MoEQuantDispatcher, ...]] = ByGroup()
 
 
 def dispatchers_of(group: dist.ProcessGroup, sizes: Sizes) -> tuple[MoEQuantDispatcher, ...]:
@@ -54,7 +53,7 @@ def dispatchers_of(group: dist.ProcessGroup, sizes: Sizes) -> tuple[MoEQuantDisp
     Returns:
         One with room for DECODE tokens, and one for as many as SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK says, or, unset, DEFAULT.
     """
-    known = _KNOWN.setdefault(group, {})
+    known = _KNOWN.of(group)
     if sizes not in known:
         variable = envs.SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK
         most = variable.get() if variable.is_set() else DEFAULT
@@ -82,6 +81,5 @@ def all_of_them() -> Iterator[MoEQuantDispatcher]:
     Yields:
         Them.
     """
-    for known in _KNOWN.values():
-        for dispatchers in known.values():
-            yield from dispatchers
+    for dispatchers in _KNOWN.values():
+        yield from dispatchers

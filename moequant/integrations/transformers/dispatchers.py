@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from moequant.config import ROW_ALIGNMENT
 from moequant.dispatcher import MoEQuantDispatcher
+from moequant.integrations.groups import ByGroup
 from moequant.integrations.transformers.settings import Settings
 from moequant.transport.peer_memory import why_unreachable
 
@@ -54,14 +55,8 @@ class Place:
     absent: bool = False
 
 
-class _Alone:
-    """Stands for the group of one rank alone."""
-
-
-_ALONE = _Alone()
 Key = tuple[bool, bool, Sizes, int, Settings]
-# by group: what a group's ranks agreed on ends with it
-_DISPATCHERS: weakref.WeakKeyDictionary[object, dict[Key, MoEQuantDispatcher]] = weakref.WeakKeyDictionary()
+_DISPATCHERS: ByGroup[Key, MoEQuantDispatcher] = ByGroup()
 _SYMMETRIC: weakref.WeakKeyDictionary[dist.ProcessGroup, bool] = weakref.WeakKeyDictionary()
 
 
@@ -97,7 +92,7 @@ def dispatcher_of(place: Place, sizes: Sizes, tokens: int, settings: Settings) -
         It, whose batches are ragged, and hold all rows.
     """
     group, room = place.group, room_for(tokens, settings)
-    known = _DISPATCHERS.setdefault(_ALONE if group is None else group, {})
+    known = _DISPATCHERS.of(group)
     key = place.shared, place.absent, sizes, room, settings
     if key not in known:
         ranks = 1 if group is None else dist.get_world_size(group)
