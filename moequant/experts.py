@@ -21,7 +21,7 @@ from moequant.gemm import grouped_gemm_blockscale
 from moequant.quantization import silu_mul, silu_mul_quantize
 from moequant.repeats import Repeats
 from moequant.traced import numbered
-from moequant.weights import ExpertWeights, Weight, addresses_of, check_batch, dtype_of, parts_of, some_of
+from moequant.weights import ExpertWeights, Weight, check_batch, dtype_of, parts_of, some_of
 from moequant.workspaces import Sizes, Workspace, workspace_of
 
 Result = TypeVar("Result")
@@ -129,7 +129,7 @@ class GroupedExperts(ExpertWeights):
         if repeats is None:
             repeats = self._repeats[batch] = Repeats()
         # with what may be refused: weights that require grad
-        weights = addresses_of(self.w13, self.w2, self.bias13, self.bias2)
+        weights = _addresses_of(self.w13, self.w2, self.bias13, self.bias2)
         return repeats.run(batch.values, inputs, (name, num_sms, batch.values.data_ptr(), *weights, torch.is_grad_enabled()), call)
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
@@ -349,3 +349,17 @@ def _overridden(experts: GroupedExperts) -> frozenset[str]:
 @functools.cache
 def _overridden_by(kind: type[GroupedExperts]) -> frozenset[str]:
     return frozenset(step for step in STEPS if getattr(kind, step) is not getattr(GroupedExperts, step))
+
+
+def _addresses_of(*weights: Weight | None) -> tuple[int, ...]:
+    """Where weights and biases lie, values and scales each, and of plain ones whether they require grad, for which their use may be
+    refused. 0 for None, so that one bias is not taken for the other."""
+    found: list[int] = []
+    for w in weights:
+        if w is None:
+            found.append(0)
+        elif isinstance(w, QuantizedTensor):
+            found += w.values.data_ptr(), w.scales.data_ptr()
+        else:
+            found += w.data_ptr(), w.requires_grad
+    return tuple(found)

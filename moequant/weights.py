@@ -127,27 +127,6 @@ def bias_apart(bias: Tensor | None, w: Weight, activation: Activation) -> Tensor
     return halves_apart(bias) if bias is not None and activation.interleaved else bias
 
 
-def addresses_of(*weights: Weight | None) -> tuple[int, ...]:
-    """Where weights lie, and whether they require grad, for which their use may be refused.
-
-    Args:
-        *weights: weights, and biases, or None for none.
-
-    Returns:
-        For each in turn the addresses of values and scales, or of a plain tensor and 1 if it requires grad; 0 for none, so that one
-        bias is not taken for the other.
-    """
-    found: list[int] = []
-    for w in weights:
-        if w is None:
-            found.append(0)
-        elif isinstance(w, QuantizedTensor):
-            found += w.values.data_ptr(), w.scales.data_ptr()
-        else:
-            found += w.data_ptr(), w.requires_grad
-    return tuple(found)
-
-
 def parts_of(x: QuantizedTensor | Tensor) -> tuple[Tensor, Tensor | None]:
     """A weight's or an activation's values, and its scales if it has any.
 
