@@ -208,6 +208,9 @@ def work(options: argparse.Namespace) -> int:
             # the workers share a GPU
             torch.cuda.empty_cache()
         if stop or options.only is not None:
+            # of ranks that are out of step, one might wait for the other
+            if options.ranks > 1 and not wrong:
+                torch.distributed.destroy_process_group()
             return 1 if wrong else 0
         block += options.step
 

@@ -57,7 +57,7 @@ def test_a_tiny_run_records_both_formats_beside_torch(device, tmp_path, monkeypa
     monkeypatch.setattr(bench_training, "time_turn_about", once)
     monkeypatch.setattr(bench_training, "model_shape", lambda name: bench_training.CPU_SHAPE)
     path, profile = tmp_path / "records.jsonl", tmp_path / "profiles" / "kernels.txt"
-    options = ["--models", "qwen3-30b", "--num-tokens", "8", "--device", device, "--output-json", str(path)]
+    options = ["--models", "qwen3-30b", "--num-tokens", "64", "--device", device, "--output-json", str(path)]
     bench_training.main([*options, "--profile", str(profile)])
     records = [json.loads(line) for line in path.read_text().splitlines()]
     records = [record for record in records if record["op"] not in CEILINGS]
