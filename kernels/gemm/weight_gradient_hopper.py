@@ -49,11 +49,12 @@ TILE_WORDS = gl.constexpr(5)
 
 
 @gluon.jit
-def locate_tile(tile, block_ends, experts, blocks, ROW_TILES: gl.constexpr, COLUMN_TILES: gl.constexpr):
+def locate_tile(tile, block_ends, experts, blocks, N: gl.constexpr, COLUMN_TILES: gl.constexpr):
     """The expert of a tile number, the row tile, the column tile, its first block and the number of them. Past the last tile the expert
     is too large."""
-    expert = tile // (ROW_TILES * COLUMN_TILES)
-    row_tile, column_tile = in_band(tile % (ROW_TILES * COLUMN_TILES), ROW_TILES, COLUMN_TILES)
+    TILES: gl.constexpr = (N + 127) // 128 * COLUMN_TILES
+    expert = tile // TILES
+    row_tile, column_tile = in_band(tile % TILES, N, COLUMN_TILES)
     known = gl.minimum(expert, experts - 1)
     first = gl.load(block_ends + gl.maximum(known - 1, 0))
     end = gl.load(block_ends + known)
@@ -68,14 +69,13 @@ def load_tiles(descriptors, ring, counter, block_ends, experts, blocks, N: gl.co
     a, b, a_scales = descriptors
     STAGES: gl.constexpr = ring.full.shape[0]
     HALVES: gl.constexpr = ring.b.shape[0] // STAGES
-    ROW_TILES: gl.constexpr = (N + 127) // 128
     COLUMN_TILES: gl.constexpr = (K_DIM + 128 * HALVES - 1) // (128 * HALVES)
     BYTES: gl.constexpr = 2 * (64 * 128 + 64 * 4) + HALVES * 128 * 128
     programs = gl.num_programs(0)
     drawn = gl.program_id(0)
     stage = 0
     phase = 1
-    expert, row_tile, column_tile, first, groups = locate_tile(drawn, block_ends, experts, blocks, ROW_TILES, COLUMN_TILES)
+    expert, row_tile, column_tile, first, groups = locate_tile(drawn, block_ends, experts, blocks, N, COLUMN_TILES)
     while expert < experts:
         row = row_tile * 128
         column = column_tile * (128 * HALVES)
@@ -101,7 +101,7 @@ def load_tiles(descriptors, ring, counter, block_ends, experts, blocks, N: gl.co
             # the ring is full by now, so that the answer is there before it is wanted
             if k == groups // 2:
                 drawn = programs + gl.atomic_add(counter, 1, sem="relaxed")
-        expert, row_tile, column_tile, first, groups = locate_tile(drawn, block_ends, experts, blocks, ROW_TILES, COLUMN_TILES)
+        expert, row_tile, column_tile, first, groups = locate_tile(drawn, block_ends, experts, blocks, N, COLUMN_TILES)
     mbarrier.wait(ring.empty.index(stage), phase)
     for word in gl.static_range(2, TILE_WORDS):
         write_scalar(ring.tile.index(stage * TILE_WORDS + word), 0)
