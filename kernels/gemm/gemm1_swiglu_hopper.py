@@ -304,7 +304,7 @@ def gemm1_swiglu_hopper_kernel(
             (multiply_tiles, (1, ring, output, go, b_scales, M, eps, N, G, ARITHMETIC, RAGGED)),
             (
                 load_tiles,
-                ((a, b, a_scales), load_ring, counter, num_tokens, expert_start, experts, M, scale_rows, N, G, EXPERTS, True),
+                ((a, b, a_scales), load_ring, counter, (num_tokens, expert_start), (experts, M, scale_rows), N, G, EXPERTS, True),
             ),
         ],
         [4, 1],

@@ -278,7 +278,10 @@ def grouped_gemm_hopper_kernel(
         [
             (multiply_tiles, (0, ring, output, b_scales, N, G)),
             (multiply_tiles, (1, ring, output, b_scales, N, G)),
-            (load_tiles, ((a, b, a_scales), load_ring, counter, num_tokens, expert_start, experts, M, scale_rows, N, G, EXPERTS)),
+            (
+                load_tiles,
+                ((a, b, a_scales), load_ring, counter, (num_tokens, expert_start), (experts, M, scale_rows), N, G, EXPERTS),
+            ),
         ],
         [4, 1],
         [232, 32],

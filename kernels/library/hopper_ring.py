@@ -81,6 +81,15 @@ def first_row(expert_start, expert, experts, M):
 
 
 @gluon.jit
+def in_band(inside, rows, COLUMN_TILES: gl.constexpr):
+    """Row tile and column tile of a tile number inside an expert of so many rows, in bands of GROUP_M row tiles."""
+    band = inside // (GROUP_M * COLUMN_TILES)
+    inside -= band * (GROUP_M * COLUMN_TILES)
+    height = gl.maximum(gl.minimum((rows + 127) // 128 - band * GROUP_M, GROUP_M), 1)
+    return band * GROUP_M + inside % height, inside // height
+
+
+@gluon.jit
 def locate_tile(tile, counts, ends, num_tokens, expert_start, experts, M, COLUMN_TILES: gl.constexpr):
     """The expert of a tile number, its first row, its valid rows, the row tile and the column tile. Past the last tile the expert is too
     large."""
@@ -98,10 +107,8 @@ def locate_tile(tile, counts, ends, num_tokens, expert_start, experts, M, COLUMN
         count = gl.minimum(gl.maximum(gl.load(num_tokens + gl.minimum(expert, experts - 1)), 0), M)
         if expert_start is not None:
             count = gl.minimum(count, M - start)
-    band = inside // (GROUP_M * COLUMN_TILES)
-    inside -= band * (GROUP_M * COLUMN_TILES)
-    height = gl.maximum(gl.minimum((count + 127) // 128 - band * GROUP_M, GROUP_M), 1)
-    return expert, start, count, band * GROUP_M + inside % height, inside // height
+    row_tile, column_tile = in_band(inside, count, COLUMN_TILES)
+    return expert, start, count, row_tile, column_tile
 
 
 @gluon.jit
@@ -109,11 +116,8 @@ def load_tiles(
     descriptors,
     ring,
     counter,
-    num_tokens,
-    expert_start,
-    experts,
-    M,
-    scale_rows,
+    counts_of,
+    sizes,
     N: gl.constexpr,
     G: gl.constexpr,
     EXPERTS: gl.constexpr,
@@ -121,9 +125,12 @@ def load_tiles(
 ):
     """The TMA warp: draws tiles and fills the ring with their groups.
 
+    counts_of: num_tokens and expert_start. sizes: experts, M and scale_rows, the rows between two experts' groups of a_scales.
     GATED: of a tile's two halves of 128 columns the second lies N / 2 columns after the first, not beside it.
     """
     a, b, a_scales = descriptors
+    num_tokens, expert_start = counts_of
+    experts, M, scale_rows = sizes
     STAGES: gl.constexpr = ring.full.shape[0]
     HALVES: gl.constexpr = ring.b.shape[0] // STAGES
     COLUMN_TILES: gl.constexpr = (N + 128 * HALVES - 1) // (128 * HALVES)
@@ -183,6 +190,12 @@ def load_tiles(
     write_scalar(ring.tile.index(stage * TILE_WORDS + 3), -1)
     barrier()
     mbarrier.arrive(ring.full.index(stage), count=1)
+    put_back(counter, programs)
+
+
+@gluon.jit
+def put_back(counter, programs):
+    """A program has drawn its last tile: the last one to say so leaves the counter at zero."""
     if gl.atomic_add(counter + 1, 1, sem="acq_rel") == programs - 1:
         gl.store(counter, 0)
         gl.store(counter + 1, 0)

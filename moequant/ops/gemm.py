@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moequant.batch import ANY_ROWS, ceil_div
 from moequant.ops import on_cpu
 from moequant.ops.quantization import quant_spec, silu_mul_quantize
 from moequant.ops.registration import registered, uses_kernels
+from moequant.reference.columnwise import weight_gradient as reference_weight_gradient
+from moequant.reference.quantization import dequantize_blocks
 
 __all__ = [
     "fuses_gemm1",
@@ -25,8 +28,11 @@ __all__ = [
     "grouped_gemm_blockscale",
     "grouped_gemm_push",
     "rows_side_by_side",
+    "weight_gradient",
 ]
 
+# torch 2.10 may have it under another name only
+GROUPED_MM: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 # Bytes of gate and up, of all rows that there is room for, up to which two kernels may be taken for their speed. Chosen, not measured.
 MOST_APART = 128 * 2**20
 
@@ -268,3 +274,30 @@ def gemm1_swiglu(
     gate_up = torch.empty(*a.shape[:-1], w13.shape[1], dtype=torch.bfloat16, device=a.device)
     grouped_gemm_blockscale(a, a_scales, w13, w13_scales, num_tokens, expert_start, gate_up, 2, expected_rows, num_sms)
     silu_mul_quantize(gate_up, num_tokens, expert_start, values, scales, recipe)
+
+
+@registered(mutates=("out",))
+def weight_gradient(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, block_ends: Tensor, out: Tensor) -> None:
+    """`reference.columnwise.weight_gradient` of operands that `quantize_columnwise` made, into a given output. Waits for no device.
+
+    a: (N, C) float8_e4m3fn contiguous, a_scales: (B, N). b: (K_dim, C) float8_e4m3fn contiguous, b_scales: (ceil(K_dim / 128), B)
+    contiguous. block_ends: (L,) int32: blocks of the experts up to and with each. out: (L, N, K_dim) contiguous bfloat16, float16 or
+    float32; where no kernel of this package multiplies, rounded to bfloat16 first.
+    """
+    # asked first: a CPU needs no Triton
+    if uses_kernels(a):
+        from moequant.kernels.library import common
+
+        if common.runs_gluon(a.device):
+            from moequant.kernels.gemm.weight_gradient_hopper import supports_weight_gradient, weight_gradient_hopper
+
+            if supports_weight_gradient(a, a_scales, b, b_scales, block_ends, out):
+                weight_gradient_hopper(a, a_scales, b, b_scales, block_ends, out)
+                return
+    if a.is_cuda and GROUPED_MM is not None:
+        # exact: scales are powers of two
+        left = dequantize_blocks(a, a_scales.mT, 1, 128, torch.bfloat16)
+        right = dequantize_blocks(b, b_scales, 128, 128, torch.bfloat16)
+        out.copy_(GROUPED_MM(left, right.mT, offs=block_ends * 128))
+    else:
+        reference_weight_gradient(a, a_scales, b, b_scales, block_ends, out)

@@ -11,6 +11,7 @@ what runs on a CPU; of the grouped GEMM there it is the bits that run, in less t
       grouped_gemm_blockscale, silu_mul_quantize, grouped_gemm_blockscale
       combine                  weighted sum over k
       silu_mul_backward, plain_rows   what a backward needs besides
+      quantize_columnwise, weight_gradient   gradients of weights from narrow numbers
 
 Letters: T tokens of this rank, K top-k, E experts in all, W ranks, L = E / W local experts, M rows of an expert's buffer, C rows of an
 expert's buffer per source rank, H hidden size, I intermediate size, G = ceil(H / 128) groups, N and K_dim of a GEMM.
@@ -18,6 +19,7 @@ expert's buffer per source rank, H hidden size, I intermediate size, G = ceil(H 
 
 from moequant.reference.activations import *
 from moequant.reference.backward import *
+from moequant.reference.columnwise import *
 from moequant.reference.dense import *
 from moequant.reference.gemm import *
 from moequant.reference.quantization import *

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moequant import ops
@@ -21,6 +20,7 @@ from moequant.config import QUANT_DTYPES
 from moequant.experts import GroupedExperts
 from moequant.formats import recipe_of
 from moequant.gemm import grouped_gemm_blockscale
+from moequant.ops.gemm import GROUPED_MM
 from moequant.quantization import quantize_expert_batch, quantize_weight, silu_mul, silu_mul_quantize
 from moequant.reference.quantization import expert_places
 from moequant.training.rows import Rows
@@ -33,8 +33,6 @@ LARGEST_FLOOR = 1e-10
 QUANTS = ("none", "fp8_e4m3fn")
 # Rows of an expert from which on torch's `grouped_mm` is the faster product in bfloat16. benchmarks/notes_training.md
 MANY_ROWS = 512
-# torch 2.10 may have it under another name only
-GROUPED_MM: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ from gluon_on_cpu import StandIn
 from guarded import Guarded
 from moequant import reference
 from moequant.config import round_up
-from moequant.kernels.gemm import gemm1_swiglu_hopper as fused, grouped_gemm_hopper as grouped
+from moequant.kernels.gemm import gemm1_swiglu_hopper as fused, grouped_gemm_hopper as grouped, weight_gradient_hopper as gradient
 from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper, takes_gemm1_swiglu
 from moequant.kernels.gemm.grouped_gemm_hopper import FLOAT32, NARROW, WIDE, Config, grouped_gemm_blockscale_hopper
+from moequant.kernels.gemm.weight_gradient_hopper import takes_weight_gradient, weight_gradient_hopper
 from moequant.kernels.library.hopper import takes
 from moequant.testing import assert_nearly_quantized, relative_error
 from ragged_rows import ragged
+from tokenwise import columnwise_operands, exact_gradient
 
 
 def addresses(tensor: Tensor, mask: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ def assert_stored_once(memory: Memory, counter: Tensor, *outputs: tuple[Tensor, 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> tuple[Memory, Tensor]:
     """The kernels run on the CPU. Returns their memory, and the tile counter that they leave at zero."""
     memory, counter = Memory(), torch.zeros(2, dtype=torch.int32)
-    for module, name in ((grouped, "grouped_gemm_hopper_kernel"), (fused, "gemm1_swiglu_hopper_kernel")):
+    kernels = {grouped: "grouped_gemm_hopper_kernel", fused: "gemm1_swiglu_hopper_kernel", gradient: "weight_gradient_hopper_kernel"}
+    for module, name in kernels.items():
         monkeypatch.setattr(module, name, StandIn(getattr(module, name), memory))
         monkeypatch.setattr(module.counters, "get", lambda device: counter)
     return memory, counter
@@ -193,3 +196,36 @@ def test_gemm_1_stores_each_valid_value_and_scale_once(stand_in, inner, starts):
         for place in reference.expert_places(values.tensor, num_tokens, expert_start):
             result = values.tensor[place], scales_view[place]
             assert_nearly_quantized(result, (expected.values[place], expected.scales[place]))
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "shapes"),
+    [
+        (WIDE, torch.bfloat16, [(1, 8), (130, 264), (64, 128), (193, 520)]),
+        (NARROW, torch.float16, [(3, 136), (128, 384), (300, 72)]),
+        (FLOAT32, torch.float32, [(70, 4), (200, 260)]),
+    ],
+    ids=["wide", "narrow", "float32"],
+)
+def test_a_weight_gradient_stores_each_element_once(stand_in, config, dtype, shapes):
+    """Row tiles that end inside an expert, on its edge, and after less than a warpgroup's rows; experts without rows."""
+    memory, counter = stand_in
+    for number, (columns, depth) in enumerate(shapes):
+        memory.stored.clear()
+        memory.tensors.clear()
+        counts = ([5, 0, 300], [128], [0, 0], [129, 256])[number]
+        operands = columnwise_operands(counts, columns, depth)
+        buffer = Guarded(len(counts), columns, depth, dtype=dtype)
+        assert takes_weight_gradient(*operands, buffer.tensor)
+        weight_gradient_hopper(*operands, buffer.tensor, config=config, num_sms=1 + number % 3)
+        assert counter.tolist() == [0, 0]
+        everything = torch.ones(buffer.tensor.shape, dtype=torch.bool)
+        buffer.assert_only(everything)
+        assert_stored_once(memory, counter, (buffer.tensor, everything))
+        expected = exact_gradient(*operands, len(counts))
+        for expert, count in enumerate(counts):
+            if not count:
+                assert not buffer.tensor[expert].any()
+            else:
+                # few numbers scatter about the 1.66e-3 of rounding to bfloat16
+                assert relative_error(buffer.tensor[expert], expected[expert]) < 4e-3

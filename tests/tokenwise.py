@@ -1,0 +1,50 @@
+"""Operands that lie along the tokens, for tests of weight gradients: made by the reference, with NaN in everything that is unused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moequant.config import round_up
+from moequant.reference.columnwise import BLOCK, quantize_columnwise
+from moequant.reference.quantization import dequantize_blocks
+
+FP8 = torch.float8_e4m3fn
+
+
+def columnwise_operands(
+    counts: list[int], columns: int, depth: int, device: str = "cpu", spare: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """a (N, C), a_scales (B, N), b (K_dim, C), b_scales (ceil(K_dim / 128), B) and block_ends of experts with so many tokens, whose
+    neighbouring blocks and columns have scales far apart. spare: tokens that there is room for besides.
+
+    Numbers past the last block, and their scales, are NaN; so are what lies between two rows of a_scales.
+    """
+    rows = max(*counts, 1, -(-spare // len(counts)))
+    num_tokens = torch.tensor(counts, dtype=torch.int32, device=device)
+    room = len(counts) * rows // BLOCK + len(counts)
+    block_ends = torch.full((len(counts),), -1, dtype=torch.int32, device=device)
+    operands = []
+    for width, blocks in ((columns, False), (depth, True)):
+        x = torch.randn(len(counts), rows, width, device=device)
+        # sums that float16 has
+        x *= torch.exp2(torch.randint(-8, 3, (1, 1, width), device=device) + torch.arange(rows, device=device)[:, None] // 64 % 3)
+        values = torch.full((width, BLOCK * room), 0x7F, dtype=torch.uint8, device=device).view(FP8)
+        shape = (-(-width // BLOCK), room) if blocks else (room, round_up(width, 4))
+        scales = torch.full(shape, torch.nan, device=device)
+        scales = scales if blocks else scales[:, :width]
+        quantize_columnwise(x.bfloat16(), None, num_tokens, None, values, scales, block_ends, blocks=blocks)
+        operands += [values, scales]
+    a, a_scales, b, b_scales = operands
+    return a, a_scales, b, b_scales, block_ends
+
+
+def exact_gradient(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, block_ends: Tensor, experts: int) -> Tensor:
+    """The weight gradient (L, N, K_dim) of operands in float64."""
+    made, first = [], 0
+    for end in block_ends[:experts].tolist():
+        tokens = slice(first * BLOCK, end * BLOCK)
+        left = dequantize_blocks(a[:, tokens], a_scales[first:end].mT, 1, BLOCK, torch.float32).double()
+        made.append(left @ dequantize_blocks(b[:, tokens], b_scales[:, first:end], 128, BLOCK, torch.float32).double().T)
+        first = end
+    return torch.stack(made)
