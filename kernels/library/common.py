@@ -153,7 +153,7 @@ def convert_e4m3fnuz(doubled):
 
 @triton.jit
 def quantize_group(x, spec, AXIS: tl.constexpr, target: tl.constexpr):
-    """Quantizes float32 x in groups along AXIS, its last one. Returns values of the element type target, and scales without AXIS.
+    """Quantizes float32 x in groups that are AXIS. Returns values of the element type target, and scales without AXIS.
 
     x / scale is correctly rounded at the cost of a product: with r the correctly rounded 1 / scale, q = x * r is off by at most a few
     units in the last place, the fma gives its remainder exactly, and the second fma corrects it (Markstein, IBM J. R&D 34-1, 1990).
@@ -164,6 +164,15 @@ def quantize_group(x, spec, AXIS: tl.constexpr, target: tl.constexpr):
     reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     bits, wide_scale, reciprocal = tl.expand_dims(bits, AXIS), tl.expand_dims(scale, AXIS), tl.expand_dims(reciprocal, AXIS)
     return divide_and_round(x, bits, wide_scale, reciprocal, spec.reciprocal, target), scale
+
+
+@triton.jit
+def quantize_tile(x, spec, target: tl.constexpr):
+    """`quantize_group` of a whole float32 matrix. Returns values and the scale, (1, 1)."""
+    bits = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True), axis=0, keep_dims=True)
+    scale = group_scale(bits, spec)
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return divide_and_round(x, bits, scale, reciprocal, spec.reciprocal, target), scale
 
 
 @triton.jit
