@@ -73,10 +73,12 @@ def edges(x: Tensor, kind: Activation) -> Tensor:
     return near
 
 
-def assert_close(found: Tensor, expected: Tensor, off: float, name: str, but: Tensor | None = None) -> None:
-    """Within a step of bfloat16 of expected numbers, or off. but: numbers that may be anything."""
+def assert_close(
+    found: Tensor, expected: Tensor, off: float | Tensor, name: str, but: Tensor | None = None, step: float = STEP
+) -> None:
+    """Within a step, of bfloat16, of expected numbers, or off. but: numbers that may be anything."""
     found, expected = found.cpu().float(), expected.float()
-    wrong = ~((found - expected).abs() <= STEP * expected.abs() + off)
+    wrong = ~((found - expected).abs() <= step * expected.abs() + off)
     wrong &= True if but is None else ~but
     first = wrong.nonzero()[:1].tolist()
     assert not first, f"{name}: {int(wrong.sum())} of {wrong.numel()} numbers are wrong, from {first} on"

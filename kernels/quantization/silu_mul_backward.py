@@ -51,10 +51,10 @@ class Entries(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What is written: the gradient of x, the activation's value times the routing weight (..., I) or None, and what the gradient
+    """What is written: the gradient of x or None, the activation's value times the routing weight (..., I) or None, and what the gradient
     quantizes to (..., 2I) or None."""
 
-    gradient: torch.Tensor
+    gradient: torch.Tensor | None
     inner: torch.Tensor | None
     narrow: torch.Tensor | None
 
@@ -69,10 +69,11 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def store_half(numbers, made, base, in_tile, scale_at, valid, is_there, is_valid, spec):
-    """Half of a gradient's tile, rounded to its type, and the same numbers quantized, if it is asked for. Groups are the tile's rows."""
-    rounded = numbers.to(made.gradient.dtype.element_ty)
-    tl.store(made.gradient + base + in_tile, rounded, mask=is_there)
+def store_half(numbers, made, base, in_tile, scale_at, valid, is_there, is_valid, spec, ROUNDED: tl.constexpr):
+    """Half of a gradient's tile, rounded, and the same numbers quantized, as far as they are asked for. Groups are the tile's rows."""
+    rounded = numbers.to(ROUNDED)
+    if made.gradient is not None:
+        tl.store(made.gradient + base + in_tile, rounded, mask=is_there)
     if made.narrow is not None:
         values, factors = quantize_group(rounded.to(tl.float32), spec, 1, made.narrow.dtype.element_ty)
         tl.store(made.narrow + base + in_tile, values, mask=is_valid)
@@ -106,6 +107,8 @@ def silu_mul_backward_kernel(
     ACTIVATION: tl.constexpr = TILE.activation
     GATED: tl.constexpr = ACTIVATION.gated
     WIDTH: tl.constexpr = 2 if GATED else 1
+    # the gradient has x's type
+    ROUNDED: tl.constexpr = given.x.dtype.element_ty
     experts, rows, columns = shape
     firsts, counts, extents, ends = extents_of(placed.num_tokens, placed.expert_start, experts, rows, BLOCK_M, EXPERTS)
     blocks = tl.max(ends, axis=0)
@@ -155,10 +158,10 @@ def silu_mul_backward_kernel(
             if made.inner is not None:
                 weighted = (weight * inner).to(made.inner.dtype.element_ty)
                 tl.store(made.inner + (narrow_base + column) + in_narrow, weighted, mask=is_there)
-            store_half(d_inner * by_gate, made, wide_base + column, in_wide, scale_at, valid, is_there, is_valid, spec)
+            store_half(d_inner * by_gate, made, wide_base + column, in_wide, scale_at, valid, is_there, is_valid, spec, ROUNDED)
             if GATED:
                 at = wide_base + columns + column
-                store_half(d_inner * by_up, made, at, in_wide, scale_at + to_up, valid, is_there, is_valid, spec)
+                store_half(d_inner * by_up, made, at, in_wide, scale_at + to_up, valid, is_there, is_valid, spec, ROUNDED)
             if scales.pointer is not None:
                 scale_at += scales.column
         if entries.gradients is not None:

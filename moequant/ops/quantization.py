@@ -230,7 +230,7 @@ def silu_mul_backward(
     given: tuple[Tensor, Tensor, Tensor | None],
     placed: tuple[Tensor, Tensor | None, Tensor],
     entries: tuple[Tensor, Tensor | None, Tensor | None],
-    gradient: Tensor,
+    gradient: Tensor | None = None,
     inner: Tensor | None = None,
     narrow: tuple[Tensor, Tensor] | None = None,
     recipe: str = "default",

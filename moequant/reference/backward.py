@@ -43,7 +43,7 @@ def silu_mul_backward(
     given: tuple[Tensor, Tensor, Tensor | None],
     placed: tuple[Tensor, Tensor | None, Tensor],
     entries: tuple[Tensor, Tensor | None, Tensor | None],
-    gradient: Tensor,
+    gradient: Tensor | None = None,
     inner: Tensor | None = None,
     narrow: tuple[Tensor, Tensor] | None = None,
     recipe: str = "default",
@@ -68,11 +68,13 @@ def silu_mul_backward(
     weight = weights.flatten()[place].unsqueeze(1)
     made, of_x = activated_with_slopes(wide, activation_of(activation), grad * weight)
     zeros = contracted_rows(num_tokens, x, expert_start) & ~valid
-    gradient[valid], gradient[zeros] = of_x.to(gradient.dtype), 0
+    of_x = of_x.to(x.dtype if gradient is None else gradient.dtype)
+    if gradient is not None:
+        gradient[valid], gradient[zeros] = of_x, 0
     if inner is not None:
         inner[valid], inner[zeros] = (made * weight).to(inner.dtype), 0
     if narrow is not None:
-        write_rows(quantize_groups(gradient[valid], 128, narrow[0].dtype, recipe, None), valid, *narrow)
+        write_rows(quantize_groups(of_x, 128, narrow[0].dtype, recipe, None), valid, *narrow)
     if of_weights is not None:
         of_rows = (grad * made).sum(1)
         of_weights.view(-1)[place] = of_rows if more is None else of_rows + more[valid]

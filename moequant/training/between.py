@@ -38,15 +38,17 @@ class Given(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which results are asked for, besides the gradient of h.
+    """Which results are asked for.
 
     Attributes:
+        plain: the gradient of h.
         operand: what of the gradient is multiplied.
         inner: GEMM 2's operand times the routing weights.
         weights: the gradient of the routing weights.
         keep: h stays as it is.
     """
 
+    plain: bool
     operand: bool
     inner: bool
     weights: bool
@@ -63,7 +65,7 @@ class Slopes(NamedTuple):
         of_weights: (T, K), the gradient of the routing weights.
     """
 
-    of_h: Tensor
+    of_h: Tensor | None
     operand: QuantizedTensor | Tensor | None
     inner: Tensor | None
     of_weights: Tensor | None
@@ -102,13 +104,16 @@ def by_kernel(plan: Plan, rows: Rows, given: Given, wanted: Wanted) -> Slopes:
     d_inner, h = given.d_inner, given.h
     everyones = routes.everyones(given.weights)
     of_everyones = torch.zeros_like(everyones) if wanted.weights else None
-    of_h, operand, narrow = torch.empty_like(h) if wanted.keep else h, None, None
+    operand = narrow = None
     quantized = wanted.operand and precision.quant != "none"
     # a group of gate and up together is for a pass of its own
     if quantized and (d_inner.shape[-1] % 128 == 0 or not kind.gated):
         values = torch.empty(h.shape, dtype=QUANT_DTYPES[precision.quant], device=h.device)
         narrow = values, empty_scales_of(h.shape, 128, h.device)
         operand = QuantizedTensor(*narrow, "transposed", precision.recipe)
+    of_h = None
+    if wanted.plain or (wanted.operand and operand is None):
+        of_h = torch.empty_like(h) if wanted.keep else h
     ops.silu_mul_backward(
         (d_inner, h, None if given.bias13 is None else given.bias13.contiguous()),
         (rows.num_tokens, rows.expert_start, rows.sources.contiguous()),
@@ -119,11 +124,11 @@ def by_kernel(plan: Plan, rows: Rows, given: Given, wanted: Wanted) -> Slopes:
         precision.recipe,
         kind.text,
     )
-    flat = of_h.flatten(0, -2)
-    if wanted.operand and operand is None:
+    flat = None if of_h is None else of_h.flatten(0, -2)
+    if flat is not None and wanted.operand and operand is None:
         operand = precision.operand(flat, rows)
     of_weights = None if of_everyones is None else routes.returned(of_everyones, given.ids)
-    return Slopes(flat, operand, d_inner.flatten(0, -2) if wanted.inner else None, of_weights)
+    return Slopes(flat if wanted.plain else None, operand, d_inner.flatten(0, -2) if wanted.inner else None, of_weights)
 
 
 def by_torch(plan: Plan, rows: Rows, given: Given, wanted: Wanted) -> Slopes:
@@ -149,7 +154,7 @@ def by_torch(plan: Plan, rows: Rows, given: Given, wanted: Wanted) -> Slopes:
         of_rows = (d_inner * inner).sum(1)
         of_weights = plan.routes.to_entries(of_rows if given.more is None else of_rows + given.more, rows, given.ids)
     operand = plan.precision.operand(of_h, rows) if wanted.operand else None
-    return Slopes(of_h, operand, s * inner if wanted.inner else None, of_weights)
+    return Slopes(of_h if wanted.plain else None, operand, s * inner if wanted.inner else None, of_weights)
 
 
 def keeps_graph() -> bool:

@@ -170,23 +170,32 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if for_bias2:
             d_bias2 = sums(routes.at_rows(weights, rows).unsqueeze(1) * plain, rows).to(of_bias2)
         del plain
-    wanted = Wanted(operand=for_hidden, inner=for_w2, weights=for_weights, keep=len(kept) == 1 and keeps_graph())
+    narrow = precision.columnwise
+    wanted = Wanted(
+        plain=for_bias13 or (for_w13 and not narrow),
+        operand=for_hidden or (for_w13 and narrow),
+        inner=for_w2,
+        weights=for_weights,
+        keep=len(kept) == 1 and keeps_graph(),
+    )
     made = slopes(plan, rows, Given(d_inner, h, bias13, weights, ids, more), wanted)
     del d_inner, h, kept
     if made.of_weights is not None:
         d_weights = made.of_weights.to(weights.dtype)
     if made.inner is not None:
-        d_w2 = precision.weight_gradient(rows.contracted() if of_output is None else of_output, made.inner, rows, of_w2)
-    if for_bias13:
+        grads = of_output if of_output is not None and not narrow else precision.contracted(rows)
+        d_w2 = precision.weight_gradient(grads, made.inner, rows, of_w2)
+        del grads
+    if made.of_h is not None and for_bias13:
         d_bias13 = sums(rows.only(made.of_h), rows).to(of_bias13)
-    of_h, operand = made.of_h, made.operand
+    of_h, operand = made.operand if narrow else made.of_h, made.operand
     # what comes next takes the memory of what isn't used any more
     del made, of_output
-    if operand is not None:
+    if operand is not None and for_hidden:
         d_hidden = routes.sum(precision.back_product(operand, w13, rows)).to(hidden.dtype)
-        del operand
-    if for_w13:
-        d_w13 = precision.weight_gradient(of_h, routes.dispatch(hidden, ids).contracted(), rows, of_w13)
+    del operand
+    if of_h is not None and for_w13:
+        d_w13 = precision.weight_gradient(of_h, precision.contracted(routes.dispatch(hidden, ids)), rows, of_w13)
     return d_hidden, None, d_weights, d_w13, d_w2, d_bias13, d_bias2, None
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from moequant import ops
 from moequant.activations import Activation
 from moequant.batch import QuantizedTensor
+from moequant.columnwise import Columnwise, empty_columnwise
 from moequant.config import QUANT_DTYPES
 from moequant.experts import GroupedExperts
-from moequant.formats import recipe_of
+from moequant.formats import FLOAT_DTYPES, recipe_of
 from moequant.gemm import grouped_gemm_blockscale
 from moequant.ops.gemm import GROUPED_MM
 from moequant.quantization import quantize_expert_batch, quantize_weight, silu_mul, silu_mul_quantize
@@ -71,6 +72,11 @@ class Precision:
                 'smaller: build the dispatcher with recipe="ue8m0"'
             )
         return cls(config.quant, config.recipe)
+
+    @property
+    def columnwise(self) -> bool:
+        """Whether weights' gradients are products of fp8 too: where quantizing rows once more, along the tokens, is exact."""
+        return self.quant != "none" and recipe_of(self.recipe).power_of_two
 
     def weight(self, w: Tensor, segments: int = 1) -> QuantizedTensor | Tensor:
         """A weight as an operand, made anew: nothing can go stale.
@@ -185,11 +191,39 @@ class Precision:
         """
         ops.add_bias(x, rows.num_tokens, rows.expert_start, bias.contiguous())
 
-    def weight_gradient(self, a: Tensor, b: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """The sum over each expert's rows of a's row times b's row, in bfloat16 and added in float32.
+    def contracted(self, rows: Rows) -> QuantizedTensor | Tensor:
+        """Rows as an operand of `weight_gradient`.
 
         Args:
-            a: (R, N), 0 in rows that belong to no expert, as `Rows.contracted` says.
+            rows: of a dispatch.
+
+        Returns:
+            (L, M, H), ragged (R, H), quantized; or (R, H).
+        """
+        return rows.values if self.columnwise else rows.contracted()
+
+    def columns(self, x: QuantizedTensor | Tensor, rows: Rows, *, blocks: bool) -> Columnwise:
+        """An operand of `weight_gradient`, quantized along the tokens.
+
+        Args:
+            x: (L, M, N), ragged (R, N), quantized; or (R, N).
+            rows: whose they are.
+            blocks: one scale for 128 of its columns.
+
+        Returns:
+            The columns.
+        """
+        values, scales = (x.values, x.scales) if isinstance(x, QuantizedTensor) else (rows.shaped(x.to(torch.bfloat16)), None)
+        sizes = values.shape[-1], rows.sources.numel(), len(rows.num_tokens)
+        made = empty_columnwise(*sizes, blocks=blocks, device=values.device, dtype=QUANT_DTYPES[self.quant])
+        ops.quantize_columnwise(values, scales, rows.num_tokens, rows.expert_start, *made, self.recipe, blocks)
+        return made
+
+    def weight_gradient(self, a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """The sum over each expert's rows of a's row times b's row, added in float32.
+
+        Args:
+            a: (R, N), 0 in rows that belong to no expert, as `Rows.contracted` says; or of `contracted`. A gradient.
             b: (R, K_dim), the same.
             rows: whose they are.
             dtype: of the result.
@@ -197,6 +231,14 @@ class Precision:
         Returns:
             (L, N, K_dim): exact zeros for an expert without rows.
         """
+        if self.columnwise:
+            # numbers of a gradient have scales of their own: they differ the more
+            left, right = self.columns(a, rows, blocks=False), self.columns(b, rows, blocks=True)
+            shape = len(rows.num_tokens), left.values.shape[0], right.values.shape[0]
+            made = torch.empty(shape, dtype=dtype if dtype in FLOAT_DTYPES else torch.float32, device=left.values.device)
+            ops.weight_gradient(left.values, left.scales, right.values, right.scales, left.block_ends, made)
+            return made.to(dtype)
+        assert isinstance(a, Tensor) and isinstance(b, Tensor)
         a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
         if not a.is_cuda:
             return sums_of_products(a.float(), b.float(), rows, dtype)

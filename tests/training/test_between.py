@@ -22,7 +22,7 @@ from training_cases import ACTIVATIONS, LARGEST, check_layer, leaves, run_layer,
 EXPERTS, HIDDEN, TOKENS = 4, 128, 20
 LAYOUTS = pytest.mark.parametrize("layout", ["padded", "ragged"])
 QUANTS = pytest.mark.parametrize("quant", LARGEST)
-ALL = Wanted(operand=True, inner=True, weights=True, keep=True)
+ALL = Wanted(plain=True, operand=True, inner=True, weights=True, keep=True)
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,7 @@ def plain(x: QuantizedTensor | Tensor) -> Tensor:
 
 def assert_same(rows: Any, made: Slopes, expected: Slopes, quant: str) -> None:
     valid = rows.valid.squeeze(1)
+    assert made.of_h is not None and expected.of_h is not None
     assert relative_error(made.of_h[valid], expected.of_h[valid]) < 2e-3
     assert made.inner is not None and expected.inner is not None and made.operand is not None and expected.operand is not None
     assert relative_error(made.inner[valid], expected.inner[valid]) < 2e-3
@@ -92,10 +93,22 @@ def test_other_activations_with_biases_and_numbers_of_rows(name, layout, device)
 
 def test_only_what_is_wanted_is_made(device):
     with dispatcher_of("ragged", "fp8_e4m3fn", device) as dispatcher:
-        _, given, _, made, expected = both(dispatcher, Activation(), 128, Wanted(False, False, False, True))
+        _, given, _, made, expected = both(dispatcher, Activation(), 128, Wanted(False, False, False, False, True))
         for slopes in (made, expected):
-            assert slopes.operand is slopes.inner is slopes.of_weights is None
+            assert slopes.of_h is slopes.operand is slopes.inner is slopes.of_weights is None
         assert given.d_inner.isnan().any()
+
+
+@pytest.mark.parametrize("inner", [128, 192], ids=str)
+def test_a_gradient_that_is_quantized_alone_has_the_numbers_that_it_has_beside_the_plain_one(inner, device):
+    with dispatcher_of("ragged", "fp8_e4m3fn", device) as dispatcher:
+        operands = []
+        for wanted in (ALL, ALL._replace(plain=False)):
+            torch.manual_seed(3)
+            rows, _, _, made, expected = both(dispatcher, Activation(), inner, wanted)
+            assert (made.of_h is None) == (expected.of_h is None) == (not wanted.plain) and made.operand is not None
+            operands.append(plain(made.operand)[rows.valid.squeeze(1)])
+        assert_bit_equal(*operands)
 
 
 @pytest.mark.parametrize("layout, quant", [("padded", "none"), ("ragged", "fp8_e4m3fn")])
