@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.arguments import QuantSpec, strided
-from moequant.kernels.library.common import divide_and_round, group_scale, storable
+from moequant.kernels.library.common import quantize_tile, storable
 from moequant.kernels.library.launch import launchable
 
 
@@ -46,10 +46,7 @@ def quantize_weight_kernel(
     k = column[None, :]
 
     x = tl.load(w.pointer + expert * w.matrix + n * w.row + k.to(tl.int64) * w.column, mask=mask, other=0.0).to(tl.float32)
-    bits = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True), axis=0, keep_dims=True)
-    scale = group_scale(bits, spec)
-    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    values = divide_and_round(x, bits, scale, reciprocal, spec.reciprocal, values_ptr.dtype.element_ty)
+    values, scale = quantize_tile(x, spec, values_ptr.dtype.element_ty)
     tl.store(values_ptr + (expert * (SEGMENTS * rows) + n) * columns + k, values, mask=mask)
     tl.store(scales_ptr + block + tl.zeros((1, 1), tl.int32), scale)
 
