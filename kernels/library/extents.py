@@ -37,6 +37,17 @@ def extents_of(num_tokens_ptr, expert_start_ptr, experts, rows, BLOCK: tl.conste
 
 
 @triton.jit
+def filled_blocks(num_tokens_ptr, expert_start_ptr, experts, rows, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """`extents_of` without rows behind the valid ones, but for one of an expert that has none: each expert has a block.
+
+    Example: BLOCK=8, counts [9, 0, 3]: extents [9, 1, 3], ends [2, 3, 4].
+    """
+    firsts, counts, _, _ = extents_of(num_tokens_ptr, expert_start_ptr, experts, rows, BLOCK, EXPERTS)
+    extents = tl.where(tl.arange(0, EXPERTS) < experts, tl.maximum(counts, 1), 0)
+    return firsts, counts, extents, tl.cumsum((extents + (BLOCK - 1)) // BLOCK, axis=0)
+
+
+@triton.jit
 def locate_extent(block, firsts, counts, extents, ends, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """The expert of a block, the block's first row in the buffer, and from there on the valid rows and those with zeros; both may be more
     than a block, or none."""

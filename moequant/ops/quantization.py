@@ -23,6 +23,7 @@ __all__ = [
     "fused_rms_quantize",
     "plain_rows",
     "quant_spec",
+    "quantize_columnwise",
     "quantize_expert_batch",
     "quantize_weight",
     "silu_mul",
@@ -197,6 +198,32 @@ def plain_rows(
     from moequant.kernels.quantization.plain_rows import plain_rows as kernel
 
     kernel(out, Valid(num_tokens, expert_start), values, scales)
+
+
+@registered(mutates=("values", "scales", "block_ends"))
+def quantize_columnwise(
+    x: Tensor,
+    x_scales: Tensor | None,
+    num_tokens: Tensor,
+    expert_start: Tensor | None,
+    values: Tensor,
+    scales: Tensor,
+    block_ends: Tensor,
+    recipe: str = "ue8m0",
+    blocks: bool = False,
+) -> None:
+    """`reference.quantize_columnwise`, of contiguous x, and of outputs that `moequant.columnwise.empty_columnwise` makes. Formats that no
+    kernel of the device reads take plain torch, and so do AMD's GPUs. Raises ValueError for a recipe without powers of two."""
+    reference.check_powers_of_two(recipe)
+    narrow = (values.dtype,) if x_scales is None else (values.dtype, x.dtype)
+    if not uses_kernels(x) or torch.version.hip is not None or not all(reads(dtype, x.device) for dtype in narrow):
+        reference.quantize_columnwise(x, x_scales, num_tokens, expert_start, values, scales, block_ends, recipe, blocks)
+        return
+    from moequant.kernels.library.arguments import Valid
+    from moequant.kernels.quantization.quantize_columnwise import quantize_columnwise as kernel
+
+    spec = quant_spec(values.dtype, recipe)
+    kernel(x, x_scales, Valid(num_tokens, expert_start), values, scales, block_ends, spec, blocks=blocks)
 
 
 def silu_mul_backward(
