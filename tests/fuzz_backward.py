@@ -17,6 +17,7 @@ from fuzz_operations import Place, draw_columns, draw_counts, draw_ragged, selec
 from guarded import Guarded
 from moequant import Activation, ops, reference
 from moequant.batch import ceil_div
+from moequant.columnwise import most_blocks
 from moequant.formats import FLOAT_DTYPES, FORMATS
 from moequant.reference.backward import contracted_rows
 from moequant.reference.quantization import biases
@@ -48,10 +49,10 @@ class Rows(NamedTuple):
         return x.masked_fill((self.contracted & ~self.valid).unsqueeze(-1), 0)
 
 
-def draw_rows(rng: random.Random, place: Place, columns: int) -> tuple[Rows, tuple[int, int]]:
-    """And (L, M), of as many numbers as a CPU computes in a fraction of a second."""
+def draw_rows(rng: random.Random, place: Place, columns: int, most: tuple[int, int] = (20, 120)) -> tuple[Rows, tuple[int, int]]:
+    """And (L, M), of as many numbers as a CPU computes in a fraction of a second. most: M, where it is tiny and elsewhere."""
     experts = rng.randint(1, 4 if place.tiny else 40)
-    rows = rng.randint(1, 20 if place.tiny else min(120, 2**20 // (experts * columns) + 1))
+    rows = rng.randint(1, most[0] if place.tiny else min(most[1], 2**20 // (experts * columns) + 1))
     counts = draw_counts(rng, experts, rows)
     layout = draw_ragged(rng, counts, rows, place.device)
     if layout is None:
@@ -232,3 +233,50 @@ class PlainRows:
         assert_bit_equal(blanked.tensor, rows.blanked(x), "rows in place")
         for memory in (values, scales):
             memory.assert_only(name="what is only read")
+
+
+class Columnwise:
+    """Rows quantized along the tokens: the reference's bits, and nothing behind the blocks that are there."""
+
+    name = family = "columnwise"
+
+    def __init__(self, rng: random.Random, place: Place) -> None:
+        self.place, self.drawn = place, set[str]()
+        self.dtype, self.made = rng.choice([(E4M3, E4M3), (E4M3, E4M3), (torch.bfloat16, E4M3), (torch.int8, torch.int8)])
+        self.columns, self.blocks = draw_columns(rng, place, 2900), rng.random() < 0.5
+
+    def check(self, rng: random.Random) -> None:
+        device, columns, blocks = self.place.device, self.columns, self.blocks
+        # a few long experts now and then
+        rows, (experts, most) = draw_rows(rng, self.place, columns, rng.choice([(20, 120), (300, 2000)]))
+        counts, groups = (rows.num_tokens, rows.expert_start), ceil_div(columns, 128)
+        sizes = torch.randint(-12, 3, (columns,), device=device).exp2()
+        x = rows.pack((torch.randn(experts, most, columns, device=device) * sizes).bfloat16())
+        x_scales = None
+        if self.dtype != torch.bfloat16:
+            values = Guarded(*x.shape, dtype=self.dtype, device=device)
+            scales = Guarded(*x.shape[:-2], groups, x.shape[-2], dtype=torch.float32, device=device)
+            ops.quantize_expert_batch(x, *counts, values.tensor, scales.tensor.mT, recipe="ue8m0")
+            x, x_scales = values.tensor, scales.tensor.mT
+        room = most_blocks(rows.valid.numel(), experts) + rng.choice([0, 0, 3])
+        shape = (groups, room) if blocks else (room, columns + rng.choice([0, -columns % 4, 5]))
+
+        def outputs(device: str) -> tuple[Guarded, Guarded, Guarded]:
+            made = Guarded(columns, 128 * room, dtype=self.made, device=device)
+            factors = Guarded(*shape, dtype=torch.float32, device=device)
+            return made, factors, Guarded(experts, dtype=torch.int32, device=device)
+
+        def tensors(made: tuple[Guarded, Guarded, Guarded]) -> tuple[Tensor, Tensor, Tensor]:
+            return made[0].tensor, made[1].tensor if blocks else made[1].tensor[:, :columns], made[2].tensor
+
+        found, expected = outputs(device), outputs("cpu")
+        given = x, x_scales, *counts
+        ops.quantize_columnwise(*given, *tensors(found), blocks=blocks)
+        on_cpu: Any = *(None if tensor is None else tensor.cpu() for tensor in given), *tensors(expected)
+        reference.quantize_columnwise(*on_cpu, blocks=blocks)
+        # what the reference left as it was is left too
+        for name, mine, theirs in zip(("values", "scales", "ends of blocks"), found, expected, strict=True):
+            mine.assert_only(name=name)
+            assert_bit_equal(mine.tensor.cpu(), theirs.tensor, name)
+        if int(expected[2].tensor[-1]) > experts:
+            self.drawn.add("several blocks")

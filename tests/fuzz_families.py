@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fuzz_activations import Activated
-from fuzz_backward import Backward, PlainRows
+from fuzz_backward import Backward, Columnwise, PlainRows
 from fuzz_checkpoints import Checkpoints
 from fuzz_invariant import Invariant
 from fuzz_operations import FusedGemm1, Place, Products, Quantizers
@@ -28,7 +28,19 @@ def families_of(place: Place, chosen: list[str] | None = None) -> list[Any]:
     if place.ranks > 1:
         families = [layers.Layers] * 3 + [shared.Shared]
     else:
-        families = [layers.Layers, Products, Quantizers, Activated, Invariant, Trained, Trained, Backward, PlainRows, Checkpoints]
+        families = [
+            layers.Layers,
+            Products,
+            Quantizers,
+            Activated,
+            Invariant,
+            Trained,
+            Trained,
+            Backward,
+            PlainRows,
+            Columnwise,
+            Checkpoints,
+        ]
         if common.runs_gluon(torch.device(place.device)):
             # the Hopper kernels for every size, not only where they are faster
             families += [Products, FusedGemm1]

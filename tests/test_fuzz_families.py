@@ -203,6 +203,23 @@ def test_an_error_of_plain_rows_is_found(damage, guards, monkeypatch):
     wrong("plain_rows", "behind plain rows" if guards else "plain rows differ", guards)
 
 
+COLUMNWISE: dict[str, tuple[Callable[..., object], str, bool]] = {
+    "a bit": (lambda values, scales, ends: flip(values), "values differ", False),
+    "a scale": (lambda values, scales, ends: scales[:1, :1].mul_(2), "scales differ", False),
+    "an end": (lambda values, scales, ends: ends[-1:].add_(1), "ends of blocks differ", False),
+    "a block of nobody": (lambda values, scales, ends: values.view(torch.int8)[:, -1:].fill_(0), "values differ", False),
+    "past the end": (lambda values, scales, ends: behind(values), "behind values", True),
+    "past the ends": (lambda values, scales, ends: behind(ends), "behind ends of blocks", True),
+}
+
+
+@pytest.mark.parametrize("case", COLUMNWISE)
+def test_an_error_of_rows_along_the_tokens_is_found(case, monkeypatch):
+    damage, text, guards = COLUMNWISE[case]
+    damaged(monkeypatch, fuzz_backward.ops, "quantize_columnwise", lambda _, *given, **settings: damage(*given[4:7]))
+    wrong("columnwise", text, guards)
+
+
 def scaled(name: str, factor: float) -> Callable[..., object]:
     """Makes what `slopes` gives other by a factor."""
 

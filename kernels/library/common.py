@@ -99,6 +99,17 @@ def group_scale(bits, spec):
 
 
 @triton.jit
+def reciprocal_of(scale, spec):
+    """The correctly rounded 1 / scale of what `group_scale` gives. A power of two's is exact, and its exponent the negative one."""
+    if spec.power_of_two:
+        exact = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        reciprocal = tl.where(scale == scale, exact, scale)
+    else:
+        reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    return reciprocal
+
+
+@triton.jit
 def round_e4m3fnuz(q):
     """float32 to the bits of float8_e4m3fnuz (bias 8, one zero), to nearest even. |q| <= 240 up to float32 rounding."""
     bits = q.to(tl.int32, bitcast=True)
@@ -161,9 +172,9 @@ def quantize_group(x, spec, AXIS: tl.constexpr, target: tl.constexpr):
     """
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
     scale = group_scale(bits, spec)
-    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    reciprocal = reciprocal_of(scale, spec)
     bits, wide_scale, reciprocal = tl.expand_dims(bits, AXIS), tl.expand_dims(scale, AXIS), tl.expand_dims(reciprocal, AXIS)
-    return divide_and_round(x, bits, wide_scale, reciprocal, spec.reciprocal, target), scale
+    return divide_and_round(x, bits, wide_scale, reciprocal, spec, target), scale
 
 
 @triton.jit
@@ -171,12 +182,11 @@ def quantize_tile(x, spec, target: tl.constexpr):
     """`quantize_group` of a whole float32 matrix. Returns values and the scale, (1, 1)."""
     bits = tl.max(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1, keep_dims=True), axis=0, keep_dims=True)
     scale = group_scale(bits, spec)
-    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    return divide_and_round(x, bits, scale, reciprocal, spec.reciprocal, target), scale
+    return divide_and_round(x, bits, scale, reciprocal_of(scale, spec), spec, target), scale
 
 
 @triton.jit
-def divide_and_round(x, bits, scale, r, RECIPROCAL: tl.constexpr, target: tl.constexpr):
+def divide_and_round(x, bits, scale, r, spec, target: tl.constexpr):
     """float32 x over the scale of its group, as target. bits: of the group's absolute maximum. r: the correctly rounded 1 / scale. All
     three are broadcast against x."""
     FNUZ: tl.constexpr = target == tl.uint8 and converts_e4m3()
@@ -184,7 +194,8 @@ def divide_and_round(x, bits, scale, r, RECIPROCAL: tl.constexpr, target: tl.con
         # q is twice the quotient: powers of two change none of the roundings
         scale, r = scale * 0.5, r * 2.0
     q = x * r
-    if not RECIPROCAL:
+    # by a power of two a product is the quotient
+    if not (spec.reciprocal or spec.power_of_two):
         # with the signs this way round -0.0 stays -0.0; x * -1 is a sign flip, which costs nothing, where -x would be 0 - x
         q = tl.fma(tl.fma(q, scale, x * -1.0), r * -1.0, q)
     # the values of a bad group are 0: its scale alone says NaN

@@ -12,12 +12,22 @@ import torch
 import triton
 import triton.language as tl
 
-from moequant.kernels.library.arguments import QuantSpec, Shape, Valid, rows_of, strided
+from moequant.kernels.library.arguments import QuantSpec, Shape, Valid, strided
 from moequant.kernels.library.common import num_sms, quantize_group, quantize_tile
 from moequant.kernels.library.extents import filled_blocks, locate_extent
 from moequant.kernels.library.launch import launchable
 
 BLOCK = 128
+
+
+class Made(NamedTuple):
+    """What is written, contiguous but for rows of scales that are scale_row numbers apart. room: B."""
+
+    values_ptr: torch.Tensor
+    scales_ptr: torch.Tensor
+    scale_row: int
+    block_ends_ptr: torch.Tensor
+    room: int
 
 
 class Tile(NamedTuple):
@@ -32,11 +42,9 @@ class Tile(NamedTuple):
 
 @launchable
 @triton.jit
-def quantize_columnwise_kernel(
-    num_tokens_ptr, expert_start_ptr, x_ptr, x_scales, values_ptr, scales, block_ends_ptr, shape, room, spec, TILE: tl.constexpr
-):
-    """Tiles of SIZE tokens by SIZE columns, blocks and then columns, are dealt to the programs in turn. x and values are contiguous.
-    room: B. An expert without rows has a block of zeros; blocks past the room are left out, which are some where experts' rows overlap.
+def quantize_columnwise_kernel(num_tokens_ptr, expert_start_ptr, x_ptr, x_scales, made, shape, spec, TILE: tl.constexpr):
+    """Tiles of SIZE tokens by SIZE columns, blocks and then columns, are dealt to the programs in turn. x is contiguous. An expert
+    without rows has a block of zeros; blocks past the room are left out, which are some where experts' rows overlap.
 
     Example: SIZE=4, ragged, R=24, N=6, counts [5, 0, 3], starts [0, 16, 16]: blocks are rows 0..3 and 4 of expert 0, none of expert 1,
     and 16..18 of expert 2; block_ends [2, 3, 4], room 24 // 4 + 3 = 9. Each has 2 tiles. Tile 3 is block 1 and columns 4..5, and becomes
@@ -44,13 +52,15 @@ def quantize_columnwise_kernel(
     """
     SIZE: tl.constexpr = TILE.size
     experts, rows, columns = shape
+    room = made.room
+    target: tl.constexpr = made.values_ptr.dtype.element_ty
     firsts, counts, extents, ends = filled_blocks(num_tokens_ptr, expert_start_ptr, experts, rows, SIZE, TILE.experts)
     if tl.program_id(0) == 0:
         lane = tl.arange(0, TILE.experts)
-        tl.store(block_ends_ptr + lane, tl.minimum(ends, room), mask=lane < experts)
+        tl.store(made.block_ends_ptr + lane, tl.minimum(ends, room), mask=lane < experts)
     column_blocks = tl.cdiv(columns, SIZE)
     token = tl.arange(0, SIZE)
-    in_tile = token.to(tl.int64)[:, None] * columns + tl.arange(0, SIZE)[None, :]
+    in_tile = token[:, None] * columns + tl.arange(0, SIZE)[None, :]
     out_in_tile = tl.arange(0, SIZE).to(tl.int64)[:, None] * (room * SIZE) + token[None, :]
     tiles = tl.minimum(tl.max(ends, axis=0), room) * column_blocks
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -72,12 +82,12 @@ def quantize_columnwise_kernel(
             # values are 0 in rows that were not read, and scales too
             x = x * tl.load(at + scale_row, mask=valid, other=0.0)[:, None]
         if TILE.blocks:
-            narrow, scale = quantize_tile(x, spec, values_ptr.dtype.element_ty)
-            tl.store(scales.pointer + group.to(tl.int64) * scales.stride + block + tl.zeros((1, 1), tl.int32), scale)
+            narrow, scale = quantize_tile(x, spec, target)
+            tl.store(made.scales_ptr + group.to(tl.int64) * made.scale_row + block + tl.zeros((1, 1), tl.int32), scale)
         else:
-            narrow, scale = quantize_group(x, spec, 0, values_ptr.dtype.element_ty)
-            tl.store(scales.pointer + block.to(tl.int64) * scales.stride + column, scale, mask=column < columns)
-        out_at = values_ptr + (group * SIZE).to(tl.int64) * (room * SIZE) + block.to(tl.int64) * SIZE
+            narrow, scale = quantize_group(x, spec, 0, target)
+            tl.store(made.scales_ptr + block.to(tl.int64) * made.scale_row + column, scale, mask=column < columns)
+        out_at = made.values_ptr + (group * SIZE).to(tl.int64) * (room * SIZE) + block.to(tl.int64) * SIZE
         if TILE.even:
             tl.store(out_at + out_in_tile, tl.trans(narrow))
         else:
@@ -95,10 +105,10 @@ def quantize_columnwise(
     *,
     blocks: bool,
 ) -> None:
-    """Writes values and scales of the blocks that are there, and how many there are up to each expert.
+    """Writes values and scales of the blocks that are there, and how many there are up to each expert. For NVIDIA GPUs.
 
-    x: (L, M, N), ragged (R, N), contiguous: narrow, with x_scales (L, M, ceil(N / 128)), (R, ceil(N / 128)) float32, any strides; or float
-    and None. values: (N, 128 * B) narrow, contiguous. scales: float32 with rows of any stride, (B, N), or with `blocks`
+    x: (L, M, N), ragged (R, N), contiguous: narrow, with x_scales (L, M, ceil(N / 128)), ragged (R, ceil(N / 128)), float32, any strides;
+    or float, with None. values: (N, 128 * B) narrow, contiguous. scales: float32 with rows of any stride, (B, N), or with `blocks`
     (ceil(N / 128), B). block_ends: (L,) int32. spec: of powers of two.
     """
     num_tokens, expert_start = valid
@@ -114,14 +124,13 @@ def quantize_columnwise(
         expert_start,
         x,
         strided(x_scales),
-        values,
-        rows_of(scales),
-        block_ends,
+        Made(values, scales, scales.stride(0), block_ends, room),
         Shape(experts, x.shape[-2], columns),
-        room,
         spec,
         TILE=Tile(BLOCK, triton.next_power_of_2(experts), columns % BLOCK == 0, blocks),
         num_warps=8,
+        # two programs on a multiprocessor, one of which loads while the other computes; rows that are read number by number take more
+        maxnreg=128 if columns % 16 == 0 else None,
         # a product that is rounded to an integer by an addition must be rounded by itself first
         enable_fp_fusion=False,
     )

@@ -213,10 +213,10 @@ def quantize_columnwise(
     blocks: bool = False,
 ) -> None:
     """`reference.quantize_columnwise`, of contiguous x, and of outputs that `moequant.columnwise.empty_columnwise` makes. Formats that no
-    kernel of the device reads take plain torch. Raises ValueError for a recipe without powers of two."""
+    kernel of the device reads take plain torch, and so do AMD's GPUs. Raises ValueError for a recipe without powers of two."""
     reference.check_powers_of_two(recipe)
     narrow = (values.dtype,) if x_scales is None else (values.dtype, x.dtype)
-    if not uses_kernels(x) or not all(reads(dtype, x.device) for dtype in narrow):
+    if not uses_kernels(x) or torch.version.hip is not None or not all(reads(dtype, x.device) for dtype in narrow):
         reference.quantize_columnwise(x, x_scales, num_tokens, expert_start, values, scales, block_ends, recipe, blocks)
         return
     from moequant.kernels.library.arguments import Valid

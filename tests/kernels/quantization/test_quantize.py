@@ -126,6 +126,14 @@ def test_the_scale_by_a_product_is_the_quotient_for_every_mantissa(name):
     assert name == "int8" or not np.array_equal(q, amax / largest)
 
 
+@pytest.mark.parametrize("name", FORMAT_NAMES)
+def test_quotients_by_each_power_of_two_match_the_reference(name, device):
+    """A reciprocal of exponents alone: amax from below the floor to the largest finite number, with quotients down to subnormal ones."""
+    x = (1 + torch.rand(1, 162, 128)) * torch.arange(-34, 128).exp2().unsqueeze(1) * torch.randint(-16, 1, (128,)).exp2()
+    x[..., 0] = torch.arange(-34, 128).exp2() * 1.5
+    assert_same(quantize_both(x.to(device), None, FORMATS[name].dtype, "ue8m0"))
+
+
 @pytest.mark.parametrize("group_size", [32, 64, 256])
 def test_other_group_sizes_match_the_reference(group_size, device):
     x = torch.randn(2, 9, 330, dtype=torch.bfloat16).to(device)
