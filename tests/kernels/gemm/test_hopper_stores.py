@@ -50,7 +50,11 @@ def assert_stored_once(memory: Memory, counter: Tensor, *outputs: tuple[Tensor, 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> tuple[Memory, Tensor]:
     """The kernels run on the CPU. Returns their memory, and the tile counter that they leave at zero."""
     memory, counter = Memory(), torch.zeros(2, dtype=torch.int32)
-    kernels = {grouped: "grouped_gemm_hopper_kernel", fused: "gemm1_swiglu_hopper_kernel", gradient: "weight_gradient_hopper_kernel"}
+    kernels = {
+        grouped: "grouped_gemm_hopper_kernel",
+        fused: "gemm1_swiglu_hopper_kernel",
+        gradient: "weight_gradient_hopper_kernel",
+    }
     for module, name in kernels.items():
         monkeypatch.setattr(module, name, StandIn(getattr(module, name), memory))
         monkeypatch.setattr(module.counters, "get", lambda device: counter)
