@@ -14,6 +14,7 @@ from fuzz_checkpoints import Checkpoints
 from fuzz_invariant import Invariant
 from fuzz_operations import FusedGemm1, Place, Products, Quantizers
 from fuzz_training import Trained
+from fuzz_weight_gradients import WeightGradients
 from moequant.kernels.library import common
 
 
@@ -29,6 +30,7 @@ def families_of(place: Place, chosen: list[str] | None = None) -> list[Any]:
         families = [layers.Layers] * 3 + [shared.Shared]
     else:
         families = [layers.Layers, Products, Quantizers, Activated, Invariant, Trained, Trained, Backward, PlainRows, Checkpoints]
+        families += [WeightGradients]
         if common.runs_gluon(torch.device(place.device)):
             # the Hopper kernels for every size, not only where they are faster
             families += [Products, FusedGemm1]

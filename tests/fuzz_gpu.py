@@ -39,6 +39,7 @@ BLOCK = 20
 # over several ranks, on one of them, and only there where it is a GPU
 ON_SEVERAL, ON_A_GPU = ("layers", "shared"), ("peers", "gemm1_swiglu")
 ON_ONE = ("layers", "invariant", "trained", "product", "quantize", "activation", "silu_mul_backward", "plain_rows", "checkpoint")
+ON_ONE += ("weight_gradient",)
 # of one setting, and of one whose kernels are compiled
 SECONDS, FIRST_SECONDS = 60.0, 240.0
 # after its time, how long a worker may take to end

@@ -10,8 +10,6 @@ Ring, partitions and the stores of a tile are those of `kernels/gemm/grouped_gem
 
 * What is summed over is as long as an expert has tokens: a tile's number of groups (blocks here) and its first one come with its first
   stage. All experts have as many tiles.
-* A tile's groups are few, so that what lies between two tiles counts. Each product is started before the loop over the groups comes
-  round, and the next tile's first one before the last half of a tile is stored.
 * A tile always has 128 rows: past N they are zeros, and not stored.
 
 Example: N = 300, K_dim = 512, block_ends [3, 4]: an expert's tiles are 3 row tiles by 2 column tiles. Tile 7 is expert 1's, row tile 1,
@@ -27,7 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from moequant.kernels.gemm.grouped_gemm_hopper import OUT_TYPES, Config, Output, choose_config, store_chunk
+from moequant.kernels.gemm.grouped_gemm_hopper import NARROW, OUT_TYPES, Config, Output, choose_config, store_chunk
 from moequant.kernels.library.common import multiprocessors, runs_gluon
 from moequant.kernels.library.gluon import barrier, load_block, reinterpret
 from moequant.kernels.library.hopper import REGISTERS, Address, counters, descriptor, matrix
@@ -147,12 +145,16 @@ def multiply_tiles(WARPGROUP: gl.constexpr, ring, output, b_scales, blocks, K_DI
     scales0, scales1 = scale_pointers(b_scales, zero, column_tile, first, blocks, HALVES, K_DIM)
     s0 = gl.load(scales0)
     s1 = gl.load(scales1)
-    t = product(ring.a.index(WARPGROUP), ring.b.index(0), gl.zeros((64, 128), gl.float32, LAYOUT))
     while groups > 0:
+        my_row = row + WARPGROUP * 64
+        my_rows_left = rows_left - WARPGROUP * 64
+        column = column_tile * TILE
+        t = gl.zeros((64, 128), gl.float32, LAYOUT)
         acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
         acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
-        # the first half's product of the group runs already
         for k in range(groups - 1):
+            mbarrier.wait(ring.full.index(stage), phase)
+            t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
             s = ring.a_scales.index(stage * 2 + WARPGROUP).load(ROWS)
             scale0 = s * s0
             scale1 = s * s1
@@ -170,11 +172,8 @@ def multiply_tiles(WARPGROUP: gl.constexpr, ring, output, b_scales, blocks, K_DI
                 release(ring.empty.index(stage))
                 acc0 = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
             stage, phase = advance(stage, phase, STAGES)
-            mbarrier.wait(ring.full.index(stage), phase)
-            t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
-        my_row = row + WARPGROUP * 64
-        my_rows_left = rows_left - WARPGROUP * 64
-        column = column_tile * TILE
+        mbarrier.wait(ring.full.index(stage), phase)
+        t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
         s = ring.a_scales.index(stage * 2 + WARPGROUP).load(ROWS)
         scale0 = s * s0
         scale1 = s * s1
@@ -185,19 +184,17 @@ def multiply_tiles(WARPGROUP: gl.constexpr, ring, output, b_scales, blocks, K_DI
             store_chunk(WARPGROUP, output, acc0, my_row, my_rows_left, column, K_DIM, TILE)
             t = warpgroup_mma_wait(0, deps=(started,))
         release(ring.empty.index(stage))
-        if HALVES == 2:
-            acc = gl.fma(t, gl.expand_dims(scale1, 1), acc1)
-        else:
-            acc = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
         stage, phase = advance(stage, phase, STAGES)
         row, rows_left, column_tile, first, groups = next_tile(ring, stage, phase)
         scales0, scales1 = scale_pointers(b_scales, zero, column_tile, first, blocks, HALVES, K_DIM)
         s0 = gl.load(scales0)
         s1 = gl.load(scales1)
-        # after the last tile it is of what lies there, and nobody reads it
-        t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
-        store_chunk(WARPGROUP, output, acc, my_row, my_rows_left, column + (HALVES - 1) * 128, K_DIM, TILE)
-    warpgroup_mma_wait(0, deps=(t,))
+        if HALVES == 2:
+            acc1 = gl.fma(t, gl.expand_dims(scale1, 1), acc1)
+            store_chunk(WARPGROUP, output, acc1, my_row, my_rows_left, column + 128, K_DIM, TILE)
+        else:
+            acc0 = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
+            store_chunk(WARPGROUP, output, acc0, my_row, my_rows_left, column, K_DIM, TILE)
     tma.store_wait(pendings=0)
 
 
@@ -271,7 +268,10 @@ def weight_gradient_hopper(
     experts, rows, columns = out.shape
     blocks = a_scales.shape[0]
     sms = multiprocessors(a.device) if num_sms is None else num_sms
-    if config is None:
+    if config is None and out.dtype == torch.float16:
+        # wide tiles of it spill with Triton 3.8
+        config = NARROW
+    elif config is None:
         config = choose_config(experts, columns, rows, out.itemsize, multiprocessors(a.device))
     tiles = experts * triton.cdiv(rows, 128) * triton.cdiv(columns, 128 * config.halves)
     scales = descriptor(Address(a_scales.data_ptr(), torch.float32), (blocks, rows), a_scales.stride(0), (1, 64))
