@@ -65,7 +65,9 @@ def peer_call(rows: tuple[Tensor, Tensor], ends: Tensor, expected: Tensor) -> Ca
 def run_case(bench: Bench, experts: int, columns: int, depth: int, rows: int) -> None:
     """Checks, times and records one case."""
     device = bench.device
-    counts = torch.randint(max(1, int(0.7 * rows) // 16), int(1.3 * rows) // 16 + 1, (experts,), device=device, dtype=torch.int32) * 16
+    counts = (
+        torch.randint(max(1, int(0.7 * rows) // 16), int(1.3 * rows) // 16 + 1, (experts,), device=device, dtype=torch.int32) * 16
+    )
     ends = counts.cumsum(0, dtype=torch.int32)
     valid, starts = int(ends[-1]), ends - counts
     pair = torch.randn(valid, columns, device=device).bfloat16(), torch.randn(valid, depth, device=device).bfloat16()

@@ -10,6 +10,8 @@ Ring, partitions and the stores of a tile are those of `kernels/gemm/grouped_gem
 
 * What is summed over is as long as an expert has tokens: a tile's number of groups (blocks here) and its first one come with its first
   stage. All experts have as many tiles.
+* A tile has two groups or more, the second of zeros where its expert has one block: a loop that may have no turn takes registers that
+  newer compilers don't find.
 * A tile always has 128 rows: past N they are zeros, and not stored.
 
 Example: N = 300, K_dim = 512, block_ends [3, 4]: an expert's tiles are 3 row tiles by 2 column tiles. Tile 7 is expert 1's, row tile 1,
@@ -25,7 +27,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from moequant.kernels.gemm.grouped_gemm_hopper import NARROW, OUT_TYPES, Config, Output, choose_config, store_chunk
+from moequant.kernels.gemm.grouped_gemm_hopper import OUT_TYPES, Config, Output, choose_config, store_chunk
 from moequant.kernels.library.common import multiprocessors, runs_gluon
 from moequant.kernels.library.gluon import barrier, load_block, reinterpret
 from moequant.kernels.library.hopper import REGISTERS, Address, counters, descriptor, matrix
@@ -77,7 +79,7 @@ def load_tiles(descriptors, ring, counter, block_ends, experts, blocks, N: gl.co
     while expert < experts:
         row = row_tile * 128
         column = column_tile * (128 * HALVES)
-        for k in range(groups):
+        for k in range(gl.maximum(groups, 2)):
             mbarrier.wait(ring.empty.index(stage), phase)
             loaded = ring.full.index(stage)
             if k == 0:
@@ -87,7 +89,8 @@ def load_tiles(descriptors, ring, counter, block_ends, experts, blocks, N: gl.co
                 write_scalar(ring.tile.index(stage * TILE_WORDS + 3), first)
                 write_scalar(ring.tile.index(stage * TILE_WORDS + 4), groups)
                 barrier()
-            block = first + k
+            # past the last one there are zeros
+            block = gl.where(k < groups, first + k, blocks)
             mbarrier.expect(loaded, BYTES)
             load_block(b, [column, block * 128], loaded, ring.b.index(stage * HALVES))
             for half in gl.static_range(2):
@@ -97,7 +100,7 @@ def load_tiles(descriptors, ring, counter, block_ends, experts, blocks, N: gl.co
                 load_block(b, [column + 128, block * 128], loaded, ring.b.index(stage * HALVES + 1))
             stage, phase = advance(stage, phase, STAGES)
             # the ring is full by now, so that the answer is there before it is wanted
-            if k == groups // 2:
+            if k == gl.maximum(groups, 2) // 2:
                 drawn = programs + gl.atomic_add(counter, 1, sem="relaxed")
         expert, row_tile, column_tile, first, groups = locate_tile(drawn, block_ends, experts, blocks, N, COLUMN_TILES)
     mbarrier.wait(ring.empty.index(stage), phase)
@@ -152,15 +155,16 @@ def multiply_tiles(WARPGROUP: gl.constexpr, ring, output, b_scales, blocks, K_DI
         t = gl.zeros((64, 128), gl.float32, LAYOUT)
         acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
         acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
-        for k in range(groups - 1):
+        for k in range(gl.maximum(groups, 2) - 1):
             mbarrier.wait(ring.full.index(stage), phase)
             t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
             s = ring.a_scales.index(stage * 2 + WARPGROUP).load(ROWS)
             scale0 = s * s0
             scale1 = s * s1
-            s0 = gl.load(scales0 + k + 1)
+            following = gl.minimum(k + 1, groups - 1)
+            s0 = gl.load(scales0 + following)
             if HALVES == 2:
-                s1 = gl.load(scales1 + k + 1)
+                s1 = gl.load(scales1 + following)
             t = warpgroup_mma_wait(0, deps=(t,))
             if HALVES == 2:
                 acc0 = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
@@ -268,10 +272,7 @@ def weight_gradient_hopper(
     experts, rows, columns = out.shape
     blocks = a_scales.shape[0]
     sms = multiprocessors(a.device) if num_sms is None else num_sms
-    if config is None and out.dtype == torch.float16:
-        # wide tiles of it spill with Triton 3.8
-        config = NARROW
-    elif config is None:
+    if config is None:
         config = choose_config(experts, columns, rows, out.itemsize, multiprocessors(a.device))
     tiles = experts * triton.cdiv(rows, 128) * triton.cdiv(columns, 128 * config.halves)
     scales = descriptor(Address(a_scales.data_ptr(), torch.float32), (blocks, rows), a_scales.stride(0), (1, 64))
