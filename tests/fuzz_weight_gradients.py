@@ -14,7 +14,7 @@ from guarded import Guarded
 from moequant import ops
 from moequant.kernels.library import common
 from moequant.testing import assert_bit_equal
-from tokenwise import assert_near_gradient, columnwise_operands, exact_gradient
+from tokenwise import Operands, assert_near_gradient, columnwise_operands, exact_gradient
 
 
 class WeightGradients:
@@ -51,7 +51,7 @@ class WeightGradients:
         whole = self.depth * self.dtype.itemsize % 16 == 0
         return whole and (self.place.device == "cpu" or common.runs_gluon(torch.device(self.place.device)))
 
-    def _launch(self, operands: tuple[torch.Tensor, ...], out: torch.Tensor, num_sms: int | None) -> None:
+    def _launch(self, operands: Operands, out: torch.Tensor, num_sms: int | None) -> None:
         if self.kernel == "operation" or self.place.device == "cpu" or not self._is_hoppers():
             ops.weight_gradient(*operands, out)
             return

@@ -11,13 +11,13 @@ from moequant.reference.quantization import dequantize_blocks
 from moequant.testing import relative_error
 
 FP8 = torch.float8_e4m3fn
+# a, a_scales, b, b_scales, block_ends
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 # of many numbers: rounding to bfloat16 is 1.66e-3, fp8 tensor cores add with about 14 bits
 TOLERANCES = {torch.bfloat16: 1.75e-3, torch.float16: 6e-4, torch.float32: 6e-4}
 
 
-def columnwise_operands(
-    counts: list[int], columns: int, depth: int, device: str = "cpu", spare: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def columnwise_operands(counts: list[int], columns: int, depth: int, device: str = "cpu", spare: int = 0) -> Operands:
     """a (N, C), a_scales (B, N), b (K_dim, C), b_scales (ceil(K_dim / 128), B) and block_ends of experts with so many tokens, whose
     neighbouring blocks and columns have scales far apart. spare: tokens that there is room for besides.
 

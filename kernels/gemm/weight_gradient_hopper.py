@@ -306,7 +306,7 @@ def takes_weight_gradient(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tens
     """`supports_weight_gradient`, but for the device: types, and what TMA can address."""
     experts, rows, columns = out.shape
     # int32 coordinates
-    small = out.numel() > 0 and max(experts * rows, a.shape[1], a_scales.stride(0)) < 2**31
+    small = out.numel() > 0 and max(experts * rows, a.shape[1] + 128, a_scales.stride(0)) < 2**31
     return (
         small
         and a.dtype == b.dtype == torch.float8_e4m3fn

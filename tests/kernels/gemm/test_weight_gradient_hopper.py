@@ -20,9 +20,7 @@ from moequant.batch import ceil_div
 from moequant.kernels.gemm.grouped_gemm_hopper import FLOAT32, NARROW, WIDE, Config
 from moequant.kernels.gemm.weight_gradient_hopper import supports_weight_gradient, takes_weight_gradient, weight_gradient_hopper
 from moequant.testing import assert_bit_equal, relative_error
-from tokenwise import FP8, assert_near_gradient, columnwise_operands, exact_gradient
-
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from tokenwise import FP8, Operands, assert_near_gradient, columnwise_operands, exact_gradient
 
 
 def poisoned(experts: int, columns: int, depth: int, dtype: torch.dtype = BF16) -> Guarded:
