@@ -14,6 +14,7 @@ TITLES = {
     "silu_mul_quantize": "SwiGLU + quantize",
     "grouped_gemm": "Grouped GEMM",
     "gemm1_fused": "GEMM 1 with SwiGLU and quantization",
+    "weight_gradient": "Weight gradients from fp8 operands",
     "mm_fp8_blockscale": "Dense block-scaled fp8 GEMM",
     "int8_gemm": "Dense block-scaled int8 GEMM",
     "int8_addmm_quant": "Dense block-scaled int8 GEMM, with bias and quantization",
@@ -66,6 +67,7 @@ RESULTS_CASES: dict[str, list[dict[str, tuple[Any, ...]]]] = {
         for n, k in ((4096, 7168), (7168, 2048))
     ],
     "gemm1_fused": [{"H": (7168,), "rows": (16, 128, 256, 1024), "T": (None,)}],
+    "weight_gradient": [{}],
     "mm_fp8_blockscale": [
         {"N": (n,), "K_dim": (k,), "rows": (1, 128, 4096), "step": ("quantize + product",)}
         for n, k in ((4096, 7168), (7168, 16384))

@@ -14,6 +14,7 @@ from fuzz_checkpoints import Checkpoints
 from fuzz_invariant import Invariant
 from fuzz_operations import FusedGemm1, Place, Products, Quantizers
 from fuzz_training import Trained
+from fuzz_weight_gradients import WeightGradients
 from moequant.kernels.library import common
 
 
@@ -39,6 +40,7 @@ def families_of(place: Place, chosen: list[str] | None = None) -> list[Any]:
             Backward,
             PlainRows,
             Columnwise,
+            WeightGradients,
             Checkpoints,
         ]
         if common.runs_gluon(torch.device(place.device)):

@@ -40,7 +40,7 @@ BLOCK = 20
 ON_SEVERAL, ON_A_GPU = ("layers", "shared"), ("peers", "gemm1_swiglu")
 ON_ONE = (
     *("layers", "invariant", "trained", "product", "quantize", "activation", "silu_mul_backward", "plain_rows", "columnwise"),
-    "checkpoint",
+    *("weight_gradient", "checkpoint"),
 )
 # of one setting, and of one whose kernels are compiled
 SECONDS, FIRST_SECONDS = 60.0, 240.0

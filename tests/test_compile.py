@@ -32,6 +32,10 @@ MATRIX_INSTRUCTIONS = {
 NATIVE_FNUZ = {"quantize", "silu_mul_quantize", "quantize_weight", "fused_rms_quantize"}
 
 
+def multiplies(operation: str) -> bool:
+    return "gemm" in operation or operation.startswith("weight_gradient")
+
+
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
     """Compiles an operation's kernels: what tests/compile_kernels.py, which starts once, reports of each."""
@@ -50,7 +54,7 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
 
         def compiled(operation: str) -> list[dict[str, Any]]:
             # of the others no instruction is looked for
-            disassembled = [target for target, _ in MATRIX_INSTRUCTIONS] if "gemm" in operation else []
+            disassembled = [target for target, _ in MATRIX_INSTRUCTIONS] if multiplies(operation) else []
             asked.write(json.dumps([operation, disassembled]) + "\n")
             asked.flush()
             reports: list[dict[str, Any]] = []
@@ -96,7 +100,7 @@ def test_builds_without_spills(operation, compiler):
     for report in reports:
         is_nvidia = report["target"].startswith("sm_")
         moves_narrow = report["wide"] and is_nvidia and not (report["wide_loads"] and report["wide_stores"])
-        instruction = MATRIX_INSTRUCTIONS.get((report["target"], report["dtype"])) if "gemm" in operation else None
+        instruction = MATRIX_INSTRUCTIONS.get((report["target"], report["dtype"])) if multiplies(operation) else None
         wrong_instruction = instruction is not None and instruction not in report["instructions"]
         if (report["target"], report["dtype"]) == ("gfx942", "float8_e4m3fnuz") and operation in NATIVE_FNUZ:
             wrong_instruction = "v_cvt_pk_fp8_f32" not in report["instructions"]

@@ -15,6 +15,7 @@ from torch import Tensor
 import fuzz_backward
 import fuzz_families
 import fuzz_gpu
+import fuzz_weight_gradients
 from fuzz_operations import Place
 from guarded import GUARD, Buffers, GuardTouchedError, guarded_buffers
 from moequant import MoEQuantDispatcher, ops
@@ -218,6 +219,32 @@ def test_an_error_of_rows_along_the_tokens_is_found(case, monkeypatch):
     damage, text, guards = COLUMNWISE[case]
     damaged(monkeypatch, fuzz_backward.ops, "quantize_columnwise", lambda _, *given, **settings: damage(*given[4:7]))
     wrong("columnwise", text, guards)
+
+
+def idle(x: Tensor) -> Tensor:
+    """A number of an expert whose gradient is all zeros; if there is none, of no consequence."""
+    rows = (x == 0).flatten(1).all(1).nonzero().flatten().tolist()
+    return x[rows[0], :1, :1] if rows else x[:0]
+
+
+GRADIENTS: dict[str, tuple[Callable[..., object], str, bool]] = {
+    "another number": (lambda _, *given: given[5].mul_(1.03), "relative error", False),
+    "of an expert without tokens": (lambda _, *given: idle(given[5]).fill_(1e-4), "has no tokens", False),
+    "past the end": (lambda _, *given: behind(given[5]), "behind the gradient", True),
+}
+
+
+@pytest.mark.parametrize("case", GRADIENTS)
+def test_an_error_of_a_weight_gradient_is_found(case, monkeypatch):
+    damage, text, guards = GRADIENTS[case]
+    damaged(monkeypatch, fuzz_weight_gradients.ops, "weight_gradient", damage)
+    wrong("weight_gradient", text, guards)
+
+
+def test_a_weight_gradient_that_is_not_the_same_twice_is_wrong(monkeypatch):
+    turns = iter(range(10**6))
+    damaged(monkeypatch, fuzz_weight_gradients.ops, "weight_gradient", lambda _, *given: next(turns) % 2 and flip(given[5]))
+    wrong("weight_gradient", "gradients, twice differ")
 
 
 def scaled(name: str, factor: float) -> Callable[..., object]:

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 
-from triton_releases import PAGE, RELEASES, cells_of, compiled, is_here, page, run, summary
+from triton_releases import OPERATIONS, PAGE, RELEASES, cells_of, compiled, is_here, page, run, summary
 
 COMMAND = "python tests/triton_releases.py"
 
@@ -58,7 +58,7 @@ JITFunction.run = compile_only
 {change}
 print(triton_versions.probe(torch.device("cpu")), launched)
 """
-LAUNCHES = "[('grouped_gemm_hopper_kernel', (0,)), ('gemm1_swiglu_hopper_kernel', (0,))]"
+LAUNCHES = str([(f"{kernel}_kernel", (0,)) for kernel in OPERATIONS])
 
 
 @pytest.mark.parametrize(

@@ -24,24 +24,24 @@ from moequant.kernels.library.triton_versions import RELEASES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-OPERATIONS = "grouped_gemm_hopper", "gemm1_swiglu_hopper"
+OPERATIONS = "grouped_gemm_hopper", "gemm1_swiglu_hopper", "weight_gradient_hopper"
 # records of their times
-TIMED = "grouped_gemm", "gemm1_fused"
+TIMED = "grouped_gemm", "gemm1_fused", "weight_gradient"
 HEAD = """# Versions of Triton
 
 <!-- written by tests/triton_releases.py -->
 
-torch for CUDA brings its own Triton. On Hopper GPUs the grouped GEMMs of fp8 and int8 are written in Gluon, whose names change with
-Triton's minor versions. They compile with those of the table, in all shipped configurations: tests check each. Every other kernel is
-plain Triton and runs with Triton 3.6 or newer, on every GPU.
+torch for CUDA brings its own Triton. On Hopper GPUs the grouped GEMMs of fp8 and int8, and the weight gradients from fp8, are written in
+Gluon, whose names change with Triton's minor versions. They compile with those of the table, in all shipped configurations: tests check
+each. Every other kernel is plain Triton and runs with Triton 3.6 or newer, on every GPU.
 
-| Triton | torch | Hopper kernels | `grouped_gemm_hopper` | `gemm1_swiglu_hopper` | timed on |
-| --- | --- | --- | --- | --- | --- |
+| Triton | torch | Hopper kernels | `grouped_gemm_hopper` | `gemm1_swiglu_hopper` | `weight_gradient_hopper` | timed on |
+| --- | --- | --- | --- | --- | --- | --- |
 """
 TAIL = """
 Spilled are bytes of registers around the loops of products, once for each tile; in the loops there is none.
 
-A newer Triton is tried, once in each process, by compiling both kernels. Where they are not used on a Hopper GPU, the log `moequant`
+A newer Triton is tried, once in each process, by compiling the kernels. Where they are not used on a Hopper GPU, the log `moequant`
 says so once, and `python -m moequant` at any time:
 
 """
@@ -113,12 +113,15 @@ def row(release: str, cells: list[str]) -> str:
 
 def cells_of(page: str) -> dict[str, list[str]]:
     """What a page says of each release's compiled kernels."""
-    return {cells[0]: cells[3:5] for cells in (line[2:-2].split(" | ") for line in re.findall(r"^\| \d.*\|$", page, re.M))}
+    return {
+        cells[0]: cells[3 : 3 + len(OPERATIONS)]
+        for cells in (line[2:-2].split(" | ") for line in re.findall(r"^\| \d.*\|$", page, re.M))
+    }
 
 
 def page(cells: dict[str, list[str]]) -> str:
     oldest, *_, newest = (release.rsplit(".", 1)[0] for release in RELEASES)
-    around = "plain Triton instead | | | |\n"
+    around = "plain Triton instead | | | | |\n"
     rows = "".join(row(release, cells[release]) for release in RELEASES)
     lines = log_line("3.5.1", ""), log_line("3.10.0", "AttributeError: module 'tma' has no attribute 'async_load'")
     return (

@@ -10,8 +10,8 @@ Ring, partitions and the stores of a tile are those of `kernels/gemm/grouped_gem
 
 * What is summed over is as long as an expert has tokens: a tile's number of groups (blocks here) and its first one come with its first
   stage. All experts have as many tiles.
-* A tile's groups are few, so that what lies between two tiles counts. Each product is started before the loop over the groups comes
-  round, and the next tile's first one before the last half of a tile is stored.
+* A tile has two groups or more, the second of zeros where its expert has one block: a loop that may have no turn takes registers that
+  newer compilers don't find.
 * A tile always has 128 rows: past N they are zeros, and not stored.
 
 Example: N = 300, K_dim = 512, block_ends [3, 4]: an expert's tiles are 3 row tiles by 2 column tiles. Tile 7 is expert 1's, row tile 1,
@@ -79,7 +79,7 @@ def load_tiles(descriptors, ring, counter, block_ends, experts, blocks, N: gl.co
     while expert < experts:
         row = row_tile * 128
         column = column_tile * (128 * HALVES)
-        for k in range(groups):
+        for k in range(gl.maximum(groups, 2)):
             mbarrier.wait(ring.empty.index(stage), phase)
             loaded = ring.full.index(stage)
             if k == 0:
@@ -89,7 +89,8 @@ def load_tiles(descriptors, ring, counter, block_ends, experts, blocks, N: gl.co
                 write_scalar(ring.tile.index(stage * TILE_WORDS + 3), first)
                 write_scalar(ring.tile.index(stage * TILE_WORDS + 4), groups)
                 barrier()
-            block = first + k
+            # past the last one there are zeros
+            block = gl.where(k < groups, first + k, blocks)
             mbarrier.expect(loaded, BYTES)
             load_block(b, [column, block * 128], loaded, ring.b.index(stage * HALVES))
             for half in gl.static_range(2):
@@ -99,7 +100,7 @@ def load_tiles(descriptors, ring, counter, block_ends, experts, blocks, N: gl.co
                 load_block(b, [column + 128, block * 128], loaded, ring.b.index(stage * HALVES + 1))
             stage, phase = advance(stage, phase, STAGES)
             # the ring is full by now, so that the answer is there before it is wanted
-            if k == groups // 2:
+            if k == gl.maximum(groups, 2) // 2:
                 drawn = programs + gl.atomic_add(counter, 1, sem="relaxed")
         expert, row_tile, column_tile, first, groups = locate_tile(drawn, block_ends, experts, blocks, N, COLUMN_TILES)
     mbarrier.wait(ring.empty.index(stage), phase)
@@ -147,18 +148,23 @@ def multiply_tiles(WARPGROUP: gl.constexpr, ring, output, b_scales, blocks, K_DI
     scales0, scales1 = scale_pointers(b_scales, zero, column_tile, first, blocks, HALVES, K_DIM)
     s0 = gl.load(scales0)
     s1 = gl.load(scales1)
-    t = product(ring.a.index(WARPGROUP), ring.b.index(0), gl.zeros((64, 128), gl.float32, LAYOUT))
     while groups > 0:
+        my_row = row + WARPGROUP * 64
+        my_rows_left = rows_left - WARPGROUP * 64
+        column = column_tile * TILE
+        t = gl.zeros((64, 128), gl.float32, LAYOUT)
         acc0 = gl.zeros((64, 128), gl.float32, LAYOUT)
         acc1 = gl.zeros((64, 128), gl.float32, LAYOUT)
-        # the first half's product of the group runs already
-        for k in range(groups - 1):
+        for k in range(gl.maximum(groups, 2) - 1):
+            mbarrier.wait(ring.full.index(stage), phase)
+            t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
             s = ring.a_scales.index(stage * 2 + WARPGROUP).load(ROWS)
             scale0 = s * s0
             scale1 = s * s1
-            s0 = gl.load(scales0 + k + 1)
+            following = gl.minimum(k + 1, groups - 1)
+            s0 = gl.load(scales0 + following)
             if HALVES == 2:
-                s1 = gl.load(scales1 + k + 1)
+                s1 = gl.load(scales1 + following)
             t = warpgroup_mma_wait(0, deps=(t,))
             if HALVES == 2:
                 acc0 = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
@@ -170,11 +176,8 @@ def multiply_tiles(WARPGROUP: gl.constexpr, ring, output, b_scales, blocks, K_DI
                 release(ring.empty.index(stage))
                 acc0 = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
             stage, phase = advance(stage, phase, STAGES)
-            mbarrier.wait(ring.full.index(stage), phase)
-            t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
-        my_row = row + WARPGROUP * 64
-        my_rows_left = rows_left - WARPGROUP * 64
-        column = column_tile * TILE
+        mbarrier.wait(ring.full.index(stage), phase)
+        t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
         s = ring.a_scales.index(stage * 2 + WARPGROUP).load(ROWS)
         scale0 = s * s0
         scale1 = s * s1
@@ -185,19 +188,17 @@ def multiply_tiles(WARPGROUP: gl.constexpr, ring, output, b_scales, blocks, K_DI
             store_chunk(WARPGROUP, output, acc0, my_row, my_rows_left, column, K_DIM, TILE)
             t = warpgroup_mma_wait(0, deps=(started,))
         release(ring.empty.index(stage))
-        if HALVES == 2:
-            acc = gl.fma(t, gl.expand_dims(scale1, 1), acc1)
-        else:
-            acc = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
         stage, phase = advance(stage, phase, STAGES)
         row, rows_left, column_tile, first, groups = next_tile(ring, stage, phase)
         scales0, scales1 = scale_pointers(b_scales, zero, column_tile, first, blocks, HALVES, K_DIM)
         s0 = gl.load(scales0)
         s1 = gl.load(scales1)
-        # after the last tile it is of what lies there, and nobody reads it
-        t = product(ring.a.index(stage * 2 + WARPGROUP), ring.b.index(stage * HALVES), t)
-        store_chunk(WARPGROUP, output, acc, my_row, my_rows_left, column + (HALVES - 1) * 128, K_DIM, TILE)
-    warpgroup_mma_wait(0, deps=(t,))
+        if HALVES == 2:
+            acc1 = gl.fma(t, gl.expand_dims(scale1, 1), acc1)
+            store_chunk(WARPGROUP, output, acc1, my_row, my_rows_left, column + 128, K_DIM, TILE)
+        else:
+            acc0 = gl.fma(t, gl.expand_dims(scale0, 1), acc0)
+            store_chunk(WARPGROUP, output, acc0, my_row, my_rows_left, column, K_DIM, TILE)
     tma.store_wait(pendings=0)
 
 
@@ -305,7 +306,7 @@ def takes_weight_gradient(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tens
     """`supports_weight_gradient`, but for the device: types, and what TMA can address."""
     experts, rows, columns = out.shape
     # int32 coordinates
-    small = out.numel() > 0 and max(experts * rows, a.shape[1], a_scales.stride(0)) < 2**31
+    small = out.numel() > 0 and max(experts * rows, a.shape[1] + 128, a_scales.stride(0)) < 2**31
     return (
         small
         and a.dtype == b.dtype == torch.float8_e4m3fn

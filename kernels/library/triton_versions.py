@@ -74,10 +74,15 @@ def probe(device: torch.device) -> str | None:
         # imported here: a name may be gone
         from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper
         from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
+        from moequant.kernels.gemm.weight_gradient_hopper import weight_gradient_hopper
 
         with torch.cuda.device_of(values):
             grouped_gemm_blockscale_hopper(values, scales, weights, weight_scales, None, None, out, num_sms=0)
             gemm1_swiglu_hopper(values, scales, weights, weight_scales, None, None, values, scales, num_sms=0, **recipe)
+            # one expert of one block: 128 columns of a and 256 of b
+            by_block = scales.view(1, 128), weight_scales.view(2, 1)
+            ends = torch.ones(1, dtype=torch.int32, device=device)
+            weight_gradient_hopper(values[0], by_block[0], weights[0], by_block[1], ends, out, num_sms=0)
     except Exception as error:
         cause: BaseException = error
         # where in the source it was is of no use to a user

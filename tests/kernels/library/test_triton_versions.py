@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from moequant.kernels.gemm import gemm1_swiglu_hopper, grouped_gemm_hopper
+from moequant.kernels.gemm import gemm1_swiglu_hopper, grouped_gemm_hopper, weight_gradient_hopper
 from moequant.kernels.library import common, triton_versions
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -100,7 +100,12 @@ def test_a_kernel_that_does_not_compile_is_a_reason_and_no_error(monkeypatch):
 
 
 def test_the_probe_calls_the_kernels_as_they_are_called(monkeypatch):
-    for module, name in ((grouped_gemm_hopper, "grouped_gemm_blockscale_hopper"), (gemm1_swiglu_hopper, "gemm1_swiglu_hopper")):
+    kernels = {
+        grouped_gemm_hopper: "grouped_gemm_blockscale_hopper",
+        gemm1_swiglu_hopper: "gemm1_swiglu_hopper",
+        weight_gradient_hopper: "weight_gradient_hopper",
+    }
+    for module, name in kernels.items():
         monkeypatch.setattr(module, name, create_autospec(getattr(module, name)))
     assert triton_versions.probe(CPU) is None
 
