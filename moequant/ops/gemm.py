@@ -278,8 +278,8 @@ def gemm1_swiglu(
 
 @registered(mutates=("out",))
 def weight_gradient(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, block_ends: Tensor, out: Tensor) -> None:
-    """`reference.columnwise.weight_gradient` of operands that `quantize_columnwise` made, into a given output. On a GPU the host waits for
-    nothing, unless torch's `grouped_mm` does, which multiplies in bfloat16 what Hopper's kernel does not take.
+    """`reference.columnwise.weight_gradient` of operands that `quantize_columnwise` made, into a given output. On a GPU the host waits
+    for nothing, unless torch's `grouped_mm` does, which multiplies in bfloat16 what Hopper's kernel does not take.
 
     a: (N, C) float8_e4m3fn contiguous, a_scales: (B, N). b: (K_dim, C) float8_e4m3fn contiguous, b_scales: (ceil(K_dim / 128), B)
     contiguous. block_ends: (L,) int32: blocks of the experts up to and with each. out: (L, N, K_dim) contiguous bfloat16, float16 or
