@@ -15,7 +15,10 @@ class Kernel:
     grid, and the values of the parameters."""
 
     def __init__(self, *names: str, **defaults: Any) -> None:
-        self.params = [SimpleNamespace(name=name, has_default=name in defaults, default=defaults.get(name)) for name in names]
+        self.params = [
+            SimpleNamespace(name=name, is_constexpr=False, has_default=name in defaults, default=defaults.get(name))
+            for name in names
+        ]
         self.compiled = 0
         self.started: list[tuple[Any, ...]] = []
 

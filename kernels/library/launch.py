@@ -125,31 +125,35 @@ def unfolded(values: list[Any], prepared: Prepared) -> tuple[list[Any], list[int
     return flat, places
 
 
-def addressed(value: Any) -> Any:
-    """An argument with addresses in place of tensors, those in tuples too."""
+def taken(value: Any) -> tuple[Any, Any]:
+    """What tells apart the kernels that are compiled for an argument, and the argument with addresses in place of tensors: of a tensor, a
+    tuple, in which there may be some, or a TMA descriptor; of other values themselves."""
     if isinstance(value, Tensor):
-        return value.data_ptr()
-    if not isinstance(value, tuple):
-        return value
-    parts = map(addressed, value)
-    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-
-
-def described(value: Any) -> Any:
-    """What tells apart the kernels that are compiled for a tensor, a tuple or a TMA descriptor, and other values themselves."""
+        # the address itself: Triton's launcher would ask the tensor, and then the driver whose it is
+        address = value.data_ptr()
+        return (value.dtype, address & 15 == 0), address
     kind = type(value)
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() & 15 == 0
     if isinstance(value, tuple):
-        return kind, *map(described, value)
+        described, parts, same = [kind], [], True
+        for part in value:
+            if type(part) in PLAIN:
+                described.append(part)
+                parts.append(part)
+            else:
+                what, given = taken(part)
+                described.append(what)
+                parts.append(given)
+                same = same and given is part
+        # the class's own constructor takes three times as long
+        return tuple(described), value if same else tuple.__new__(kind, parts)
     if hasattr(value, "block_shape"):
         # nobody changes a descriptor
         known = value.__dict__.get("described")
         if known is None:
             layout = getattr(value, "layout", None)
             known = value.described = str((kind, value.base.dtype, value.block_shape, layout, value.padding))
-        return known
-    return value
+        return known, value
+    return value, value
 
 
 class Launchable:
@@ -158,6 +162,7 @@ class Launchable:
     def __init__(self, kernel: JITFunction) -> None:
         self.kernel = kernel
         self.prepared: dict[tuple[Any, ...], Prepared] = {}
+        self.constants = frozenset(parameter.name for parameter in kernel.params if parameter.is_constexpr)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernel, name)
@@ -172,27 +177,23 @@ class Launchable:
         device = driver.active.get_current_device()
         key, values = [device, *named], []
         for value in arguments:
-            kind = type(value)
-            if kind is Tensor:
-                # the address itself: Triton's launcher would ask the tensor, and then the driver whose it is
-                address = value.data_ptr()
-                key.append(value.dtype)
-                key.append(address & 15 == 0)
-                values.append(address)
-            elif kind in PLAIN:
+            if type(value) in PLAIN:
                 key.append(value)
                 values.append(value)
             else:
-                key.append(described(value))
-                values.append(addressed(value))
-        for value in named.values():
-            key.append(value if type(value) in PLAIN else described(value))
+                what, given = taken(value)
+                key.append(what)
+                values.append(given)
+        given_by_name = {}
+        for name, value in named.items():
+            # what it is compiled for is no tensor, and has no tensors in it
+            what, given_by_name[name] = (value, value) if type(value) in PLAIN or name in self.constants else taken(value)
+            key.append(what)
         prepared = self.prepared.get(tuple(key))
         if prepared is None:
             return self._first(tuple(key), grid, arguments, named)
         for name in prepared.named:
-            value = named[name] if name in named else prepared.defaults[name]
-            values.append(value if type(value) in PLAIN else addressed(value))
+            values.append(given_by_name[name] if name in named else prepared.defaults[name])
         places: Sequence[int] = range(len(values))
         if prepared.encodings:
             values, places = unfolded(values, prepared)
