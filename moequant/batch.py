@@ -17,25 +17,13 @@ from torch import Tensor
 from moequant.checks import check_int, check_is, check_part, check_tensor
 from moequant.errors import LayoutError
 from moequant.formats import FORMAT_OF_DTYPE, recipe_of
+from moequant.kernels.library.sizes import ceil_div
 
 ScaleLayout = Literal["row", "transposed", "tma_aligned", "transposed_flat", "ue8m0_packed", "block"]
 NARROW_DTYPES = tuple(FORMAT_OF_DTYPE)
 LAYOUTS: tuple[str, ...] = get_args(ScaleLayout)
 # In place of a guess of an expert's rows, by which products choose kernels and tiles: a choice that is the same for any number of them.
 ANY_ROWS = -1
-
-
-def ceil_div(a: int, b: int) -> int:
-    """The smallest integer that is not less than a / b.
-
-    Args:
-        a: an integer.
-        b: a positive one.
-
-    Returns:
-        That integer.
-    """
-    return -(-a // b)
 
 
 def empty_transposed_scales(num_experts: int, rows: int, groups: int, device: torch.device | str) -> Tensor:

@@ -26,6 +26,7 @@ from moequant.kernels.gemm.grouped_gemm import (
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import quantize_group
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div
 
 # Half as wide, so that few tiles are on more multiprocessors.
 NARROW_TILES = Config(64, 4, 6, 2, block_n=64)
@@ -198,10 +199,10 @@ def dense_gemm(
     grouped = a_scales.dim() == 2
     limits = grouped_gemm.device_limits(a.device)
     if config is None:
-        few = few_tiles(1, rows, triton.cdiv(columns, GROUP_SIZE), limits.sms)
+        few = few_tiles(1, rows, ceil_div(columns, GROUP_SIZE), limits.sms)
         config = NARROW_TILES if few and (requantize is None or requantize.group <= NARROW_TILES.block_n) else SMALL_TILES
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
-    dense_gemm_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
+    dense_gemm_kernel[(ceil_div(rows, config.block_m) * ceil_div(columns, config.block_n),)](
         descriptor(a, config.block_m, GROUP_SIZE) if tma else a,
         descriptor(b, config.block_n, GROUP_SIZE) if tma else b,
         Scales(

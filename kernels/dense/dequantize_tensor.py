@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div
 
 
 @launchable
@@ -32,6 +33,6 @@ def dequantize_tensor(values: torch.Tensor, scale: torch.Tensor, out: torch.Tens
     count = values.numel()
     block = 4096
     if count:
-        dequantize_tensor_kernel[(triton.cdiv(count, block),)](
+        dequantize_tensor_kernel[(ceil_div(count, block),)](
             values, scale, out, count, MAX=max_value, BLOCK=block, num_warps=4, enable_fp_fusion=False
         )

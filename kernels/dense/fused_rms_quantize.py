@@ -14,6 +14,7 @@ import triton.language as tl
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group, silu, storable
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 # numbers of a tile; a row is one tile at most
 TILE = 8192
@@ -160,12 +161,12 @@ def fused_rms_quantize(
     (rows, columns), (summed, values, scales) = x.shape, outputs
     if values.numel() == 0:
         return
-    block_g = triton.next_power_of_2(triton.cdiv(columns, group_size))
+    block_g = next_power_of_2(ceil_div(columns, group_size))
     block_m = max(1, TILE // (block_g * group_size))
     # two rows of numbers more to hold, half as many of each in a thread
     per_warp = 1024 if residual is None and gate is None else 512
     num_warps = min(16, max(4, block_m * block_g * group_size // per_warp))
-    fused_rms_quantize_kernel[(min(triton.cdiv(rows, block_m), num_sms(x.device) * 16 // num_warps),)](
+    fused_rms_quantize_kernel[(min(ceil_div(rows, block_m), num_sms(x.device) * 16 // num_warps),)](
         Inputs(
             x,
             residual,

@@ -15,6 +15,7 @@ from moequant.kernels.library.activations import gelu_of_twice
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div
 
 
 class Tile(NamedTuple):
@@ -77,11 +78,11 @@ def int8_gelu(
     if x.numel() == 0:
         return
     block_g = 512 // group_size
-    column_blocks = triton.cdiv(columns, group_size * block_g)
+    column_blocks = ceil_div(columns, group_size * block_g)
     # large tiles spread what is computed once for each; where they don't fill the device, small ones are done sooner
-    large = triton.cdiv(rows, 8) * column_blocks >= 4 * num_sms(x.device)
+    large = ceil_div(rows, 8) * column_blocks >= 4 * num_sms(x.device)
     block_m = 8 if large else 1
-    int8_gelu_kernel[(triton.cdiv(rows, block_m) * column_blocks,)](
+    int8_gelu_kernel[(ceil_div(rows, block_m) * column_blocks,)](
         x,
         x_scales,
         values,

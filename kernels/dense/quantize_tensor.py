@@ -11,6 +11,7 @@ import triton.language as tl
 from moequant.kernels.library.common import INF_BITS, num_sms
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, pdl_option, uses_pdl, wait_for_previous
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 # numbers of a program's block
 BLOCK = 4096
@@ -121,7 +122,7 @@ def quantize_tensor(
     computed: the scale is max_value over the absolute maximum, at least floor, of x; else scale is given.
     """
     count = x.numel()
-    blocks = max(1, triton.cdiv(count, BLOCK))
+    blocks = max(1, ceil_div(count, BLOCK))
     largest, parts = None, 1
     pdl = computed and count > SCANNED and uses_pdl(x.device)
     if computed and count > SCANNED:
@@ -130,7 +131,7 @@ def quantize_tensor(
         amax_kernel[(parts,)](x, largest, count, PDL=pdl, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     quantize_tensor_kernel[(blocks,)](
         x,
-        Largest(largest, parts, tl.constexpr(triton.next_power_of_2(parts))),
+        Largest(largest, parts, tl.constexpr(next_power_of_2(parts))),
         scale,
         values,
         count,

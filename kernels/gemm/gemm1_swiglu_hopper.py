@@ -26,7 +26,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,6 +36,7 @@ from moequant.kernels.library.gluon import barrier, reinterpret, store_block
 from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_matrix, takes
 from moequant.kernels.library.hopper_ring import SCALAR, TILE_WORDS, Ring, advance, load_tiles, next_tile, product, release
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 STAGES = 4
 
@@ -340,7 +340,7 @@ def gemm1_swiglu_hopper(
     """
     experts, columns, hidden = w13.shape
     rows = a.shape[-2]
-    groups = triton.cdiv(hidden, 128)
+    groups = ceil_div(hidden, 128)
     scales_matrix, scale_rows = scale_matrix(a_scales)
     tiles = most_row_tiles(experts, rows, 128, expert_start) * (columns // 256)
     sms = multiprocessors(a.device) if num_sms is None else num_sms
@@ -363,7 +363,7 @@ def gemm1_swiglu_hopper(
         eps,
         N=columns,
         G=groups,
-        EXPERTS=max(32, triton.next_power_of_2(experts)),
+        EXPERTS=max(32, next_power_of_2(experts)),
         ARITHMETIC=(max_value, power_of_two, reciprocal),
         STAGES=STAGES,
         num_warps=4,

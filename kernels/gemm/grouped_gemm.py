@@ -20,6 +20,7 @@ from moequant.kernels.library.arguments import Valid
 from moequant.kernels.library.common import most_row_tiles
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, uses_pdl
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 # The width of b's blocks and of the groups: a column tile of at most as many columns has one scale for each group.
 GROUP_SIZE = 128
@@ -278,7 +279,7 @@ def device_limits(device: torch.device) -> Limits:
 
 def few_tiles(experts: int, rows: int, column_tiles: int, sms: int) -> bool:
     """Whether there are fewer tiles than SMs, even if all rows are valid: then several programs share a tile (split-K)."""
-    return experts * triton.cdiv(rows, STREAMING.block_m) * column_tiles <= sms
+    return experts * ceil_div(rows, STREAMING.block_m) * column_tiles <= sms
 
 
 def choose_config(expected_rows: int, experts: int, rows: int, column_tiles: int, steps: int, sms: int) -> Config:
@@ -290,7 +291,7 @@ def choose_config(expected_rows: int, experts: int, rows: int, column_tiles: int
     if expected_rows < 0:
         return SMALL_TILES
     if few_tiles(experts, rows, column_tiles, sms):
-        tiles = experts * triton.cdiv(rows, STREAMING.block_m) * column_tiles
+        tiles = experts * ceil_div(rows, STREAMING.block_m) * column_tiles
         # one program for each multiprocessor, or two if their sums are long: the second kernel takes as long as about ten steps
         return STREAMING._replace(parts=max(1, min(sms // tiles, steps // 4), min(2 * sms // tiles, steps // 24)))
     if steps <= 12 and expected_rows <= 128:
@@ -354,16 +355,16 @@ def grouped_gemm_blockscale(
     rows = a.shape[-2]
     if experts * rows * columns == 0:
         return
-    mean = rows if expert_start is None else triton.cdiv(rows, experts)
+    mean = rows if expert_start is None else ceil_div(rows, experts)
     limits = device_limits(a.device)
     sms = limits.sms if num_sms is None else num_sms
     block_k = GROUP_SIZE // a.element_size()
     if config is None:
         expected_rows = mean if expected_rows is None else expected_rows
-        blocks = segments * triton.cdiv(columns // segments, GROUP_SIZE)
-        config = choose_config(expected_rows, experts, mean, blocks, triton.cdiv(depth, block_k), limits.sms)
+        blocks = segments * ceil_div(columns // segments, GROUP_SIZE)
+        config = choose_config(expected_rows, experts, mean, blocks, ceil_div(depth, block_k), limits.sms)
     tma = config.tma and limits.tma and tma_readable(a) and tma_readable(b)
-    column_tiles = segments * triton.cdiv(columns // segments, config.block_n)
+    column_tiles = segments * ceil_div(columns // segments, config.block_n)
     partials, pdl = None, False
     if config.parts > 1:
         partials = torch.empty(config.parts, *a.shape[:-1], columns, dtype=torch.float32, device=a.device)
@@ -378,7 +379,7 @@ def grouped_gemm_blockscale(
         Scales(None, None, 0, 0) if a_scales is None else Scales(a_scales, b_scales, a_scales.stride(0), a_scales.stride(-1)),
         Valid(num_tokens, expert_start),
         size=(experts, rows),
-        SHAPE=Product(columns, depth, segments, triton.next_power_of_2(experts)),
+        SHAPE=Product(columns, depth, segments, next_power_of_2(experts)),
         TILE=Tile(
             m=config.block_m,
             n=config.block_n,

@@ -33,7 +33,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -54,6 +53,7 @@ from moequant.kernels.library.hopper_ring import (
     scale_pointers,
 )
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 
 class Output(NamedTuple):
@@ -307,7 +307,7 @@ OUT_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float
 
 def cost(halves: int, experts: int, columns: int, expected_rows: int, sms: int) -> float:
     """The time of a problem by a rough model, in narrow tiles. Narrow tiles load a tenth more, wide ones end less evenly."""
-    waves = experts * triton.cdiv(columns, 128 * halves) * max(1.0, expected_rows / 128 + 0.25) / sms
+    waves = experts * ceil_div(columns, 128 * halves) * max(1.0, expected_rows / 128 + 0.25) / sms
     if expected_rows <= 64:
         # memory is the limit, and all tiles last equally long
         return math.ceil(waves) * halves * (1.08 if halves == 1 else 1.0)
@@ -356,12 +356,12 @@ def grouped_gemm_blockscale_hopper(
     dtype = torch.bfloat16 if out is None else out.dtype
     sms = multiprocessors(a.device) if num_sms is None else num_sms
     if config is None:
-        mean = rows if expert_start is None else triton.cdiv(rows, experts)
+        mean = rows if expert_start is None else ceil_div(rows, experts)
         expected = mean if expected_rows is None else min(expected_rows or 1, rows)
         config = choose_config(experts, columns, expected, dtype.itemsize, multiprocessors(a.device))
-    groups = triton.cdiv(depth, 128)
+    groups = ceil_div(depth, 128)
     scales_matrix, scale_rows = scale_matrix(a_scales)
-    tiles = most_row_tiles(experts, rows, 128, expert_start) * triton.cdiv(columns, 128 * config.halves)
+    tiles = most_row_tiles(experts, rows, 128, expert_start) * ceil_div(columns, 128 * config.halves)
     grouped_gemm_hopper_kernel[(min(sms, tiles),)](
         matrix(a, 64, 128),
         matrix(b, 128, 128),
@@ -378,7 +378,7 @@ def grouped_gemm_blockscale_hopper(
         scale_rows,
         N=columns,
         G=groups,
-        EXPERTS=max(32, triton.next_power_of_2(experts)),
+        EXPERTS=max(32, next_power_of_2(experts)),
         HALVES=config.halves,
         STAGES=config.stages,
         OUT=OUT_TYPES[dtype],

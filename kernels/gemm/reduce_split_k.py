@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import pdl_option, wait_for_previous
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 # Columns of a program.
 BLOCK = tl.constexpr(512)
@@ -101,14 +102,14 @@ def reduce_split_k(
     parts, *there, rows, columns = partials.shape
     all_rows = math.prod(there) * rows
     experts = 0 if expert_start is None else expert_start.shape[0]
-    reduce_split_k_kernel[(all_rows, triton.cdiv(columns, BLOCK.value))](
+    reduce_split_k_kernel[(all_rows, ceil_div(columns, BLOCK.value))](
         partials,
         out,
         destinations,
         num_tokens,
         expert_start,
         size=(rows, columns, all_rows * columns),
-        TILE=Tile(parts, columns % 8 == 0, pdl, experts, triton.next_power_of_2(experts), float16),
+        TILE=Tile(parts, columns % 8 == 0, pdl, experts, next_power_of_2(experts), float16),
         # 8 columns a thread
         num_warps=2,
         **pdl_option(pdl),

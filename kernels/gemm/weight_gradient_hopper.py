@@ -21,7 +21,6 @@ column tile 0: group 0 of its one is block 3, tokens 384..511 of a's rows 128..2
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,6 +42,7 @@ from moequant.kernels.library.hopper_ring import (
     write_scalar,
 )
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div
 
 # Scalars that a tile's first stage carries: row in out, valid rows from there on, column tile, first block, blocks (0: no more tiles).
 TILE_WORDS = gl.constexpr(5)
@@ -274,7 +274,7 @@ def weight_gradient_hopper(
     sms = multiprocessors(a.device) if num_sms is None else num_sms
     if config is None:
         config = choose_config(experts, columns, rows, out.itemsize, multiprocessors(a.device))
-    tiles = experts * triton.cdiv(rows, 128) * triton.cdiv(columns, 128 * config.halves)
+    tiles = experts * ceil_div(rows, 128) * ceil_div(columns, 128 * config.halves)
     scales = descriptor(Address(a_scales.data_ptr(), torch.float32), (blocks, rows), a_scales.stride(0), (1, 64))
     weight_gradient_hopper_kernel[(min(sms, tiles),)](
         matrix(a, 64, 128),

@@ -11,6 +11,7 @@ from triton import knobs
 from triton.language.target_info import current_target
 from triton.runtime.jit import constexpr_function
 
+from moequant.kernels.library.sizes import ceil_div
 from moequant.kernels.library.triton_versions import why_no_gluon
 
 # The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
@@ -216,7 +217,7 @@ def divide_and_round(x, bits, scale, r, spec, target: tl.constexpr):
 
 def most_row_tiles(experts: int, rows: int, block_m: int, expert_start: torch.Tensor | None) -> int:
     """How many row tiles there are at most. rows: M, or R where expert_start says where each expert's begin."""
-    return experts * triton.cdiv(rows, block_m) if expert_start is None else rows // block_m + experts
+    return experts * ceil_div(rows, block_m) if expert_start is None else rows // block_m + experts
 
 
 @triton.jit

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moequant.kernels.library.sizes import ceil_div
+
 # of the first rows of experts in a ragged buffer: `moequant.config.ROW_ALIGNMENT`
 ALIGNMENT = tl.constexpr(16)
 
@@ -62,4 +64,4 @@ def locate_extent(block, firsts, counts, extents, ends, BLOCK: tl.constexpr, EXP
 
 def most_extents(experts: int, rows: int, block: int, ragged: bool) -> int:
     """How many blocks there are at most. rows: M, or R of ragged rows. block: divides ALIGNMENT."""
-    return rows // block + experts if ragged else experts * triton.cdiv(rows, block)
+    return rows // block + experts if ragged else experts * ceil_div(rows, block)

@@ -39,6 +39,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moequant.kernels.library.common import multiprocessors
+from moequant.kernels.library.sizes import ceil_div
 
 # Registers of a multiprocessor of every GPU that knows early launches. A warp takes a multiple of 256 of them, 8 for each thread.
 REGISTERS = 65536
@@ -64,7 +65,7 @@ def most_programs(device: torch.device) -> int:
 def may_use_pdl(device: torch.device, programs: int, warps: int, registers: int) -> bool:
     """Whether a launch may begin early behind a kernel that waits for other ranks. warps: of a program. registers: of a thread."""
     # no fewer than 32, so that warps are bounded too: two waits leave a multiprocessor 24 of its 64
-    held = programs * warps * 32 * max(32, triton.cdiv(registers, 8) * 8)
+    held = programs * warps * 32 * max(32, ceil_div(registers, 8) * 8)
     # beside what spins, which fits in ROOM as well
     fits = held + ROOM <= multiprocessors(device) * (REGISTERS - ROOM) // 2
     return fits and programs <= most_programs(device) and uses_pdl(device)

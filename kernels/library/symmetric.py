@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
+from moequant.kernels.library.sizes import ceil_div
+
 # The abort word while all is well. A fault is a smaller number: step << 8 | rank, where step is (epoch * 4 + phase) modulo 2**22. Ranks
 # that notice different faults agree on the smallest, the earliest step.
 NO_FAULT = tl.constexpr(0x7FFFFFFF)
@@ -68,7 +70,7 @@ class Headers(NamedTuple):
 
 def headers_of(headers: Tensor, groups: int) -> Headers:
     """groups: 0 where rows have no scales."""
-    return Headers(headers, tl.constexpr(headers.shape[-1]), tl.constexpr(triton.cdiv(groups, 4) * 4))
+    return Headers(headers, tl.constexpr(headers.shape[-1]), tl.constexpr(ceil_div(groups, 4) * 4))
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import strided
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div
 
 
 class Tile(NamedTuple):
@@ -76,7 +77,7 @@ def dequantize_blocks(values: torch.Tensor, scales: torch.Tensor, out: torch.Ten
     # 16 numbers a thread
     block_g = 512 // group_size
     block_m = 4
-    dequantize_blocks_kernel[(matrices * triton.cdiv(rows, block_m) * triton.cdiv(columns, group_size * block_g),)](
+    dequantize_blocks_kernel[(matrices * ceil_div(rows, block_m) * ceil_div(columns, group_size * block_g),)](
         values,
         strided(scales),
         out,

@@ -15,6 +15,7 @@ from moequant.kernels.library.arguments import Shape, Valid, strided
 from moequant.kernels.library.common import num_sms
 from moequant.kernels.library.extents import extents_of, locate_extent, most_extents
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 GROUP = 128
 
@@ -85,8 +86,8 @@ def plain_rows(out: torch.Tensor, valid: Valid, values: torch.Tensor | None, sca
     if out.numel() == 0 or experts == 0:
         return
     shape = Shape(experts, out.shape[-2], columns)
-    tile = Tile(8, 4, triton.next_power_of_2(experts), columns % (4 * GROUP) == 0)
-    worst = most_extents(experts, shape.rows, tile.rows, expert_start is not None) * triton.cdiv(columns, tile.groups * GROUP)
+    tile = Tile(8, 4, next_power_of_2(experts), columns % (4 * GROUP) == 0)
+    worst = most_extents(experts, shape.rows, tile.rows, expert_start is not None) * ceil_div(columns, tile.groups * GROUP)
     plain_rows_kernel[(min(worst, num_sms(out.device) * 16),)](
         num_tokens, expert_start, values, strided(scales), out, shape, TILE=tile, num_warps=4
     )

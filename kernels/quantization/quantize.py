@@ -22,6 +22,7 @@ from moequant.kernels.library.common import (
     storable,
 )
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 
 class Cut(NamedTuple):
@@ -222,7 +223,7 @@ def launch_quantize(
     if values.numel() == 0 or shape.experts == 0:
         return
     row_tiles = most_row_tiles(shape.experts, shape.rows, cut.rows, expert_start)
-    worst = row_tiles * triton.cdiv(shape.columns, group_size * cut.groups)
+    worst = row_tiles * ceil_div(shape.columns, group_size * cut.groups)
     packed = scales is not None and scales.dtype == torch.int32
     interleaved = activation is not None and activation.interleaved
     quantize_kernel[(min(worst, num_sms(x.device) * cut.programs_per_sm),)](
@@ -238,7 +239,7 @@ def launch_quantize(
             rows=cut.rows,
             groups=cut.groups,
             group=group_size,
-            experts=triton.next_power_of_2(shape.experts),
+            experts=next_power_of_2(shape.experts),
             even=shape.columns % (group_size * cut.groups) == 0,
             packed=packed,
             activation=activation,
@@ -270,13 +271,13 @@ def quantize_expert_batch(
     strides; or (L, M, ceil(G / 4)) int32 of strides (any, 1, any), for exponents of powers of two, four in each.
     expert_start: (L,) int32, with x and values (R, H) and float32 scales (R, G); or None.
     """
-    groups_there = triton.next_power_of_2(triton.cdiv(x.shape[-1], group_size))
+    groups_there = next_power_of_2(ceil_div(x.shape[-1], group_size))
     # no tile is wider than the rows
     block_g = max(min(512 // group_size, groups_there), 4 if scales.dtype == torch.int32 else 1)
     # tiles of 4096 numbers, or of 1024, which are done sooner, where those don't fill the device
     block_m = 4096 // (group_size * block_g)
     experts = values.shape[0] if expert_start is None else expert_start.shape[0]
-    tiles = most_row_tiles(experts, values.shape[-2], block_m, expert_start) * triton.cdiv(groups_there, block_g)
+    tiles = most_row_tiles(experts, values.shape[-2], block_m, expert_start) * ceil_div(groups_there, block_g)
     small = tiles < 6 * num_sms(x.device)
     cut = Cut(block_m // 4, block_g, 2, 24) if small else Cut(block_m, block_g, 2, 6)
     launch_quantize(x, Valid(num_tokens, expert_start), values, scales, spec, cut, group_size=group_size)

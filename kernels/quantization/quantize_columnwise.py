@@ -16,6 +16,7 @@ from moequant.kernels.library.arguments import QuantSpec, Shape, Valid, strided
 from moequant.kernels.library.common import num_sms, quantize_group, quantize_tile
 from moequant.kernels.library.extents import filled_blocks, locate_extent
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 BLOCK = 128
 
@@ -118,7 +119,7 @@ def quantize_columnwise(
         return
     room = values.shape[1] // BLOCK
     # one program at least says how many blocks there are
-    programs = max(1, min(room * triton.cdiv(columns, BLOCK), num_sms(x.device) * 16))
+    programs = max(1, min(room * ceil_div(columns, BLOCK), num_sms(x.device) * 16))
     quantize_columnwise_kernel[(programs,)](
         num_tokens,
         expert_start,
@@ -127,7 +128,7 @@ def quantize_columnwise(
         Made(values, scales, scales.stride(0), block_ends, room),
         Shape(experts, x.shape[-2], columns),
         spec,
-        TILE=Tile(BLOCK, triton.next_power_of_2(experts), columns % BLOCK == 0, blocks),
+        TILE=Tile(BLOCK, next_power_of_2(experts), columns % BLOCK == 0, blocks),
         num_warps=8,
         # two programs on a multiprocessor, one of which loads while the other computes; rows that are read number by number take more
         maxnreg=128 if columns % 16 == 0 else None,

@@ -18,6 +18,7 @@ from moequant.kernels.library.arguments import QuantSpec, Shape, strided
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.extents import extents_of, locate_extent, most_extents
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import next_power_of_2
 from moequant.kernels.library.slopes import activated_with_slopes
 
 GROUP, ROWS = 128, 8
@@ -201,7 +202,7 @@ def silu_mul_backward(
         strided(scales),
         shape,
         spec,
-        TILE=Tile(ROWS, triton.next_power_of_2(experts), columns % GROUP == 0, activation),
+        TILE=Tile(ROWS, next_power_of_2(experts), columns % GROUP == 0, activation),
         num_warps=4,
         # a product that is rounded to an integer by an addition must be rounded by itself first
         enable_fp_fusion=False,

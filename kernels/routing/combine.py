@@ -14,6 +14,7 @@ import triton.language as tl
 from moequant.kernels.library.common import num_sms, widened
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import may_use_pdl, pdl_option, wait_for_previous
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 from moequant.kernels.library.symmetric import NO_FAULT
 
 
@@ -143,13 +144,13 @@ REGISTERS = 32
 
 def program_of(tokens: int, columns: int, waits: bool, device: torch.device) -> tuple[int, int, bool]:
     """A program's columns and warps, and whether the launch begins early. waits: the launch before may wait for other ranks."""
-    most = triton.next_power_of_2(columns)
+    most = next_power_of_2(columns)
     for block, warps in ((1024, 8), (2048, 16)):
-        if waits and may_use_pdl(device, tokens * triton.cdiv(columns, block), warps, REGISTERS):
+        if waits and may_use_pdl(device, tokens * ceil_div(columns, block), warps, REGISTERS):
             return min(block, most), warps, True
     block = min(1024, most)
     # few programs get more warps, which load less each
-    return block, 8 if tokens * triton.cdiv(columns, block) <= 4 * num_sms(device) else 4, False
+    return block, 8 if tokens * ceil_div(columns, block) <= 4 * num_sms(device) else 4, False
 
 
 def launch_combine(
@@ -168,7 +169,7 @@ def launch_combine(
         return
     top_k = rows.shape[1]
     block, warps, pdl = program_of(tokens, columns, fault is not None, out.device)
-    combine_kernel[(tokens, triton.cdiv(columns, block))](
+    combine_kernel[(tokens, ceil_div(columns, block))](
         expert_output,
         rows,
         topk_weights,
@@ -179,8 +180,8 @@ def launch_combine(
         TILE=Tile(
             columns=block,
             top_k=top_k,
-            lanes=triton.next_power_of_2(top_k),
-            ranks=1 if remote is None else triton.next_power_of_2(remote.ranks),
+            lanes=next_power_of_2(top_k),
+            ranks=1 if remote is None else next_power_of_2(remote.ranks),
             pdl=pdl,
             skips=skips,
             in_order=in_order,

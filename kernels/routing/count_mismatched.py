@@ -8,6 +8,7 @@ import triton.language as tl
 
 from moequant.kernels.library.common import unlike
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import next_power_of_2
 
 
 @launchable
@@ -31,4 +32,4 @@ def count_mismatched_kernel(words_ptr, status_ptr, rank, ranks, stride, LANES: t
 def count_mismatched(words: torch.Tensor, rank: int, status: torch.Tensor) -> None:
     """As `moequant.reference.count_mismatched`. words: a rank's two side by side."""
     ranks = words.shape[0]
-    count_mismatched_kernel[(1,)](words, status, rank, ranks, words.stride(0), LANES=triton.next_power_of_2(ranks), num_warps=1)
+    count_mismatched_kernel[(1,)](words, status, rank, ranks, words.stride(0), LANES=next_power_of_2(ranks), num_warps=1)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div
 
 
 @launchable
@@ -61,7 +62,7 @@ def expert_offsets(
     """As `moequant.reference.expert_offsets`. All tensors contiguous, but for the rows of counts."""
     ranks, experts = offsets.shape
     block = 128
-    expert_offsets_kernel[(triton.cdiv(experts, block),)](
+    expert_offsets_kernel[(ceil_div(experts, block),)](
         rows_of(counts),
         offsets,
         num_tokens,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import rows_of
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 
 class Side(NamedTuple):
@@ -134,14 +135,14 @@ def move_source_rows(
         groups, merged_strides = merged_scales.shape[-1], (0, *merged_scales.stride()) if ragged else merged_scales.stride()
         padded_strides = block_stride(padded_scales), *padded_scales.stride()[2:]
     sources_block = 0 if padded_sources is None else block_stride(padded_sources)
-    block = min(16, triton.next_power_of_2(limit))
-    move_source_rows_kernel[(ranks * experts, triton.cdiv(limit, block))](
+    block = min(16, next_power_of_2(limit))
+    move_source_rows_kernel[(ranks * experts, ceil_div(limit, block))](
         Side(bytes_of(padded), padded_scales, padded_sources, *padded_strides, sources_matrix=sources_block),
         Side(bytes_of(merged), merged_scales, merged_sources, *merged_strides, sources_matrix=0),
         rows_of(offsets),
         rows_of(counts),
         Size(experts, limit, merged.shape[-2], columns, groups),
         TO_MERGED=to_merged,
-        TILE=Tile(block, min(1024, triton.next_power_of_2(columns)), max(1, triton.next_power_of_2(groups)), ragged),
+        TILE=Tile(block, min(1024, next_power_of_2(columns)), max(1, next_power_of_2(groups)), ragged),
         num_warps=8,
     )

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import next_power_of_2
 
 # of which `plan_returns` numbers so many at a time
 ENTRIES = tl.constexpr(4096)
@@ -67,7 +68,7 @@ def plan_returns_kernel(ids_ptr, rows_in_expert_ptr, offsets_ptr, starts_ptr, ro
 def plan_sends(topk_ids: torch.Tensor, local_experts: int, send_tokens: torch.Tensor, send_counts: torch.Tensor) -> None:
     """As `moequant.reference.plan_sends`. All tensors contiguous."""
     tokens, top_k = topk_ids.shape
-    lanes = triton.next_power_of_2(top_k)
+    lanes = next_power_of_2(top_k)
     plan_sends_kernel[(send_counts.shape[0],)](
         topk_ids,
         send_tokens,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import next_power_of_2
 
 
 class Into(NamedTuple):
@@ -96,6 +97,6 @@ def ragged_rows(
         capacity=capacity,
         rows_per_source=rows_per_source,
         ALIGNMENT=alignment,
-        BLOCK=min(128, triton.next_power_of_2(local)),
+        BLOCK=min(128, next_power_of_2(local)),
         num_warps=4,
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div
 
 # of a program that finds rows
 ENTRIES = tl.constexpr(1024)
@@ -129,7 +130,7 @@ def locate_entries(
     """As `moequant.reference.locate_entries`. Each rank's entries contiguous, at any stride; the others contiguous."""
     ranks, experts = offsets.shape
     rank_entries = rows[0].numel()
-    locate_entries_kernel[(ranks, triton.cdiv(rank_entries, ENTRIES.value))](
+    locate_entries_kernel[(ranks, ceil_div(rank_entries, ENTRIES.value))](
         rows_of(entries),
         offsets,
         rows,

@@ -14,6 +14,7 @@ import triton.language as tl
 from moequant.kernels.library.arguments import QuantSpec, Shape
 from moequant.kernels.library.common import num_sms, quantize_group, storable
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 COPY, QUANTIZE, COPY_SCALES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -153,10 +154,10 @@ def scatter(
     if tokens == 0:
         return
     copies = x_scales is not None
-    groups = triton.cdiv(columns, 128)
+    groups = ceil_div(columns, 128)
     # whole tokens where they fill the device, so that routing is read once a token; parts of 8 groups where they don't
-    block_g = min(triton.next_power_of_2(groups), 64 if tokens >= 4 * num_sms(x.device) else 8)
-    scatter_kernel[(tokens, triton.cdiv(groups, block_g))](
+    block_g = min(next_power_of_2(groups), 64 if tokens >= 4 * num_sms(x.device) else 8)
+    scatter_kernel[(tokens, ceil_div(groups, block_g))](
         x.view(torch.uint8) if copies else x,
         topk_ids,
         Given(
@@ -178,7 +179,7 @@ def scatter(
         shape=Shape(experts[0] if expert_start is None else expert_start.shape[0], limit, columns),
         spec=spec,
         MODE=COPY if scales is None else COPY_SCALES if copies else QUANTIZE,
-        TILE=Tile(block_g, top_k, triton.next_power_of_2(top_k)),
+        TILE=Tile(block_g, top_k, next_power_of_2(top_k)),
         num_warps=8 if block_g == 64 else 4,
         # as in the quantize kernel
         enable_fp_fusion=False,

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import globaltimer
 from moequant.kernels.library.common import takes_ptx, unlike
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, pdl_option, uses_pdl, wait_for_previous
+from moequant.kernels.library.sizes import next_power_of_2
 from moequant.kernels.library.symmetric import COUNTS, NO_FAULT, Peers, end_wait, made_uniform, peer_block
 
 EXPIRED = tl.constexpr(1 << 16)
@@ -180,8 +181,8 @@ def exchange_counts(slot: Counts, peers: Peers, capacity: int, call: int) -> Non
         local_experts=slot.num_tokens.shape[0],
         capacity=capacity,
         call=call,
-        EXPERTS=triton.next_power_of_2(experts),
-        LANES=triton.next_power_of_2(peers.ranks),
+        EXPERTS=next_power_of_2(experts),
+        LANES=next_power_of_2(peers.ranks),
         PDL=pdl,
         num_warps=8,
         # 8 warps of so many fit in `early.ROOM`

@@ -15,6 +15,7 @@ import triton.language as tl
 from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import first_row, locate_block, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 from moequant.kernels.library.symmetric import (
     NO_FAULT,
     OUTPUTS,
@@ -118,11 +119,11 @@ def push_rank_sums(
     """
     shape = Shape(num_tokens.shape[0], *y.shape[-2:])
     tile = Tile(
-        min(1024, triton.next_power_of_2(shape.columns)),
-        experts=triton.next_power_of_2(shape.experts),
-        lanes=triton.next_power_of_2(peers.ranks),
+        min(1024, next_power_of_2(shape.columns)),
+        experts=next_power_of_2(shape.experts),
+        lanes=next_power_of_2(peers.ranks),
     )
-    worst = y.shape[:-1].numel() * triton.cdiv(shape.columns, tile.columns)
+    worst = y.shape[:-1].numel() * ceil_div(shape.columns, tile.columns)
     push_rank_sums_kernel[(min(worst, 16 * num_sms(y.device)),)](
         y,
         headers,

@@ -12,6 +12,7 @@ import triton.language as tl
 from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 
 
 @launchable
@@ -64,7 +65,7 @@ def push_rows(
     y, and destinations (L, M) or (R,) int64, addresses, says where the valid rows go."""
     shape = Shape(num_tokens.shape[0], *y.shape[-2:])
     block, block_h = 8, 512
-    worst = most_row_tiles(shape.experts, shape.rows, block, expert_start) * triton.cdiv(shape.columns, block_h)
+    worst = most_row_tiles(shape.experts, shape.rows, block, expert_start) * ceil_div(shape.columns, block_h)
     push_rows_kernel[(min(worst, 8 * num_sms(y.device)),)](
         y,
         num_tokens,
@@ -74,6 +75,6 @@ def push_rows(
         shape=shape,
         BLOCK=block,
         BLOCK_H=block_h,
-        EXPERTS=triton.next_power_of_2(shape.experts),
+        EXPERTS=next_power_of_2(shape.experts),
         num_warps=4,
     )

@@ -25,12 +25,13 @@ from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, may_use_pdl, pdl_option, uses_pdl, wait_for_previous
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 from moequant.kernels.library.symmetric import ROWS, Peers, last_program, peer_block, signal_peers, wait_for_peers
 
 
 def header_words(groups: int, top_k: int, per_rank: bool) -> int:
     """int32 words of a row's header, a multiple of 4. groups: 0 where rows have no scales."""
-    return 4 * (triton.cdiv(groups, 4) + 1 + (2 * triton.cdiv(top_k, 4) if per_rank else 0))
+    return 4 * (ceil_div(groups, 4) + 1 + (2 * ceil_div(top_k, 4) if per_rank else 0))
 
 
 class Entries(NamedTuple):
@@ -225,10 +226,10 @@ class Parts(NamedTuple):
 def parts_of_tokens(tokens: int, groups: int, wave: int, device: torch.device) -> Parts:
     """The smallest parts of a token with which the launch may begin early. Without, large ones where they fill the device."""
     registers = REGISTERS_OF_WAVES if wave else REGISTERS
-    most = triton.next_power_of_2(groups)
+    most = next_power_of_2(groups)
     for block in (min(most, size) for size in (8, 32, 64)):
         warps = min(8, max(2, block // 4))
-        if may_use_pdl(device, max(tokens, 1) * triton.cdiv(groups, block), warps, registers):
+        if may_use_pdl(device, max(tokens, 1) * ceil_div(groups, block), warps, registers):
             return Parts(block, warps, True, registers)
     block = min(most, 32 if tokens >= num_sms(device) // 2 else 8)
     return Parts(block, max(2, block // 8), False, registers)
@@ -249,22 +250,22 @@ def push_tokens(
     that are stored. peers: with the flags of the rows, or of a second wave's. wait: for all ranks' rows. wave: its number, 1 and then 2,
     and the number of each rank's experts whose rows go first; 0 for all at once."""
     (tokens, columns), top_k = x.shape, topk_ids.shape[1]
-    groups, quantized = triton.cdiv(columns, 128), landing.spec is not None
+    groups, quantized = ceil_div(columns, 128), landing.spec is not None
     number, first_experts = wave
     parts = parts_of_tokens(tokens, groups, number, x.device)
     tile = Tile(
         element=VALUE_TYPES[dtype],
         groups=parts.groups,
         header_words=header_words(groups if quantized else 0, top_k, topk_weights is not None),
-        scale_words=triton.cdiv(groups, 4) * 4 if quantized else 0,
+        scale_words=ceil_div(groups, 4) * 4 if quantized else 0,
         top_k=top_k,
-        top_k_lanes=triton.next_power_of_2(top_k),
-        lanes=triton.next_power_of_2(peers.ranks),
+        top_k_lanes=next_power_of_2(top_k),
+        lanes=next_power_of_2(peers.ranks),
         pdl=uses_pdl(x.device),
         wave=number,
         waits=wait,
     )
-    push_tokens_kernel[(max(tokens, 1), triton.cdiv(groups, parts.groups))](
+    push_tokens_kernel[(max(tokens, 1), ceil_div(groups, parts.groups))](
         x,
         topk_ids,
         topk_weights,

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, uses_pdl
+from moequant.kernels.library.sizes import next_power_of_2
 from moequant.kernels.library.symmetric import NO_FAULT, Peers, first_flag, signal_peers, wait_for_peers
 
 
@@ -52,7 +53,7 @@ def signal_and_wait(peers: Peers, status: torch.Tensor, phase: int, signal: bool
         PHASE=phase,
         SIGNAL=signal,
         WAIT=wait,
-        LANES=triton.next_power_of_2(peers.ranks),
+        LANES=next_power_of_2(peers.ranks),
         PDL=uses_pdl(peers.pointers.device),
         num_warps=1,
     )

@@ -16,6 +16,7 @@ from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import may_use_pdl, most_programs, pdl_option, wait_for_previous
+from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 from moequant.kernels.library.symmetric import NO_FAULT, Headers, Peers
 
 
@@ -156,16 +157,16 @@ def unpack_rows(
     columns = row_bytes // width
     first_expert, end = part or (0, local_experts)
     experts = end - first_expert
-    groups = triton.cdiv(columns, 128)
+    groups = ceil_div(columns, 128)
     # few programs with whole rows, if the launch may begin early and has few rows
-    block, block_g, warps = 4, min(64 // width, triton.next_power_of_2(groups)), 8
-    tiles = most_row_tiles(experts, capacity, block, batch.expert_start) * triton.cdiv(groups, block_g)
+    block, block_g, warps = 4, min(64 // width, next_power_of_2(groups)), 8
+    tiles = most_row_tiles(experts, capacity, block, batch.expert_start) * ceil_div(groups, block_g)
     programs = min(tiles, most_programs(device))
-    few = experts * triton.cdiv(groups, block_g) * triton.cdiv(expected_rows, block) <= TURNS * programs
+    few = experts * ceil_div(groups, block_g) * ceil_div(expected_rows, block) <= TURNS * programs
     pdl = few and may_use_pdl(device, programs, warps, REGISTERS)
     if not pdl:
-        block, block_g, warps = 8, min(8, triton.next_power_of_2(groups)), 4
-        tiles = most_row_tiles(experts, capacity, block, batch.expert_start) * triton.cdiv(groups, block_g)
+        block, block_g, warps = 8, min(8, next_power_of_2(groups)), 4
+        tiles = most_row_tiles(experts, capacity, block, batch.expert_start) * ceil_div(groups, block_g)
         programs = min(tiles, 8 * num_sms(device))
     unpack_rows_kernel[(programs,)](
         batch,
@@ -176,7 +177,7 @@ def unpack_rows(
         experts=experts,
         shape=Shape(local_experts, capacity, columns),
         groups=groups,
-        TILE=Tile(block, block_g, width, triton.next_power_of_2(experts), pdl),
+        TILE=Tile(block, block_g, width, next_power_of_2(experts), pdl),
         num_warps=warps,
         **pdl_option(pdl, REGISTERS),
     )
