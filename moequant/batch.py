@@ -169,24 +169,27 @@ class QuantizedTensor:
             raise LayoutError(f'layout "{self.layout}" needs contiguous scales, got strides {self.scales.stride()}')
 
     @classmethod
-    def made_of(cls, values: Tensor, scales: Tensor, layout: ScaleLayout, recipe: str, group_size: int = 128) -> QuantizedTensor:
+    def made_of(
+        cls, values: Tensor, scales: Tensor, layout: ScaleLayout, recipe: str, group_size: int = 128, segments: int = 1
+    ) -> QuantizedTensor:
         """One of parts that are known to fit together: without the checks, which cost as much as a launch.
 
         Args:
             values: as the constructor's.
             scales: as the constructor's.
-            layout: as the constructor's, but not "block".
+            layout: as the constructor's.
             recipe: as the constructor's.
             group_size: as the constructor's.
+            segments: as the constructor's.
 
         Returns:
             The tensor.
         """
         if torch.compiler.is_compiling():
-            return cls(values, scales, layout, recipe, group_size)
+            return cls(values, scales, layout, recipe, group_size, segments)
         made = object.__new__(cls)
         # as a frozen dataclass has to be filled
-        made.__dict__.update(values=values, scales=scales, layout=layout, recipe=recipe, group_size=group_size, segments=1)
+        made.__dict__.update(values=values, scales=scales, layout=layout, recipe=recipe, group_size=group_size, segments=segments)
         return made
 
     @property

@@ -249,7 +249,7 @@ def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, b
     scales = torch.empty(experts, row_blocks, ceil_div(columns, block_size), dtype=torch.float32, device=w.device)
     ops.quantize_weight(w.reshape(values.shape), values, scales, recipe, segments, block_size)
     shaped = values.view(w.shape), scales.view(*leading, *scales.shape[1:])
-    return QuantizedTensor(*shaped, "block", recipe, block_size, segments)
+    return QuantizedTensor.made_of(*shaped, "block", recipe, block_size, segments)
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

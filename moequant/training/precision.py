@@ -15,16 +15,16 @@ from torch import Tensor
 
 from moequant import ops
 from moequant.activations import Activation
-from moequant.batch import QuantizedTensor
+from moequant.batch import ANY_ROWS, QuantizedTensor
 from moequant.columnwise import Columnwise, empty_columnwise
 from moequant.config import QUANT_DTYPES
 from moequant.experts import GroupedExperts
 from moequant.formats import FLOAT_DTYPES, recipe_of
-from moequant.gemm import grouped_gemm_blockscale
 from moequant.ops.gemm import GROUPED_MM
 from moequant.quantization import quantize_expert_batch, quantize_weight, silu_mul, silu_mul_quantize
 from moequant.reference.quantization import expert_places
 from moequant.training.rows import Rows
+from moequant.weights import parts_of
 
 if TYPE_CHECKING:
     from moequant.config import DispatcherConfig
@@ -125,8 +125,14 @@ class Precision:
         many = (rows.expected_rows or 0) >= MANY_ROWS and not rows.batch_invariant
         if many and not isinstance(a, QuantizedTensor) and rows.expert_start is not None and takes_grouped_mm(a, *w.shape[1:]):
             return GROUPED_MM(a, w.to(torch.bfloat16).mT, offs=rows.ends)
-        hints = {"expected_rows": rows.expected_rows, "batch_invariant": rows.batch_invariant}
-        return grouped_gemm_blockscale(a, self.weight(w, segments), *counts, **hints)
+        values, scales = parts_of(a)
+        weight = self.weight(w, segments)
+        segments = weight.segments if isinstance(weight, QuantizedTensor) else 1
+        out = torch.empty(*values.shape[:-1], w.shape[1], dtype=torch.bfloat16, device=values.device)
+        hint = ANY_ROWS if rows.batch_invariant else rows.expected_rows
+        # what `moequant.grouped_gemm_blockscale` would check is made here
+        ops.grouped_gemm_blockscale(values, scales, *parts_of(weight), *counts, out, segments, hint)
+        return out
 
     def back_product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows) -> Tensor:
         """Each row times its expert's weight, as a backward multiplies by one that its forward has multiplied by transposed.
