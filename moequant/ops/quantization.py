@@ -219,9 +219,15 @@ def quantize_columnwise(
     if not uses_kernels(x) or torch.version.hip is not None or not all(reads(dtype, x.device) for dtype in narrow):
         reference.quantize_columnwise(x, x_scales, num_tokens, expert_start, values, scales, block_ends, recipe, blocks)
         return
+    from moequant.kernels.library import common
     from moequant.kernels.library.arguments import Valid
     from moequant.kernels.quantization.quantize_columnwise import quantize_columnwise as kernel
 
+    if common.runs_gluon(x.device):
+        from moequant.kernels.quantization import quantize_columnwise_hopper as hopper
+
+        if hopper.supports_columnwise(x, num_tokens, values):
+            kernel = hopper.quantize_columnwise_hopper
     spec = quant_spec(values.dtype, recipe)
     kernel(x, x_scales, Valid(num_tokens, expert_start), values, scales, block_ends, spec, blocks=blocks)
 

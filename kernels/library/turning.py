@@ -1,0 +1,89 @@
+"""Tiles that are quantized and transposed in registers, for Hopper in Gluon.
+
+Each thread has a patch of a tile, some tokens by some columns. It loads its tokens one after the other, neighbouring columns together,
+and stores its columns one after the other, neighbouring tokens together: turned, the same numbers are in the same registers of the same
+thread, in another order, which costs nothing before they are rounded. Triton, which chooses layouts of its own, moves every byte through
+shared memory for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import constexpr_function
+
+from moequant.kernels.gemm.gemm1_swiglu_hopper import group_scale
+from moequant.kernels.library.common import INF_BITS
+
+# Tokens and columns of a tile.
+SIZE = 128
+
+
+class Patch(NamedTuple):
+    """Of a thread, tokens by columns, and how many lanes of a warp lie side by side along the columns. Powers of two."""
+
+    tokens: int
+    columns: int
+    lanes: int
+
+
+# Loads of 32 bytes of fp8 and 64 of bfloat16 from each row, and stores of 64 to each.
+PATCH = Patch(8, 8, 4)
+
+
+def warps_of(patch: Patch) -> int:
+    """Warps that cover a tile."""
+    return SIZE * SIZE // (32 * patch.tokens * patch.columns)
+
+
+@constexpr_function
+def owners(patch, turned):
+    """Which thread has which numbers of a tile of tokens by columns, or turned, of columns by tokens, and in which order."""
+    tokens, columns, lanes = patch
+    token, column = (1, 0) if turned else (0, 1)
+
+    def along(dim, begin, end):
+        """The powers of two from begin on up to end, as steps along a dimension."""
+        steps = [1 << bit for bit in range(begin.bit_length() - 1, end.bit_length() - 1)]
+        return [[step, 0] if dim == 0 else [0, step] for step in steps]
+
+    mine = along(column, 1, columns), along(token, 1, tokens)
+    of_warp = columns * lanes, tokens * 32 // lanes
+    return gl.DistributedLinearLayout(
+        reg_bases=mine[1] + mine[0] if turned else mine[0] + mine[1],
+        lane_bases=along(column, columns, of_warp[0]) + along(token, tokens, of_warp[1]),
+        warp_bases=along(column, of_warp[0], SIZE) + along(token, of_warp[1], SIZE),
+        block_bases=[],
+        shape=[SIZE, SIZE],
+    )
+
+
+@gluon.jit
+def quantize_turned(x, spec, PATCH: gl.constexpr, BLOCKS: gl.constexpr):
+    """Quantizes a float32 tile of tokens by columns as `kernels/library/common.py` does, to e4m3fn. Returns values, columns by tokens, and
+    the scale of each column, or with BLOCKS of all.
+    """
+    TURNED: gl.constexpr = owners(PATCH, True)
+    bits = x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
+    if BLOCKS:
+        bits = gl.max(bits)
+    else:
+        bits = gl.convert_layout(gl.max(bits, 0), gl.SliceLayout(1, TURNED))
+    scale = group_scale(bits, spec.eps, spec.max_value, spec.power_of_two)
+    if spec.power_of_two:
+        exact = (0x7F000000 - scale.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
+        reciprocal = gl.where(scale == scale, exact, scale)
+    else:
+        reciprocal = gl.div_rn(1.0, scale)
+    x = gl.convert_layout(x.permute((1, 0)), TURNED)
+    if BLOCKS:
+        wide_bits, wide_scale, r = bits, scale, reciprocal
+    else:
+        wide_bits, wide_scale, r = gl.expand_dims(bits, 1), gl.expand_dims(scale, 1), gl.expand_dims(reciprocal, 1)
+    q = x * r
+    if not (spec.reciprocal or spec.power_of_two):
+        q = gl.fma(gl.fma(q, wide_scale, x * -1.0), r * -1.0, q)
+    # the values of a bad group are 0: its scale alone says NaN
+    return gl.where(wide_bits >= INF_BITS, 0.0, q).to(gl.float8e4nv), scale
