@@ -12,13 +12,26 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language import PropagateNan
 from triton.runtime.jit import constexpr_function
 
 from moequant.kernels.gemm.gemm1_swiglu_hopper import group_scale
 from moequant.kernels.library.common import INF_BITS
 
 # Tokens and columns of a tile.
-SIZE = 128
+SIZE = gl.constexpr(128)
+NAN = gl.constexpr(PropagateNan.ALL)
+# Four numbers of one group, rounded and kept or not together.
+ROUND = gl.constexpr(
+    """{
+        .reg .b16 low, high;
+        .reg .b32 all;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 all, {low, high};
+        and.b32 $0, all, $5;
+    }"""
+)
 
 
 class Patch(NamedTuple):
@@ -35,7 +48,7 @@ PATCH = Patch(8, 8, 4)
 
 def warps_of(patch: Patch) -> int:
     """Warps that cover a tile."""
-    return SIZE * SIZE // (32 * patch.tokens * patch.columns)
+    return SIZE.value**2 // (32 * patch.tokens * patch.columns)
 
 
 @constexpr_function
@@ -54,10 +67,16 @@ def owners(patch, turned):
     return gl.DistributedLinearLayout(
         reg_bases=mine[1] + mine[0] if turned else mine[0] + mine[1],
         lane_bases=along(column, columns, of_warp[0]) + along(token, tokens, of_warp[1]),
-        warp_bases=along(column, of_warp[0], SIZE) + along(token, of_warp[1], SIZE),
+        warp_bases=along(column, of_warp[0], SIZE.value) + along(token, of_warp[1], SIZE.value),
         block_bases=[],
-        shape=[SIZE, SIZE],
+        shape=[SIZE.value, SIZE.value],
     )
+
+
+@gluon.jit
+def larger(x, y):
+    """NaN if one of them is."""
+    return gl.maximum(x, y, propagate_nan=NAN)
 
 
 @gluon.jit
@@ -66,24 +85,25 @@ def quantize_turned(x, spec, PATCH: gl.constexpr, BLOCKS: gl.constexpr):
     the scale of each column, or with BLOCKS of all.
     """
     TURNED: gl.constexpr = owners(PATCH, True)
-    bits = x.to(gl.int32, bitcast=True) & 0x7FFFFFFF
     if BLOCKS:
-        bits = gl.max(bits)
+        amax = gl.reduce(gl.reshape(gl.abs(x), [SIZE * SIZE]), 0, larger)
     else:
-        bits = gl.convert_layout(gl.max(bits, 0), gl.SliceLayout(1, TURNED))
+        amax = gl.convert_layout(gl.reduce(gl.abs(x), 0, larger), gl.SliceLayout(1, TURNED))
+    bits = amax.to(gl.int32, bitcast=True)
     scale = group_scale(bits, spec.eps, spec.max_value, spec.power_of_two)
+    # the values of a bad group are 0, whatever their quotients: its scale alone says NaN
+    keep = gl.where(bits >= INF_BITS, 0, -1)
     if spec.power_of_two:
-        exact = (0x7F000000 - scale.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
-        reciprocal = gl.where(scale == scale, exact, scale)
+        r = (0x7F000000 - scale.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
     else:
-        reciprocal = gl.div_rn(1.0, scale)
+        r = gl.div_rn(1.0, scale)
     x = gl.convert_layout(x.permute((1, 0)), TURNED)
     if BLOCKS:
-        wide_bits, wide_scale, r = bits, scale, reciprocal
+        wide = scale
     else:
-        wide_bits, wide_scale, r = gl.expand_dims(bits, 1), gl.expand_dims(scale, 1), gl.expand_dims(reciprocal, 1)
+        wide, r, keep = gl.expand_dims(scale, 1), gl.expand_dims(r, 1), gl.expand_dims(keep, 1)
     q = x * r
     if not (spec.reciprocal or spec.power_of_two):
-        q = gl.fma(gl.fma(q, wide_scale, x * -1.0), r * -1.0, q)
-    # the values of a bad group are 0: its scale alone says NaN
-    return gl.where(wide_bits >= INF_BITS, 0.0, q).to(gl.float8e4nv), scale
+        q = gl.fma(gl.fma(q, wide, x * -1.0), r * -1.0, q)
+    values = gl.inline_asm_elementwise(ROUND, "=r,f,f,f,f,r,r,r,r", [q, keep], dtype=gl.float8e4nv, is_pure=True, pack=4)
+    return values, scale

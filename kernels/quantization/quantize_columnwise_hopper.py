@@ -21,7 +21,7 @@ from moequant.kernels.quantization.quantize_columnwise import Made, Tile
 
 
 @gluon.jit
-def filled_blocks(num_tokens, expert_start, lane, experts, rows, SIZE: gl.constexpr):
+def filled_blocks(num_tokens, expert_start, lane, experts, rows):
     """`kernels/library/extents.py`'s, of experts that are `lane`: each expert's first row, its valid rows, and the blocks of this and all
     earlier experts."""
     there = lane < experts
@@ -37,7 +37,7 @@ def filled_blocks(num_tokens, expert_start, lane, experts, rows, SIZE: gl.conste
 
 
 @gluon.jit
-def locate_block(block, lane, firsts, counts, ends, SIZE: gl.constexpr):
+def locate_block(block, lane, firsts, counts, ends):
     """The expert of a block, the block's first row in the buffer, and how many rows are valid from there on."""
     passed = ends <= block
     expert = gl.sum(passed.to(gl.int32), 0)
@@ -52,51 +52,53 @@ def quantize_columnwise_hopper_kernel(
     num_tokens_ptr, expert_start_ptr, x_ptr, x_scales, made, shape, spec, TILE: gl.constexpr, PATCH: gl.constexpr, WARPS: gl.constexpr
 ):
     """As `quantize_columnwise_kernel`, which has the example."""
-    SIZE: gl.constexpr = TILE.size
     OWNERS: gl.constexpr = owners(PATCH, False)
     TURNED: gl.constexpr = owners(PATCH, True)
     # every warp has all experts
-    EXPERTS: gl.constexpr = gl.BlockedLayout([max(TILE.experts // 32, 1)], [32], [WARPS], [0])
+    EXPERTS: gl.constexpr = gl.BlockedLayout([TILE.experts // 32], [32], [WARPS], [0])
     experts, rows, columns = shape
     room = made.room
     lane = gl.arange(0, TILE.experts, EXPERTS)
-    firsts, counts, ends = filled_blocks(num_tokens_ptr, expert_start_ptr, lane, experts, rows, SIZE)
+    firsts, counts, ends = filled_blocks(num_tokens_ptr, expert_start_ptr, lane, experts, rows)
     if gl.program_id(0) == 0:
         gl.store(made.block_ends_ptr + lane, gl.minimum(ends, room), mask=lane < experts)
     column_blocks = (columns + (SIZE - 1)) // SIZE
     token = gl.arange(0, SIZE, gl.SliceLayout(1, OWNERS))
-    out_token = gl.arange(0, SIZE, gl.SliceLayout(0, TURNED))
+    column_in_tile = gl.arange(0, SIZE, gl.SliceLayout(0, OWNERS))
+    # unsigned, so that each address is a number of 32 bits from where the tile begins
+    in_tile = (token[:, None] * columns + column_in_tile[None, :]).to(gl.uint32)
+    out_row = gl.arange(0, SIZE, gl.SliceLayout(1, TURNED))
+    out_in_tile = (out_row[:, None] * (room * SIZE) + gl.arange(0, SIZE, gl.SliceLayout(0, TURNED))[None, :]).to(gl.uint32)
     tiles = gl.minimum(gl.max(ends, 0), room) * column_blocks
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block = tile // column_blocks
         group = tile % column_blocks
-        expert, first, count = locate_block(block, lane, firsts, counts, ends, SIZE)
-        row = first.to(gl.int64) + token
-        column = group * SIZE + gl.arange(0, SIZE, gl.SliceLayout(0, OWNERS))
+        expert, first, count = locate_block(block, lane, firsts, counts, ends)
+        row = first.to(gl.int64)
         valid = token < count
         mask = valid[:, None]
         if not TILE.even:
-            mask = mask & (column < columns)[None, :]
-        x = gl.load(x_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0).to(gl.float32)
+            mask = mask & (column_in_tile < columns - group * SIZE)[None, :]
+        x = gl.load(x_ptr + (row * columns + group * SIZE) + in_tile, mask=mask, other=0.0).to(gl.float32)
         if x_scales.pointer is not None:
-            scale_row = row * x_scales.row
+            at = row * x_scales.row
             if expert_start_ptr is None:
                 e = expert.to(gl.int64)
-                scale_row = e * x_scales.matrix + (row - e * rows) * x_scales.row
-            at = x_scales.pointer + group.to(gl.int64) * x_scales.column
+                at = e * x_scales.matrix + (row - e * rows) * x_scales.row
+            at = x_scales.pointer + (group.to(gl.int64) * x_scales.column + at)
             # values are 0 in rows that were not read, and scales too
-            x = x * gl.load(at + scale_row, mask=valid, other=0.0)[:, None]
+            x = x * gl.load(at + token * x_scales.row, mask=valid, other=0.0)[:, None]
         values, scale = quantize_turned(x, spec, PATCH, TILE.blocks)
-        out_row = group * SIZE + gl.arange(0, SIZE, gl.SliceLayout(1, TURNED))
+        there = out_row < columns - group * SIZE
         if TILE.blocks:
             gl.store(made.scales_ptr + group.to(gl.int64) * made.scale_row + block, scale)
         else:
-            gl.store(made.scales_ptr + block.to(gl.int64) * made.scale_row + out_row, scale, mask=out_row < columns)
-        out_at = made.values_ptr + out_row.to(gl.int64)[:, None] * (room * SIZE) + (block.to(gl.int64) * SIZE + out_token)[None, :]
+            gl.store(made.scales_ptr + (block.to(gl.int64) * made.scale_row + group * SIZE) + out_row, scale, mask=there)
+        out_at = made.values_ptr + ((group * SIZE).to(gl.int64) * (room * SIZE) + block.to(gl.int64) * SIZE) + out_in_tile
         if TILE.even:
             gl.store(out_at, values)
         else:
-            gl.store(out_at, values, mask=(out_row < columns)[:, None])
+            gl.store(out_at, values, mask=there[:, None])
 
 
 def quantize_columnwise_hopper(
@@ -119,9 +121,9 @@ def quantize_columnwise_hopper(
     num_tokens, expert_start = valid
     assert num_tokens is not None
     experts, columns = num_tokens.shape[0], x.shape[-1]
-    room, warps = values.shape[1] // SIZE, warps_of(patch)
+    room, warps = values.shape[1] // SIZE.value, warps_of(patch)
     # one program at least says how many blocks there are
-    grid = max(1, min(room * triton.cdiv(columns, SIZE), multiprocessors(x.device) * programs))
+    grid = max(1, min(room * triton.cdiv(columns, SIZE.value), multiprocessors(x.device) * programs))
     quantize_columnwise_hopper_kernel[(grid,)](
         num_tokens,
         expert_start,
@@ -130,7 +132,7 @@ def quantize_columnwise_hopper(
         Made(values, scales, scales.stride(0), block_ends, room),
         Shape(experts, x.shape[-2], columns),
         spec,
-        TILE=Tile(SIZE, triton.next_power_of_2(experts), columns % SIZE == 0, blocks),
+        TILE=Tile(SIZE.value, max(triton.next_power_of_2(experts), 32), columns % SIZE.value == 0, blocks),
         PATCH=patch,
         WARPS=warps,
         num_warps=warps,
