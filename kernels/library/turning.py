@@ -46,9 +46,18 @@ class Patch(NamedTuple):
 PATCH = Patch(8, 8, 4)
 
 
+# Programs of a multiprocessor, one of which loads while the other computes.
+PROGRAMS = 2
+
+
 def warps_of(patch: Patch) -> int:
     """Warps that cover a tile."""
     return SIZE.value**2 // (32 * patch.tokens * patch.columns)
+
+
+def registers_of(patch: Patch) -> int:
+    """Of a thread at most, so that PROGRAMS have room for theirs."""
+    return 65536 // (PROGRAMS * 32 * warps_of(patch))
 
 
 @constexpr_function

@@ -16,7 +16,7 @@ from moequant.kernels.library.arguments import QuantSpec, Shape, Valid, strided
 from moequant.kernels.library.common import MOST_EXPERTS, multiprocessors, runs_gluon
 from moequant.kernels.library.hopper_ring import add
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.turning import PATCH, SIZE, Patch, owners, quantize_turned, warps_of
+from moequant.kernels.library.turning import PATCH, PROGRAMS, SIZE, Patch, owners, quantize_turned, registers_of, warps_of
 from moequant.kernels.quantization.quantize_columnwise import Made, Tile
 
 
@@ -111,20 +111,21 @@ def quantize_columnwise_hopper(
     spec: QuantSpec,
     *,
     blocks: bool,
+    num_sms: int | None = None,
     patch: Patch = PATCH,
-    programs: int = 2,
 ) -> None:
     """`quantize_columnwise`, on arguments of which `supports_columnwise` is true.
 
-    patch: of a thread. programs: on each multiprocessor.
+    num_sms: multiprocessors to use; None for all, 0 to compile and no more. patch: of a thread.
     """
     num_tokens, expert_start = valid
     assert num_tokens is not None
     experts, columns = num_tokens.shape[0], x.shape[-1]
     room, warps = values.shape[1] // SIZE.value, warps_of(patch)
+    sms = multiprocessors(x.device) if num_sms is None else num_sms
     # one program at least says how many blocks there are
-    grid = max(1, min(room * triton.cdiv(columns, SIZE.value), multiprocessors(x.device) * programs))
-    quantize_columnwise_hopper_kernel[(grid,)](
+    tiles = max(1, room * triton.cdiv(columns, SIZE.value))
+    quantize_columnwise_hopper_kernel[(min(tiles, sms * PROGRAMS),)](
         num_tokens,
         expert_start,
         x,
@@ -136,9 +137,7 @@ def quantize_columnwise_hopper(
         PATCH=patch,
         WARPS=warps,
         num_warps=warps,
-        # two programs on a multiprocessor, one of which loads while the other computes
-        maxnreg=65536 // (programs * 32 * warps) // 8 * 8,
-        # a product that is rounded to an integer by an addition must be rounded by itself first
+        maxnreg=registers_of(patch),
         enable_fp_fusion=False,
     )
 
@@ -155,5 +154,7 @@ def takes_columnwise(x: Tensor, num_tokens: Tensor, values: Tensor) -> bool:
         and x.dtype in (torch.float8_e4m3fn, torch.bfloat16)
         and values.dtype == torch.float8_e4m3fn
         and x.shape[-1] % 16 == 0
+        # offsets inside a tile are numbers of 32 bits
+        and max(x.shape[-1], values.shape[1]) < 2**24
         and all(tensor.data_ptr() % 16 == 0 for tensor in (x, values))
     )
