@@ -90,8 +90,8 @@ def larger(x, y):
 
 @gluon.jit
 def quantize_turned(x, spec, PATCH: gl.constexpr, BLOCKS: gl.constexpr):
-    """Quantizes a float32 tile of tokens by columns as `kernels/library/common.py` does, to e4m3fn. Returns values, columns by tokens, and
-    the scale of each column, or with BLOCKS of all.
+    """Quantizes a float32 tile of tokens by columns to e4m3fn, with the bits of `kernels/library/common.py`. Returns values, columns by
+    tokens, and the scale of each column, or with BLOCKS of all.
     """
     TURNED: gl.constexpr = owners(PATCH, True)
     if BLOCKS:

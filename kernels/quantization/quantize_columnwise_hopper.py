@@ -49,7 +49,16 @@ def locate_block(block, lane, firsts, counts, ends):
 @launchable
 @gluon.jit
 def quantize_columnwise_hopper_kernel(
-    num_tokens_ptr, expert_start_ptr, x_ptr, x_scales, made, shape, spec, TILE: gl.constexpr, PATCH: gl.constexpr, WARPS: gl.constexpr
+    num_tokens_ptr,
+    expert_start_ptr,
+    x_ptr,
+    x_scales,
+    made,
+    shape,
+    spec,
+    TILE: gl.constexpr,
+    PATCH: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """As `quantize_columnwise_kernel`, which has the example."""
     OWNERS: gl.constexpr = owners(PATCH, False)

@@ -1,12 +1,13 @@
-"""Rows quantized along the tokens by the kernel for Hopper: the reference's bits, on a CPU from its own source (`tests/gluon_on_cpu.py`)."""
+"""Rows quantized along the tokens by the kernel for Hopper: the reference's bits, on a CPU from its source (`tests/gluon_on_cpu.py`)."""
 
 from __future__ import annotations
 
 import pytest
+import test_quantize_columnwise as plain
 import torch
+from test_quantize_columnwise import DTYPES, LAYOUTS, SCALES, batch, call_quantize_columnwise, check, narrowed
 from torch import Tensor
 
-import test_quantize_columnwise as plain
 from compile_case import BF16, E4M3, E5M2, INT8, cases
 from gluon_names import Memory
 from gluon_on_cpu import StandIn
@@ -16,7 +17,6 @@ from moequant.kernels.library import common
 from moequant.kernels.library.arguments import Valid
 from moequant.kernels.quantization import quantize_columnwise_hopper as hopper
 from moequant.kernels.quantization.quantize_columnwise_hopper import quantize_columnwise_hopper, takes_columnwise
-from test_quantize_columnwise import DTYPES, LAYOUTS, SCALES, batch, call_quantize_columnwise, check, narrowed
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,9 @@ def test_tiles_are_those_of_the_reference_in_the_source(columns, blocks, dtype, 
 
 
 @SCALES
-@pytest.mark.parametrize("counts", [[0, 0, 0], [1], [128, 256], [129, -5, 0, 127], [3] * 70], ids=["none", "one", "full", "odd", "many"])
+@pytest.mark.parametrize(
+    "counts", [[0, 0, 0], [1], [128, 256], [129, -5, 0, 127], [3] * 70], ids=["none", "one", "full", "odd", "many"]
+)
 def test_no_rows_full_blocks_and_many_experts_in_the_source(counts, blocks, memory):
     x, placed = batch("ragged", counts, 128, "cpu")
     check(*narrowed(x, placed, E4M3), placed, blocks)

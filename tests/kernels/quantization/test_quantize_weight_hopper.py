@@ -1,12 +1,13 @@
-"""Transposed weights quantized by the kernel for Hopper: the reference's bits, on a CPU from its own source (`tests/gluon_on_cpu.py`)."""
+"""Transposed weights quantized by the kernel for Hopper: the reference's bits, on a CPU from its source (`tests/gluon_on_cpu.py`)."""
 
 from __future__ import annotations
 
 import pytest
+import test_quantize_weight as plain
 import torch
+from test_quantize_weight import assert_same
 from torch import Tensor
 
-import test_quantize_weight as plain
 from compile_case import BF16, E4M3, E5M2, INT8, cases, empty
 from gluon_names import Memory
 from gluon_on_cpu import StandIn
@@ -17,7 +18,6 @@ from moequant.kernels.library import common
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.quantization import quantize_weight_hopper as hopper
 from moequant.kernels.quantization.quantize_weight_hopper import quantize_weight_hopper, takes_quantize_weight
-from test_quantize_weight import assert_same
 
 
 @pytest.fixture(autouse=True)
