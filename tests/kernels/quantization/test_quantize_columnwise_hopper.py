@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import test_quantize_columnwise as plain
 import torch
@@ -17,15 +19,16 @@ from moequant.kernels.library import common
 from moequant.kernels.library.arguments import Valid
 from moequant.kernels.quantization import quantize_columnwise_hopper as hopper
 from moequant.kernels.quantization.quantize_columnwise_hopper import quantize_columnwise_hopper, takes_columnwise
+from moequant.ops import quantization
 
 
 @pytest.fixture(autouse=True)
 def of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of the other kernel, of this one."""
 
-    def quantize(x: Tensor, x_scales: Tensor | None, valid: Valid, values: Tensor, *made: Tensor, **settings: bool) -> None:
+    def quantize(x: Tensor, x_scales: Tensor | None, valid: Valid, values: Tensor, *made: Any, blocks: bool) -> None:
         assert valid.num_tokens is not None and takes_columnwise(x, valid.num_tokens, values)
-        quantize_columnwise_hopper(x, x_scales, valid, values, *made, **settings)
+        quantize_columnwise_hopper(x, x_scales, valid, values, *made, blocks=blocks)
 
     monkeypatch.setattr(plain, "quantize_columnwise", quantize)
 
@@ -100,13 +103,14 @@ def test_what_the_kernel_takes():
 @pytest.mark.parametrize("runs", [True, False])
 def test_the_operation_chooses_it_where_gluon_runs(runs, memory, monkeypatch):
     monkeypatch.setattr(common, "why_no_gluon", lambda device: None if runs else "another GPU")
-    monkeypatch.setattr(ops.quantization, "uses_kernels", lambda x: True)
+    monkeypatch.setattr(quantization, "uses_kernels", lambda x: True)
     called = []
     monkeypatch.setattr(hopper, "quantize_columnwise_hopper", lambda *given, **settings: called.append(settings))
     x, placed = batch("padded", [9, 3], 144, "cpu")
+    assert placed.num_tokens is not None
     for columns in (144, 140):
         made = empty_columnwise(columns, x.shape[:-1].numel(), 2, blocks=True, device="cpu")
-        ops.quantize_columnwise(x[..., :columns].contiguous(), None, *placed, *made, "ue8m0", True)
+        ops.quantize_columnwise(x[..., :columns].contiguous(), None, placed.num_tokens, None, *made, "ue8m0", True)
     assert called == [{"blocks": True}] * runs
 
 

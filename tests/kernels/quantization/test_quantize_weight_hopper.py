@@ -18,6 +18,7 @@ from moequant.kernels.library import common
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.quantization import quantize_weight_hopper as hopper
 from moequant.kernels.quantization.quantize_weight_hopper import quantize_weight_hopper, takes_quantize_weight
+from moequant.ops import quantization
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,7 @@ def test_what_the_kernel_takes():
 @pytest.mark.parametrize("runs", [True, False])
 def test_the_operation_chooses_it_where_gluon_runs(runs, memory, monkeypatch):
     monkeypatch.setattr(common, "why_no_gluon", lambda device: None if runs else "another GPU")
-    monkeypatch.setattr(ops.quantization, "uses_kernels", lambda x: True)
+    monkeypatch.setattr(quantization, "uses_kernels", lambda x: True)
     called = []
     monkeypatch.setattr(hopper, "quantize_weight_hopper", lambda *given, **settings: called.append(settings))
     for w in (weights(1, 96, 144), weights(1, 96, 144).contiguous()):
