@@ -77,7 +77,7 @@ def probe(device: torch.device) -> str | None:
         from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
         from moequant.kernels.gemm.weight_gradient_hopper import weight_gradient_hopper
         from moequant.kernels.library.arguments import Valid, quant_spec
-        from moequant.kernels.quantization.quantize_columnwise_hopper import quantize_columnwise_hopper
+        from moequant.kernels.quantization.quantize_columnwise_hopper import Config, quantize_columnwise_hopper
         from moequant.kernels.quantization.quantize_weight_hopper import quantize_weight_hopper
 
         with torch.cuda.device_of(values):
@@ -88,7 +88,7 @@ def probe(device: torch.device) -> str | None:
             weight_gradient_hopper(values[0], by_block[0], weights[0], by_block[1], ends, out, num_sms=0)
             spec = quant_spec(**recipe)
             by_column = values[0], by_block[0], ends, spec
-            quantize_columnwise_hopper(values, scales, Valid(ends, None), *by_column, blocks=False, num_sms=0)
+            quantize_columnwise_hopper(values, scales, Valid(ends, None), *by_column, blocks=False, config=Config(num_sms=0))
             # a weight of no block
             quantize_weight_hopper(out.mT, weights, weight_scales[:0], spec, segments=1, block_size=128)
     except Exception as error:

@@ -50,7 +50,8 @@ PATCH = Patch(8, 8, 4)
 PROGRAMS = 2
 
 
-def warps_of(patch: Patch) -> int:
+@constexpr_function
+def warps_of(patch):
     """Warps that cover a tile."""
     return SIZE.value**2 // (32 * patch.tokens * patch.columns)
 

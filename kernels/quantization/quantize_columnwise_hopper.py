@@ -6,6 +6,8 @@ room.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -18,6 +20,16 @@ from moequant.kernels.library.hopper_ring import add
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.turning import PATCH, PROGRAMS, SIZE, Patch, owners, quantize_turned, registers_of, warps_of
 from moequant.kernels.quantization.quantize_columnwise import Made, Tile
+
+
+class Config(NamedTuple):
+    """patch: of a thread. num_sms: multiprocessors to use; None for all, 0 to compile and no more."""
+
+    patch: Patch = PATCH
+    num_sms: int | None = None
+
+
+CONFIG = Config()
 
 
 @gluon.jit
@@ -58,13 +70,12 @@ def quantize_columnwise_hopper_kernel(
     spec,
     TILE: gl.constexpr,
     PATCH: gl.constexpr,
-    WARPS: gl.constexpr,
 ):
     """As `quantize_columnwise_kernel`, which has the example."""
     OWNERS: gl.constexpr = owners(PATCH, False)
     TURNED: gl.constexpr = owners(PATCH, True)
     # every warp has all experts
-    EXPERTS: gl.constexpr = gl.BlockedLayout([TILE.experts // 32], [32], [WARPS], [0])
+    EXPERTS: gl.constexpr = gl.BlockedLayout([TILE.experts // 32], [32], [warps_of(PATCH)], [0])
     experts, rows, columns = shape
     room = made.room
     lane = gl.arange(0, TILE.experts, EXPERTS)
@@ -120,18 +131,14 @@ def quantize_columnwise_hopper(
     spec: QuantSpec,
     *,
     blocks: bool,
-    num_sms: int | None = None,
-    patch: Patch = PATCH,
+    config: Config = CONFIG,
 ) -> None:
-    """`quantize_columnwise`, on arguments of which `supports_columnwise` is true.
-
-    num_sms: multiprocessors to use; None for all, 0 to compile and no more. patch: of a thread.
-    """
+    """`quantize_columnwise`, on arguments of which `supports_columnwise` is true."""
     num_tokens, expert_start = valid
     assert num_tokens is not None
     experts, columns = num_tokens.shape[0], x.shape[-1]
-    room, warps = values.shape[1] // SIZE.value, warps_of(patch)
-    sms = multiprocessors(x.device) if num_sms is None else num_sms
+    room = values.shape[1] // SIZE.value
+    sms = multiprocessors(x.device) if config.num_sms is None else config.num_sms
     # one program at least says how many blocks there are
     tiles = max(1, room * triton.cdiv(columns, SIZE.value))
     quantize_columnwise_hopper_kernel[(min(tiles, sms * PROGRAMS),)](
@@ -143,10 +150,9 @@ def quantize_columnwise_hopper(
         Shape(experts, x.shape[-2], columns),
         spec,
         TILE=Tile(SIZE.value, max(triton.next_power_of_2(experts), 32), columns % SIZE.value == 0, blocks),
-        PATCH=patch,
-        WARPS=warps,
-        num_warps=warps,
-        maxnreg=registers_of(patch),
+        PATCH=config.patch,
+        num_warps=warps_of(config.patch),
+        maxnreg=registers_of(config.patch),
         enable_fp_fusion=False,
     )
 

@@ -24,7 +24,6 @@ def quantize_weight_hopper_kernel(
     scales_ptr,
     rows,
     columns,
-    blocks,
     spec,
     SEGMENTS: gl.constexpr,
     EVEN: gl.constexpr,
@@ -33,7 +32,8 @@ def quantize_weight_hopper_kernel(
     """As `quantize_weight_kernel`, which has the example. EVEN: blocks divide rows and columns."""
     OWNERS: gl.constexpr = owners(PATCH, False)
     TURNED: gl.constexpr = owners(PATCH, True)
-    row_blocks, column_blocks = blocks
+    row_blocks = (rows + (SIZE - 1)) // SIZE
+    column_blocks = (columns + (SIZE - 1)) // SIZE
     block = gl.program_id(0)
     column = block % column_blocks * SIZE
     row = block // column_blocks % row_blocks * SIZE
@@ -71,7 +71,6 @@ def quantize_weight_hopper(
         scales,
         rows,
         columns,
-        (scales.shape[1] // segments, scales.shape[2]),
         spec,
         SEGMENTS=segments,
         EVEN=rows % block_size == 0 and columns % block_size == 0,
