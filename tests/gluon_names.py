@@ -22,6 +22,7 @@ TYPES = {
     gl.int8: torch.int8,
     gl.int32: torch.int32,
     gl.int64: torch.int64,
+    gl.uint32: torch.uint32,
     gl.float16: torch.float16,
     gl.bfloat16: torch.bfloat16,
     gl.float32: torch.float32,
@@ -229,10 +230,12 @@ class Language:
         self.static_range = range
         self.minimum = lambda x, y: torch.minimum(number(x), number(y))
         self.maximum = lambda x, y: torch.maximum(number(x), number(y))
-        self.exp2 = torch.exp2
+        self.exp2, self.abs, self.reshape = torch.exp2, torch.abs, torch.reshape
         self.expand_dims = torch.unsqueeze
         self.sum = lambda x, axis: x.sum(axis, dtype=x.dtype)
         self.max = lambda x, axis: x.amax(axis)
+        # of magnitudes, the largest, or a NaN, which has no sign
+        self.reduce = lambda x, axis, combine: x.amax(axis).abs()
         self.div_rn = lambda x, y: x / y
         self.fma = lambda x, y, z: (number(x).double() * number(y).double() + number(z).double()).float()
 
@@ -281,6 +284,8 @@ class Language:
             return self.memory.load(args[0]).int()
         if "rcp.approx" in asm:
             return 1.0 / args[0]
+        if "cvt.rn.satfinite.e4m3x2" in asm:
+            return torch.where(number(args[1]) == 0, 0.0, args[0].clamp(-448, 448)).to(torch.float8_e4m3fn)
         assert "cvt.rn.bf16x2" in asm, f"no stand-in for {asm}"
         return args[0].bfloat16().float()
 

@@ -75,7 +75,9 @@ class StandIn:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **constants: Any) -> None:
-            self.memory.tensors += [argument for argument in arguments if isinstance(argument, Tensor)]
+            for argument in arguments:
+                parts = argument if isinstance(argument, tuple) else (argument,)
+                self.memory.tensors += [part for part in parts if isinstance(part, Tensor)]
             given = [self._argument(argument) for argument in arguments]
             self.language.programs = grid[0]
             for self.language.program in range(grid[0]):
@@ -83,10 +85,15 @@ class StandIn:
 
         return launch
 
-    @staticmethod
-    def _argument(argument: Any) -> Any:
+    @classmethod
+    def _argument(cls, argument: Any) -> Any:
         if isinstance(argument, Tensor):
             return Pointer(torch.tensor(argument.data_ptr()), argument.dtype)
         if isinstance(argument, TensorDescriptor):
             return Matrix(argument)
+        if isinstance(argument, gl.constexpr):
+            return argument.value
+        if isinstance(argument, tuple):
+            parts = map(cls._argument, argument)
+            return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
         return torch.tensor(argument, dtype=torch.int32) if isinstance(argument, int) else argument

@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 
-from triton_releases import OPERATIONS, PAGE, RELEASES, cells_of, compiled, is_here, page, run, summary
+from triton_releases import OPERATIONS, PAGE, RELEASES, TURNED, cells_of, compiled, is_here, page, run, summary
 
 COMMAND = "python tests/triton_releases.py"
 
@@ -29,6 +29,11 @@ def test_every_configuration_compiles(release):
     of_operations = compiled(release)
     for report in itertools.chain(*of_operations):
         name = f"{report['case']}: {report['registers']} registers, {report['spills']} bytes spilled"
+        if report["operation"] in TURNED:
+            # two programs on a multiprocessor; through shared memory go the largest numbers alone, of 8 columns or of all
+            assert report["registers"] <= 128 and report["spills"] == 0, name
+            assert report["instructions"]["STS"] <= 10, f"{name}, {report['instructions']}"
+            continue
         assert report["instructions"].get(PRODUCTS[report["dtype"]]), name
         assert report["wide_loads"] and report["wide_stores"] and report["registers"] == 168, name
         assert report["spills_beside_products"] == 0, name

@@ -24,20 +24,22 @@ from moequant.kernels.library.triton_versions import RELEASES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"
-OPERATIONS = "grouped_gemm_hopper", "gemm1_swiglu_hopper", "weight_gradient_hopper"
+PRODUCTS = "grouped_gemm_hopper", "gemm1_swiglu_hopper", "weight_gradient_hopper"
+TURNED = "quantize_columnwise_hopper", "quantize_weight_hopper"
+OPERATIONS = *PRODUCTS, *TURNED
 # records of their times
 TIMED = "grouped_gemm", "gemm1_fused", "weight_gradient"
 HEAD = """# Versions of Triton
 
 <!-- written by tests/triton_releases.py -->
 
-torch for CUDA brings its own Triton. On Hopper GPUs the grouped GEMMs of fp8 and int8, and the weight gradients from fp8, are written in
-Gluon, whose names change with Triton's minor versions. They compile with those of the table, in all shipped configurations: tests check
-each. Every other kernel is plain Triton and runs with Triton 3.6 or newer, on every GPU.
+torch for CUDA brings its own Triton. On Hopper GPUs the grouped GEMMs of fp8 and int8, the weight gradients from fp8, and what is turned
+as it is quantized to fp8 are written in Gluon, whose names change with Triton's minor versions. They compile with those of the table, in
+all shipped configurations: tests check each. Every other kernel is plain Triton and runs with Triton 3.6 or newer, on every GPU.
 
-| Triton | torch | Hopper kernels | `grouped_gemm_hopper` | `gemm1_swiglu_hopper` | `weight_gradient_hopper` | timed on |
-| --- | --- | --- | --- | --- | --- | --- |
 """
+HEAD += f"| Triton | torch | Hopper kernels | {' | '.join(f'`{operation}`' for operation in OPERATIONS)} | timed on |\n"
+HEAD += "| --- | --- | --- |" + " --- |" * (len(OPERATIONS) + 1) + "\n"
 TAIL = """
 Spilled are bytes of registers around the loops of products, once for each tile; in the loops there is none.
 
@@ -121,7 +123,7 @@ def cells_of(page: str) -> dict[str, list[str]]:
 
 def page(cells: dict[str, list[str]]) -> str:
     oldest, *_, newest = (release.rsplit(".", 1)[0] for release in RELEASES)
-    around = "plain Triton instead | | | | |\n"
+    around = "plain Triton instead |" + " |" * (len(OPERATIONS) + 1) + "\n"
     rows = "".join(row(release, cells[release]) for release in RELEASES)
     lines = log_line("3.5.1", ""), log_line("3.10.0", "AttributeError: module 'tma' has no attribute 'async_load'")
     return (

@@ -69,20 +69,28 @@ def probe(device: torch.device) -> str | None:
     scales = torch.empty(1, 1, 128, dtype=torch.float32, device=device).transpose(1, 2)
     weights, weight_scales = values.new_empty(1, 256, 128), scales.new_empty(1, 2, 1)
     out = values.new_empty(1, 128, 256, dtype=torch.bfloat16)
+    ends = torch.ones(1, dtype=torch.int32, device=device)
     recipe = {"max_value": 448.0, "eps": 1e-10, "power_of_two": False, "reciprocal": False}
     try:
         # imported here: a name may be gone
         from moequant.kernels.gemm.gemm1_swiglu_hopper import gemm1_swiglu_hopper
         from moequant.kernels.gemm.grouped_gemm_hopper import grouped_gemm_blockscale_hopper
         from moequant.kernels.gemm.weight_gradient_hopper import weight_gradient_hopper
+        from moequant.kernels.library.arguments import Valid, quant_spec
+        from moequant.kernels.quantization.quantize_columnwise_hopper import Config, quantize_columnwise_hopper
+        from moequant.kernels.quantization.quantize_weight_hopper import quantize_weight_hopper
 
         with torch.cuda.device_of(values):
             grouped_gemm_blockscale_hopper(values, scales, weights, weight_scales, None, None, out, num_sms=0)
             gemm1_swiglu_hopper(values, scales, weights, weight_scales, None, None, values, scales, num_sms=0, **recipe)
             # one expert of one block: 128 columns of a and 256 of b
             by_block = scales.view(1, 128), weight_scales.view(2, 1)
-            ends = torch.ones(1, dtype=torch.int32, device=device)
             weight_gradient_hopper(values[0], by_block[0], weights[0], by_block[1], ends, out, num_sms=0)
+            spec = quant_spec(**recipe)
+            by_column = values[0], by_block[0], ends, spec
+            quantize_columnwise_hopper(values, scales, Valid(ends, None), *by_column, blocks=False, config=Config(num_sms=0))
+            # a weight of no block
+            quantize_weight_hopper(out.mT, weights, weight_scales[:0], spec, segments=1, block_size=128)
     except Exception as error:
         cause: BaseException = error
         # where in the source it was is of no use to a user

@@ -99,8 +99,14 @@ def quantize_weight(
     """`reference.quantize_weight` of w (E, N, K_dim) into given contiguous outputs. Blocks that no kernel is made for take plain torch on
     any device."""
     if uses_kernels(w) and block_size in (32, 64, 128):
+        from moequant.kernels.library import common
         from moequant.kernels.quantization.quantize_weight import quantize_weight as kernel
 
+        if common.runs_gluon(w.device):
+            from moequant.kernels.quantization import quantize_weight_hopper as hopper
+
+            if hopper.supports_quantize_weight(w, values, segments, block_size):
+                kernel = hopper.quantize_weight_hopper
         kernel(w, values, scales, quant_spec(values.dtype, recipe), segments=segments, block_size=block_size)
         return
     # one expert after the other: the float32 copies in between take several times a weight's memory
@@ -219,9 +225,15 @@ def quantize_columnwise(
     if not uses_kernels(x) or torch.version.hip is not None or not all(reads(dtype, x.device) for dtype in narrow):
         reference.quantize_columnwise(x, x_scales, num_tokens, expert_start, values, scales, block_ends, recipe, blocks)
         return
+    from moequant.kernels.library import common
     from moequant.kernels.library.arguments import Valid
     from moequant.kernels.quantization.quantize_columnwise import quantize_columnwise as kernel
 
+    if common.runs_gluon(x.device):
+        from moequant.kernels.quantization import quantize_columnwise_hopper as hopper
+
+        if hopper.supports_columnwise(x, num_tokens, values):
+            kernel = hopper.quantize_columnwise_hopper
     spec = quant_spec(values.dtype, recipe)
     kernel(x, x_scales, Valid(num_tokens, expert_start), values, scales, block_ends, spec, blocks=blocks)
 

@@ -12,6 +12,7 @@ import triton
 
 from moequant.kernels.gemm import gemm1_swiglu_hopper, grouped_gemm_hopper, weight_gradient_hopper
 from moequant.kernels.library import common, triton_versions
+from moequant.kernels.quantization import quantize_columnwise_hopper, quantize_weight_hopper
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -104,6 +105,8 @@ def test_the_probe_calls_the_kernels_as_they_are_called(monkeypatch):
         grouped_gemm_hopper: "grouped_gemm_blockscale_hopper",
         gemm1_swiglu_hopper: "gemm1_swiglu_hopper",
         weight_gradient_hopper: "weight_gradient_hopper",
+        quantize_columnwise_hopper: "quantize_columnwise_hopper",
+        quantize_weight_hopper: "quantize_weight_hopper",
     }
     for module, name in kernels.items():
         monkeypatch.setattr(module, name, create_autospec(getattr(module, name)))
