@@ -53,7 +53,8 @@ PROGRAMS = 2
 @constexpr_function
 def warps_of(patch):
     """Warps that cover a tile."""
-    return SIZE.value**2 // (32 * patch.tokens * patch.columns)
+    tokens, columns, _ = patch
+    return SIZE.value**2 // (32 * tokens * columns)
 
 
 def registers_of(patch: Patch) -> int:
