@@ -42,12 +42,11 @@ class Patch(NamedTuple):
     lanes: int
 
 
-# Loads of 32 bytes of fp8 and 64 of bfloat16 from each row, and stores of 64 to each.
-PATCH = Patch(8, 8, 4)
+# Loads of 32 bytes of fp8 and 64 of bfloat16 from each row, and stores of 128 to each. A warp has all tokens of its columns.
+PATCH = Patch(16, 8, 4)
 
-
-# Programs of a multiprocessor, one of which loads while the other computes.
-PROGRAMS = 2
+# Programs of a multiprocessor: some load while another computes.
+PROGRAMS = 3
 
 
 @constexpr_function
@@ -59,7 +58,7 @@ def warps_of(patch):
 
 def registers_of(patch: Patch) -> int:
     """Of a thread at most, so that PROGRAMS have room for theirs."""
-    return 65536 // (PROGRAMS * 32 * warps_of(patch))
+    return 65536 // (PROGRAMS * 32 * warps_of(patch)) // 8 * 8
 
 
 @constexpr_function

@@ -88,7 +88,7 @@ def quantize_columnwise_hopper_kernel(
     # unsigned, so that each address is a number of 32 bits from where the tile begins
     in_tile = (token[:, None] * columns + column_in_tile[None, :]).to(gl.uint32)
     out_row = gl.arange(0, SIZE, gl.SliceLayout(1, TURNED))
-    out_in_tile = (out_row[:, None] * (room * SIZE) + gl.arange(0, SIZE, gl.SliceLayout(0, TURNED))[None, :]).to(gl.uint32)
+    out_token = gl.arange(0, SIZE, gl.SliceLayout(0, TURNED))
     tiles = gl.minimum(gl.max(ends, 0), room) * column_blocks
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block = tile // column_blocks
@@ -107,14 +107,15 @@ def quantize_columnwise_hopper_kernel(
                 at = e * x_scales.matrix + (row - e * rows) * x_scales.row
             at = x_scales.pointer + (group.to(gl.int64) * x_scales.column + at)
             # values are 0 in rows that were not read, and scales too
-            x = x * gl.load(at + token * x_scales.row, mask=valid, other=0.0)[:, None]
+            x = x * gl.load(at + (token * x_scales.row).to(gl.uint32), mask=valid, other=0.0)[:, None]
         values, scale = quantize_turned(x, spec, PATCH, TILE.blocks)
         there = out_row < columns - group * SIZE
         if TILE.blocks:
             gl.store(made.scales_ptr + group.to(gl.int64) * made.scale_row + block, scale)
         else:
             gl.store(made.scales_ptr + (block.to(gl.int64) * made.scale_row + group * SIZE) + out_row, scale, mask=there)
-        out_at = made.values_ptr + ((group * SIZE).to(gl.int64) * (room * SIZE) + block.to(gl.int64) * SIZE) + out_in_tile
+        # from each row's beginning anew: what stays the same would stay in registers
+        out_at = made.values_ptr + (group * SIZE + out_row).to(gl.int64)[:, None] * (room * SIZE) + (block * SIZE + out_token)[None, :]
         if TILE.even:
             gl.store(out_at, values)
         else:
@@ -157,12 +158,12 @@ def quantize_columnwise_hopper(
     )
 
 
-def supports_columnwise(x: Tensor, num_tokens: Tensor, values: Tensor) -> bool:
+def supports_columnwise(x: Tensor, x_scales: Tensor | None, num_tokens: Tensor, values: Tensor) -> bool:
     """Whether `quantize_columnwise_hopper` takes these arguments."""
-    return runs_gluon(x.device) and takes_columnwise(x, num_tokens, values)
+    return runs_gluon(x.device) and takes_columnwise(x, x_scales, num_tokens, values)
 
 
-def takes_columnwise(x: Tensor, num_tokens: Tensor, values: Tensor) -> bool:
+def takes_columnwise(x: Tensor, x_scales: Tensor | None, num_tokens: Tensor, values: Tensor) -> bool:
     """`supports_columnwise`, but for the device: types, and rows that are moved 16 numbers at a time."""
     return (
         0 < num_tokens.shape[0] <= MOST_EXPERTS
@@ -170,6 +171,6 @@ def takes_columnwise(x: Tensor, num_tokens: Tensor, values: Tensor) -> bool:
         and values.dtype == torch.float8_e4m3fn
         and x.shape[-1] % 16 == 0
         # offsets inside a tile are numbers of 32 bits
-        and max(x.shape[-1], values.shape[1]) < 2**24
+        and max(x.shape[-1], values.shape[1], 0 if x_scales is None else x_scales.stride(-2)) < 2**24
         and all(tensor.data_ptr() % 16 == 0 for tensor in (x, values))
     )
