@@ -45,9 +45,6 @@ class Patch(NamedTuple):
 # Loads of 32 bytes of fp8 and 64 of bfloat16 from each row, and stores of 128 to each. A warp has all tokens of its columns.
 PATCH = Patch(16, 8, 4)
 
-# Programs of a multiprocessor: some load while another computes.
-PROGRAMS = 3
-
 
 @constexpr_function
 def warps_of(patch):
@@ -56,9 +53,9 @@ def warps_of(patch):
     return SIZE.value**2 // (32 * tokens * columns)
 
 
-def registers_of(patch: Patch) -> int:
-    """Of a thread at most, so that PROGRAMS have room for theirs."""
-    return 65536 // (PROGRAMS * 32 * warps_of(patch)) // 8 * 8
+def registers_of(patch: Patch, programs: int) -> int:
+    """Of a thread at most, so that so many programs share a multiprocessor."""
+    return 65536 // (programs * 32 * warps_of(patch)) // 8 * 8
 
 
 @constexpr_function
