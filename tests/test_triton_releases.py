@@ -30,9 +30,10 @@ def test_every_configuration_compiles(release):
     for report in itertools.chain(*of_operations):
         name = f"{report['case']}: {report['registers']} registers, {report['spills']} bytes spilled"
         if report["operation"] in TURNED:
-            # two programs on a multiprocessor; through shared memory go the largest numbers alone, of 8 columns or of all
-            assert report["registers"] <= 128 and report["spills"] == 0, name
-            assert report["instructions"]["STS"] <= 10, f"{name}, {report['instructions']}"
+            # two programs of four warps on a multiprocessor or three; through shared memory goes a warp's largest number alone
+            assert report["registers"] <= (255 if "dtype=bfloat16" in report["case"] else 168), name
+            assert report["spills"] == 0 and report["wide_stores"], name
+            assert report["instructions"].get("STS", 0) <= 2, f"{name}, {report['instructions']}"
             continue
         assert report["instructions"].get(PRODUCTS[report["dtype"]]), name
         assert report["wide_loads"] and report["wide_stores"] and report["registers"] == 168, name

@@ -42,23 +42,20 @@ class Patch(NamedTuple):
     lanes: int
 
 
-# Loads of 32 bytes of fp8 and 64 of bfloat16 from each row, and stores of 64 to each.
-PATCH = Patch(8, 8, 4)
-
-
-# Programs of a multiprocessor, one of which loads while the other computes.
-PROGRAMS = 2
+# Loads of 32 bytes of fp8 and 64 of bfloat16 from each row, and stores of 128 to each. A warp has all tokens of its columns.
+PATCH = Patch(16, 8, 4)
 
 
 @constexpr_function
 def warps_of(patch):
     """Warps that cover a tile."""
-    return SIZE.value**2 // (32 * patch.tokens * patch.columns)
+    tokens, columns, _ = patch
+    return SIZE.value**2 // (32 * tokens * columns)
 
 
-def registers_of(patch: Patch) -> int:
-    """Of a thread at most, so that PROGRAMS have room for theirs."""
-    return 65536 // (PROGRAMS * 32 * warps_of(patch))
+def registers_of(patch: Patch, programs: int) -> int:
+    """Of a thread at most, so that so many programs share a multiprocessor."""
+    return 65536 // (programs * 32 * warps_of(patch)) // 8 * 8
 
 
 @constexpr_function

@@ -18,14 +18,16 @@ from moequant.kernels.library.arguments import QuantSpec, Shape, Valid, strided
 from moequant.kernels.library.common import MOST_EXPERTS, multiprocessors, runs_gluon
 from moequant.kernels.library.hopper_ring import add
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.turning import PATCH, PROGRAMS, SIZE, Patch, owners, quantize_turned, registers_of, warps_of
+from moequant.kernels.library.turning import PATCH, SIZE, Patch, owners, quantize_turned, registers_of, warps_of
 from moequant.kernels.quantization.quantize_columnwise import Made, Tile
 
 
 class Config(NamedTuple):
-    """patch: of a thread. num_sms: multiprocessors to use; None for all, 0 to compile and no more."""
+    """patch: of a thread. programs: of a multiprocessor, some of which load while another computes; None by the type of rows. num_sms:
+    multiprocessors to use; None for all, 0 to compile and no more."""
 
     patch: Patch = PATCH
+    programs: int | None = None
     num_sms: int | None = None
 
 
@@ -33,29 +35,16 @@ CONFIG = Config()
 
 
 @gluon.jit
-def filled_blocks(num_tokens, expert_start, lane, experts, rows):
-    """`kernels/library/extents.py`'s, of experts that are `lane`: each expert's first row, its valid rows, and the blocks of this and all
-    earlier experts."""
-    there = lane < experts
-    counts = gl.maximum(gl.load(num_tokens + lane, mask=there, other=0), 0)
+def rows_of(expert, num_tokens, expert_start, experts, rows):
+    """The first row and the valid rows of an expert, or of each of several. Past the last expert there are none."""
+    there = expert < experts
+    count = gl.maximum(gl.load(num_tokens + expert, mask=there, other=0), 0)
     if expert_start is None:
-        firsts = lane * rows
-        counts = gl.minimum(counts, rows)
+        first = expert * rows
+        return first, gl.minimum(count, rows)
     else:
-        firsts = gl.load(expert_start + lane, mask=there, other=0)
-        counts = gl.minimum(counts, gl.maximum(rows - firsts, 0))
-    blocks = gl.where(there, gl.maximum((counts + (SIZE - 1)) // SIZE, 1), 0)
-    return firsts, counts, gl.associative_scan(blocks, 0, add)
-
-
-@gluon.jit
-def locate_block(block, lane, firsts, counts, ends):
-    """The expert of a block, the block's first row in the buffer, and how many rows are valid from there on."""
-    passed = ends <= block
-    expert = gl.sum(passed.to(gl.int32), 0)
-    begin = (block - gl.max(gl.where(passed, ends, 0), 0)) * SIZE
-    mine = lane == expert
-    return expert, gl.sum(gl.where(mine, firsts, 0), 0) + begin, gl.sum(gl.where(mine, counts, 0), 0) - begin
+        first = gl.load(expert_start + expert, mask=there, other=0)
+        return first, gl.minimum(count, gl.maximum(rows - first, 0))
 
 
 @launchable
@@ -79,7 +68,9 @@ def quantize_columnwise_hopper_kernel(
     experts, rows, columns = shape
     room = made.room
     lane = gl.arange(0, TILE.experts, EXPERTS)
-    firsts, counts, ends = filled_blocks(num_tokens_ptr, expert_start_ptr, lane, experts, rows)
+    _, counts = rows_of(lane, num_tokens_ptr, expert_start_ptr, experts, rows)
+    # an expert without rows has a block too
+    ends = gl.associative_scan(gl.where(lane < experts, gl.maximum((counts + (SIZE - 1)) // SIZE, 1), 0), 0, add)
     if gl.program_id(0) == 0:
         gl.store(made.block_ends_ptr + lane, gl.minimum(ends, room), mask=lane < experts)
     column_blocks = (columns + (SIZE - 1)) // SIZE
@@ -88,14 +79,18 @@ def quantize_columnwise_hopper_kernel(
     # unsigned, so that each address is a number of 32 bits from where the tile begins
     in_tile = (token[:, None] * columns + column_in_tile[None, :]).to(gl.uint32)
     out_row = gl.arange(0, SIZE, gl.SliceLayout(1, TURNED))
-    out_in_tile = (out_row[:, None] * (room * SIZE) + gl.arange(0, SIZE, gl.SliceLayout(0, TURNED))[None, :]).to(gl.uint32)
+    out_token = gl.arange(0, SIZE, gl.SliceLayout(0, TURNED))
     tiles = gl.minimum(gl.max(ends, 0), room) * column_blocks
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         block = tile // column_blocks
         group = tile % column_blocks
-        expert, first, count = locate_block(block, lane, firsts, counts, ends)
-        row = first.to(gl.int64)
-        valid = token < count
+        passed = ends <= block
+        expert = gl.sum(passed.to(gl.int32), 0)
+        begin = (block - gl.max(gl.where(passed, ends, 0), 0)) * SIZE
+        # read again, as few registers are left
+        first, count = rows_of(expert, num_tokens_ptr, expert_start_ptr, experts, rows)
+        row = (first + begin).to(gl.int64)
+        valid = token < count - begin
         mask = valid[:, None]
         if not TILE.even:
             mask = mask & (column_in_tile < columns - group * SIZE)[None, :]
@@ -107,14 +102,17 @@ def quantize_columnwise_hopper_kernel(
                 at = e * x_scales.matrix + (row - e * rows) * x_scales.row
             at = x_scales.pointer + (group.to(gl.int64) * x_scales.column + at)
             # values are 0 in rows that were not read, and scales too
-            x = x * gl.load(at + token * x_scales.row, mask=valid, other=0.0)[:, None]
+            x = x * gl.load(at + (token * x_scales.row).to(gl.uint32), mask=valid, other=0.0)[:, None]
         values, scale = quantize_turned(x, spec, PATCH, TILE.blocks)
         there = out_row < columns - group * SIZE
         if TILE.blocks:
             gl.store(made.scales_ptr + group.to(gl.int64) * made.scale_row + block, scale)
         else:
             gl.store(made.scales_ptr + (block.to(gl.int64) * made.scale_row + group * SIZE) + out_row, scale, mask=there)
-        out_at = made.values_ptr + ((group * SIZE).to(gl.int64) * (room * SIZE) + block.to(gl.int64) * SIZE) + out_in_tile
+        # from each row's beginning anew: what stays the same would stay in registers
+        out_at = (
+            made.values_ptr + (group * SIZE + out_row).to(gl.int64)[:, None] * (room * SIZE) + (block * SIZE + out_token)[None, :]
+        )
         if TILE.even:
             gl.store(out_at, values)
         else:
@@ -139,9 +137,11 @@ def quantize_columnwise_hopper(
     experts, columns = num_tokens.shape[0], x.shape[-1]
     room = values.shape[1] // SIZE.value
     sms = multiprocessors(x.device) if config.num_sms is None else config.num_sms
+    # bfloat16 takes more registers, and as many bytes are on their way
+    programs = config.programs or (3 if x.itemsize == 1 else 2)
     # one program at least says how many blocks there are
     tiles = max(1, room * triton.cdiv(columns, SIZE.value))
-    quantize_columnwise_hopper_kernel[(min(tiles, sms * PROGRAMS),)](
+    quantize_columnwise_hopper_kernel[(min(tiles, sms * programs),)](
         num_tokens,
         expert_start,
         x,
@@ -152,17 +152,17 @@ def quantize_columnwise_hopper(
         TILE=Tile(SIZE.value, max(triton.next_power_of_2(experts), 32), columns % SIZE.value == 0, blocks),
         PATCH=config.patch,
         num_warps=warps_of(config.patch),
-        maxnreg=registers_of(config.patch),
+        maxnreg=registers_of(config.patch, programs),
         enable_fp_fusion=False,
     )
 
 
-def supports_columnwise(x: Tensor, num_tokens: Tensor, values: Tensor) -> bool:
+def supports_columnwise(x: Tensor, x_scales: Tensor | None, num_tokens: Tensor, values: Tensor) -> bool:
     """Whether `quantize_columnwise_hopper` takes these arguments."""
-    return runs_gluon(x.device) and takes_columnwise(x, num_tokens, values)
+    return runs_gluon(x.device) and takes_columnwise(x, x_scales, num_tokens, values)
 
 
-def takes_columnwise(x: Tensor, num_tokens: Tensor, values: Tensor) -> bool:
+def takes_columnwise(x: Tensor, x_scales: Tensor | None, num_tokens: Tensor, values: Tensor) -> bool:
     """`supports_columnwise`, but for the device: types, and rows that are moved 16 numbers at a time."""
     return (
         0 < num_tokens.shape[0] <= MOST_EXPERTS
@@ -170,6 +170,6 @@ def takes_columnwise(x: Tensor, num_tokens: Tensor, values: Tensor) -> bool:
         and values.dtype == torch.float8_e4m3fn
         and x.shape[-1] % 16 == 0
         # offsets inside a tile are numbers of 32 bits
-        and max(x.shape[-1], values.shape[1]) < 2**24
+        and max(x.shape[-1], values.shape[1], 0 if x_scales is None else x_scales.stride(-2)) < 2**24
         and all(tensor.data_ptr() % 16 == 0 for tensor in (x, values))
     )

@@ -61,9 +61,17 @@ def quantize_weight_hopper_kernel(
 
 
 def quantize_weight_hopper(
-    w: Tensor, values: Tensor, scales: Tensor, spec: QuantSpec, *, segments: int, block_size: int, patch: Patch = PATCH
+    w: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    spec: QuantSpec,
+    *,
+    segments: int,
+    block_size: int,
+    patch: Patch = PATCH,
+    programs: int = 3,
 ) -> None:
-    """`quantize_weight`, on arguments of which `supports_quantize_weight` is true. patch: of a thread."""
+    """`quantize_weight`, on arguments of which `supports_quantize_weight` is true. patch: of a thread. programs: of a multiprocessor."""
     rows, columns = w.shape[1] // segments, w.shape[2]
     quantize_weight_hopper_kernel[(scales.numel(),)](
         strided(w),
@@ -76,7 +84,7 @@ def quantize_weight_hopper(
         EVEN=rows % block_size == 0 and columns % block_size == 0,
         PATCH=patch,
         num_warps=warps_of(patch),
-        maxnreg=registers_of(patch),
+        maxnreg=registers_of(patch, programs),
         enable_fp_fusion=False,
     )
 

@@ -232,7 +232,7 @@ def quantize_columnwise(
     if common.runs_gluon(x.device):
         from moequant.kernels.quantization import quantize_columnwise_hopper as hopper
 
-        if hopper.supports_columnwise(x, num_tokens, values):
+        if hopper.supports_columnwise(x, x_scales, num_tokens, values):
             kernel = hopper.quantize_columnwise_hopper
     spec = quant_spec(values.dtype, recipe)
     kernel(x, x_scales, Valid(num_tokens, expert_start), values, scales, block_ends, spec, blocks=blocks)

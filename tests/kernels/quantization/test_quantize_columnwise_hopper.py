@@ -27,7 +27,7 @@ def of_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of the other kernel, of this one."""
 
     def quantize(x: Tensor, x_scales: Tensor | None, valid: Valid, values: Tensor, *made: Any, blocks: bool) -> None:
-        assert valid.num_tokens is not None and takes_columnwise(x, valid.num_tokens, values)
+        assert valid.num_tokens is not None and takes_columnwise(x, x_scales, valid.num_tokens, values)
         quantize_columnwise_hopper(x, x_scales, valid, values, *made, blocks=blocks)
 
     monkeypatch.setattr(plain, "quantize_columnwise", quantize)
@@ -82,11 +82,12 @@ def test_bad_groups_in_the_source(blocks, memory):
 
 
 def test_what_the_kernel_takes():
-    def takes(dtype=BF16, columns=144, made=E4M3, experts=2, offset=0):
+    def takes(dtype=BF16, columns=144, made=E4M3, experts=2, offset=0, stride=None):
         x, values = torch.zeros(32 * columns + offset, dtype=dtype)[offset:].view(32, columns), torch.zeros(columns, 384).to(made)
-        return takes_columnwise(x, torch.zeros(experts, dtype=torch.int32), values)
+        x_scales = None if stride is None else torch.empty(1, 2).as_strided((1, 2), (stride, 1))
+        return takes_columnwise(x, x_scales, torch.zeros(experts, dtype=torch.int32), values)
 
-    assert takes() and takes(E4M3) and takes(experts=256)
+    assert takes() and takes(E4M3, stride=2) and takes(experts=256)
     refused = [
         takes(dtype=INT8),
         takes(dtype=E5M2),
@@ -96,6 +97,7 @@ def test_what_the_kernel_takes():
         takes(experts=0),
         takes(experts=257),
         takes(offset=4),
+        takes(E4M3, stride=2**24),
     ]
     assert not any(refused)
 
