@@ -154,10 +154,10 @@ def check_slopes(found: between.Slopes, plan: Any, rows: Rows, given: between.Gi
         assert_close(
             made, plain[valid], least + 2 * largest * off, "the gradient of h, quantized", edges(x, plan.kind), 1 / 16 + 1e-3
         )
-    elif isinstance(found.operand, QuantizedTensor):
+    elif isinstance(found.operand, QuantizedTensor) and found.of_h is not None:
         narrow = found.operand.values.flatten(0, -2), found.operand.scales.flatten(0, -2)
         assert_quantized(narrow, found.of_h.to(torch.bfloat16), valid, found.operand.recipe)
-    elif found.operand is not None and found.of_h is not None:
+    elif isinstance(found.operand, Tensor) and found.of_h is not None:
         assert_bit_equal(found.operand.flatten(0, -2)[valid], found.of_h.to(torch.bfloat16)[valid], "the gradient of h, multiplied")
     if found.of_weights is not None and expected.of_weights is not None:
         # as they come back, each has its row

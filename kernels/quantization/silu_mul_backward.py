@@ -70,9 +70,8 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def store_half(numbers, made, base, in_tile, scale_at, valid, is_there, is_valid, spec, ROUNDED: tl.constexpr):
-    """Half of a gradient's tile, rounded, and the same numbers quantized, as far as they are asked for. Groups are the tile's rows."""
-    rounded = numbers.to(ROUNDED)
+def store_half(rounded, made, base, in_tile, scale_at, valid, is_there, is_valid, spec):
+    """Half of a gradient's tile, and the same numbers quantized, as far as they are asked for. Groups are the tile's rows."""
     if made.gradient is not None:
         tl.store(made.gradient + base + in_tile, rounded, mask=is_there)
     if made.narrow is not None:
@@ -159,10 +158,12 @@ def silu_mul_backward_kernel(
             if made.inner is not None:
                 weighted = (weight * inner).to(made.inner.dtype.element_ty)
                 tl.store(made.inner + (narrow_base + column) + in_narrow, weighted, mask=is_there)
-            store_half(d_inner * by_gate, made, wide_base + column, in_wide, scale_at, valid, is_there, is_valid, spec, ROUNDED)
+            of_gate = (d_inner * by_gate).to(ROUNDED)
+            store_half(of_gate, made, wide_base + column, in_wide, scale_at, valid, is_there, is_valid, spec)
             if GATED:
                 at = wide_base + columns + column
-                store_half(d_inner * by_up, made, at, in_wide, scale_at + to_up, valid, is_there, is_valid, spec, ROUNDED)
+                of_up = (d_inner * by_up).to(ROUNDED)
+                store_half(of_up, made, at, in_wide, scale_at + to_up, valid, is_there, is_valid, spec)
             if scales.pointer is not None:
                 scale_at += scales.column
         if entries.gradients is not None:

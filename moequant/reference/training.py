@@ -121,6 +121,7 @@ class Exact(Precision):
         """To all rows."""
         x += bias[rows.experts].view(x.shape)
 
-    def weight_gradient(self, a: Tensor, b: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def weight_gradient(self, a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
         """One expert after the other."""
+        assert isinstance(a, Tensor) and isinstance(b, Tensor)
         return sums_of_products(a, b, rows, dtype)

@@ -179,7 +179,11 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         keep=len(kept) == 1 and keeps_graph(),
     )
     made = slopes(plan, rows, Given(d_inner, h, bias13, weights, ids, more), wanted)
-    del d_inner, h, kept
+    memory = h.untyped_storage()
+    if len(kept) == 1 and precision.quant != "none" and not (wanted.keep or wanted.plain) and memory.nbytes() == h.nbytes:
+        # autograd would hold it to the end, and nothing that was made lies there
+        memory.resize_(0)
+    del d_inner, h, memory, kept
     if made.of_weights is not None:
         d_weights = made.of_weights.to(weights.dtype)
     if made.inner is not None:

@@ -141,3 +141,24 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_twice(quant, device):
         first, second = torch.autograd.grad(*call, retain_graph=True), torch.autograd.grad(*call)
         for a, b in zip(first, second, strict=True):
             assert_bit_equal(a, b)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("retain", [False, True])
+def test_the_memory_of_a_result_that_nobody_reads_again_is_free_within_the_backward(retain, biases, device, monkeypatch):
+    """GEMM 1's, once the numbers that follow from it are there in fp8: when w13's gradient is made."""
+    held, sizes, made = [], [], Precision.weight_gradient
+    monkeypatch.setattr(Plan, "kept", lambda self, h, rows: held.append(h) or (h,))
+
+    def looking(*given: Any) -> Tensor:
+        sizes.append(held[0].untyped_storage().nbytes())
+        return made(*given)
+
+    monkeypatch.setattr(Precision, "weight_gradient", looking)
+    with dispatcher_of("ragged", "fp8_e4m3fn", device) as dispatcher:
+        of, tokens = leaves(weights_of(EXPERTS, HIDDEN, 128, biases=biases), device), tokens_of(TOKENS, 2, EXPERTS, HIDDEN)
+        given = tokens.hidden.to(device).requires_grad_(), tokens.ids.to(device), tokens.weights.to(device)
+        out = train(dispatcher, given, (of.w13, of.w2, of.bias13, of.bias2), Activation())
+        out.backward(tokens.grad.to(device), retain_graph=retain)
+    # a bias's gradient is the sum of plain rows, which lie there
+    assert len(sizes) == 2 and all((size > 0) == (retain or biases) for size in sizes)
