@@ -17,7 +17,7 @@ from torch import Tensor
 from moequant.checks import check_int, check_is, check_part, check_tensor
 from moequant.errors import LayoutError
 from moequant.formats import FORMAT_OF_DTYPE, recipe_of
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 ScaleLayout = Literal["row", "transposed", "tma_aligned", "transposed_flat", "ue8m0_packed", "block"]
 NARROW_DTYPES = tuple(FORMAT_OF_DTYPE)

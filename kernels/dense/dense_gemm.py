@@ -26,7 +26,7 @@ from moequant.kernels.gemm.grouped_gemm import (
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import quantize_group
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 # Half as wide, so that few tiles are on more multiprocessors.
 NARROW_TILES = Config(64, 4, 6, 2, block_n=64)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 
 @launchable

@@ -14,7 +14,7 @@ import triton.language as tl
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group, silu, storable
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 # numbers of a tile; a row is one tile at most
 TILE = 8192

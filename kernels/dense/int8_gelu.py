@@ -15,7 +15,7 @@ from moequant.kernels.library.activations import gelu_of_twice
 from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 
 class Tile(NamedTuple):

@@ -11,7 +11,7 @@ import triton.language as tl
 from moequant.kernels.library.common import INF_BITS, num_sms
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, pdl_option, uses_pdl, wait_for_previous
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 # numbers of a program's block
 BLOCK = 4096

@@ -36,7 +36,7 @@ from moequant.kernels.library.gluon import barrier, reinterpret, store_block
 from moequant.kernels.library.hopper import REGISTERS, counters, matrix, scale_matrix, takes
 from moequant.kernels.library.hopper_ring import SCALAR, TILE_WORDS, Ring, advance, load_tiles, next_tile, product, release
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 STAGES = 4
 

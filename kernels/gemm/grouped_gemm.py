@@ -20,7 +20,7 @@ from moequant.kernels.library.arguments import Valid
 from moequant.kernels.library.common import most_row_tiles
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, uses_pdl
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 # The width of b's blocks and of the groups: a column tile of at most as many columns has one scale for each group.
 GROUP_SIZE = 128

@@ -53,7 +53,7 @@ from moequant.kernels.library.hopper_ring import (
     scale_pointers,
 )
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 class Output(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import pdl_option, wait_for_previous
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 # Columns of a program.
 BLOCK = tl.constexpr(512)

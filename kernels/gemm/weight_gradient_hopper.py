@@ -42,7 +42,7 @@ from moequant.kernels.library.hopper_ring import (
     write_scalar,
 )
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 # Scalars that a tile's first stage carries: row in out, valid rows from there on, column tile, first block, blocks (0: no more tiles).
 TILE_WORDS = gl.constexpr(5)

@@ -11,8 +11,8 @@ from triton import knobs
 from triton.language.target_info import current_target
 from triton.runtime.jit import constexpr_function
 
-from moequant.kernels.library.sizes import ceil_div
 from moequant.kernels.library.triton_versions import why_no_gluon
+from moequant.sizes import ceil_div
 
 # The bits of float32 infinity: a magnitude at or above it is Inf or NaN.
 INF_BITS = tl.constexpr(0x7F800000)

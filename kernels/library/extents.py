@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 # of the first rows of experts in a ragged buffer: `moequant.config.ROW_ALIGNMENT`
 ALIGNMENT = tl.constexpr(16)

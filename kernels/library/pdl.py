@@ -39,7 +39,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moequant.kernels.library.common import multiprocessors
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 # Registers of a multiprocessor of every GPU that knows early launches. A warp takes a multiple of 256 of them, 8 for each thread.
 REGISTERS = 65536

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 # The abort word while all is well. A fault is a smaller number: step << 8 | rank, where step is (epoch * 4 + phase) modulo 2**22. Ranks
 # that notice different faults agree on the smallest, the earliest step.

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import strided
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 
 class Tile(NamedTuple):

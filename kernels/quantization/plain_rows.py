@@ -15,7 +15,7 @@ from moequant.kernels.library.arguments import Shape, Valid, strided
 from moequant.kernels.library.common import num_sms
 from moequant.kernels.library.extents import extents_of, locate_extent, most_extents
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 GROUP = 128
 

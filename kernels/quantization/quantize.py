@@ -22,7 +22,7 @@ from moequant.kernels.library.common import (
     storable,
 )
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 class Cut(NamedTuple):

@@ -16,7 +16,7 @@ from moequant.kernels.library.arguments import QuantSpec, Shape, Valid, strided
 from moequant.kernels.library.common import num_sms, quantize_group, quantize_tile
 from moequant.kernels.library.extents import filled_blocks, locate_extent
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 BLOCK = 128
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,8 +17,9 @@ from moequant.kernels.library.arguments import QuantSpec, Shape, Valid, strided
 from moequant.kernels.library.common import MOST_EXPERTS, multiprocessors, runs_gluon
 from moequant.kernels.library.hopper_ring import add
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.turning import PATCH, SIZE, Patch, owners, quantize_turned, registers_of, warps_of
+from moequant.kernels.library.turning import PATCH, SIZE, Patch, owners, quantize_turned, registers_of, warps_of, warps_of_patch
 from moequant.kernels.quantization.quantize_columnwise import Made, Tile
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 class Config(NamedTuple):
@@ -64,7 +64,7 @@ def quantize_columnwise_hopper_kernel(
     OWNERS: gl.constexpr = owners(PATCH, False)
     TURNED: gl.constexpr = owners(PATCH, True)
     # every warp has all experts
-    EXPERTS: gl.constexpr = gl.BlockedLayout([TILE.experts // 32], [32], [warps_of(PATCH)], [0])
+    EXPERTS: gl.constexpr = gl.BlockedLayout([TILE.experts // 32], [32], [warps_of_patch(PATCH)], [0])
     experts, rows, columns = shape
     room = made.room
     lane = gl.arange(0, TILE.experts, EXPERTS)
@@ -140,7 +140,7 @@ def quantize_columnwise_hopper(
     # bfloat16 takes more registers, and as many bytes are on their way
     programs = config.programs or (3 if x.itemsize == 1 else 2)
     # one program at least says how many blocks there are
-    tiles = max(1, room * triton.cdiv(columns, SIZE.value))
+    tiles = max(1, room * ceil_div(columns, SIZE.value))
     quantize_columnwise_hopper_kernel[(min(tiles, sms * programs),)](
         num_tokens,
         expert_start,
@@ -149,7 +149,7 @@ def quantize_columnwise_hopper(
         Made(values, scales, scales.stride(0), block_ends, room),
         Shape(experts, x.shape[-2], columns),
         spec,
-        TILE=Tile(SIZE.value, max(triton.next_power_of_2(experts), 32), columns % SIZE.value == 0, blocks),
+        TILE=Tile(SIZE.value, max(next_power_of_2(experts), 32), columns % SIZE.value == 0, blocks),
         PATCH=config.patch,
         num_warps=warps_of(config.patch),
         maxnreg=registers_of(config.patch, programs),

@@ -18,8 +18,8 @@ from moequant.kernels.library.arguments import QuantSpec, Shape, strided
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.extents import extents_of, locate_extent, most_extents
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import next_power_of_2
 from moequant.kernels.library.slopes import activated_with_slopes
+from moequant.sizes import next_power_of_2
 
 GROUP, ROWS = 128, 8
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from moequant.kernels.library.common import num_sms, widened
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import may_use_pdl, pdl_option, wait_for_previous
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 from moequant.kernels.library.symmetric import NO_FAULT
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 class Remote(NamedTuple):

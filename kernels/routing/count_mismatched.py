@@ -8,7 +8,7 @@ import triton.language as tl
 
 from moequant.kernels.library.common import unlike
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import next_power_of_2
+from moequant.sizes import next_power_of_2
 
 
 @launchable

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import rows_of
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 class Side(NamedTuple):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import next_power_of_2
+from moequant.sizes import next_power_of_2
 
 # of which `plan_returns` numbers so many at a time
 ENTRIES = tl.constexpr(4096)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import next_power_of_2
+from moequant.sizes import next_power_of_2
 
 
 class Into(NamedTuple):

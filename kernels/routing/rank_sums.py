@@ -12,7 +12,7 @@ import triton.language as tl
 
 from moequant.kernels.library.arguments import Experts, rows_of
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div
+from moequant.sizes import ceil_div
 
 # of a program that finds rows
 ENTRIES = tl.constexpr(1024)

@@ -14,7 +14,7 @@ import triton.language as tl
 from moequant.kernels.library.arguments import QuantSpec, Shape
 from moequant.kernels.library.common import num_sms, quantize_group, storable
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 COPY, QUANTIZE, COPY_SCALES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

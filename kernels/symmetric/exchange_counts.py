@@ -16,8 +16,8 @@ from triton.language.extra.cuda import globaltimer
 from moequant.kernels.library.common import takes_ptx, unlike
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, pdl_option, uses_pdl, wait_for_previous
-from moequant.kernels.library.sizes import next_power_of_2
 from moequant.kernels.library.symmetric import COUNTS, NO_FAULT, Peers, end_wait, made_uniform, peer_block
+from moequant.sizes import next_power_of_2
 
 EXPIRED = tl.constexpr(1 << 16)
 

@@ -15,7 +15,6 @@ import triton.language as tl
 from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import first_row, locate_block, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 from moequant.kernels.library.symmetric import (
     NO_FAULT,
     OUTPUTS,
@@ -27,6 +26,7 @@ from moequant.kernels.library.symmetric import (
     signal_peers,
     wait_for_peers,
 )
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 class Sums(NamedTuple):

@@ -12,7 +12,7 @@ import triton.language as tl
 from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 @launchable

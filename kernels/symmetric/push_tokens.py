@@ -25,8 +25,8 @@ from moequant.kernels.library.arguments import QuantSpec
 from moequant.kernels.library.common import num_sms, quantize_group
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, may_use_pdl, pdl_option, uses_pdl, wait_for_previous
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 from moequant.kernels.library.symmetric import ROWS, Peers, last_program, peer_block, signal_peers, wait_for_peers
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 def header_words(groups: int, top_k: int, per_rank: bool) -> int:

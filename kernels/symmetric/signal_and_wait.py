@@ -8,8 +8,8 @@ import triton.language as tl
 
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import launch_dependents, uses_pdl
-from moequant.kernels.library.sizes import next_power_of_2
 from moequant.kernels.library.symmetric import NO_FAULT, Peers, first_flag, signal_peers, wait_for_peers
+from moequant.sizes import next_power_of_2
 
 
 @launchable

@@ -16,8 +16,8 @@ from moequant.kernels.library.arguments import Shape
 from moequant.kernels.library.common import first_row, locate_block, most_row_tiles, num_sms, row_blocks
 from moequant.kernels.library.launch import launchable
 from moequant.kernels.library.pdl import may_use_pdl, most_programs, pdl_option, wait_for_previous
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
 from moequant.kernels.library.symmetric import NO_FAULT, Headers, Peers
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 class Landed(NamedTuple):

@@ -128,6 +128,8 @@ def _run_rank(
             if "nccl" in backend:
                 device = torch.device("cuda", rank)
                 torch.cuda.set_device(device)
+            # a rank whose function ends at once would close connections that another one is still making
+            os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
             dist.init_process_group(
                 backend,
                 init_method=f"file://{folder}/store",
@@ -136,6 +138,7 @@ def _run_rank(
                 timeout=timedelta(seconds=timeout),
                 device_id=device,
             )
+            del os.environ["TORCH_DIST_INIT_BARRIER"]
             function, args = pickle.loads(work)
             message = True, pickle.dumps(function(rank, world_size, *args))
             faulthandler.unregister(signal.SIGUSR1)

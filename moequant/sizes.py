@@ -1,4 +1,5 @@
-"""Sizes of launches, for the host: Triton's own functions of these kinds are kernels' too, and take it microseconds."""
+"""Integers for sizes. Launches ask for them here too: Triton's own functions of these kinds, which are kernels' as well, take the host
+microseconds."""
 
 from __future__ import annotations
 

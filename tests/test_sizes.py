@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 
-from moequant.kernels.library.sizes import ceil_div, next_power_of_2
+from moequant.sizes import ceil_div, next_power_of_2
 
 
 def test_sizes_are_tritons():
