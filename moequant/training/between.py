@@ -110,7 +110,7 @@ def by_kernel(plan: Plan, rows: Rows, given: Given, wanted: Wanted) -> Slopes:
     if quantized and (d_inner.shape[-1] % 128 == 0 or not kind.gated):
         values = torch.empty(h.shape, dtype=QUANT_DTYPES[precision.quant], device=h.device)
         narrow = values, empty_scales_of(h.shape, 128, h.device)
-        operand = QuantizedTensor(*narrow, "transposed", precision.recipe)
+        operand = QuantizedTensor.made_of(*narrow, "transposed", precision.recipe)
     of_h = None
     if wanted.plain or (wanted.operand and operand is None):
         of_h = torch.empty_like(h) if wanted.keep else h

@@ -75,7 +75,8 @@ class Precision:
 
     @property
     def columnwise(self) -> bool:
-        """Whether weights' gradients are products of fp8 too: where quantizing rows once more, along the tokens, is exact."""
+        """Whether weights' gradients are products of fp8 too: where fp8 rows keep their numbers when they are quantized along the tokens,
+        but for those that become too small for a step."""
         return self.quant != "none" and recipe_of(self.recipe).power_of_two
 
     def weight(self, w: Tensor, segments: int = 1) -> QuantizedTensor | Tensor:
