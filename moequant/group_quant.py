@@ -6,6 +6,7 @@ Letters: M rows, H columns, G = ceil(H / group_size) groups, N rows and K_dim co
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -243,13 +244,33 @@ def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, b
     Returns:
         Layout "block", values and scales contiguous.
     """
-    leading, (rows, columns) = w.shape[:-2], w.shape[-2:]
-    experts, row_blocks = math.prod(leading), segments * ceil_div(rows // segments, block_size)
-    values = torch.empty(experts, rows, columns, dtype=dtype, device=w.device)
-    scales = torch.empty(experts, row_blocks, ceil_div(columns, block_size), dtype=torch.float32, device=w.device)
-    ops.quantize_weight(w.reshape(values.shape), values, scales, recipe, segments, block_size)
-    shaped = values.view(w.shape), scales.view(*leading, *scales.shape[1:])
-    return QuantizedTensor.made_of(*shaped, "block", recipe, block_size, segments)
+    made = empty_blocks(w.shape, dtype, recipe, segments, block_size, w.device)
+    flat = made.values.view(math.prod(w.shape[:-2]), *w.shape[-2:]), made.scales.view(-1, *made.scales.shape[-2:])
+    ops.quantize_weight(w.reshape(flat[0].shape), *flat, recipe, segments, block_size)
+    return made
+
+
+def empty_blocks(
+    shape: Sequence[int], dtype: torch.dtype, recipe: str, segments: int, block_size: int, device: torch.device
+) -> QuantizedTensor:
+    """Uninitialised memory of a weight in blocks.
+
+    Args:
+        shape: (..., N, K_dim).
+        dtype: the narrow type.
+        recipe: see `moequant.formats.RECIPES`.
+        segments: as for `quantize_blocks`.
+        block_size: as for `quantize_blocks`.
+        device: where.
+
+    Returns:
+        As `quantize_blocks`.
+    """
+    *leading, rows, columns = shape
+    row_blocks = segments * ceil_div(rows // segments, block_size)
+    values = torch.empty(*shape, dtype=dtype, device=device)
+    scales = torch.empty(*leading, row_blocks, ceil_div(columns, block_size), dtype=torch.float32, device=device)
+    return QuantizedTensor.made_of(values, scales, "block", recipe, block_size, segments)
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

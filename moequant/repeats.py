@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from moequant import ops
 
 if TYPE_CHECKING:
-    from moequant.kernels.library.launch import Launch
+    from moequant.kernels.library.launch import Descriptor, Launch
 
 Result = TypeVar("Result")
 
@@ -42,11 +42,13 @@ MEMORY = frozenset(("empty", "empty_like", "new_empty"))
 
 
 class Repeated(NamedTuple):
-    """A launch, its values, and which of them are addresses of which inputs: (place, input). in_tuples: (place, which member, input)."""
+    """A launch, its values, and which of them are addresses of which inputs: (place, input). in_tuples: (place, which member, input).
+    descriptors: (place, TMA descriptor, input)."""
 
     launch: Launch
     places: tuple[tuple[int, int], ...]
     in_tuples: tuple[tuple[int, int, int], ...]
+    descriptors: tuple[tuple[int, Descriptor, int], ...]
 
 
 class Watch(TorchFunctionMode):
@@ -106,16 +108,35 @@ class Repeats:
         if step is None:
             return call()
         launches, result = step
-        for (start, grid, values, _), places, in_tuples in launches:
-            if places or in_tuples:
+        for (start, grid, values, *_), places, in_tuples, descriptors in launches:
+            if places or in_tuples or descriptors:
                 values = values.copy()
                 for place, number in places:
                     values[place] = addresses[number]
                 for place, member, number in in_tuples:
                     members = values[place]
                     values[place] = (*members[:member], addresses[number], *members[member + 1 :])
+                for place, descriptor, number in descriptors:
+                    values[place] = descriptor.at(addresses[number])
             start(*grid, stream, *values)
         return result
+
+    def call(self, operation: Callable[..., None], *arguments: Any) -> None:
+        """operation(*arguments), of `moequant.ops`, which has no tensors but those: each is an input. Arguments may be tuples of them."""
+        inputs: list[Tensor] = []
+        settings: list[Any] = [operation]
+        numbers: dict[int, int] = {}
+        for argument in arguments:
+            for part in argument if type(argument) is tuple else (argument,):
+                if not isinstance(part, Tensor):
+                    settings.append(part)
+                    continue
+                # one that is given twice is one input
+                number = numbers.setdefault(id(part), len(inputs))
+                settings.append(number)
+                if number == len(inputs):
+                    inputs.append(part)
+        self.run(inputs[0], tuple(inputs), tuple(settings), lambda: operation(*arguments))
 
     def device(self, x: Tensor) -> int | None:
         """The GPU on which launches of a step on x may be repeated, None where they are not: a graph, which is captured, draws tile
@@ -153,9 +174,12 @@ class Repeats:
 def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> Repeated | None:
     """A launch, and where the inputs' addresses stand in it; it holds the other tensors. None if it has parts of inputs."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-    places, in_tuples, held = [], [], {}
+    places, in_tuples, descriptors, held = [], [], [], {}
     for place, argument in launch.arguments.items():
         kept = []
+        if place in launch.descriptors and argument.base.data_ptr() in addresses:
+            descriptors.append((place, launch.descriptors[place], addresses.index(argument.base.data_ptr())))
+            continue
         for member, part in enumerate(argument if isinstance(argument, tuple) else (argument,)):
             if isinstance(part, Tensor) and part.data_ptr() in addresses:
                 number = addresses.index(part.data_ptr())
@@ -171,7 +195,8 @@ def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> 
                     return None
             kept.append(part)
         held[place] = tuple(kept)
-    return Repeated(launch._replace(arguments=held), tuple(places), tuple(in_tuples))
+    rest = launch._replace(arguments=held, descriptors={})
+    return Repeated(rest, tuple(places), tuple(in_tuples), tuple(descriptors))
 
 
 def members_of(argument: Any) -> Iterator[Any]:

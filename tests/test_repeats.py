@@ -116,13 +116,52 @@ def test_streams_have_steps_of_their_own(gpu):
     assert step.asked == 1
 
 
+def descriptor(x: Tensor) -> SimpleNamespace:
+    return SimpleNamespace(base=x, block_shape=[1], padding="zero")
+
+
+def test_descriptors_of_inputs_are_put_in_anew_and_keep_no_input(gpu):
+    step, y = Step(lambda x, y: (descriptor(x), y)), torch.zeros(16)
+    inputs = [torch.zeros(16) for _ in range(3)]
+    for x in (*inputs, inputs[0]):
+        step(x, y)
+    assert step.asked == 0
+    started = [values for *_, values in step.kernel.started]
+    assert [values[0].base for values in started] == [(x.data_ptr(), torch.float32) for x in (*inputs, inputs[0])]
+    assert [values[2] for values in started] == [y.data_ptr()] * 4 and started[3][0] is started[0][0]
+    assert [id(tensor) for tensor in held_by(step)] == [id(step.kept)]
+
+
+def test_an_operation_s_tensors_are_its_inputs_in_tuples_too(gpu):
+    kernel, repeats, asked = Kernel("x", "pair", "n"), Repeats(), []
+    wrapped = Launchable(cast(Any, kernel))
+
+    def operation(x: Tensor, pair: tuple[Tensor, Tensor | None], n: int, text: str) -> None:
+        asked.append(text)
+        wrapped[(2,)](x, (x, *pair), n=n)
+
+    # Triton's own, then one that is recorded, for each setting
+    calls = [(torch.zeros(16), torch.zeros(16)) for _ in range(4)]
+    for x, y in calls:
+        repeats.call(operation, x, (y, None), 5, "text")
+    assert asked == ["text"] * 2
+    assert [values for *_, values in kernel.started[1:]] == [
+        (x.data_ptr(), (x.data_ptr(), y.data_ptr(), None), 5) for x, y in calls[2:]
+    ]
+    x, y = calls[0]
+    for given in ((x, (y, None), 6, "text"), (x, (y, None), 5, "other"), (x, (y, y), 5, "text"), (x, (None, y), 5, "text")):
+        before = len(asked)
+        repeats.call(operation, *given)
+        assert len(asked) == before + 1
+
+
 CHANGES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "part of an input": lambda x, y: (x[4:], y),
     "torch's own work": lambda x, y: (x, y.add_(1)),
     "a copy": lambda x, y: (x, y.clone()),
     "memory of its own": lambda x, y: (x, torch.empty(16)),
     "an input in a tuple in a tuple": lambda x, y: (x, (1, (y,))),
-    "a descriptor of an input": lambda x, y: (x, SimpleNamespace(base=y, block_shape=[1], padding="zero")),
+    "a descriptor of part of an input": lambda x, y: (x, descriptor(y[4:])),
 }
 
 

@@ -135,9 +135,11 @@ def leaves(of: Weights, device: Any = "cpu", dtype: torch.dtype | None = None) -
     return of.each(lambda w: w.detach().to(device, dtype, copy=True).requires_grad_())
 
 
-def tokens_of_rank(rank: int, ranks: int, experts: int, hidden: int, most: int, dtype: torch.dtype = torch.bfloat16) -> Tokens:
+def tokens_of_rank(
+    rank: int, ranks: int, experts: int, hidden: int, most: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> Tokens:
     """Other numbers on other ranks; the last of several has none. Expert 1 gets none of any."""
-    tokens = tokens_of(0 if 1 < ranks == rank + 1 else most - rank, 2, experts, hidden, seed=rank, dtype=dtype)
+    tokens = tokens_of(0 if 1 < ranks == rank + 1 else most - rank, 2, experts, hidden, seed=rank + 64 * seed, dtype=dtype)
     return tokens._replace(ids=torch.where(tokens.ids == 1, -1, tokens.ids))
 
 
@@ -149,8 +151,9 @@ def run_layer(
     kind, recompute = options.get("kind", "silu"), options.get("recompute", False)
     experts = max(4, 2 * ranks) if ranks != 3 else 6
     local = slice(rank * experts // ranks, (rank + 1) * experts // ranks)
-    every = weights_of(experts, hidden, inner, kind, options.get("biases", False))
-    tokens = tokens_of_rank(rank, ranks, experts, hidden, most, options.get("dtype", torch.bfloat16))
+    seed = options.get("seed", 0)
+    every = weights_of(experts, hidden, inner, kind, options.get("biases", False), seed)
+    tokens = tokens_of_rank(rank, ranks, experts, hidden, most, options.get("dtype", torch.bfloat16), seed)
     common: dict[str, Any] = {
         "num_experts": experts,
         "top_k": 2,

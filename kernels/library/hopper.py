@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +12,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moequant.kernels.gemm.grouped_gemm import few_tiles
 from moequant.kernels.library.common import MOST_EXPERTS, multiprocessors, runs_gluon
-from moequant.kernels.library.launch import current_stream
+from moequant.kernels.library.launch import Address, current_stream
 
 # Registers of a thread before warp specialization hands them out: the multiprocessor's 65536 among 384 threads.
 REGISTERS = 168
-
-
-class Address(NamedTuple):
-    """What a TMA descriptor needs of a tensor. It doesn't keep the memory, so a descriptor can be kept when the tensor is gone."""
-
-    pointer: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.pointer
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,6 +9,7 @@ No address is part of what is looked up: it is read from the tensor at each laun
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from triton import knobs
@@ -30,6 +32,18 @@ PLAIN = frozenset((int, float, bool, type(None), str))
 UNSAID = {"enable_fp_fusion": False}
 # Kinds of launches that a kernel remembers. One number more or less of tokens makes another kind, of the same compiled kernel.
 MOST_KINDS = 4096
+# Addresses at which a repeated launch remembers a TMA descriptor. torch's allocator gives the same ones again and again.
+MOST_ADDRESSES = 64
+
+
+class Address(NamedTuple):
+    """What a TMA descriptor needs of a tensor. It doesn't keep the memory, so a descriptor can be kept when the tensor is gone."""
+
+    pointer: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.pointer
 
 
 class Prepared(NamedTuple):
@@ -50,13 +64,15 @@ class Prepared(NamedTuple):
 class Launch(NamedTuple):
     """A launch that can be made again, on a stream of the current device: start(*grid, stream, *values).
 
-    arguments: the kernel's, by their places among the values, where tensors are addresses.
+    arguments: the kernel's, by their places among the values, where tensors are addresses. descriptors: the TMA descriptors among them,
+    by place.
     """
 
     start: Callable[..., None]
     grid: tuple[int, int, int]
     values: list[Any]
     arguments: dict[int, Any]
+    descriptors: dict[int, Descriptor]
 
 
 class Recording(threading.local):
@@ -110,6 +126,42 @@ def encoded(descriptor: Any, prepared: Prepared, encoding: Any) -> list[Any]:
     if prepared.function not in known:
         known[prepared.function] = make_tensordesc_arg(descriptor, encoding)
     return known[prepared.function]
+
+
+class Descriptor:
+    """A TMA descriptor of a launch, for matrices at other addresses.
+
+    Args:
+        descriptor: the launch's.
+        prepared: the kernel.
+        number: of the parameter.
+    """
+
+    def __init__(self, descriptor: Any, prepared: Prepared, number: int) -> None:
+        self.descriptor, self.prepared = without_memory(descriptor), prepared
+        self.is_encoded, self.encoding = number in prepared.encodings, prepared.encodings.get(number)
+        self.known: dict[int, Any] = {}
+
+    def at(self, address: int) -> Any:
+        """What stands at the descriptor's place for a matrix at an address: the descriptor, or the first of what `encoded` makes of it.
+        The others are sizes."""
+        found = self.known.get(address)
+        if found is None:
+            if len(self.known) >= MOST_ADDRESSES:
+                self.known.clear()
+            found = without_memory(self.descriptor, address)
+            if self.is_encoded:
+                found = encoded(found, self.prepared, self.encoding)[0]
+            self.known[address] = found
+        return found
+
+
+def without_memory(descriptor: Any, address: int | None = None) -> Any:
+    """A copy of a TMA descriptor that keeps no tensor, at its own address or at another one."""
+    made = copy.copy(descriptor)
+    made.__dict__.pop("encoded", None)
+    made.base = Address(made.base.data_ptr() if address is None else address, made.base.dtype)
+    return made
 
 
 def unfolded(values: list[Any], prepared: Prepared) -> tuple[list[Any], list[int]]:
@@ -201,8 +253,13 @@ class Launchable:
         prepared.start(x, y, z, current_stream(device), *prepared.before, *values)
         if recording.launches is not None:
             given = (*arguments, *(named.get(name) for name in prepared.named))
-            by_place = {len(prepared.before) + place: argument for place, argument in zip(places, given, strict=True)}
-            recording.launches.append(Launch(prepared.start, (x, y, z), [*prepared.before, *values], by_place))
+            by_place, descriptors = {}, {}
+            for number, (place, argument) in enumerate(zip(places, given, strict=True)):
+                by_place[len(prepared.before) + place] = argument
+                if hasattr(argument, "block_shape"):
+                    descriptors[len(prepared.before) + place] = Descriptor(argument, prepared, number)
+            values = [*prepared.before, *values]
+            recording.launches.append(Launch(prepared.start, (x, y, z), values, by_place, descriptors))
         return None
 
     def _first(self, key: tuple[Any, ...], grid: tuple[int, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:

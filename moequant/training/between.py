@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import QuantizedTensor, empty_scales_of
-from moequant.config import QUANT_DTYPES
+from moequant.batch import QuantizedTensor
+from moequant.training.precision import again
 from moequant.training.rows import Rows
 from moequant.training.slopes import activated_with_slopes
 
@@ -104,23 +104,22 @@ def by_kernel(plan: Plan, rows: Rows, given: Given, wanted: Wanted) -> Slopes:
     d_inner, h = given.d_inner, given.h
     everyones = routes.everyones(given.weights)
     of_everyones = torch.zeros_like(everyones) if wanted.weights else None
-    operand = narrow = None
+    operand = None
     quantized = wanted.operand and precision.quant != "none"
     # a group of gate and up together is for a pass of its own
     if quantized and (d_inner.shape[-1] % 128 == 0 or not kind.gated):
-        values = torch.empty(h.shape, dtype=QUANT_DTYPES[precision.quant], device=h.device)
-        narrow = values, empty_scales_of(h.shape, 128, h.device)
-        operand = QuantizedTensor.made_of(*narrow, "transposed", precision.recipe)
+        operand = precision.empty_rows(h.shape, h.device)
     of_h = None
     if wanted.plain or (wanted.operand and operand is None):
         of_h = torch.empty_like(h) if wanted.keep else h
-    ops.silu_mul_backward(
+    again(
+        ops.silu_mul_backward,
         (d_inner, h, None if given.bias13 is None else given.bias13.contiguous()),
         (rows.num_tokens, rows.expert_start, rows.sources.contiguous()),
         (everyones, of_everyones, given.more),
         of_h,
         d_inner if wanted.inner else None,
-        narrow,
+        None if operand is None else (operand.values, operand.scales),
         precision.recipe,
         kind.text,
     )

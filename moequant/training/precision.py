@@ -15,14 +15,15 @@ from torch import Tensor
 
 from moequant import ops
 from moequant.activations import Activation
-from moequant.batch import ANY_ROWS, QuantizedTensor
-from moequant.columnwise import Columnwise, empty_columnwise
+from moequant.batch import ANY_ROWS, QuantizedTensor, empty_scales_of
+from moequant.columnwise import BLOCK, Columnwise, empty_columnwise
 from moequant.config import QUANT_DTYPES
 from moequant.experts import GroupedExperts
 from moequant.formats import FLOAT_DTYPES, recipe_of
+from moequant.group_quant import empty_blocks
 from moequant.ops.gemm import GROUPED_MM
-from moequant.quantization import quantize_expert_batch, quantize_weight, silu_mul, silu_mul_quantize
 from moequant.reference.quantization import expert_places
+from moequant.repeats import Repeats
 from moequant.training.rows import Rows
 from moequant.weights import parts_of
 
@@ -34,6 +35,9 @@ LARGEST_FLOOR = 1e-10
 QUANTS = ("none", "fp8_e4m3fn")
 # Rows of an expert from which on torch's `grouped_mm` is the faster product in bfloat16. benchmarks/notes_training.md
 MANY_ROWS = 512
+# What a step of a training launches, the next one launches again.
+REPEATS = Repeats()
+again = REPEATS.call
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,13 @@ class Precision:
         Returns:
             The operand.
         """
+        # the values that bfloat16 products have, whatever the parameters are kept in
+        w = w.to(torch.bfloat16)
         if self.quant == "none":
-            return w.to(torch.bfloat16).contiguous()
-        # as the values that bfloat16 products have, whatever the parameters are kept in
-        return quantize_weight(w.to(torch.bfloat16), dtype=QUANT_DTYPES[self.quant], recipe=self.recipe, segments=segments)
+            return w.contiguous()
+        made = empty_blocks(w.shape, QUANT_DTYPES[self.quant], self.recipe, segments, BLOCK, w.device)
+        again(ops.quantize_weight, w, made.values, made.scales, self.recipe, segments, BLOCK)
+        return made
 
     def operand(self, x: Tensor, rows: Rows) -> QuantizedTensor | Tensor:
         """Rows as an operand.
@@ -107,8 +114,24 @@ class Precision:
         shaped = rows.shaped(x.to(torch.bfloat16))
         if self.quant == "none":
             return shaped
-        counts, dtype = (rows.num_tokens, rows.expert_start), QUANT_DTYPES[self.quant]
-        return quantize_expert_batch(shaped, *counts, dtype=dtype, recipe=self.recipe)
+        made = self.empty_rows(shaped.shape, shaped.device)
+        again(
+            ops.quantize_expert_batch, shaped, rows.num_tokens, rows.expert_start, made.values, made.scales, 128, self.recipe, None
+        )
+        return made
+
+    def empty_rows(self, shape: torch.Size, device: torch.device) -> QuantizedTensor:
+        """Uninitialised memory of rows as an operand, where they are quantized.
+
+        Args:
+            shape: (L, M, K_dim), ragged (R, K_dim).
+            device: where.
+
+        Returns:
+            The operand, of layout "transposed".
+        """
+        values = torch.empty(shape, dtype=QUANT_DTYPES[self.quant], device=device)
+        return QuantizedTensor.made_of(values, empty_scales_of(shape, 128, device), "transposed", self.recipe)
 
     def product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows, segments: int = 1) -> Tensor:
         """Each row times its expert's weight, transposed.
@@ -132,7 +155,7 @@ class Precision:
         out = torch.empty(*values.shape[:-1], w.shape[1], dtype=torch.bfloat16, device=values.device)
         hint = ANY_ROWS if rows.batch_invariant else rows.expected_rows
         # what `moequant.grouped_gemm_blockscale` would check is made here
-        ops.grouped_gemm_blockscale(values, scales, *parts_of(weight), *counts, out, segments, hint)
+        again(ops.grouped_gemm_blockscale, values, scales, *parts_of(weight), *counts, out, segments, hint)
         return out
 
     def back_product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows) -> Tensor:
@@ -163,11 +186,16 @@ class Precision:
         Returns:
             (L, M, I), ragged (R, I).
         """
-        counts = rows.num_tokens, rows.expert_start
+        shape, text = torch.Size((*x.shape[:-1], x.shape[-1] // kind.width)), kind.text
+        bias = None if bias is None else bias.contiguous()
         if self.quant == "none":
-            return silu_mul(x, *counts, activation=kind, bias=bias)
-        dtype = QUANT_DTYPES[self.quant]
-        return silu_mul_quantize(x, *counts, activation=kind, bias=bias, dtype=dtype, recipe=self.recipe)
+            out = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+            again(ops.silu_mul, x, rows.num_tokens, rows.expert_start, out, text, bias)
+            return out
+        made = self.empty_rows(shape, x.device)
+        counts = rows.num_tokens, rows.expert_start
+        again(ops.silu_mul_quantize, x, *counts, made.values, made.scales, self.recipe, text, bias)
+        return made
 
     def experts(
         self, w13: Tensor, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None, kind: Activation
@@ -196,7 +224,7 @@ class Precision:
             rows: whose they are.
             bias: (L, H).
         """
-        ops.add_bias(x, rows.num_tokens, rows.expert_start, bias.contiguous())
+        again(ops.add_bias, x, rows.num_tokens, rows.expert_start, bias.contiguous())
 
     def contracted(self, rows: Rows) -> QuantizedTensor | Tensor:
         """Rows as an operand of `weight_gradient`.
@@ -223,7 +251,7 @@ class Precision:
         values, scales = (x.values, x.scales) if isinstance(x, QuantizedTensor) else (rows.shaped(x.to(torch.bfloat16)), None)
         sizes = values.shape[-1], rows.sources.numel(), len(rows.num_tokens)
         made = empty_columnwise(*sizes, blocks=blocks, device=values.device, dtype=QUANT_DTYPES[self.quant])
-        ops.quantize_columnwise(values, scales, rows.num_tokens, rows.expert_start, *made, self.recipe, blocks)
+        again(ops.quantize_columnwise, values, scales, rows.num_tokens, rows.expert_start, *made, self.recipe, blocks)
         return made
 
     def weight_gradient(self, a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -243,7 +271,7 @@ class Precision:
             left, right = self.columns(a, rows, blocks=False), self.columns(b, rows, blocks=True)
             shape = len(rows.num_tokens), left.values.shape[0], right.values.shape[0]
             made = torch.empty(shape, dtype=dtype if dtype in FLOAT_DTYPES else torch.float32, device=left.values.device)
-            ops.weight_gradient(left.values, left.scales, right.values, right.scales, left.block_ends, made)
+            again(ops.weight_gradient, left.values, left.scales, right.values, right.scales, left.block_ends, made)
             return made.to(dtype)
         assert isinstance(a, Tensor) and isinstance(b, Tensor)
         a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)

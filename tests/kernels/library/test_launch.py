@@ -138,3 +138,25 @@ def test_recorded_launches_are_made_again_with_the_values_that_are_given():
         assert entry.arguments == {5: x, 6: 5} and entry.values[5:] == [x.data_ptr(), 5]
         entry.start(*entry.grid, 7, *entry.values[:5], 1, 2)
     assert kernel.started[2:] == [(1, 2, 1, 1, (1, 2)), (2, 3, 1, 1, (1, 2))]
+
+
+def test_a_descriptor_s_value_at_another_address_is_encoded_for_it_once(monkeypatch):
+    """As Triton 3.6's C function takes it: first what depends on the address, then sizes."""
+    asked = []
+
+    def encoding(given: Any, of: Any) -> list[Any]:
+        asked.append(given.base.data_ptr())
+        return [(given.base.data_ptr(), of), 3, 4]
+
+    monkeypatch.setattr("triton.backends.nvidia.driver.make_tensordesc_arg", encoding)
+    own = SimpleNamespace(base=BASE, block_shape=[64], layout="l", padding="zero")
+    prepared = launch.Prepared(print, (), 1, (), {}, {2: "how"})
+    assert launch.encoded(own, prepared, "how")[0] == (BASE.data_ptr(), "how")
+    made = launch.Descriptor(own, prepared, 2)
+    for address in (1024, 2048, 1024):
+        assert made.at(address) == (address, "how")
+    assert asked == [BASE.data_ptr(), 1024, 2048]
+    for address in range(1000):
+        made.at(16 * address)
+    assert len(made.known) <= launch.MOST_ADDRESSES
+    assert own.base is BASE and launch.Descriptor(own, prepared, 1).at(1024).base == (1024, BASE.dtype)
