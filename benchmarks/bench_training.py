@@ -139,12 +139,16 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
             narrow = options.keep_quantized and quant != "none"
             kept = {"recompute": options.recompute, "keep_quantized": narrow}
             module = MoEExperts(dispatcher, shape.intermediate_size, **kept, dtype=torch.bfloat16)
+            kept["later_microbatch"] = options.later_microbatch
             parameters = module.w13, module.w2
             layers: dict[str, Layer] = {"moequant": module}
+            if options.later_microbatch:
+                case.both(partial(module, is_first_microbatch=True), parameters)
+                layers["moequant"] = partial(module, is_first_microbatch=False)
             if grouped_mm is not None:
                 for way in WAYS:
                     layers[f"torch {way}"] = partial(by_torch, parameters, way)
-            made = case.both(module, parameters)
+            made = case.both(layers["moequant"], parameters)
             buffers = allocated(device) - before - sum(x.nbytes for x in (*parameters, *made))
             if dispatcher.config.transport == "symmetric":
                 buffers += dispatcher.buffer_bytes(**settings, quant=quant, world_size=ranks)
@@ -214,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--rank-capacity", type=float, help=f"times the mean (default: {ALONE} on one rank, {ROOM} on several)")
     add("--recompute", action="store_true", help="GEMM 1 runs again in the backward")
     add("--keep-quantized", action="store_true", help="in fp8, GEMM 1's result lies in fp8 until the backward")
+    add("--later-microbatch", action="store_true", help="the weights are those that the first micro-batch has quantized")
     add("--transport", default="auto", choices=("auto", "local", "collective", "symmetric"), help="(default: auto)")
     add("--reps", type=int, default=REPS, help=f"of each timing (default: {REPS})")
     add("--profile", type=Path, help="append the kernels of forward and backward, by their time, to this file")

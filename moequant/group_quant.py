@@ -244,10 +244,11 @@ def quantize_blocks(w: Tensor, dtype: torch.dtype, recipe: str, segments: int, b
     Returns:
         Layout "block", values and scales contiguous.
     """
-    made = empty_blocks(w.shape, dtype, recipe, segments, block_size, w.device)
-    flat = made.values.view(math.prod(w.shape[:-2]), *w.shape[-2:]), made.scales.view(-1, *made.scales.shape[-2:])
-    ops.quantize_weight(w.reshape(flat[0].shape), *flat, recipe, segments, block_size)
-    return made
+    leading = w.shape[:-2]
+    made = empty_blocks((math.prod(leading), *w.shape[-2:]), dtype, recipe, segments, block_size, w.device)
+    ops.quantize_weight(w.reshape(made.shape), made.values, made.scales, recipe, segments, block_size)
+    shaped = made.values.view(w.shape), made.scales.view(*leading, *made.scales.shape[1:])
+    return QuantizedTensor.made_of(*shaped, "block", recipe, block_size, segments)
 
 
 def empty_blocks(
@@ -256,7 +257,7 @@ def empty_blocks(
     """Uninitialised memory of a weight in blocks.
 
     Args:
-        shape: (..., N, K_dim).
+        shape: (L, N, K_dim).
         dtype: the narrow type.
         recipe: see `moequant.formats.RECIPES`.
         segments: as for `quantize_blocks`.
@@ -266,10 +267,10 @@ def empty_blocks(
     Returns:
         As `quantize_blocks`.
     """
-    *leading, rows, columns = shape
+    experts, rows, columns = shape
     row_blocks = segments * ceil_div(rows // segments, block_size)
-    values = torch.empty(*shape, dtype=dtype, device=device)
-    scales = torch.empty(*leading, row_blocks, ceil_div(columns, block_size), dtype=torch.float32, device=device)
+    values = torch.empty(shape, dtype=dtype, device=device)
+    scales = torch.empty(experts, row_blocks, ceil_div(columns, block_size), dtype=torch.float32, device=device)
     return QuantizedTensor.made_of(values, scales, "block", recipe, block_size, segments)
 
 

@@ -16,6 +16,7 @@ from moequant.dispatcher import MoEQuantDispatcher
 from moequant.experts import GroupedExperts
 from moequant.formats import FLOAT_DTYPES
 from moequant.training.layer import requires_grad, train
+from moequant.training.operands import Operands
 from moequant.training.precision import Precision
 from moequant.transport.lifecycle import step
 
@@ -96,6 +97,7 @@ class MoEExperts(nn.Module):
         self.w13, self.w2 = parameter(experts, wide, hidden), parameter(experts, hidden, intermediate_size)
         self.bias13 = parameter(experts, wide) if bias else None
         self.bias2 = parameter(experts, hidden) if bias else None
+        self._operands: Operands | None = None
         self.reset_parameters()
 
     @property
@@ -117,20 +119,48 @@ class MoEExperts(nn.Module):
                 if bias is not None:
                     bias.zero_()
 
-    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, *, slot: int = 0) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        *,
+        is_first_microbatch: bool | None = None,
+        slot: int = 0,
+    ) -> Tensor:
         """The layer. Collective.
 
         Args:
             hidden_states: (T, H) bfloat16, float16 or float32.
             topk_ids: (T, K), as for `MoEQuantDispatcher.dispatch`.
             topk_weights: (T, K) float32 or bfloat16.
+            is_first_microbatch: of several between two steps of the optimizer. True: what the products take of w13 and w2 is made anew,
+                and kept. False: what is kept is used, in the backward too. None: made anew each time, and nothing is kept. As
+                TransformerEngine's modules have it. In fp8 two bytes are kept of each weight, one until the first backward.
             slot: of the dispatcher, whose buffers are used, in the backward too.
 
         Returns:
             (T, H) of the hidden states' type: each token's sum of its experts' rows by their weights. Errors are those of
             `MoEQuantDispatcher.dispatch` and `combine`.
+
+        Raises:
+            RuntimeError: is_first_microbatch=False after no True, or torch knows that the weights have changed since.
         """
-        return _run(self.dispatcher, self, (hidden_states, topk_ids, topk_weights), slot)
+        operands = self._operands_of(is_first_microbatch)
+        return _run(self.dispatcher, self, (hidden_states, topk_ids, topk_weights), slot, operands)
+
+    def _operands_of(self, is_first_microbatch: bool | None) -> Operands | None:
+        if is_first_microbatch is not None and not isinstance(is_first_microbatch, bool):
+            raise ValueError(f"is_first_microbatch must be True, False or None, got {is_first_microbatch!r}")
+        if is_first_microbatch is None:
+            self._operands = None
+        elif is_first_microbatch:
+            self._operands = Operands(Precision.of(self.dispatcher.config), self.w13, self.w2)
+        elif self._operands is None:
+            raise RuntimeError("is_first_microbatch=False, but no forward with True came before it: give True in the first one")
+        else:
+            self._operands.check(self.w13, self.w2)
+        return self._operands
 
     def grouped_experts(self) -> GroupedExperts:
         """The experts with the weights that they have now, for inference: they don't follow later changes.
@@ -154,11 +184,16 @@ class MoEExperts(nn.Module):
 
 
 @step
-def _run(dispatcher: MoEQuantDispatcher, experts: MoEExperts, tokens: tuple[Tensor, Tensor, Tensor], slot: int) -> Tensor:
+def _run(
+    dispatcher: MoEQuantDispatcher,
+    experts: MoEExperts,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    slot: int,
+    operands: Operands | None,
+) -> Tensor:
     """The forward: one thread's at a time, and a graph break for torch.compile, as the products' weights are made anew."""
-    layer = dispatcher._layer_of(experts)
-    if not requires_grad(*tokens, *experts.parameters(recurse=False)):
-        return dispatcher(*tokens, experts.grouped_experts(), slot=slot, layer=layer)
     weights = experts.w13, experts.w2, experts.bias13, experts.bias2
-    kept = {"recompute": experts.recompute, "keep_quantized": experts.keep_quantized}
-    return train(dispatcher, tokens, weights, experts.kind, **kept, slot=slot, layer=layer)
+    # where nothing has a gradient, nothing is kept for one, and the bits are those of inference
+    recompute = experts.recompute or not requires_grad(*tokens, *experts.parameters(recurse=False))
+    kept = {"recompute": recompute, "keep_quantized": experts.keep_quantized, "operands": operands}
+    return train(dispatcher, tokens, weights, experts.kind, **kept, slot=slot, layer=dispatcher._layer_of(experts))

@@ -67,6 +67,7 @@ def public_names() -> set[str]:
         "empty_scales_of",
         "Repeats",
         "Repeats.run",
+        "Repeats.call",
         "Repeats.device",
     }
     return names - own

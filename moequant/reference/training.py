@@ -90,10 +90,10 @@ class Exact(Precision):
         """As it is."""
         return rows.shaped(x)
 
-    def product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows, segments: int = 1) -> Tensor:
+    def product(self, a: QuantizedTensor | Tensor, w: QuantizedTensor | Tensor, rows: Rows, segments: int = 1) -> Tensor:
         """One expert after the other."""
         del segments
-        assert isinstance(a, Tensor)
+        assert isinstance(a, Tensor) and isinstance(w, Tensor)
         out = a.new_full((*a.shape[:-1], w.shape[1]), torch.nan)
         for expert, place in enumerate(expert_places(out, rows.num_tokens, rows.expert_start)):
             out[place] = a[place] @ w[expert].T
@@ -105,7 +105,12 @@ class Exact(Precision):
         return rows.shaped(activated_with_slopes(x, kind, x[..., : x.shape[-1] // kind.width])[0])
 
     def experts(
-        self, w13: Tensor, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None, kind: Activation
+        self,
+        w13: QuantizedTensor | Tensor,
+        w2: QuantizedTensor | Tensor,
+        bias13: Tensor | None,
+        bias2: Tensor | None,
+        kind: Activation,
     ) -> Callable[[Rows], Tensor]:
         """From rows to their experts' output."""
 

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from moequant.activations import Activation
 from moequant.batch import QuantizedTensor, scale_layout
 from moequant.training.between import Given, Wanted, keeps_graph, slopes
+from moequant.training.operands import Operands
 from moequant.training.precision import Precision
 from moequant.training.routes import Routes
 from moequant.training.rows import Rows
@@ -44,6 +45,7 @@ class Plan:
         kind: the activation, gate and up apart.
         recompute: h is not kept for the backward, which makes it again.
         keep_quantized: h is kept as the precision has its operands.
+        operands: of weights that stay as they are, or None: they are made anew.
     """
 
     routes: Routes
@@ -51,6 +53,31 @@ class Plan:
     kind: Activation
     recompute: bool = False
     keep_quantized: bool = False
+    operands: Operands | None = None
+
+    def weight(self, name: str, w: Tensor) -> QuantizedTensor | Tensor:
+        """What a product with a weight transposed takes.
+
+        Args:
+            name: "w13" or "w2".
+            w: that weight.
+
+        Returns:
+            The operand, or the weight, of which the product makes one.
+        """
+        return w if self.operands is None else self.operands.forward(name, w, self.kind.halves if name == "w13" else 1)
+
+    def back_weight(self, name: str, w: Tensor) -> QuantizedTensor | Tensor:
+        """What a product with a weight takes, as a backward has it.
+
+        Args:
+            name: "w13" or "w2".
+            w: that weight.
+
+        Returns:
+            As `weight`.
+        """
+        return w if self.operands is None else self.operands.backward(name, w)
 
     def kept(self, h: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         """What stays of h until the backward.
@@ -94,7 +121,7 @@ class Plan:
             The rows, and h.
         """
         rows = self.routes.dispatch(hidden, ids, weights)
-        return rows, self.precision.product(rows.values, w13, rows, self.kind.halves)
+        return rows, self.precision.product(rows.values, self.weight("w13", w13), rows, self.kind.halves)
 
     def second_product(self, inner: QuantizedTensor | Tensor, rows: Rows, w2: Tensor, bias2: Tensor | None) -> Tensor:
         """GEMM 2.
@@ -108,7 +135,7 @@ class Plan:
         Returns:
             (L, M, H), ragged (R, H).
         """
-        output = self.precision.product(inner, w2, rows)
+        output = self.precision.product(inner, self.weight("w2", w2), rows)
         if bias2 is not None:
             self.precision.add_bias(output, rows, bias2)
         return output
@@ -134,7 +161,8 @@ class LayerFunction(torch.autograd.Function):
         ctx.dtypes = [dtype_of_gradient(parameter) for parameter in (w13, w2, bias13, bias2)]
         if plan.recompute:
             ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2)
-            return plan.routes.run((hidden, ids, weights), plan.precision.experts(w13, w2, bias13, bias2, plan.kind))
+            made = plan.precision.experts(plan.weight("w13", w13), plan.weight("w2", w2), bias13, bias2, plan.kind)
+            return plan.routes.run((hidden, ids, weights), made)
         rows, h = plan.first_product(hidden, ids, weights, w13)
         ctx.save_for_backward(hidden, ids, weights, w13, w2, bias13, bias2, *plan.kept(h, rows))
         inner = plan.precision.activation(h, rows, plan.kind, bias13)
@@ -161,7 +189,7 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     h = None if kept else plan.first_product(hidden, ids, None, w13)[1]
     rows = routes.dispatch(grad, ids)
     h = plan.restored(kept, rows) if h is None else h
-    d_inner = precision.back_product(rows.values, w2, rows)
+    d_inner = precision.back_product(rows.values, plan.back_weight("w2", w2), rows)
     of_output = more = None
     if bias2 is not None and (for_weights or for_bias2):
         of_output = rows.contracted()
@@ -196,7 +224,7 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # what comes next takes the memory of what isn't used any more
     del made, of_output
     if operand is not None and for_hidden:
-        d_hidden = routes.sum(precision.back_product(operand, w13, rows)).to(hidden.dtype)
+        d_hidden = routes.sum(precision.back_product(operand, plan.back_weight("w13", w13), rows)).to(hidden.dtype)
     del operand
     if of_h is not None and for_w13:
         d_w13 = precision.weight_gradient(of_h, precision.contracted(routes.dispatch(hidden, ids)), rows, of_w13)

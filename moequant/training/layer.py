@@ -14,6 +14,7 @@ from moequant.batch import DispatchHandle, ExpertBatch, QuantizedTensor
 from moequant.checks import check_expert_output
 from moequant.experts import GroupedExperts, can_push
 from moequant.training.functions import CombineFunction, DispatchFunction, LayerFunction, Plan
+from moequant.training.operands import Operands
 from moequant.training.precision import Precision
 from moequant.training.routes import Routes
 from moequant.weights import halves_apart
@@ -149,10 +150,11 @@ def train(
     *,
     recompute: bool = False,
     keep_quantized: bool = False,
+    operands: Operands | None = None,
     slot: int = 0,
     layer: int | None = None,
 ) -> Tensor:
-    """A layer of given weights, which are quantized anew where the dispatcher quantizes. Collective, and so is its backward.
+    """A layer of given weights. Collective, and so is its backward.
 
     Args:
         dispatcher: of quant "none" or "fp8_e4m3fn".
@@ -161,6 +163,7 @@ def train(
         kind: the activation.
         recompute: GEMM 1's result is not kept for the backward.
         keep_quantized: it is kept as the dispatcher's quant has it.
+        operands: of w13 and w2, or None: they are made anew.
         slot: whose buffers to use.
         layer: the number of the model's layer, or None.
 
@@ -174,7 +177,7 @@ def train(
     if kind.interleaved:
         w13, kind = halves_apart(w13), replace(kind, interleaved=False)
         bias13 = None if bias13 is None else halves_apart(bias13)
-    plan = Plan(Routes(dispatcher, slot, layer), Precision.of(dispatcher.config), kind, recompute, keep_quantized)
+    plan = Plan(Routes(dispatcher, slot, layer), Precision.of(dispatcher.config), kind, recompute, keep_quantized, operands)
     return LayerFunction.apply(*tokens, w13, w2, bias13, bias2, plan)
 
 

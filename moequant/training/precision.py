@@ -101,6 +101,17 @@ class Precision:
         again(ops.quantize_weight, w, made.values, made.scales, self.recipe, segments, BLOCK)
         return made
 
+    def back_weight(self, w: Tensor) -> QuantizedTensor | Tensor:
+        """A weight as an operand of `back_product`.
+
+        Args:
+            w: (L, N, K_dim) float, any strides.
+
+        Returns:
+            Quantized (L, K_dim, N), or plain (L, N, K_dim).
+        """
+        return w.to(torch.bfloat16) if self.quant == "none" else self.weight(w.mT)
+
     def operand(self, x: Tensor, rows: Rows) -> QuantizedTensor | Tensor:
         """Rows as an operand.
 
@@ -133,12 +144,12 @@ class Precision:
         values = torch.empty(shape, dtype=QUANT_DTYPES[self.quant], device=device)
         return QuantizedTensor.made_of(values, empty_scales_of(shape, 128, device), "transposed", self.recipe)
 
-    def product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows, segments: int = 1) -> Tensor:
+    def product(self, a: QuantizedTensor | Tensor, w: QuantizedTensor | Tensor, rows: Rows, segments: int = 1) -> Tensor:
         """Each row times its expert's weight, transposed.
 
         Args:
             a: (L, M, K_dim), ragged (R, K_dim), an operand.
-            w: (L, N, K_dim) float, any strides.
+            w: (L, N, K_dim) float, any strides, or what `weight` has made of it.
             rows: whose they are.
             segments: as for `weight`.
 
@@ -147,10 +158,10 @@ class Precision:
         """
         counts = rows.num_tokens, rows.expert_start
         many = (rows.expected_rows or 0) >= MANY_ROWS and not rows.batch_invariant
-        if many and not isinstance(a, QuantizedTensor) and rows.expert_start is not None and takes_grouped_mm(a, *w.shape[1:]):
+        if many and isinstance(a, Tensor) and isinstance(w, Tensor) and takes_grouped_mm(a, w, rows):
             return GROUPED_MM(a, w.to(torch.bfloat16).mT, offs=rows.ends)
         values, scales = parts_of(a)
-        weight = self.weight(w, segments)
+        weight = w if isinstance(w, QuantizedTensor) else self.weight(w, segments)
         segments = weight.segments if isinstance(weight, QuantizedTensor) else 1
         out = torch.empty(*values.shape[:-1], w.shape[1], dtype=torch.bfloat16, device=values.device)
         hint = ANY_ROWS if rows.batch_invariant else rows.expected_rows
@@ -158,21 +169,25 @@ class Precision:
         again(ops.grouped_gemm_blockscale, values, scales, *parts_of(weight), *counts, out, segments, hint)
         return out
 
-    def back_product(self, a: QuantizedTensor | Tensor, w: Tensor, rows: Rows) -> Tensor:
+    def back_product(self, a: QuantizedTensor | Tensor, w: QuantizedTensor | Tensor, rows: Rows) -> Tensor:
         """Each row times its expert's weight, as a backward multiplies by one that its forward has multiplied by transposed.
 
         Args:
             a: (L, M, N), ragged (R, N), an operand.
-            w: (L, N, K_dim) float, any strides.
+            w: (L, N, K_dim) float, any strides, or what `back_weight` has made of it.
             rows: whose they are.
 
         Returns:
             (L, M, K_dim), ragged (R, K_dim), bfloat16. Rows that belong to no expert hold anything.
         """
-        if isinstance(a, QuantizedTensor) or rows.expert_start is None or not takes_grouped_mm(a, *w.shape[1:]):
-            return self.product(a, w.mT, rows)
+        if isinstance(w, QuantizedTensor):
+            return self.product(a, w, rows)
+        if isinstance(a, QuantizedTensor):
+            return self.product(a, self.back_weight(w), rows)
         # torch's takes weights in either order, so that none is copied for its transpose
-        return GROUPED_MM(a, w.to(torch.bfloat16), offs=rows.ends)
+        if takes_grouped_mm(a, w, rows):
+            return GROUPED_MM(a, w.to(torch.bfloat16), offs=rows.ends)
+        return self.product(a, w.mT, rows)
 
     def activation(self, x: Tensor, rows: Rows, kind: Activation, bias: Tensor | None) -> QuantizedTensor | Tensor:
         """GEMM 1's result to GEMM 2's operand.
@@ -198,13 +213,18 @@ class Precision:
         return made
 
     def experts(
-        self, w13: Tensor, w2: Tensor, bias13: Tensor | None, bias2: Tensor | None, kind: Activation
+        self,
+        w13: QuantizedTensor | Tensor,
+        w2: QuantizedTensor | Tensor,
+        bias13: Tensor | None,
+        bias2: Tensor | None,
+        kind: Activation,
     ) -> Callable[[Any], Tensor]:
         """The experts of an inference with the same bits.
 
         Args:
-            w13: (L, 2I, H), not gated (L, I, H), float.
-            w2: (L, H, I).
+            w13: (L, 2I, H), not gated (L, I, H), float, or what `weight` has made of it.
+            w2: (L, H, I), the same.
             bias13: (L, 2I), not gated (L, I), or None.
             bias2: (L, H), or None.
             kind: the activation.
@@ -213,6 +233,9 @@ class Precision:
             `GroupedExperts`.
         """
         biases = {"bias13": None if bias13 is None else bias13.detach(), "bias2": None if bias2 is None else bias2.detach()}
+        if isinstance(w13, QuantizedTensor) and isinstance(w2, QuantizedTensor):
+            return GroupedExperts(w13, w2, activation=kind, **biases)
+        assert isinstance(w13, Tensor) and isinstance(w2, Tensor)
         pair = w13.detach().to(torch.bfloat16), w2.detach().to(torch.bfloat16)
         return GroupedExperts.from_weights(*pair, quant=self.quant, recipe=self.recipe, activation=kind, **biases)
 
@@ -290,19 +313,21 @@ class Precision:
         return made.to(dtype)
 
 
-def takes_grouped_mm(a: Tensor, *sizes: int) -> bool:
-    """Whether torch's `grouped_mm` runs rows as one kernel: GPUs from Hopper on, and rows of whole 16 bytes.
+def takes_grouped_mm(a: Tensor, w: Tensor, rows: Rows) -> bool:
+    """Whether torch's `grouped_mm` runs a product as one kernel: on GPUs from Hopper on, ragged, of rows of whole 16 bytes.
 
     Args:
-        a: the rows, bfloat16.
-        *sizes: numbers in a row, of a and of the others.
+        a: (R, K_dim) or (R, N), the operand.
+        w: (L, N, K_dim).
+        rows: whose a is.
 
     Returns:
         The answer.
     """
-    if GROUPED_MM is None or not a.is_cuda or torch.version.hip is not None or any(size % 8 for size in sizes):
+    if GROUPED_MM is None or not a.is_cuda or torch.version.hip is not None or any(size % 8 for size in w.shape[1:]):
         return False
-    return a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device) >= (9, 0)
+    hopper = torch.cuda.get_device_capability(a.device) >= (9, 0)
+    return hopper and a.dtype == torch.bfloat16 and rows.expert_start is not None
 
 
 def sums_of_products(a: Tensor, b: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from moequant import Activation, MoEQuantDispatcher
 from moequant.nn import MoEExperts
 from moequant.testing import assert_bit_equal, relative_error, run_ranks
+from moequant.training.precision import Precision
 
 EXPERTS, TOP_K, HIDDEN, INNER, TOKENS = 4, 2, 64, 32, 12
 QUANTS = pytest.mark.parametrize("quant", ["none", "fp8_e4m3fn"])
@@ -49,6 +50,13 @@ def model_of(dispatcher: MoEQuantDispatcher, layers: int = 2, **settings: Any) -
 
 def tokens_of(rank: int = 0, tokens: int = TOKENS, device: str = "cpu") -> Tensor:
     return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(rank)).bfloat16().to(device)
+
+
+def routed(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, ids and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(TOKENS, EXPERTS, generator=generator).argsort(1)[:, :TOP_K]
+    return tokens_of(seed), ids, torch.rand(TOKENS, TOP_K, generator=generator)
 
 
 def gradients(model: nn.Module, x: Tensor, call: Any = None) -> dict[str, Tensor]:
@@ -147,6 +155,52 @@ def test_micro_batches_accumulate_in_float32_where_the_parameter_says_so(dispatc
     # with more than bfloat16 holds
     assert not torch.equal(first, first.bfloat16().float())
     assert_bit_equal(gradient(x), first.bfloat16())
+
+
+@QUANTS
+@pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"bias": True, "activation": Activation(interleaved=True)}], ids=str)
+def test_micro_batches_share_the_weights_that_the_first_has_made(quant, settings, monkeypatch):
+    made = []
+    weight = Precision.weight
+    monkeypatch.setattr(Precision, "weight", lambda self, w, *segments: made.append(w.shape) or weight(self, w, *segments))
+    with dispatcher_of(quant, device="cpu") as dispatcher:
+        experts = MoEExperts(dispatcher, INNER, dtype=torch.bfloat16, **settings)
+        expected, kept = copy.deepcopy(experts), copy.deepcopy(experts)
+        for number in range(4):
+            given = routed(number)
+            outs = []
+            for module, first in ((expected, None), (kept, number == 0)):
+                before = len(made)
+                outs.append(module(*given, is_first_microbatch=first))
+                outs[-1].square().sum().backward()
+                assert len(made) == before or quant == "none" or module is expected or number == 0
+            assert_bit_equal(outs[1].detach(), outs[0].detach())
+            with torch.no_grad():
+                assert_bit_equal(kept(*given, is_first_microbatch=False), outs[0].detach())
+        for name, parameter in expected.named_parameters():
+            grad = kept.get_parameter(name).grad
+            assert grad is not None and parameter.grad is not None
+            assert_bit_equal(grad, parameter.grad, name)
+        # what was kept is gone with the first that says nothing
+        kept(*routed())
+        with pytest.raises(RuntimeError, match="no forward with True came before"):
+            kept(*routed(), is_first_microbatch=False)
+
+
+def test_micro_batches_after_a_change_of_the_weights_are_refused(dispatcher):
+    experts = MoEExperts(dispatcher, INNER)
+    given = routed()
+    with pytest.raises(ValueError, match="is_first_microbatch must be True, False or None"):
+        experts(*given, is_first_microbatch=cast(Any, 1))
+    experts(*given, is_first_microbatch=True).sum().backward()
+    torch.optim.SGD(experts.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="weights have changed since"):
+        experts(*given, is_first_microbatch=False)
+    experts(*given, is_first_microbatch=True)
+    experts(*given, is_first_microbatch=False)
+    experts.to(torch.float16)
+    with pytest.raises(RuntimeError, match="weights have changed since"):
+        experts(*given, is_first_microbatch=False)
 
 
 def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs(dispatcher):

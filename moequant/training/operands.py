@@ -1,0 +1,80 @@
+"""A layer's weights as its products take them. L local experts, H hidden size, I intermediate size."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from moequant.batch import QuantizedTensor
+from moequant.training.precision import Precision
+
+Operand = QuantizedTensor | Tensor
+
+
+class Operands:
+    """Operands of w13 and w2 in both directions, each made when it is first asked for, and kept.
+
+    Args:
+        precision: of the products.
+        weights: w13 (L, 2I, H), not gated (L, I, H), and w2 (L, H, I), which have to stay as they are.
+    """
+
+    def __init__(self, precision: Precision, *weights: Tensor) -> None:
+        self.precision = precision
+        self._seen = seen(*weights)
+        self._made: dict[tuple[str, bool], Operand] = {}
+
+    def check(self, *weights: Tensor) -> None:
+        """That the weights are those of which the operands are made, as far as torch tells.
+
+        Args:
+            *weights: as for the constructor.
+
+        Raises:
+            RuntimeError: they have changed.
+        """
+        if seen(*weights) != self._seen:
+            raise RuntimeError(
+                "is_first_microbatch=False, but the weights have changed since the forward with True: give True in the first forward "
+                "after each step of the optimizer, or leave it out"
+            )
+
+    def forward(self, name: str, w: Tensor, segments: int = 1) -> Operand:
+        """Of a product with a weight transposed, as forwards have it.
+
+        Args:
+            name: "w13" or "w2".
+            w: that weight, (L, N, K_dim).
+            segments: as for `Precision.weight`.
+
+        Returns:
+            (L, N, K_dim).
+        """
+        if (name, False) not in self._made:
+            self._made[name, False] = self.precision.weight(w, segments)
+        return self._made[name, False]
+
+    def backward(self, name: str, w: Tensor) -> Operand:
+        """Of a product with a weight, as backwards have it.
+
+        Args:
+            name: "w13" or "w2".
+            w: that weight, (L, N, K_dim).
+
+        Returns:
+            Quantized (L, K_dim, N), or plain (L, N, K_dim).
+        """
+        if (name, True) not in self._made:
+            self._made[name, True] = self.precision.back_weight(w)
+        return self._made[name, True]
+
+
+def seen(*weights: Tensor) -> tuple[object, ...]:
+    """What changes with a weight, as far as torch tells: fused optimizers and FSDP2 write without a trace.
+
+    Args:
+        *weights: any.
+
+    Returns:
+        Something to compare.
+    """
+    return tuple((w._version, w.dtype, w.device, w.shape) for w in weights)
