@@ -37,7 +37,7 @@ for folder in (TESTS.parent, TESTS, TESTS / "distributed"):
 # settings that share a family
 BLOCK = 20
 # over several ranks, on one of them, and only there where it is a GPU
-ON_SEVERAL, ON_A_GPU = ("layers", "shared"), ("peers", "gemm1_swiglu")
+ON_SEVERAL, ON_A_GPU = ("layers", "shared", "invariant"), ("peers", "gemm1_swiglu")
 ON_ONE = (
     *("layers", "invariant", "trained", "product", "quantize", "activation", "silu_mul_backward", "plain_rows", "columnwise"),
     *("weight_gradient", "checkpoint"),
