@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -331,14 +331,18 @@ SPREAD: Planted = {
     ],
     "past the end": of_combine(packed.PackedTransport, behind),
 }
-# where kernels are interpreted: in halves, or whole
+# where kernels are interpreted
 PUSHED: Planted = {
     "a sum of rows that were pushed": [
         (symmetric.SymmetricTransport, "combine_pushed", lambda _, self, dtype, weights, out, *more: flip(out))
     ]
 }
-# the family, its errors, and how many blocks
-SEVERAL = {"shared": ("shared", SHARED, 2), "invariant": ("invariant", SPREAD, 5), "pushed": ("invariant", PUSHED, 3)}
+# the family, its errors, and the blocks that have what these are planted in
+SEVERAL: dict[str, tuple[str, Planted, Sequence[int]]] = {
+    "shared": ("shared", SHARED, range(2)),
+    "invariant": ("invariant", SPREAD, range(2)),
+    "pushed": ("invariant", PUSHED, [2]),
+}
 
 
 def run_planted(rank: int, ranks: int, case: str) -> dict[str, tuple[str | None, bool]]:
@@ -349,9 +353,7 @@ def run_planted(rank: int, ranks: int, case: str) -> dict[str, tuple[str | None,
         with pytest.MonkeyPatch.context() as patch:
             for plant in planted:
                 damaged(patch, *plant)
-            ends = (
-                control.merge(*settings_of(family, block, 1, Place("cpu", True, rank, ranks)), False) for block in range(blocks)
-            )
+            ends = (control.merge(*settings_of(family, block, 1, Place("cpu", True, rank, ranks)), False) for block in blocks)
             found[name] = next((end[:2] for end in ends if end[0]), (None, False))
     return found
 
