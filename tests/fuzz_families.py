@@ -24,10 +24,12 @@ def families_of(place: Place, chosen: list[str] | None = None) -> list[Any]:
     Raises:
         ValueError: it has none of the chosen ones.
     """
-    layers, peers, shared = (importlib.import_module(name) for name in ("fuzz_layers", "fuzz_peers", "fuzz_shared"))
+    layers, peers, shared, spread = (
+        importlib.import_module(f"fuzz_{name}") for name in ("layers", "peers", "shared", "invariant_ranks")
+    )
     families: list[Any]
     if place.ranks > 1:
-        families = [layers.Layers] * 3 + [shared.Shared]
+        families = [layers.Layers] * 3 + [shared.Shared, spread.InvariantRanks]
     else:
         families = [
             layers.Layers,

@@ -3,6 +3,7 @@
     python tests/fuzz_gpu.py --seconds 300 --seed 0                one GPU: operations, layers of one rank, ranks that are its streams
     python tests/fuzz_gpu.py --seconds 300 --seed 0 --ranks 2      layers over two GPUs
     python tests/fuzz_gpu.py --families trained invariant          some families alone
+    python tests/fuzz_gpu.py --families invariant --ranks 2        tokens' bits alone, on one GPU, and spread over two
     python tests/fuzz_gpu.py --only 4711 [--ranks 2]               one setting again, after those of its block that came before it
 
 What is checked: bits against `moequant.reference` and `in_one_process` where they are promised, pushed against stored products, products
@@ -37,7 +38,7 @@ for folder in (TESTS.parent, TESTS, TESTS / "distributed"):
 # settings that share a family
 BLOCK = 20
 # over several ranks, on one of them, and only there where it is a GPU
-ON_SEVERAL, ON_A_GPU = ("layers", "shared"), ("peers", "gemm1_swiglu")
+ON_SEVERAL, ON_A_GPU = ("layers", "shared", "invariant"), ("peers", "gemm1_swiglu")
 ON_ONE = (
     *("layers", "invariant", "trained", "product", "quantize", "activation", "silu_mul_backward", "plain_rows", "columnwise"),
     *("weight_gradient", "checkpoint"),

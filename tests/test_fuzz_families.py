@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import fuzz_backward
 import fuzz_families
 import fuzz_gpu
 import fuzz_weight_gradients
+import interpreter
 from fuzz_operations import Place
 from guarded import GUARD, Buffers, GuardTouchedError, guarded_buffers
 from moequant import MoEQuantDispatcher, ops
+from moequant.ops import on_cpu
 from moequant.testing import run_ranks
 from moequant.training import functions, precision
-from moequant.transport import shared
+from moequant.transport import packed, padded, shared, symmetric
 from moequant.transport.local import LocalTransport
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
@@ -303,29 +305,71 @@ def test_an_error_of_weights_that_are_quantized_anew_is_found(damage, text, monk
     wrong("checkpoint", text, guards=damage is behind)
 
 
-SHARED: dict[str, tuple[str, Callable[..., object]]] = {
-    "a sum": ("combine", lambda _, self, y, weights, out, *more: flip(out)),
-    "a row": ("dispatch", lambda made, *given: flip(made[0].values)),
-    "past the end": ("combine", lambda _, self, y, weights, out, *more: behind(out)),
+Planted = dict[str, list[tuple[Any, str, Callable[..., object]]]]
+
+
+def of_combine(transport: Any, damage: Callable[[Tensor], object] = flip) -> list[tuple[Any, str, Callable[..., object]]]:
+    return [(transport, "combine", lambda _, self, y, weights, out, *more: damage(out))]
+
+
+SHARED: Planted = {
+    "a sum": of_combine(shared.SharedTransport),
+    "a row": [(shared.SharedTransport, "dispatch", lambda made, *given: flip(made[0].values))],
+    "past the end": of_combine(shared.SharedTransport, behind),
+}
+SPREAD: Planted = {
+    "a token alone": of_combine(LocalTransport, lambda out: len(out) == 1 and flip(out)),
+    "the padded exchange": of_combine(padded.PaddedTransport),
+    "the packed exchange": of_combine(packed.PackedTransport),
+    "a shared batch": of_combine(shared.SharedTransport),
+    "rows of the second rank": [
+        (padded.PaddedTransport, "dispatch", lambda made, self, *_: self.first_expert and made[0].values.view(torch.uint8).zero_())
+    ],
+    "products as the batch has it": [
+        (packed.PackedTransport, "dispatch", lambda made, *_: object.__setattr__(made[0], "batch_invariant", False)),
+        (on_cpu, "product", lambda made, a, b, batch_invariant=False: batch_invariant or made.mul_(1.01)),
+    ],
+    "past the end": of_combine(packed.PackedTransport, behind),
+}
+# where kernels are interpreted
+PUSHED: Planted = {
+    "a sum of rows that were pushed": [
+        (symmetric.SymmetricTransport, "combine_pushed", lambda _, self, dtype, weights, out, *more: flip(out))
+    ]
+}
+# the family, its errors, and the blocks that have what these are planted in
+SEVERAL: dict[str, tuple[str, Planted, Sequence[int]]] = {
+    "shared": ("shared", SHARED, range(2)),
+    "invariant": ("invariant", SPREAD, range(2)),
+    "pushed": ("invariant", PUSHED, [2]),
 }
 
 
-def run_shared(rank: int, ranks: int) -> dict[str, tuple[str | None, bool]]:
-    """The first error of each kind that is planted, and of none."""
+def run_planted(rank: int, ranks: int, case: str) -> dict[str, tuple[str | None, bool]]:
+    """The first error of each kind that is planted, and of none: any rank's."""
     found: dict[str, tuple[str | None, bool]] = {}
-    for planted in ("none", *SHARED):
+    control, (family, errors, blocks) = fuzz_gpu.Control(ranks, rank), SEVERAL[case]
+    for name, planted in {"none": [], **errors}.items():
         with pytest.MonkeyPatch.context() as patch:
-            if planted in SHARED:
-                damaged(patch, shared.SharedTransport, *SHARED[planted])
-            found[planted] = next(
-                (end for end in (settings_of("shared", block, 1, Place("cpu", True, rank, ranks)) for block in range(2)) if end[0]),
-                (None, False),
-            )
+            for plant in planted:
+                damaged(patch, *plant)
+            ends = (control.merge(*settings_of(family, block, 1, Place("cpu", True, rank, ranks)), False) for block in blocks)
+            found[name] = next((end[:2] for end in ends if end[0]), (None, False))
     return found
 
 
-def test_shared_batches_run_and_errors_of_theirs_are_found():
-    for found in run_ranks(run_shared, 2):
+def check_planted(case: str, **how: Any) -> None:
+    for found in run_ranks(run_planted, 2, case, **how):
         assert found.pop("none") == (None, False)
         assert all(error for error, _ in found.values()), found
-        assert [planted for planted, (_, guards) in found.items() if guards] == ["past the end"]
+        assert [name for name, (_, guards) in found.items() if guards] == [name for name in found if name == "past the end"]
+
+
+@pytest.mark.parametrize("case", ["shared", "invariant"])
+def test_families_of_several_ranks_run_and_errors_of_theirs_are_found(case):
+    check_planted(case)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_token_that_is_another_one_where_rows_are_pushed_is_wrong():
+    check_planted("pushed", setup=interpreter.install)
