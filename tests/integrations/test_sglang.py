@@ -112,9 +112,25 @@ def test_graphs_are_captured_with_the_short_limit_and_a_replay_asks_for_lost_ran
         assert what["lost"] == "PeerTimeoutError: this dispatcher lost a rank earlier: rank 1 did not come"
 
 
+@pytest.mark.parametrize(
+    "case, ranks",
+    [
+        pytest.param("captured_alone", 1, marks=pytest.mark.gpu, id="one rank"),
+        pytest.param("captured", 2, marks=pytest.mark.multigpu, id="two ranks"),
+    ],
+)
+def test_a_captured_layer_has_the_bits_of_calls_with_uneven_tokens_and_without_any(found, case, ranks):
+    assert len(found[case]) == ranks
+    for what in found[case]:
+        assert set(what["errors"]) == set(what["equal"]) == {"full", "uneven", "one idle", "all idle", "full again"}
+        assert max(what["errors"].values()) < 0.05 and all(what["equal"].values()) and what["lost"] == 0
+
+
 def test_two_batches_under_way_have_the_bits_of_one_after_the_other_in_deepeps_format(found):
     for what in found["overlapped"]:
-        assert what["equal"] == [True, True] and what["passed on"]
+        # on a GPU tiles follow the tokens that are expected, of which a half knows its own alone
+        assert what["equal"] == [True, True] or (what["device"] == "cuda" and max(what["apart"]) < 0.005)
+        assert what["passed on"]
         assert what["format"] == "deepep_ll"
         assert what["shapes"] == [[4, 128, 256], [4, 128, 2], [4]]
         assert what["types"] == ["torch.float8_e4m3fn", "torch.float32", "torch.int32"]
