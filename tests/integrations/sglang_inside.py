@@ -1,5 +1,7 @@
 # pyright: reportMissingImports=false
-"""What test_sglang.py runs with SGLang: its own plugin loader, its own MoE layer, each rank on a GPU where there are as many as ranks.
+"""What test_sglang.py runs with SGLang: its own plugin loader, its own MoE layer.
+
+Each rank is on a GPU where there are as many.
 
 python tests/integrations/sglang_inside.py FOLDER     makes it, and writes <case>-<rank>.json there: what came of each
 """
@@ -74,6 +76,7 @@ def alone(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         "limit": error(results["limit"], dense(hidden, choice, quantized=False, limit=limit)),
         "no limit": error(results["limit"], exact),
         "rooms": sorted(rooms),
+        "device": device().type,
     }
 
 
@@ -129,6 +132,7 @@ def together(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     inners[-1]._fault = PeerTimeoutError("rank 1 did not come", 1)
     return {
         "errors": errors,
+        "device": device().type,
         "rooms": [inner.config.max_tokens_per_rank for inner in inners],
         "shared": all(layer.dispatcher._inners is inners for layer in layers),
         "stale": stale,
@@ -325,7 +329,7 @@ def main(folder: Path) -> None:
     folder.mkdir()
     install_plugin(folder)
     os.environ["MOEQUANT_SGLANG"] = "1"
-    context = multiprocessing.get_context("spawn" if gpus else "fork")
+    context: Any = multiprocessing.get_context("spawn" if gpus else "fork")
     for case, (function, ranks) in CASES.items():
         if function is captured and gpus < ranks:
             continue

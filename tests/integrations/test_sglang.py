@@ -86,6 +86,11 @@ def test_two_ranks_have_it_with_uneven_tokens_without_any_with_padding_and_in_ch
         assert what["shared"] and what["rooms"] == [4, 16]
 
 
+@pytest.mark.multigpu
+def test_each_rank_was_on_a_gpu(found):
+    assert {what["device"] for case in ("alone", "together", "overlapped") for what in found[case]} == {"cuda"}
+
+
 def test_ranks_make_as_many_calls_and_tell_the_gemms_how_many_tokens_all_have(found):
     mine, other = (what["calls"] for what in found["together"])
     assert (mine["decode"], other["decode"]) == ([[4, 4, 7]], [[4, 3, 7]])
