@@ -338,7 +338,8 @@ def main(folder: Path) -> None:
             for process in processes:
                 process.start()
         for process in processes:
-            process.join(120)
+            # the first ones compile kernels
+            process.join(240 if gpus else 120)
 
 
 if __name__ == "__main__":
