@@ -1,5 +1,7 @@
 # pyright: reportMissingImports=false
-"""What test_sglang.py runs with SGLang: its own plugin loader, its own MoE layer, on ranks that are forked when it is imported.
+"""What test_sglang.py runs with SGLang: its own plugin loader, its own MoE layer.
+
+Each rank is on a GPU where there are as many.
 
 python tests/integrations/sglang_inside.py FOLDER     makes it, and writes <case>-<rank>.json there: what came of each
 """
@@ -19,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sglang_layers import agree, build, checkpoint, dense, error, import_engine, install_plugin, said, start, tokens
+from sglang_layers import agree, build, checkpoint, dense, device, error, import_engine, install_plugin, said, start, tokens
 from torch import Tensor
 
 from moequant import MoEQuantDispatcher, quantize_weight
@@ -28,6 +30,7 @@ from moequant.errors import PeerTimeoutError
 # room for tokens of a rank in the test, of the dispatcher for decoding and the other
 DECODE, MOST = 4, 16
 # tokens of both ranks
+REPLAYED = {"full": (8, 8), "uneven": (8, 3), "one idle": (0, 5), "all idle": (0, 0), "full again": (8, 8)}
 COUNTS = {"decode": (4, 3), "full": (16, 16), "one idle": (16, 0), "all idle": (0, 0), "in chunks": (40, 3)}
 
 
@@ -73,6 +76,7 @@ def alone(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         "limit": error(results["limit"], dense(hidden, choice, quantized=False, limit=limit)),
         "no limit": error(results["limit"], exact),
         "rooms": sorted(rooms),
+        "device": device().type,
     }
 
 
@@ -87,7 +91,7 @@ def together(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     os.environ["SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] = str(MOST)
     # the default device while SGLang builds a model is no CPU: a factory that doesn't name its own fails on this one
     with torch.device("meta"):
-        dispatcher = build_on_cpu(number=1).dispatcher
+        dispatcher = build_under_default(number=1).dispatcher
     layers = [build(number=number) for number in range(2)]
     inners = dispatcher._inners
     errors: dict[str, float] = {}
@@ -115,8 +119,8 @@ def together(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     gate, up, down = (w[first:last] for w in checkpoint())
     parts = {"w13": quantize_weight(torch.cat((gate, up), 1), segments=2), "w2": quantize_weight(down)}
     equal = {
-        name: torch.equal(getattr(layers[0], f"{name}_weight").view(torch.int8), made.values.view(torch.int8))
-        and torch.equal(getattr(layers[0], f"{name}_weight_scale_inv"), made.scales)
+        name: torch.equal(getattr(layers[0], f"{name}_weight").cpu().view(torch.int8), made.values.view(torch.int8))
+        and torch.equal(getattr(layers[0], f"{name}_weight_scale_inv").cpu(), made.scales)
         for name, made in parts.items()
     }
     made = layers[0].dispatcher._experts[1]
@@ -128,6 +132,7 @@ def together(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     inners[-1]._fault = PeerTimeoutError("rank 1 did not come", 1)
     return {
         "errors": errors,
+        "device": device().type,
         "rooms": [inner.config.max_tokens_per_rank for inner in inners],
         "shared": all(layer.dispatcher._inners is inners for layer in layers),
         "stale": stale,
@@ -139,8 +144,8 @@ def together(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     }
 
 
-def build_on_cpu(number: int) -> Any:
-    """A layer whose parameters are on the CPU, though the default device is another where its dispatcher is made."""
+def build_under_default(number: int) -> Any:
+    """A layer whose parameters are where they belong, though the default device is another where its dispatcher is made."""
     import sglang.srt.layers.moe.fused_moe_triton.layer as module
 
     create, default = module.create_moe_dispatcher, torch.get_default_device()
@@ -149,8 +154,38 @@ def build_on_cpu(number: int) -> Any:
         with default:
             return create(*args, **kwargs)
 
-    with torch.device("cpu"), mock.patch.object(module, "create_moe_dispatcher", create_under_default):
+    with device(), mock.patch.object(module, "create_moe_dispatcher", create_under_default):
         return build(number=number)
+
+
+def captured(rank: int, ranks: int, folder: str) -> dict[str, Any]:
+    """A CUDA graph of a decoding step, replayed for other tokens: ranks have as many, and the last ones of each are padding."""
+    start(rank, ranks, folder)
+    from sglang.srt.model_executor.runner_utils.deepep_adapter import DeepEPCudaGraphRunnerAdapter
+
+    layer, graphs, graph = build(), DeepEPCudaGraphRunnerAdapter(), torch.cuda.CUDAGraph()
+    most = max(max(counts) for counts in REPLAYED.values())
+    hidden, choice = tokens(most, seed=rank)
+    agree((most,) * ranks, rank)
+    found: dict[str, Any] = {"errors": {}, "equal": {}}
+    with torch.inference_mode():
+        layer(hidden, choice)
+        graphs.capture(is_extend_in_batch=False)
+        # SGLang's own groups of NCCL have threads that ask for events
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = layer(hidden, choice)
+        for number, (name, counts) in enumerate(REPLAYED.items()):
+            others, chosen = tokens(most, seed=10 + 2 * number + rank)
+            chosen.topk_ids[counts[rank] :] = -1
+            for place, value in ((hidden, others), (choice.topk_ids, chosen.topk_ids), (choice.topk_weights, chosen.topk_weights)):
+                place.copy_(value)
+            graphs.replay()
+            graph.replay()
+            found["errors"][name] = error(out, dense(hidden, choice))
+            # a call between replays
+            found["equal"][name] = torch.equal(layer(hidden, choice), out)
+    found["lost"] = sum(inner.check() for inner in layer.dispatcher._inners)
+    return found
 
 
 def overlapped(rank: int, ranks: int, folder: str) -> dict[str, Any]:
@@ -175,6 +210,8 @@ def overlapped(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     first = received[0]
     return {
         "equal": [torch.equal(*pair) for pair in zip(found, expected, strict=True)],
+        "apart": [error(one, other.float()) for one, other in zip(found, expected, strict=True)],
+        "device": device().type,
         "format": first.format.value,
         "shapes": [list(first.hidden_states.shape), list(first.hidden_states_scale.shape), list(first.masked_m.shape)],
         "types": [str(x.dtype) for x in (first.hidden_states, first.hidden_states_scale, first.masked_m)],
@@ -264,6 +301,8 @@ CASES = {
     "together": (together, 2),
     "overlapped": (overlapped, 2),
     "refused": (refused, 2),
+    "captured_alone": (captured, 1),
+    "captured": (captured, 2),
 }
 
 
@@ -272,6 +311,8 @@ def run(case: str, rank: int, folder: Path) -> None:
     store = folder / f"{case}-store"
     store.mkdir(exist_ok=True)
     try:
+        if "sglang" not in sys.modules:
+            import_engine()
         found: dict[str, Any] = function(rank, ranks, str(store))
     except BaseException:
         found = {"failed": traceback.format_exc()}
@@ -281,18 +322,24 @@ def run(case: str, rank: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Runs every case, on ranks that are forked."""
-    import_engine()
+    """Runs every case. Ranks are forked, which saves them the import, unless there are GPUs, which SGLang asks when it is imported."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        import_engine()
     folder.mkdir()
     install_plugin(folder)
     os.environ["MOEQUANT_SGLANG"] = "1"
-    context = multiprocessing.get_context("fork")
-    for case, (_, ranks) in CASES.items():
-        processes = [context.Process(target=run, args=(case, rank, folder), daemon=True) for rank in range(ranks)]
+    context: Any = multiprocessing.get_context("spawn" if gpus else "fork")
+    for case, (function, ranks) in CASES.items():
+        if function is captured and gpus < ranks:
+            continue
+        with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""} if gpus < ranks else {}):
+            processes = [context.Process(target=run, args=(case, rank, folder), daemon=True) for rank in range(ranks)]
+            for process in processes:
+                process.start()
         for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
+            # the first ones compile kernels
+            process.join(240 if gpus else 120)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ def test_output_and_all_gradients_are_those_of_torchtitans_own_dispatcher(found,
     assert what["no grad"]["output"] < 0.005
 
 
+@pytest.mark.multigpu
+def test_each_rank_was_on_a_gpu(found):
+    assert [found[rank]["device"] for rank in RANKS] == ["cuda"] * 3
+
+
 @pytest.mark.parametrize("rank", RANKS)
 def test_recomputed_layers_have_the_same_bits(found, rank):
     assert all(found[rank][f"{length} {way}"] for length in (5, 11, 3) for way in ("full", "selective"))

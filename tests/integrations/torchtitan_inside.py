@@ -1,5 +1,7 @@
 # pyright: reportMissingImports=false
-"""What test_torchtitan.py runs with torchtitan: its own MoE layer, with its own dispatchers and with moequant's, on forked ranks.
+"""What test_torchtitan.py runs with torchtitan: its own MoE layer, with its own dispatchers and with moequant's.
+
+Each rank is on a GPU where there are as many.
 
 python tests/integrations/torchtitan_inside.py FOLDER     makes it, and writes <ranks>-<rank>.json there: what came of it
 """
@@ -33,6 +35,9 @@ import test_docstrings
 from moequant.integrations import torchtitan as integration
 
 EXPERTS, TOP_K, DIM, HIDDEN = 8, 3, 64, 48
+# torchtitan's own dispatcher asks for it, and there is none in an older torch than that one wants
+if not hasattr(torch.compiler, "_is_non_strict_tracing"):
+    setattr(torch.compiler, "_is_non_strict_tracing", lambda: False)  # noqa: B010
 TARGET = "moequant.integrations.torchtitan.token_dispatcher"
 
 
@@ -102,7 +107,7 @@ def run(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
     own, other = build(rank, ranks, device), build(rank, ranks, device, (TARGET, {"timeout": 30.0}))
-    found: dict[str, Any] = {"class": type(other.routed_experts.token_dispatcher).__name__}
+    found: dict[str, Any] = {"class": type(other.routed_experts.token_dispatcher).__name__, "device": device.type}
     # more tokens than before, and fewer
     for length in (5, 11, 3):
         x = torch.randn(2, length, DIM, generator=torch.Generator().manual_seed(100 * length + rank)).to(device, torch.bfloat16)
@@ -140,7 +145,8 @@ def said(call: Callable[[], Any]) -> str:
 def main(folder: Path) -> None:
     """Runs one rank, and two."""
     folder.mkdir()
-    context = multiprocessing.get_context("fork")
+    # forked ranks are spared the import, and can't use a GPU that it has asked for something
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.device_count() else "fork")
     for ranks in (1, 2):
         processes = [context.Process(target=write, args=(rank, ranks, folder), daemon=True) for rank in range(ranks)]
         for process in processes:
