@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -287,6 +288,8 @@ def main(folder: Path) -> None:
     install_plugin(folder)
     os.environ["MOEQUANT_SGLANG"] = "1"
     context = multiprocessing.get_context("fork")
+    # a rank that looked for garbage among all that is imported would copy it
+    gc.freeze()
     for case, (_, ranks) in CASES.items():
         processes = [context.Process(target=run, args=(case, rank, folder), daemon=True) for rank in range(ranks)]
         for process in processes:
