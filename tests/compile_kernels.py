@@ -13,6 +13,7 @@ What is compiled, the kernel's test says in its COMPILE_CASES.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -21,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import zlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from compile_case import E4M3, E5M2, FNUZ, Case
@@ -153,6 +157,22 @@ WIDE_STORE = re.compile(
 )
 
 
+def dump_of(cubin: bytes, *options: str) -> str:
+    """What cuobjdump says of a kernel's code. It lies in Triton's cache, as the code does: a kernel that several tests compile, or that
+    is as it was the last time, is disassembled once."""
+    tool = knobs.nvidia.cuobjdump
+    cache = get_cache_manager(hashlib.sha256(repr((tool.version, options)).encode() + cubin).hexdigest())
+    kept = cache.get_file("dump")
+    if kept is not None:
+        return zlib.decompress(Path(kept).read_bytes()).decode()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = subprocess.run([tool.path, *options, file.name], capture_output=True, text=True, check=True).stdout
+    cache.put(zlib.compress(dump.encode(), 1), "dump")
+    return dump
+
+
 def measure(asm: dict[str, Any], disassemble: bool = True) -> dict[str, Any]:
     """What the compiler made of a kernel: registers, bytes of spilled registers (AMD: registers), 16-byte loads and stores, and, of the
     kinds that are looked for, its instructions. disassemble: NVIDIA's too, which takes longer than compiling."""
@@ -164,11 +184,7 @@ def measure(asm: dict[str, Any], disassemble: bool = True) -> dict[str, Any]:
         beside_products = 0
     else:
         text = asm["ptx"]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(asm["cubin"])
-            cubin.flush()
-            command = [knobs.nvidia.cuobjdump.path, *(["-sass"] if disassemble else []), "-res-usage", cubin.name]
-            dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        dump = dump_of(asm["cubin"], *(["-sass"] if disassemble else []), "-res-usage")
         usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
         instructions = Counter(name for _, name, _ in INSTRUCTION.findall(dump))

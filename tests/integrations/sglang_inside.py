@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -330,6 +331,8 @@ def main(folder: Path) -> None:
     install_plugin(folder)
     os.environ["MOEQUANT_SGLANG"] = "1"
     context: Any = multiprocessing.get_context("spawn" if gpus else "fork")
+    # a rank that looked for garbage among all that is imported would copy it
+    gc.freeze()
     for case, (function, ranks) in CASES.items():
         if function is captured and gpus < ranks:
             continue

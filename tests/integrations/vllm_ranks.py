@@ -7,6 +7,8 @@ Imported only where vLLM is (tests/integrations/engines.py): ranks are forked fr
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -16,6 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import vllm.distributed.device_communicators.cpu_communicator
+import vllm.v1.executor.multiproc_executor  # noqa: F401
 from torch import Tensor
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -27,6 +31,8 @@ from moequant import QuantizedTensor, dequantize, quantize_weight
 
 E, K, H, I = 8, 2, 256, 128  # noqa: E741
 CHECKPOINT = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+# imports what vLLM leaves until a layer asks for its quantization, which each rank would do anew
+get_quantization_config("fp8")
 # a batch of vLLM's scheduler, above what most tests send
 BATCH = 64
 
@@ -48,6 +54,8 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
             free.bind(("127.0.0.1", 0))
         ports = [free.getsockname()[1] for free in sockets]
     context = multiprocessing.get_context("fork")
+    # a rank that looked for garbage among all that is imported would copy it
+    gc.freeze()
     ends = [context.Pipe(duplex=False) for _ in range(world)]
 
     def run(rank: int) -> None:
@@ -127,6 +135,7 @@ def checkpoint() -> tuple[Tensor, Tensor]:
     return w13.bfloat16(), w2.bfloat16()
 
 
+@functools.cache
 def quantized() -> tuple[QuantizedTensor, QuantizedTensor]:
     """The same as an fp8 checkpoint has them."""
     w13, w2 = checkpoint()
