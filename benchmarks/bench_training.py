@@ -11,6 +11,7 @@ Letters: T tokens of each rank, K top-k, E experts, W ranks, H hidden size, I in
 
 from __future__ import annotations
 
+import gc
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -133,6 +134,8 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
     sizes = {"T": tokens, "H": shape.hidden_size, "I": shape.intermediate_size, "E": experts, "K": shape.top_k, "W": ranks}
     for quant in options.quants:
         progress(f"{sizes} {quant}")
+        # what others have left is none of what this layer takes
+        gc.collect()
         before = allocated(device)
         with MoEQuantDispatcher(**settings, quant=quant, device=device) as dispatcher:
             torch.manual_seed(0)

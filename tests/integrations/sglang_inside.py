@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import pkgutil
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,7 @@ def main(folder: Path) -> None:
     context: Any = multiprocessing.get_context("spawn" if gpus else "fork")
     # a rank that looked for garbage among all that is imported would copy it
     gc.freeze()
+    started: list[Any] = []
     for case, (function, ranks) in CASES.items():
         if function is captured and gpus < ranks:
             continue
@@ -340,9 +342,13 @@ def main(folder: Path) -> None:
             processes = [context.Process(target=run, args=(case, rank, folder), daemon=True) for rank in range(ranks)]
             for process in processes:
                 process.start()
-        for process in processes:
-            # the first ones compile kernels
-            process.join(240 if gpus else 120)
+        started += processes
+        # on GPUs most of the time goes to imports and compilers, of all cases at once
+        while started and not gpus:
+            started.pop().join(120)
+    end = time.monotonic() + 240
+    for process in started:
+        process.join(max(0.0, end - time.monotonic()))
 
 
 if __name__ == "__main__":
