@@ -120,7 +120,7 @@ def checkpoint(experts: int = EXPERTS) -> tuple[Tensor, Tensor, Tensor]:
     """Gate, up and down of all experts in bfloat16."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((experts, INTERMEDIATE, HIDDEN),) * 2 + ((experts, HIDDEN, INTERMEDIATE),)
-    gate, up, down = (torch.randn(shape, generator=generator).div(12).bfloat16() for shape in shapes)
+    gate, up, down = (torch.randn(shape, generator=generator, device="cpu").div(12).bfloat16() for shape in shapes)
     return gate, up, down
 
 
