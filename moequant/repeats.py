@@ -127,7 +127,7 @@ class Repeats:
         settings: list[Any] = [operation]
         numbers: dict[int, int] = {}
         for argument in arguments:
-            for part in argument if type(argument) is tuple else (argument,):
+            for part in argument if isinstance(argument, tuple) else (argument,):
                 if not isinstance(part, Tensor):
                     settings.append(part)
                     continue
