@@ -189,7 +189,8 @@ def check_batch(batch: ExpertBatch, w13: Weight) -> None:
     if (experts, hidden) != (w13.shape[0], w13.shape[2]) or batch.values.dtype != dtype_of(w13):
         raise ValueError(
             f"the experts are {w13.shape[0]} of hidden size {w13.shape[2]} in {dtype_of(w13)}, the batch has values of "
-            f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
+            f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes, and "
+            "each rank its own experts"
         )
     check_no_grad(batch=batch.values)
     if batch.values.device != w13.device:

@@ -253,7 +253,7 @@ BATCHES = {
         (3, 2, 4),
         r"are 3 of hidden size 4 in torch.float8_e4m3fn, the batch has .* \(3, 2, 4\) in torch.int8",
     ),
-    "no quant": ("none", (3, 2, 4), "in torch.bfloat16; give dispatcher and experts the same quant and sizes"),
+    "no quant": ("none", (3, 2, 4), "in torch.bfloat16; give dispatcher and experts the same quant and sizes, and each rank"),
     "another hidden size": ("fp8_e4m3fn", (3, 2, 5), r"the batch has values of shape \(3, 2, 5\)"),
     "other experts": ("fp8_e4m3fn", (2, 2, 4), r"the batch has values of shape \(2, 2, 4\)"),
 }
