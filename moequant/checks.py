@@ -119,6 +119,12 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a number that float32 can hold, got {value}")
 
 
+def check_seconds(name: str, value: Any) -> None:
+    """Raises ValueError unless value is a time limit."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-3 <= value <= 1e6:
+        raise ValueError(f"{name} must be a number of seconds from 0.001 to 1e6, got {value!r}")
+
+
 def check_weight_shapes(w13: Sequence[int], w2: Sequence[int], gated: bool) -> None:
     """Raises ValueError unless w13 is (L, 2 * I, H), not gated (L, I, H), and w2 (L, H, I)."""
     form = "(L, 2 * I, H), gate first" if gated else "(L, I, H), without a gate"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from moequant.batch import ceil_div
-from moequant.checks import MAX_INT
+from moequant.checks import MAX_INT, check_seconds
 from moequant.formats import FORMATS, recipe_of
 
 # what is not quantized, and the types of all
@@ -139,8 +139,7 @@ class DispatcherConfig:
             value = getattr(self, name)
             if name == "first_timeout" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-3 <= value <= 1e6:
-                raise ValueError(f"{name} must be a number of seconds from 0.001 to 1e6, got {value!r}")
+            check_seconds(name, value)
         if self.max_tokens_per_rank * self.top_k > MAX_INT:
             raise ValueError(
                 f"max_tokens_per_rank times top_k must be below 2**31, as entries are numbered in int32, got {self.max_tokens_per_rank} "

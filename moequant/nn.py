@@ -36,9 +36,10 @@ class _Shared:
 class MoEExperts(nn.Module):
     """This rank's experts, between a dispatch and a combine: everything of an expert-parallel layer but the router, which stays yours.
 
-    The parameters are plain ones, in bfloat16 or float32: `w13` (L, 2I, H), gate first, not gated (L, I, H), `w2` (L, H, I), and with
-    bias `bias13` and `bias2`. What the products take is made of them in each forward and each backward, so that no optimizer, no
-    `load_state_dict` and no `.to` leaves an old copy in use. Expert e of all E starts with the same numbers on any number of ranks.
+    The parameters are plain ones, in bfloat16, float16 or float32: `w13` (L, 2I, H), gate first, not gated (L, I, H), `w2` (L, H, I),
+    and with bias `bias13` and `bias2`. What the products take is made of them in each forward and each backward, so that no optimizer, no
+    `load_state_dict` and no `.to` leaves an old copy in use, unless is_first_microbatch says that they stay as they are. Expert e of
+    all E starts with the same numbers on any number of ranks.
 
     Forward and backward are collective: all ranks of the dispatcher's group call all layers in one order, and all of them call
     `backward`, those without tokens too. One dispatcher serves all layers. Kept for the backward are the hidden states, the routing and
@@ -78,6 +79,8 @@ class MoEExperts(nn.Module):
         super().__init__()
         check_is("dispatcher", dispatcher, MoEQuantDispatcher)
         check_int("intermediate_size", intermediate_size, 1)
+        for name, value in (("bias", bias), ("recompute", recompute), ("keep_quantized", keep_quantized)):
+            check_is(name, value, bool)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_choice("dtype", dtype, FLOAT_DTYPES)
         self._shared, config = _Shared(dispatcher), dispatcher.config
@@ -133,9 +136,9 @@ class MoEExperts(nn.Module):
         Args:
             hidden_states: (T, H) bfloat16, float16 or float32.
             topk_ids: (T, K), as for `MoEQuantDispatcher.dispatch`.
-            topk_weights: (T, K) float32 or bfloat16.
+            topk_weights: (T, K) float32, bfloat16 or float16.
             is_first_microbatch: of several between two steps of the optimizer. True: what the products take of w13 and w2 is made anew,
-                and kept. False: what is kept is used, in the backward too. None: made anew each time, and nothing is kept. As
+                and kept. False: what is kept is used, in the backward too. None: made anew each time, and what was kept is dropped. As
                 TransformerEngine's modules have it. In fp8 two bytes are kept of each weight, one until the first backward.
             slot: of the dispatcher, whose buffers are used, in the backward too.
 
@@ -144,7 +147,8 @@ class MoEExperts(nn.Module):
             `MoEQuantDispatcher.dispatch` and `combine`.
 
         Raises:
-            RuntimeError: is_first_microbatch=False after no True, or torch knows that the weights have changed since.
+            ValueError: is_first_microbatch is none of these, or wrong tensors.
+            RuntimeError: is_first_microbatch=False after no True, or after a None, or torch knows that the weights have changed since.
         """
         operands = self._operands_of(is_first_microbatch)
         return _run(self.dispatcher, self, (hidden_states, topk_ids, topk_weights), slot, operands)
@@ -157,7 +161,10 @@ class MoEExperts(nn.Module):
         elif is_first_microbatch:
             self._operands = Operands(Precision.of(self.dispatcher.config), self.w13, self.w2)
         elif self._operands is None:
-            raise RuntimeError("is_first_microbatch=False, but no forward with True came before it: give True in the first one")
+            raise RuntimeError(
+                "is_first_microbatch=False, but no forward with True came before it, or one without the argument came since, which keeps "
+                "nothing: give True in the first forward after each step of the optimizer"
+            )
         else:
             self._operands.check(self.w13, self.w2)
         return self._operands
@@ -191,7 +198,7 @@ def _run(
     slot: int,
     operands: Operands | None,
 ) -> Tensor:
-    """The forward: one thread's at a time, and a graph break for torch.compile, as the products' weights are made anew."""
+    """The forward: one thread's at a time, and a graph break for torch.compile, as the products make their weights."""
     weights = experts.w13, experts.w2, experts.bias13, experts.bias2
     # where nothing has a gradient, nothing is kept for one, and the bits are those of inference
     recompute = experts.recompute or not requires_grad(*tokens, *experts.parameters(recurse=False))

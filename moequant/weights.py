@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moequant.activations import Activation, activation_of
-from moequant.batch import ExpertBatch, QuantizedTensor
+from moequant.batch import NARROW_DTYPES, ExpertBatch, QuantizedTensor
 from moequant.checkpoints import Both, CheckpointWeight, halves_apart, made_of_checkpoint
 from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_tensor, check_weight_shapes
 from moequant.config import PLAIN_DTYPES, QUANT_DTYPES
@@ -41,6 +41,11 @@ def made_of(w13: Tensor, w2: Tensor, quant: str, recipe: str, activation: Activa
     if not isinstance(quant, str) or quant not in QUANT_DTYPES:
         raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
     for name, w in (("w13", w13), ("w2", w2)):
+        if isinstance(w, Tensor) and w.dtype in NARROW_DTYPES:
+            raise ValueError(
+                f"{name} must be in plain numbers, got {w.dtype}, which is nothing without its scales: give both to "
+                "GroupedExperts.from_checkpoint, as CheckpointWeight(values, scales)"
+            )
         check_tensor(name, w, dims=3, dtypes=(PLAIN_DTYPES[quant],) if quant in PLAIN_DTYPES else FLOAT_DTYPES)
         if quant not in PLAIN_DTYPES:
             # which `quantize_weight` would say of an argument of its own
@@ -184,7 +189,8 @@ def check_batch(batch: ExpertBatch, w13: Weight) -> None:
     if (experts, hidden) != (w13.shape[0], w13.shape[2]) or batch.values.dtype != dtype_of(w13):
         raise ValueError(
             f"the experts are {w13.shape[0]} of hidden size {w13.shape[2]} in {dtype_of(w13)}, the batch has values of "
-            f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes"
+            f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes, and "
+            "each rank its own experts"
         )
     check_no_grad(batch=batch.values)
     if batch.values.device != w13.device:

@@ -37,7 +37,7 @@ from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from compile_case import E4M3, E5M2, FNUZ, Case
-from kernel_tests import compile_cases
+from kernel_tests import SUBJECTS, compile_cases
 from moequant.kernels.dense import quantize_tensor as quantize_tensor_module
 from moequant.kernels.gemm import grouped_gemm as grouped_gemm_module
 from moequant.kernels.gemm.grouped_gemm import Limits
@@ -263,6 +263,9 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    unknown = [name for name in sys.argv[1:] if name not in SUBJECTS]
+    if unknown:
+        sys.exit(f"there is no kernel {', '.join(unknown)}; those in kernels/ are {', '.join(SUBJECTS)}")
     for operation in sys.argv[1:]:
         compile_operation(operation)
     if not sys.argv[1:]:

@@ -187,6 +187,7 @@ BAD_WEIGHTS = {
     "float32 weights": (W13.float(), W2, {"quant": "none"}, "w13 must be torch.bfloat16, got torch.float32"),
     "bfloat16 weights": (W13, W2, {"quant": "float16"}, "w13 must be torch.float16, got torch.bfloat16"),
     "weights of integers": (W13.int(), W2, {}, "w13 must be torch.bfloat16 or .*, got torch.int32"),
+    "narrow weights": (W13, W2.to(torch.float8_e4m3fn), {}, "w2 .*float8_e4m3fn, .* GroupedExperts.from_checkpoint"),
     "two dimensions": (W13, W2[0], {}, r"w2 must have 3 dimensions, got shape \(4, 4\)"),
     "w2 the other way round": (W13, torch.zeros(3, 8, 4).bfloat16(), {}, r"w2 \(L, H, I\); got \(3, 8, 4\) and \(3, 8, 4\)"),
     "other experts": (W13, W2[:2], {}, r"got \(3, 8, 4\) and \(2, 4, 4\)"),
@@ -252,7 +253,7 @@ BATCHES = {
         (3, 2, 4),
         r"are 3 of hidden size 4 in torch.float8_e4m3fn, the batch has .* \(3, 2, 4\) in torch.int8",
     ),
-    "no quant": ("none", (3, 2, 4), "in torch.bfloat16; give dispatcher and experts the same quant and sizes"),
+    "no quant": ("none", (3, 2, 4), "in torch.bfloat16; give dispatcher and experts the same quant and sizes, and each rank"),
     "another hidden size": ("fp8_e4m3fn", (3, 2, 5), r"the batch has values of shape \(3, 2, 5\)"),
     "other experts": ("fp8_e4m3fn", (2, 2, 4), r"the batch has values of shape \(2, 2, 4\)"),
 }

@@ -67,7 +67,7 @@ class Precision:
         """
         if config.quant not in QUANTS:
             raise ValueError(
-                f'layers are trained with quant="none" or "fp8_e4m3fn", got "{config.quant}", whose gradients would be too coarse'
+                f'layers are trained with quant="none" or "fp8_e4m3fn", got "{config.quant}", too coarse or too narrow for gradients'
             )
         floor = recipe_of(config.recipe).eps
         if config.quant != "none" and floor > LARGEST_FLOOR:

@@ -215,6 +215,10 @@ def main(names: list[str]) -> int:
             parts = PARTS.get(name, 2)
             failed |= there.split(".")[:parts] != version.split(".")[:parts]
         return failed
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown:
+        print(f"engines: there is no {', '.join(unknown)}; give some of {', '.join(ENGINES)}, or --newest", file=sys.stderr)
+        return 2
     for name in names or ENGINES:
         version, oldest = ENGINES[name]
         if sys.version_info < oldest:

@@ -203,7 +203,12 @@ def test_rooms_grow_by_a_factor_up_to_the_limit():
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [({"max_tokens": 0}, "max_tokens must"), ({"reduce": "no"}, "reduce must"), ({"tokens": 1}, "the settings are max_tokens, ")],
+    [
+        ({"max_tokens": 0}, "max_tokens must"),
+        ({"reduce": "no"}, "reduce must"),
+        ({"timeout": -1}, "timeout must be a number of seconds"),
+        ({"tokens": 1}, "the settings are max_tokens, "),
+    ],
 )
 def test_wrong_settings_are_refused(wrong, words, settings):
     with pytest.raises(ValueError, match=words):

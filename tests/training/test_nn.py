@@ -183,7 +183,7 @@ def test_micro_batches_share_the_weights_that_the_first_has_made(quant, settings
             assert_bit_equal(grad, parameter.grad, name)
         # what was kept is gone with the first that says nothing
         kept(*routed())
-        with pytest.raises(RuntimeError, match="no forward with True came before"):
+        with pytest.raises(RuntimeError, match="no forward with True came before it, or one without the argument came since"):
             kept(*routed(), is_first_microbatch=False)
 
 
@@ -267,6 +267,9 @@ def test_the_module_says_what_it_is_and_what_it_takes(dispatcher):
         MoEExperts(dispatcher, INNER, dtype=torch.float64)
     with pytest.raises(ValueError, match="intermediate_size must be at least 1"):
         MoEExperts(dispatcher, 0)
+    for name in ("bias", "recompute", "keep_quantized"):
+        with pytest.raises(ValueError, match=f"{name} must be bool, got str"):
+            MoEExperts(dispatcher, INNER, **{name: cast(Any, "no")})
     with (
         dispatcher_of("fp8_e4m3fn", recipe="deepgemm", device="cpu") as coarse,
         pytest.raises(ValueError, match='recipe "deepgemm"'),

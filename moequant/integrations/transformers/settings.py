@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from moequant.checks import check_choice, check_int
+from moequant.checks import check_choice, check_int, check_seconds
 from moequant.config import CHOICES
 
 LOG = logging.getLogger("moequant")
@@ -41,6 +41,7 @@ class Settings:
         check_choice("agree", self.agree, (True, False))
         check_choice("transport", self.transport, CHOICES["transport"])
         check_choice("reduce", self.reduce, CHOICES["reduce"])
+        check_seconds("timeout", self.timeout)
 
 
 _KEPT = {"settings": Settings()}
