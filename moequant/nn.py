@@ -138,8 +138,9 @@ class MoEExperts(nn.Module):
             topk_ids: (T, K), as for `MoEQuantDispatcher.dispatch`.
             topk_weights: (T, K) float32, bfloat16 or float16.
             is_first_microbatch: of several between two steps of the optimizer. True: what the products take of w13 and w2 is made anew,
-                and kept. False: what is kept is used, in the backward too. None: made anew each time, and what was kept is dropped. As
-                TransformerEngine's modules have it. In fp8 two bytes are kept of each weight, one until the first backward.
+                and kept. False: what is kept is used, in the backward too. None: made anew each time, and what was kept is dropped, but
+                in a forward under no_grad. As TransformerEngine's modules have it. In fp8 two bytes are kept of each weight, one until
+                the first backward; of parameters that aren't bfloat16, with quant="none", a bfloat16 copy.
             slot: of the dispatcher, whose buffers are used, in the backward too.
 
         Returns:
@@ -157,8 +158,11 @@ class MoEExperts(nn.Module):
         if is_first_microbatch is not None and not isinstance(is_first_microbatch, bool):
             raise ValueError(f"is_first_microbatch must be True, False or None, got {is_first_microbatch!r}")
         if is_first_microbatch is None:
-            self._operands = None
-        elif is_first_microbatch:
+            # a validation in between leaves what is kept
+            if torch.is_grad_enabled():
+                self._operands = None
+            return None
+        if is_first_microbatch:
             self._operands = Operands(Precision.of(self.dispatcher.config), self.w13, self.w2)
         elif self._operands is None:
             raise RuntimeError(

@@ -133,7 +133,7 @@ class Repeats:
                     continue
                 # one that is given twice is one input
                 number = numbers.setdefault(id(part), len(inputs))
-                settings.append(number)
+                settings.append((number,))
                 if number == len(inputs):
                     inputs.append(part)
         self.run(inputs[0], tuple(inputs), tuple(settings), lambda: operation(*arguments))

@@ -32,8 +32,9 @@ PLAIN = frozenset((int, float, bool, type(None), str))
 UNSAID = {"enable_fp_fusion": False}
 # Kinds of launches that a kernel remembers. One number more or less of tokens makes another kind, of the same compiled kernel.
 MOST_KINDS = 4096
-# Addresses at which a repeated launch remembers a TMA descriptor. torch's allocator gives the same ones again and again.
-MOST_ADDRESSES = 64
+# Addresses at which a repeated launch remembers a TMA descriptor: each layer of a model has tensors of its own, and the same ones again and
+# again, as torch's allocator gives them.
+MOST_ADDRESSES = 1024
 
 
 class Address(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 from torch import Tensor
 
 from moequant.batch import QuantizedTensor
@@ -20,7 +22,7 @@ class Operands:
 
     def __init__(self, precision: Precision, *weights: Tensor) -> None:
         self.precision = precision
-        self._seen = seen(*weights)
+        self._seen = [(weakref.ref(w), state(w)) for w in weights]
         self._made: dict[tuple[str, bool], Operand] = {}
 
     def check(self, *weights: Tensor) -> None:
@@ -32,7 +34,7 @@ class Operands:
         Raises:
             RuntimeError: they have changed.
         """
-        if seen(*weights) != self._seen:
+        if any(known() is not w or before != state(w) for (known, before), w in zip(self._seen, weights, strict=True)):
             raise RuntimeError(
                 "is_first_microbatch=False, but the weights have changed since the forward with True: give True in the first forward "
                 "after each step of the optimizer, or leave it out"
@@ -63,18 +65,22 @@ class Operands:
         Returns:
             Quantized (L, K_dim, N), or plain (L, N, K_dim).
         """
+        if self.precision.quant == "none":
+            # plain ones are multiplied as they lie
+            return self.forward(name, w)
         if (name, True) not in self._made:
             self._made[name, True] = self.precision.back_weight(w)
         return self._made[name, True]
 
 
-def seen(*weights: Tensor) -> tuple[object, ...]:
-    """What changes with a weight, as far as torch tells: fused optimizers and FSDP2 write without a trace.
+def state(w: Tensor) -> tuple[object, ...]:
+    """What changes with a weight, as far as torch tells: fused optimizers write without a trace, and FSDP2 moves its parameters without
+    changing them.
 
     Args:
-        *weights: any.
+        w: any.
 
     Returns:
         Something to compare.
     """
-    return tuple((w._version, w.dtype, w.device, w.shape) for w in weights)
+    return w._version, w.dtype, w.device, w.shape

@@ -102,15 +102,15 @@ class Precision:
         return made
 
     def back_weight(self, w: Tensor) -> QuantizedTensor | Tensor:
-        """A weight as an operand of `back_product`.
+        """A weight as an operand of a product that contracts its rows, as backwards have it in fp8.
 
         Args:
             w: (L, N, K_dim) float, any strides.
 
         Returns:
-            Quantized (L, K_dim, N), or plain (L, N, K_dim).
+            The operand, (L, K_dim, N).
         """
-        return w.to(torch.bfloat16) if self.quant == "none" else self.weight(w.mT)
+        return self.weight(w.mT)
 
     def operand(self, x: Tensor, rows: Rows) -> QuantizedTensor | Tensor:
         """Rows as an operand.
@@ -174,7 +174,7 @@ class Precision:
 
         Args:
             a: (L, M, N), ragged (R, N), an operand.
-            w: (L, N, K_dim) float, any strides, or what `back_weight` has made of it.
+            w: (L, N, K_dim) float, any strides, or, quantized, what `back_weight` has made of it.
             rows: whose they are.
 
         Returns:

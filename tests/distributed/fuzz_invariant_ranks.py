@@ -70,7 +70,7 @@ class InvariantRanks:
         self.dtype = shape.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
         every = draw_grouped_experts(shape, place._replace(rank=0, ranks=1), settings)
         # rows with a bias are not pushed
-        bias2 = every.bias2 if number % 2 else None
+        bias2 = every.bias2 if number // len(QUANTS) % 2 else None
         self.every = GroupedExperts(every.w13, every.w2, activation=every.kind, bias13=every.bias13, bias2=bias2)
         local = settings["num_experts"] // place.ranks
         self.experts = part_of(self.every, place.rank * local, (place.rank + 1) * local)

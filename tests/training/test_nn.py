@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -158,13 +159,14 @@ def test_micro_batches_accumulate_in_float32_where_the_parameter_says_so(dispatc
 
 
 @QUANTS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"recompute": True}, {"bias": True, "activation": Activation(interleaved=True)}], ids=str)
-def test_micro_batches_share_the_weights_that_the_first_has_made(quant, settings, monkeypatch):
+def test_micro_batches_share_the_weights_that_the_first_has_made(quant, settings, dtype, monkeypatch):
     made = []
     weight = Precision.weight
     monkeypatch.setattr(Precision, "weight", lambda self, w, *segments: made.append(w.shape) or weight(self, w, *segments))
     with dispatcher_of(quant, device="cpu") as dispatcher:
-        experts = MoEExperts(dispatcher, INNER, dtype=torch.bfloat16, **settings)
+        experts = MoEExperts(dispatcher, INNER, dtype=dtype, **settings)
         expected, kept = copy.deepcopy(experts), copy.deepcopy(experts)
         for number in range(4):
             given = routed(number)
@@ -176,6 +178,8 @@ def test_micro_batches_share_the_weights_that_the_first_has_made(quant, settings
                 assert len(made) == before or quant == "none" or module is expected or number == 0
             assert_bit_equal(outs[1].detach(), outs[0].detach())
             with torch.no_grad():
+                # which leaves what is kept
+                assert_bit_equal(kept(*given), outs[0].detach())
                 assert_bit_equal(kept(*given, is_first_microbatch=False), outs[0].detach())
         for name, parameter in expected.named_parameters():
             grad = kept.get_parameter(name).grad
@@ -201,6 +205,34 @@ def test_micro_batches_after_a_change_of_the_weights_are_refused(dispatcher):
     experts.to(torch.float16)
     with pytest.raises(RuntimeError, match="weights have changed since"):
         experts(*given, is_first_microbatch=False)
+    experts(*given, is_first_microbatch=True)
+    experts.w13 = nn.Parameter(torch.zeros_like(experts.w13))
+    with pytest.raises(RuntimeError, match="weights have changed since"):
+        experts(*given, is_first_microbatch=False)
+
+
+def run_sharded_micro_batches(rank: int, ranks: int, checkpointed: bool) -> list[tuple[Tensor, ...]]:
+    """Gradients of experts that FSDP2 has sharded, of weights that are made anew, and of kept ones."""
+    results: list[tuple[Tensor, ...]] = []
+    with dispatcher_of("fp8_e4m3fn", device="cpu", transport="local") as dispatcher:
+        for kept in (False, True):
+            torch.manual_seed(0)
+            experts: Any = MoEExperts(dispatcher, INNER)
+            fully_shard(experts, mesh=init_device_mesh("cpu", (ranks,)))
+            for number in range(3):
+                call = functools.partial(experts, is_first_microbatch=number == 0 if kept else None)
+                out = checkpoint(call, *routed(number), use_reentrant=False) if checkpointed else call(*routed(number))
+                out.square().sum().backward()
+            results.append(tuple(p.grad.full_tensor() for p in experts.parameters()))
+    return results
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["called", "checkpointed"])
+def test_micro_batches_share_weights_of_sharded_experts_too(checkpointed):
+    ((anew, kept),) = run_ranks(run_sharded_micro_batches, 1, checkpointed)
+    for mine, expected in zip(kept, anew, strict=True):
+        assert expected.any()
+        assert_bit_equal(mine, expected)
 
 
 def test_frozen_parameters_get_no_gradient_and_leave_the_others_theirs(dispatcher):

@@ -156,7 +156,7 @@ def test_a_descriptor_s_value_at_another_address_is_encoded_for_it_once(monkeypa
     for address in (1024, 2048, 1024):
         assert made.at(address) == (address, "how")
     assert asked == [BASE.data_ptr(), 1024, 2048]
-    for address in range(1000):
+    for address in range(2000):
         made.at(16 * address)
     assert len(made.known) <= launch.MOST_ADDRESSES
     assert own.base is BASE and launch.Descriptor(own, prepared, 1).at(1024).base == (1024, BASE.dtype)
