@@ -1,8 +1,8 @@
 """Forward and backward of one expert layer, beside the same layer by torch's own operations: python benchmarks/bench_training.py
 
 On several GPUs: torchrun --nproc-per-node N benchmarks/bench_training.py. All is eager. Torch's layer is in bfloat16: `grouped_mm`,
-between ranks `all_to_all_single`, and autograd; once with `index_add` and once with gathers for its ways to the rows and back.
-Gradients are compared before anything is timed.
+between ranks `all_to_all_single`, and autograd; once with `index_add` and once with gathers for its ways to the rows and back. On one
+rank Liger's fused layer (`pip install liger-kernel`) is timed too, where it is there. Gradients are compared before anything is timed.
 
 A case has the experts that one rank of 8 would hold on each rank, and as many rows.
 
@@ -12,10 +12,13 @@ Letters: T tokens of each rank, K top-k, E experts, W ranks, H hidden size, I in
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,8 @@ LARGEST = {"none": 0.015, "fp8_e4m3fn": 0.08}
 REPS, PROFILED = 20, 3
 NAMES = ("output", "hidden", "weights", "w13", "w2")
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Liger's fused layer, where it is installed
+liger: Any = importlib.import_module("liger_kernel.ops.fused_moe") if find_spec("liger_kernel") else None
 
 
 class Case:
@@ -151,6 +156,8 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
             if grouped_mm is not None:
                 for way in WAYS:
                     layers[f"torch {way}"] = partial(by_torch, parameters, way)
+            if liger is not None and ranks == 1:
+                layers[f"liger_kernel {version('liger_kernel')}"] = partial(by_liger, parameters)
             made = case.both(layers["moequant"], parameters)
             buffers = allocated(device) - before - sum(x.nbytes for x in (*parameters, *made))
             if dispatcher.config.transport == "symmetric":
@@ -184,6 +191,11 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
 
 def by_torch(parameters: tuple[Tensor, Tensor], way: str, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return torch_layer(hidden, ids, weights, *parameters, way)
+
+
+def by_liger(parameters: tuple[Tensor, Tensor], hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Liger's fused layer, in bfloat16 by Triton, of one rank."""
+    return liger.LigerFusedMoEFunction.apply(hidden, *parameters, ids.to(torch.int32), weights)
 
 
 def record(bench: Bench, case: dict[str, Any], modes: dict[str, Modes], more: dict[str, Any]) -> None:

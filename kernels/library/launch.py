@@ -32,8 +32,8 @@ PLAIN = frozenset((int, float, bool, type(None), str))
 UNSAID = {"enable_fp_fusion": False}
 # Kinds of launches that a kernel remembers. One number more or less of tokens makes another kind, of the same compiled kernel.
 MOST_KINDS = 4096
-# Addresses at which a repeated launch remembers a TMA descriptor: each layer of a model has tensors of its own, and the same ones again and
-# again, as torch's allocator gives them.
+# Addresses at which a repeated launch remembers a TMA descriptor. Each layer of a model has tensors of its own, and torch's allocator
+# gives them the same addresses again and again.
 MOST_ADDRESSES = 1024
 
 
