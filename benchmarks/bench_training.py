@@ -147,7 +147,6 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
             narrow = options.keep_quantized and quant != "none"
             kept = {"recompute": options.recompute, "keep_quantized": narrow}
             module = MoEExperts(dispatcher, shape.intermediate_size, **kept, dtype=torch.bfloat16)
-            kept["later_microbatch"] = options.later_microbatch
             parameters = module.w13, module.w2
             layers: dict[str, Layer] = {"moequant": module}
             if options.later_microbatch:
@@ -181,7 +180,7 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
                     path = options.profile if rank == 0 else options.profile.with_suffix(f".rank{rank}{options.profile.suffix}")
                     write_profile(path, f"{sizes} {quant}, {name}", way.call, device)
             named = {**sizes, "quant": quant, "transport": dispatcher.config.transport, "routing": "uniform", "layout": "ragged"}
-            named |= {name: True for name, value in kept.items() if value}
+            named |= {name: True for name, value in (kept | {"later_microbatch": options.later_microbatch}).items() if value}
             for step, ways in (("forward", forward), ("forward + backward", both)):
                 modes = time_turn_about(ways, device=device.type, reps=options.reps)
                 if bench is not None:

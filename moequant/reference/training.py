@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from moequant.activations import Activation
-from moequant.batch import QuantizedTensor
 from moequant.config import ROW_ALIGNMENT, round_up
 from moequant.reference.quantization import expert_places
-from moequant.training.precision import Precision, sums_of_products
+from moequant.training.precision import Operand, Precision, sums_of_products
 from moequant.training.routes import Routes
 from moequant.training.rows import Rows
 from moequant.training.slopes import activated_with_slopes
@@ -90,7 +89,7 @@ class Exact(Precision):
         """As it is."""
         return rows.shaped(x)
 
-    def product(self, a: QuantizedTensor | Tensor, w: QuantizedTensor | Tensor, rows: Rows, segments: int = 1) -> Tensor:
+    def product(self, a: Operand, w: Operand, rows: Rows, segments: int = 1) -> Tensor:
         """One expert after the other."""
         del segments
         assert isinstance(a, Tensor) and isinstance(w, Tensor)
@@ -105,12 +104,7 @@ class Exact(Precision):
         return rows.shaped(activated_with_slopes(x, kind, x[..., : x.shape[-1] // kind.width])[0])
 
     def experts(
-        self,
-        w13: QuantizedTensor | Tensor,
-        w2: QuantizedTensor | Tensor,
-        bias13: Tensor | None,
-        bias2: Tensor | None,
-        kind: Activation,
+        self, w13: Operand, w2: Operand, bias13: Tensor | None, bias2: Tensor | None, kind: Activation
     ) -> Callable[[Rows], Tensor]:
         """From rows to their experts' output."""
 
@@ -126,7 +120,7 @@ class Exact(Precision):
         """To all rows."""
         x += bias[rows.experts].view(x.shape)
 
-    def weight_gradient(self, a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def weight_gradient(self, a: Operand, b: Operand, rows: Rows, dtype: torch.dtype) -> Tensor:
         """One expert after the other."""
         assert isinstance(a, Tensor) and isinstance(b, Tensor)
         return sums_of_products(a, b, rows, dtype)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import QuantizedTensor
-from moequant.training.precision import again
+from moequant.training.precision import Operand, again
 from moequant.training.rows import Rows
 from moequant.training.slopes import activated_with_slopes
 
@@ -66,7 +65,7 @@ class Slopes(NamedTuple):
     """
 
     of_h: Tensor | None
-    operand: QuantizedTensor | Tensor | None
+    operand: Operand | None
     inner: Tensor | None
     of_weights: Tensor | None
 

@@ -30,7 +30,7 @@ from moequant.activations import Activation
 from moequant.batch import QuantizedTensor, scale_layout
 from moequant.training.between import Given, Wanted, keeps_graph, slopes
 from moequant.training.operands import Operands
-from moequant.training.precision import Precision
+from moequant.training.precision import Operand, Precision
 from moequant.training.routes import Routes
 from moequant.training.rows import Rows
 
@@ -55,7 +55,7 @@ class Plan:
     keep_quantized: bool = False
     operands: Operands | None = None
 
-    def weight(self, name: str, w: Tensor) -> QuantizedTensor | Tensor:
+    def weight(self, name: str, w: Tensor) -> Operand:
         """What a product with a weight transposed takes.
 
         Args:
@@ -67,7 +67,7 @@ class Plan:
         """
         return w if self.operands is None else self.operands.forward(name, w, self.kind.halves if name == "w13" else 1)
 
-    def back_weight(self, name: str, w: Tensor) -> QuantizedTensor | Tensor:
+    def back_weight(self, name: str, w: Tensor) -> Operand:
         """What a product with a weight takes, as a backward has it.
 
         Args:
@@ -123,7 +123,7 @@ class Plan:
         rows = self.routes.dispatch(hidden, ids, weights)
         return rows, self.precision.product(rows.values, self.weight("w13", w13), rows, self.kind.halves)
 
-    def second_product(self, inner: QuantizedTensor | Tensor, rows: Rows, w2: Tensor, bias2: Tensor | None) -> Tensor:
+    def second_product(self, inner: Operand, rows: Rows, w2: Tensor, bias2: Tensor | None) -> Tensor:
         """GEMM 2.
 
         Args:

@@ -6,10 +6,7 @@ import weakref
 
 from torch import Tensor
 
-from moequant.batch import QuantizedTensor
-from moequant.training.precision import Precision
-
-Operand = QuantizedTensor | Tensor
+from moequant.training.precision import Operand, Precision
 
 
 class Operands:
@@ -69,7 +66,7 @@ class Operands:
             # plain ones are multiplied as they lie
             return self.forward(name, w)
         if (name, True) not in self._made:
-            self._made[name, True] = self.precision.back_weight(w)
+            self._made[name, True] = self.precision.weight(w.mT)
         return self._made[name, True]
 
 

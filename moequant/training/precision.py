@@ -35,6 +35,8 @@ LARGEST_FLOOR = 1e-10
 QUANTS = ("none", "fp8_e4m3fn")
 # Rows of an expert from which on torch's `grouped_mm` is the faster product in bfloat16. benchmarks/notes_training.md
 MANY_ROWS = 512
+# what a product takes
+Operand = QuantizedTensor | Tensor
 # What a step of a training launches, the next one launches again.
 REPEATS = Repeats()
 again = REPEATS.call
@@ -83,7 +85,7 @@ class Precision:
         but for those that become too small for a step."""
         return self.quant != "none" and recipe_of(self.recipe).power_of_two
 
-    def weight(self, w: Tensor, segments: int = 1) -> QuantizedTensor | Tensor:
+    def weight(self, w: Tensor, segments: int = 1) -> Operand:
         """A weight as an operand, made anew: nothing can go stale.
 
         Args:
@@ -101,18 +103,7 @@ class Precision:
         again(ops.quantize_weight, w, made.values, made.scales, self.recipe, segments, BLOCK)
         return made
 
-    def back_weight(self, w: Tensor) -> QuantizedTensor | Tensor:
-        """A weight as an operand of a product that contracts its rows, as backwards have it in fp8.
-
-        Args:
-            w: (L, N, K_dim) float, any strides.
-
-        Returns:
-            The operand, (L, K_dim, N).
-        """
-        return self.weight(w.mT)
-
-    def operand(self, x: Tensor, rows: Rows) -> QuantizedTensor | Tensor:
+    def operand(self, x: Tensor, rows: Rows) -> Operand:
         """Rows as an operand.
 
         Args:
@@ -144,7 +135,7 @@ class Precision:
         values = torch.empty(shape, dtype=QUANT_DTYPES[self.quant], device=device)
         return QuantizedTensor.made_of(values, empty_scales_of(shape, 128, device), "transposed", self.recipe)
 
-    def product(self, a: QuantizedTensor | Tensor, w: QuantizedTensor | Tensor, rows: Rows, segments: int = 1) -> Tensor:
+    def product(self, a: Operand, w: Operand, rows: Rows, segments: int = 1) -> Tensor:
         """Each row times its expert's weight, transposed.
 
         Args:
@@ -169,12 +160,12 @@ class Precision:
         again(ops.grouped_gemm_blockscale, values, scales, *parts_of(weight), *counts, out, segments, hint)
         return out
 
-    def back_product(self, a: QuantizedTensor | Tensor, w: QuantizedTensor | Tensor, rows: Rows) -> Tensor:
+    def back_product(self, a: Operand, w: Operand, rows: Rows) -> Tensor:
         """Each row times its expert's weight, as a backward multiplies by one that its forward has multiplied by transposed.
 
         Args:
             a: (L, M, N), ragged (R, N), an operand.
-            w: (L, N, K_dim) float, any strides, or, quantized, what `back_weight` has made of it.
+            w: (L, N, K_dim) float, any strides, or (L, K_dim, N), quantized: what `weight` has made of its transpose.
             rows: whose they are.
 
         Returns:
@@ -182,14 +173,12 @@ class Precision:
         """
         if isinstance(w, QuantizedTensor):
             return self.product(a, w, rows)
-        if isinstance(a, QuantizedTensor):
-            return self.product(a, self.back_weight(w), rows)
         # torch's takes weights in either order, so that none is copied for its transpose
-        if takes_grouped_mm(a, w, rows):
+        if isinstance(a, Tensor) and takes_grouped_mm(a, w, rows):
             return GROUPED_MM(a, w.to(torch.bfloat16), offs=rows.ends)
         return self.product(a, w.mT, rows)
 
-    def activation(self, x: Tensor, rows: Rows, kind: Activation, bias: Tensor | None) -> QuantizedTensor | Tensor:
+    def activation(self, x: Tensor, rows: Rows, kind: Activation, bias: Tensor | None) -> Operand:
         """GEMM 1's result to GEMM 2's operand.
 
         Args:
@@ -213,12 +202,7 @@ class Precision:
         return made
 
     def experts(
-        self,
-        w13: QuantizedTensor | Tensor,
-        w2: QuantizedTensor | Tensor,
-        bias13: Tensor | None,
-        bias2: Tensor | None,
-        kind: Activation,
+        self, w13: Operand, w2: Operand, bias13: Tensor | None, bias2: Tensor | None, kind: Activation
     ) -> Callable[[Any], Tensor]:
         """The experts of an inference with the same bits.
 
@@ -249,7 +233,7 @@ class Precision:
         """
         again(ops.add_bias, x, rows.num_tokens, rows.expert_start, bias.contiguous())
 
-    def contracted(self, rows: Rows) -> QuantizedTensor | Tensor:
+    def contracted(self, rows: Rows) -> Operand:
         """Rows as an operand of `weight_gradient`.
 
         Args:
@@ -260,7 +244,7 @@ class Precision:
         """
         return rows.values if self.columnwise else rows.contracted()
 
-    def columns(self, x: QuantizedTensor | Tensor, rows: Rows, *, blocks: bool) -> Columnwise:
+    def columns(self, x: Operand, rows: Rows, *, blocks: bool) -> Columnwise:
         """An operand of `weight_gradient`, quantized along the tokens.
 
         Args:
@@ -277,7 +261,7 @@ class Precision:
         again(ops.quantize_columnwise, values, scales, rows.num_tokens, rows.expert_start, *made, self.recipe, blocks)
         return made
 
-    def weight_gradient(self, a: QuantizedTensor | Tensor, b: QuantizedTensor | Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def weight_gradient(self, a: Operand, b: Operand, rows: Rows, dtype: torch.dtype) -> Tensor:
         """The sum over each expert's rows of a's row times b's row, added in float32.
 
         Args:
