@@ -149,9 +149,11 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
             module = MoEExperts(dispatcher, shape.intermediate_size, **kept, dtype=torch.bfloat16)
             parameters = module.w13, module.w2
             layers: dict[str, Layer] = {"moequant": module}
-            if options.later_microbatch:
-                case.both(partial(module, is_first_microbatch=True), parameters)
-                layers["moequant"] = partial(module, is_first_microbatch=False)
+            if options.microbatch is not None:
+                layers["moequant"] = partial(module, is_first_microbatch=True)
+                if options.microbatch == "later":
+                    case.both(layers["moequant"], parameters)
+                    layers["moequant"] = partial(module, is_first_microbatch=False)
             if grouped_mm is not None:
                 for way in WAYS:
                     layers[f"torch {way}"] = partial(by_torch, parameters, way)
@@ -180,7 +182,9 @@ def run_shape(bench: Bench | None, shape: ModelShape, tokens: int, options: Name
                     path = options.profile if rank == 0 else options.profile.with_suffix(f".rank{rank}{options.profile.suffix}")
                     write_profile(path, f"{sizes} {quant}, {name}", way.call, device)
             named = {**sizes, "quant": quant, "transport": dispatcher.config.transport, "routing": "uniform", "layout": "ragged"}
-            named |= {name: True for name, value in (kept | {"later_microbatch": options.later_microbatch}).items() if value}
+            named |= {name: True for name, value in kept.items() if value}
+            if options.microbatch is not None:
+                named[f"{options.microbatch}_microbatch"] = True
             for step, ways in (("forward", forward), ("forward + backward", both)):
                 modes = time_turn_about(ways, device=device.type, reps=options.reps)
                 if bench is not None:
@@ -232,7 +236,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--rank-capacity", type=float, help=f"times the mean (default: {ALONE} on one rank, {ROOM} on several)")
     add("--recompute", action="store_true", help="GEMM 1 runs again in the backward")
     add("--keep-quantized", action="store_true", help="in fp8, GEMM 1's result lies in fp8 until the backward")
-    add("--later-microbatch", action="store_true", help="the weights are those that the first micro-batch has quantized")
+    help_text = "of several: the weights are quantized for both directions at once and kept, or are those that were kept"
+    add("--microbatch", choices=("first", "later"), help=help_text)
     add("--transport", default="auto", choices=("auto", "local", "collective", "symmetric"), help="(default: auto)")
     add("--reps", type=int, default=REPS, help=f"of each timing (default: {REPS})")
     add("--profile", type=Path, help="append the kernels of forward and backward, by their time, to this file")

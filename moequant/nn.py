@@ -139,8 +139,8 @@ class MoEExperts(nn.Module):
             topk_weights: (T, K) float32, bfloat16 or float16.
             is_first_microbatch: of several between two steps of the optimizer. True: what the products take of w13 and w2 is made anew,
                 and kept. False: what is kept is used, in the backward too. None: made anew each time, and what was kept is dropped, but
-                in a forward under no_grad. As TransformerEngine's modules have it. In fp8 two bytes are kept of each weight, one until
-                the first backward; of parameters that aren't bfloat16, with quant="none", a bfloat16 copy.
+                in a forward under no_grad. As TransformerEngine's modules have it. In fp8 two bytes are kept of each weight, for both
+                directions; of parameters that aren't bfloat16, with quant="none", a bfloat16 copy.
             slot: of the dispatcher, whose buffers are used, in the backward too.
 
         Returns:

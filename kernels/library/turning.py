@@ -90,15 +90,9 @@ def larger(x, y):
 
 
 @gluon.jit
-def quantize_turned(x, spec, PATCH: gl.constexpr, BLOCKS: gl.constexpr):
-    """Quantizes a float32 tile of tokens by columns to e4m3fn, with the bits of `kernels/library/common.py`. Returns values, columns by
-    tokens, and the scale of each column, or with BLOCKS of all.
-    """
-    TURNED: gl.constexpr = owners(PATCH, True)
-    if BLOCKS:
-        amax = gl.reduce(gl.reshape(gl.abs(x), [SIZE * SIZE]), 0, larger)
-    else:
-        amax = gl.convert_layout(gl.reduce(gl.abs(x), 0, larger), gl.SliceLayout(1, TURNED))
+def scale_of(amax, spec):
+    """Of groups or blocks of float32 numbers: the scale, its reciprocal, and a mask of the values' bits, with the bits of
+    `kernels/library/common.py`."""
     bits = amax.to(gl.int32, bitcast=True)
     scale = group_scale(bits, spec.eps, spec.max_value, spec.power_of_two)
     # the values of a bad group are 0, whatever their quotients: its scale alone says NaN
@@ -107,13 +101,46 @@ def quantize_turned(x, spec, PATCH: gl.constexpr, BLOCKS: gl.constexpr):
         r = (0x7F000000 - scale.to(gl.int32, bitcast=True)).to(gl.float32, bitcast=True)
     else:
         r = gl.div_rn(1.0, scale)
-    x = gl.convert_layout(x.permute((1, 0)), TURNED)
-    if BLOCKS:
-        wide = scale
-    else:
-        wide, r, keep = gl.expand_dims(scale, 1), gl.expand_dims(r, 1), gl.expand_dims(keep, 1)
+    return scale, r, keep
+
+
+@gluon.jit
+def quotients(x, scale, r, spec):
+    """Numbers over their scale, whose reciprocal is r, before they are rounded."""
     q = x * r
     if not (spec.reciprocal or spec.power_of_two):
-        q = gl.fma(gl.fma(q, wide, x * -1.0), r * -1.0, q)
-    values = gl.inline_asm_elementwise(ROUND, "=r,f,f,f,f,r,r,r,r", [q, keep], dtype=gl.float8e4nv, is_pure=True, pack=4)
-    return values, scale
+        q = gl.fma(gl.fma(q, scale, x * -1.0), r * -1.0, q)
+    return q
+
+
+@gluon.jit
+def rounded(q, keep):
+    """Quotients as e4m3fn. Four at a time, which are neighbours in the tile's registers, have one mask."""
+    return gl.inline_asm_elementwise(ROUND, "=r,f,f,f,f,r,r,r,r", [q, keep], dtype=gl.float8e4nv, is_pure=True, pack=4)
+
+
+@gluon.jit
+def turned(x, PATCH: gl.constexpr):
+    """A tile of tokens by columns as one of columns by tokens."""
+    return gl.convert_layout(x.permute((1, 0)), owners(PATCH, True))
+
+
+@gluon.jit
+def largest_of_all(x):
+    """Of a tile, its largest magnitude."""
+    return gl.reduce(gl.reshape(gl.abs(x), [SIZE * SIZE]), 0, larger)
+
+
+@gluon.jit
+def quantize_turned(x, spec, PATCH: gl.constexpr, BLOCKS: gl.constexpr):
+    """Quantizes a float32 tile of tokens by columns. Returns values, columns by tokens, and the scale of each column, or with BLOCKS of
+    all.
+    """
+    TURNED: gl.constexpr = owners(PATCH, True)
+    if BLOCKS:
+        scale, r, keep = scale_of(largest_of_all(x), spec)
+        wide = scale
+    else:
+        scale, r, keep = scale_of(gl.convert_layout(gl.reduce(gl.abs(x), 0, larger), gl.SliceLayout(1, TURNED)), spec)
+        wide, r, keep = gl.expand_dims(scale, 1), gl.expand_dims(r, 1), gl.expand_dims(keep, 1)
+    return rounded(quotients(turned(x, PATCH), wide, r, spec), keep), scale

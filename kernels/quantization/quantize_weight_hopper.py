@@ -1,9 +1,13 @@
-"""`kernels/quantization/quantize_weight.py` for Hopper in Gluon, of weights that lie transposed: blocks are turned in registers.
+"""`kernels/quantization/quantize_weight.py` for Hopper in Gluon: a weight, its transpose, or both in one pass, as blocks are turned in
+registers.
 
-E experts, N rows and K_dim columns of a weight.
+E experts, N rows and K_dim columns of a weight. A matrix as it lies in memory has its columns side by side: of a weight whose rows are, it
+is the transpose.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,51 +17,84 @@ from triton.experimental.gluon import language as gl
 from moequant.kernels.library.arguments import QuantSpec, strided
 from moequant.kernels.library.common import runs_gluon
 from moequant.kernels.library.launch import launchable
-from moequant.kernels.library.turning import PATCH, SIZE, Patch, owners, quantize_turned, registers_of, warps_of
+from moequant.kernels.library.turning import (
+    PATCH,
+    SIZE,
+    Patch,
+    largest_of_all,
+    owners,
+    quotients,
+    registers_of,
+    rounded,
+    scale_of,
+    turned,
+    warps_of,
+)
+
+
+class Quantized(NamedTuple):
+    """A matrix's values, and the scales of its blocks, both contiguous; None where it isn't wanted."""
+
+    values_ptr: Any = None
+    scales_ptr: Any = None
+
+
+@gluon.jit
+def write_block(made, values, scale, expert, row, column, rows, columns, EVEN: gl.constexpr):
+    """Writes a block of a matrix (rows, columns) of each expert, and its scale."""
+    LAYOUT: gl.constexpr = values.type.layout
+    in_row = gl.arange(0, SIZE, gl.SliceLayout(1, LAYOUT))[:, None]
+    in_column = gl.arange(0, SIZE, gl.SliceLayout(0, LAYOUT))[None, :]
+    # unsigned, so that each address is a number of 32 bits from where the block begins
+    at = made.values_ptr + ((expert * rows + row) * columns + column) + (in_row * columns + in_column).to(gl.uint32)
+    if EVEN:
+        gl.store(at, values)
+    else:
+        gl.store(at, values, mask=(in_row < rows - row) & (in_column < columns - column))
+    row_blocks = (rows + (SIZE - 1)) // SIZE
+    column_blocks = (columns + (SIZE - 1)) // SIZE
+    gl.store(made.scales_ptr + ((expert * row_blocks + row // SIZE) * column_blocks + column // SIZE), scale)
 
 
 @launchable
 @gluon.jit
 def quantize_weight_hopper_kernel(
     w,
-    values_ptr,
-    scales_ptr,
+    plain,
+    across,
     rows,
     columns,
     spec,
-    SEGMENTS: gl.constexpr,
     EVEN: gl.constexpr,
     PATCH: gl.constexpr,
 ):
-    """As `quantize_weight_kernel`, which has the example. EVEN: blocks divide rows and columns."""
+    """A program has one block of w, a matrix of rows and columns for each expert, whose columns lie side by side. plain: what w becomes.
+    across: what its transpose does. EVEN: blocks divide rows and columns.
+
+    Example: 144 rows, 384 columns: 2 row blocks by 3 column blocks, 6 blocks an expert. Program 11 has block 5 of expert 1, rows 128..143
+    and columns 256..383. Of plain these are rows 128..143 too, and scale (1, 2); of across rows 256..383, columns 128..143, scale (2, 1).
+    """
     OWNERS: gl.constexpr = owners(PATCH, False)
-    TURNED: gl.constexpr = owners(PATCH, True)
     row_blocks = (rows + (SIZE - 1)) // SIZE
     column_blocks = (columns + (SIZE - 1)) // SIZE
     block = gl.program_id(0)
     column = block % column_blocks * SIZE
     row = block // column_blocks % row_blocks * SIZE
-    segment = block // (column_blocks * row_blocks)
-    expert = (segment // SEGMENTS).to(gl.int64)
-    n = (segment % SEGMENTS * rows + row).to(gl.int64)
-    # a row in memory is a column here. Unsigned, so that each address is a number of 32 bits from where the block begins
-    k_in_block = gl.arange(0, SIZE, gl.SliceLayout(1, OWNERS))[:, None]
-    n_in_block = gl.arange(0, SIZE, gl.SliceLayout(0, OWNERS))[None, :]
-    at = w.pointer + (expert * w.matrix + n + column.to(gl.int64) * w.column)
-    at += (k_in_block * w.column + n_in_block).to(gl.uint32)
+    expert = (block // (column_blocks * row_blocks)).to(gl.int64)
+    in_row = gl.arange(0, SIZE, gl.SliceLayout(1, OWNERS))[:, None]
+    in_column = gl.arange(0, SIZE, gl.SliceLayout(0, OWNERS))[None, :]
+    at = w.pointer + (expert * w.matrix + row.to(gl.int64) * w.row + column) + (in_row * w.row + in_column).to(gl.uint32)
     if EVEN:
         x = gl.load(at)
     else:
-        x = gl.load(at, mask=(k_in_block < columns - column) & (n_in_block < rows - row), other=0.0)
-    values, scale = quantize_turned(x.to(gl.float32), spec, PATCH, True)
-    out_n = gl.arange(0, SIZE, gl.SliceLayout(1, TURNED))[:, None]
-    out_k = gl.arange(0, SIZE, gl.SliceLayout(0, TURNED))[None, :]
-    out_at = values_ptr + ((expert * (SEGMENTS * rows) + n) * columns + column) + (out_n * columns + out_k).to(gl.uint32)
-    if EVEN:
-        gl.store(out_at, values)
-    else:
-        gl.store(out_at, values, mask=(out_n < rows - row) & (out_k < columns - column))
-    gl.store(scales_ptr + block, scale)
+        x = gl.load(at, mask=(in_row < rows - row) & (in_column < columns - column), other=0.0)
+    x = x.to(gl.float32)
+    scale, r, keep = scale_of(largest_of_all(x), spec)
+    q = quotients(x, scale, r, spec)
+    if plain.values_ptr is not None:
+        write_block(plain, rounded(q, keep), scale, expert, row, column, rows, columns, EVEN)
+    if across.values_ptr is not None:
+        write_block(across, rounded(turned(q, PATCH), keep), scale, expert, column, row, columns, rows, EVEN)
 
 
 def quantize_weight_hopper(
@@ -66,22 +103,26 @@ def quantize_weight_hopper(
     scales: Tensor,
     spec: QuantSpec,
     *,
-    segments: int,
-    block_size: int,
+    across: tuple[Tensor, Tensor] | None = None,
     patch: Patch = PATCH,
     programs: int = 3,
 ) -> None:
-    """`quantize_weight`, on arguments of which `supports_quantize_weight` is true. patch: of a thread. programs: of a multiprocessor."""
-    rows, columns = w.shape[1] // segments, w.shape[2]
+    """`quantize_weight` in blocks of 128, on arguments of which `supports_quantize_weight` is true, and the same of w's transpose.
+
+    across: values (E, K_dim, N) and scales (E, ceil(K_dim / 128), ceil(N / 128)) of that, contiguous, or None. patch: of a thread.
+    programs: of a multiprocessor.
+    """
+    made = Quantized(values, scales), Quantized(*across or ())
+    if w.stride(1) == 1:
+        w, made = w.mT, made[::-1]
+    rows, columns = w.shape[1:]
     quantize_weight_hopper_kernel[(scales.numel(),)](
         strided(w),
-        values,
-        scales,
+        *made,
         rows,
         columns,
         spec,
-        SEGMENTS=segments,
-        EVEN=rows % block_size == 0 and columns % block_size == 0,
+        EVEN=rows % SIZE.value == 0 and columns % SIZE.value == 0,
         PATCH=patch,
         num_warps=warps_of(patch),
         maxnreg=registers_of(patch, programs),
@@ -89,23 +130,25 @@ def quantize_weight_hopper(
     )
 
 
-def supports_quantize_weight(w: Tensor, values: Tensor, segments: int, block_size: int) -> bool:
-    """Whether `quantize_weight_hopper` takes these arguments."""
-    return runs_gluon(w.device) and takes_quantize_weight(w, values, segments, block_size)
+def supports_quantize_weight(w: Tensor, values: Tensor, segments: int, block_size: int, across: Tensor | None = None) -> bool:
+    """Whether `quantize_weight_hopper` takes these arguments, of across the values."""
+    return runs_gluon(w.device) and takes_quantize_weight(w, values, segments, block_size, across)
 
 
-def takes_quantize_weight(w: Tensor, values: Tensor, segments: int, block_size: int) -> bool:
-    """`supports_quantize_weight`, but for the device: types, and transposed matrices whose rows are moved 16 numbers at a time."""
-    matrix, row, column = w.stride()
+def takes_quantize_weight(w: Tensor, values: Tensor, segments: int, block_size: int, across: Tensor | None = None) -> bool:
+    """`supports_quantize_weight`, but for the device: types, segments of whole blocks, and matrices whose rows, or columns, are moved 16
+    numbers at a time."""
+    matrix, *strides = w.stride()
     _, rows, columns = w.shape
     return (
         w.numel() > 0
         and block_size == SIZE.value
+        and (segments == 1 or rows // segments % block_size == 0)
         and w.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and values.dtype == torch.float8_e4m3fn
-        and row == 1
-        and all(number % 16 == 0 for number in (matrix, column, rows // segments, columns))
+        and min(strides) == 1
+        and all(number % 16 == 0 for number in (matrix, max(strides), rows, columns))
         # offsets inside a block are numbers of 32 bits
-        and max(column, columns) < 2**24
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (w, values))
+        and max(*strides, rows, columns) < 2**24
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (w, values, across) if tensor is not None)
     )

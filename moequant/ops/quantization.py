@@ -92,28 +92,40 @@ def silu_mul_quantize(
     kernel(x, num_tokens, expert_start, values, scales, spec, activation_spec(activation), bias)
 
 
-@registered(mutates=("values", "scales"))
+@registered(mutates=("values", "scales", "across_values", "across_scales"))
 def quantize_weight(
-    w: Tensor, values: Tensor, scales: Tensor, recipe: str = "default", segments: int = 1, block_size: int = 128
+    w: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    recipe: str = "default",
+    segments: int = 1,
+    block_size: int = 128,
+    across_values: Tensor | None = None,
+    across_scales: Tensor | None = None,
 ) -> None:
-    """`reference.quantize_weight` of w (E, N, K_dim) into given contiguous outputs. Blocks that no kernel is made for take plain torch on
-    any device."""
+    """`reference.quantize_weight` of w (E, N, K_dim) into given contiguous outputs, and of its transpose, in one segment, into across_values
+    (E, K_dim, N) and across_scales, or None. Blocks that no kernel is made for take plain torch on any device."""
     if uses_kernels(w) and block_size in (32, 64, 128):
         from moequant.kernels.library import common
         from moequant.kernels.quantization.quantize_weight import quantize_weight as kernel
 
+        spec = quant_spec(values.dtype, recipe)
         if common.runs_gluon(w.device):
             from moequant.kernels.quantization import quantize_weight_hopper as hopper
 
-            if hopper.supports_quantize_weight(w, values, segments, block_size):
-                kernel = hopper.quantize_weight_hopper
-        kernel(w, values, scales, quant_spec(values.dtype, recipe), segments=segments, block_size=block_size)
-        return
-    # one expert after the other: the float32 copies in between take several times a weight's memory
-    for expert in range(w.shape[0]):
-        q = reference.quantize_weight(w[expert], dtype=values.dtype, recipe=recipe, segments=segments, group_size=block_size)
-        values[expert].copy_(q.values)
-        scales[expert].copy_(q.scales)
+            if hopper.supports_quantize_weight(w, values, segments, block_size, across_values):
+                across = None if across_values is None or across_scales is None else (across_values, across_scales)
+                hopper.quantize_weight_hopper(w, values, scales, spec, across=across)
+                return
+        kernel(w, values, scales, spec, segments=segments, block_size=block_size)
+    else:
+        # one expert after the other: the float32 copies in between take several times a weight's memory
+        for expert in range(w.shape[0]):
+            q = reference.quantize_weight(w[expert], dtype=values.dtype, recipe=recipe, segments=segments, group_size=block_size)
+            values[expert].copy_(q.values)
+            scales[expert].copy_(q.scales)
+    if across_values is not None and across_scales is not None:
+        quantize_weight(w.mT, across_values, across_scales, recipe, 1, block_size)
 
 
 @registered(mutates=("summed", "values", "scales"))

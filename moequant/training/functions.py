@@ -65,7 +65,7 @@ class Plan:
         Returns:
             The operand, or the weight, of which the product makes one.
         """
-        return w if self.operands is None else self.operands.forward(name, w, self.kind.halves if name == "w13" else 1)
+        return w if self.operands is None else self._kept_weights(self.operands, name, w)[0]
 
     def back_weight(self, name: str, w: Tensor) -> Operand:
         """What a product with a weight takes, as a backward has it.
@@ -77,7 +77,10 @@ class Plan:
         Returns:
             As `weight`.
         """
-        return w if self.operands is None else self.operands.backward(name, w)
+        return w if self.operands is None else self._kept_weights(self.operands, name, w)[1]
+
+    def _kept_weights(self, operands: Operands, name: str, w: Tensor) -> tuple[Operand, Operand]:
+        return operands.both(name, w, self.kind.halves if name == "w13" else 1)
 
     def kept(self, h: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         """What stays of h until the backward.

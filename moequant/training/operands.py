@@ -10,7 +10,7 @@ from moequant.training.precision import Operand, Precision
 
 
 class Operands:
-    """Operands of w13 and w2 in both directions, each made when it is first asked for, and kept.
+    """Operands of w13 and w2 in both directions, a weight's made when they are first asked for, and kept.
 
     Args:
         precision: of the products.
@@ -20,7 +20,7 @@ class Operands:
     def __init__(self, precision: Precision, *weights: Tensor) -> None:
         self.precision = precision
         self._seen = [(weakref.ref(w), state(w)) for w in weights]
-        self._made: dict[tuple[str, bool], Operand] = {}
+        self._made: dict[str, tuple[Operand, Operand]] = {}
 
     def check(self, *weights: Tensor) -> None:
         """That the weights are those of which the operands are made, as far as torch tells.
@@ -37,8 +37,8 @@ class Operands:
                 "after each step of the optimizer, or leave it out"
             )
 
-    def forward(self, name: str, w: Tensor, segments: int = 1) -> Operand:
-        """Of a product with a weight transposed, as forwards have it.
+    def both(self, name: str, w: Tensor, segments: int = 1) -> tuple[Operand, Operand]:
+        """What products with a weight take.
 
         Args:
             name: "w13" or "w2".
@@ -46,28 +46,12 @@ class Operands:
             segments: as for `Precision.weight`.
 
         Returns:
+            (L, N, K_dim), by which forwards multiply transposed, and what backwards multiply by, quantized (L, K_dim, N), or plain
             (L, N, K_dim).
         """
-        if (name, False) not in self._made:
-            self._made[name, False] = self.precision.weight(w, segments)
-        return self._made[name, False]
-
-    def backward(self, name: str, w: Tensor) -> Operand:
-        """Of a product with a weight, as backwards have it.
-
-        Args:
-            name: "w13" or "w2".
-            w: that weight, (L, N, K_dim).
-
-        Returns:
-            Quantized (L, K_dim, N), or plain (L, N, K_dim).
-        """
-        if self.precision.quant == "none":
-            # plain ones are multiplied as they lie
-            return self.forward(name, w)
-        if (name, True) not in self._made:
-            self._made[name, True] = self.precision.weight(w.mT)
-        return self._made[name, True]
+        if name not in self._made:
+            self._made[name] = self.precision.both_ways(w, segments)
+        return self._made[name]
 
 
 def state(w: Tensor) -> tuple[object, ...]:

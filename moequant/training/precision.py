@@ -103,6 +103,28 @@ class Precision:
         again(ops.quantize_weight, w, made.values, made.scales, self.recipe, segments, BLOCK)
         return made
 
+    def both_ways(self, w: Tensor, segments: int = 1) -> tuple[Operand, Operand]:
+        """A weight and its transpose as operands, made anew, of fp8 in one pass over the weight where that is possible.
+
+        Args:
+            w: (L, N, K_dim) float, any strides.
+            segments: as for `weight`, of the weight's rows alone.
+
+        Returns:
+            (L, N, K_dim) and (L, K_dim, N), what `weight` makes of both; plain, the first of them twice.
+        """
+        if self.quant == "none":
+            plain = self.weight(w)
+            return plain, plain
+        w = w.to(torch.bfloat16)
+        made, across = (
+            empty_blocks(x.shape, QUANT_DTYPES[self.quant], self.recipe, parts, BLOCK, w.device)
+            for x, parts in ((w, segments), (w.mT, 1))
+        )
+        outputs = made.values, made.scales, self.recipe, segments, BLOCK, across.values, across.scales
+        again(ops.quantize_weight, w, *outputs)
+        return made, across
+
     def operand(self, x: Tensor, rows: Rows) -> Operand:
         """Rows as an operand.
 

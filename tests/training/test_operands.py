@@ -23,7 +23,7 @@ EXPERTS, TOP_K, HIDDEN, INNER, TOKENS = 4, 2, 64, 32, 12
 
 def dispatcher_of(quant: str = "none", **settings: Any) -> MoEQuantDispatcher:
     common: dict[str, Any] = {"num_experts": EXPERTS, "top_k": TOP_K, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
-    return MoEQuantDispatcher(**common | settings, quant=quant, recipe="ue8m0", layout="ragged", device="cpu")
+    return MoEQuantDispatcher(**{**common, "device": "cpu", **settings}, quant=quant, recipe="ue8m0", layout="ragged")
 
 
 def routed(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +39,9 @@ def routed(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_micro_batches_share_the_weights_that_the_first_has_made(quant, settings, dtype, monkeypatch):
     made = []
     weight = Precision.weight
+    both_ways = Precision.both_ways
     monkeypatch.setattr(Precision, "weight", lambda self, w, *segments: made.append(w.shape) or weight(self, w, *segments))
+    monkeypatch.setattr(Precision, "both_ways", lambda self, w, *segments: made.append(w.shape) or both_ways(self, w, *segments))
     with dispatcher_of(quant) as dispatcher:
         experts = MoEExperts(dispatcher, INNER, dtype=dtype, **settings)
         expected, kept = copy.deepcopy(experts), copy.deepcopy(experts)
@@ -64,6 +66,31 @@ def test_micro_batches_share_the_weights_that_the_first_has_made(quant, settings
         kept(*routed())
         with pytest.raises(RuntimeError, match="no forward with True came before it, or one without the argument came since"):
             kept(*routed(), is_first_microbatch=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["none", "fp8_e4m3fn"])
+@pytest.mark.parametrize("inner", [128, 96], ids=["whole blocks", "parts of blocks"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "not gated"])
+def test_micro_batches_on_a_gpu_have_the_bits_of_weights_that_are_made_anew(quant, inner, gated):
+    settings: dict[str, Any] = {"hidden_size": 272, "max_tokens_per_rank": 100, "device": "cuda"}
+    with dispatcher_of(quant, **settings) as dispatcher:
+        kind = Activation() if gated else Activation("gelu", gated=False)
+        expected = MoEExperts(dispatcher, inner, activation=kind)
+        kept = copy.deepcopy(expected)
+        for number in range(6):
+            generator = torch.Generator("cuda").manual_seed(number)
+            hidden = torch.randn(100, 272, generator=generator, device="cuda").bfloat16()
+            ids = torch.rand(100, EXPERTS, generator=generator, device="cuda").argsort(1)[:, :TOP_K]
+            weights = torch.rand(100, TOP_K, generator=generator, device="cuda")
+            outs = expected(hidden, ids, weights), kept(hidden, ids, weights, is_first_microbatch=number % 3 == 0)
+            assert_bit_equal(outs[1].detach(), outs[0].detach())
+            for out in outs:
+                out.square().sum().backward()
+            for name, parameter in expected.named_parameters():
+                grad = kept.get_parameter(name).grad
+                assert grad is not None and parameter.grad is not None
+                assert_bit_equal(grad, parameter.grad, name)
 
 
 def test_micro_batches_after_a_change_of_the_weights_are_refused():
