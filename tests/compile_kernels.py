@@ -47,7 +47,7 @@ from moequant.kernels.symmetric import (
     push_tokens as push_tokens_module,
     signal_and_wait as signal_and_wait_module,
 )
-from sass import INSTRUCTION, spills_beside_products
+from sass import INSTRUCTION, barriers_and_arrivals, spills_beside_products
 
 PDL_MODULES: Any = (
     pdl,
@@ -181,7 +181,7 @@ def measure(asm: dict[str, Any], disassemble: bool = True) -> dict[str, Any]:
         spills = sum(int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))
         registers = max(int(count) for count in re.findall(r"\.vgpr_count:\s+(\d+)", text))
         instructions = Counter(re.findall(r"^\s+(v_mfma\w*|v_cvt_pk_fp8\w*)", text, re.M))
-        beside_products = 0
+        beside_products, twice, alone = 0, 0, 0
     else:
         text = asm["ptx"]
         dump = dump_of(asm["cubin"], *(["-sass"] if disassemble else []), "-res-usage")
@@ -189,10 +189,13 @@ def measure(asm: dict[str, Any], disassemble: bool = True) -> dict[str, Any]:
         registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
         instructions = Counter(name for _, name, _ in INSTRUCTION.findall(dump))
         beside_products = spills_beside_products(dump)
+        twice, alone = barriers_and_arrivals(text)
     return {
         "registers": registers,
         "spills": spills,
         "spills_beside_products": beside_products,
+        "barriers_twice": twice,
+        "arrivals_alone": alone,
         "wide_loads": len(WIDE_LOAD.findall(text)),
         "wide_stores": len(WIDE_STORE.findall(text)),
         "instructions": dict(instructions),

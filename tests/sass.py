@@ -1,4 +1,4 @@
-"""What a kernel's SASS says that the compiler's own summary does not."""
+"""What a kernel's SASS, or its PTX, says that the compiler's own summary does not."""
 
 from __future__ import annotations
 
@@ -24,3 +24,25 @@ def spills_beside_products(dump: str) -> int:
     loops = [loop for loop in backward if any(address in loop for address in products)] or [range(end)] * bool(products)
     innermost = [loop for loop in loops if not any(inner != loop and inner[0] in loop and inner[-1] in loop for inner in loops)]
     return sum(name in SPILLS and any(address in loop for loop in innermost) for address, name, _ in instructions)
+
+
+def barriers_and_arrivals(ptx: str) -> tuple[int, int]:
+    """How many barriers follow another one at once, which cost time for nothing; and how many arrivals come after something in shared
+    memory that no barrier, or other arrival, has come after: one thread arrives for all of a partition, which have to be done by then.
+    ptx: of a kernel."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    twice = alone = 0
+    barrier = touched = False
+    for line in lines:
+        if not line or line.startswith((".loc", "//", "{", "}")):
+            continue
+        if re.match(r"bar(rier)?\.", line):
+            twice += barrier and line.startswith("bar.sync")
+            barrier, touched = line.startswith("bar.sync"), False
+            continue
+        barrier = False
+        if "mbarrier.arrive.shared" in line:
+            alone += touched
+        elif re.search(r"\.shared|wgmma", line) or line.endswith(":"):
+            touched = True
+    return twice, alone

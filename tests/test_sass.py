@@ -1,10 +1,10 @@
-"""Spilled registers are found where they cost: in the loops of products, not around them."""
+"""Spilled registers are found where they cost: in the loops of products, not around them; and barriers that are too many, or missing."""
 
 from __future__ import annotations
 
 import pytest
 
-from sass import spills_beside_products
+from sass import barriers_and_arrivals, spills_beside_products
 
 BODY = """
         /*0000*/                   STL [R1], R0 ;
@@ -38,3 +38,21 @@ def test_without_a_loop_all_spills_count():
 
 def test_a_kernel_without_products_has_none():
     assert spills_beside_products("/*0000*/ STL [R1], R0 ;\n/*0010*/ EXIT ;") == 0
+
+
+ARRIVES = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r1];"
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (["wgmma.wait_group.sync.aligned 0;", "bar.sync \t0, 128;", "setp.eq.s32 %p1, %r2, 0;", ARRIVES, ARRIVES], (0, 0)),
+        (["bar.sync \t0, 128;", ".loc\t2 231 4", "// begin inline asm", "bar.sync \t0, 128;", ARRIVES], (1, 0)),
+        (["bar.sync \t0, 128;", "ld.shared.b32 %r3, [%r4];", "bar.sync \t0, 128;", ARRIVES], (0, 0)),
+        (["bar.sync \t0, 128;", "ld.shared.b32 %r3, [%r4];", ARRIVES], (0, 1)),
+        (["$L__BB0_1:", ARRIVES, "bar.warp.sync \t-1;", ARRIVES], (0, 1)),
+    ],
+    ids=["one", "twice", "two with work between", "none", "none in a loop"],
+)
+def test_barriers_that_follow_each_other_and_arrivals_without_one_are_counted(lines, found):
+    assert barriers_and_arrivals("\n".join(lines)) == found

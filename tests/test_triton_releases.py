@@ -31,13 +31,17 @@ def test_every_configuration_compiles(release):
         name = f"{report['case']}: {report['registers']} registers, {report['spills']} bytes spilled"
         if report["operation"] in TURNED:
             # two programs of four warps on a multiprocessor or three; through shared memory goes a warp's largest number alone
-            assert report["registers"] <= (255 if "dtype=bfloat16" in report["case"] else 168), name
+            three = ("turned=True" in report["case"] and "both=True" not in report["case"]) or (
+                report["operation"] == "quantize_columnwise_hopper" and "dtype=bfloat16" not in report["case"]
+            )
+            assert report["registers"] <= (168 if three else 255), name
             assert report["spills"] == 0 and report["wide_stores"], name
             assert report["instructions"].get("STS", 0) <= 2, f"{name}, {report['instructions']}"
             continue
         assert report["instructions"].get(PRODUCTS[report["dtype"]]), name
         assert report["wide_loads"] and report["wide_stores"] and report["registers"] == 168, name
         assert report["spills_beside_products"] == 0, name
+        assert report["barriers_twice"] == report["arrivals_alone"] == 0, f"{name}, {report}"
         assert report["spills"] <= max(SPILLED.get(release, 0), 16 * report["may_spill"]), name
     assert cells_of(PAGE.read_text())[release] == [summary(kernels) for kernels in of_operations], f"run {COMMAND}"
 

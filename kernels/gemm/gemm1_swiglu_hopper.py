@@ -145,8 +145,7 @@ def scale_pointers(b_scales, zero, expert, column_tile, N: gl.constexpr, G: gl.c
 @gluon.jit
 def release_part(empty, both):
     """`release`, for the other warpgroup as well."""
-    barrier()
-    mbarrier.arrive(empty, count=1)
+    release(empty)
     mbarrier.arrive(empty, count=1, pred=both)
 
 

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from moequant.kernels.library.gluon import barrier, load_block
+from moequant.kernels.library.gluon import ARRIVE_WAITS, barrier, load_block
 
 # Row tiles of one expert that run side by side over the same columns.
 GROUP_M = gl.constexpr(16)
@@ -228,7 +228,8 @@ def scale_pointers(b_scales, zero, expert, column_tile, HALVES: gl.constexpr, N:
 @gluon.jit
 def release(empty):
     """Gives a stage back to the TMA warp. One thread arrives, so all must be done with it."""
-    barrier()
+    if not ARRIVE_WAITS:
+        barrier()
     mbarrier.arrive(empty, count=1)
 
 

@@ -90,7 +90,7 @@ def probe(device: torch.device) -> str | None:
             by_column = values[0], by_block[0], ends, spec
             quantize_columnwise_hopper(values, scales, Valid(ends, None), *by_column, blocks=False, config=Config(num_sms=0))
             # a weight of no block
-            quantize_weight_hopper(out.mT, weights, weight_scales[:0], spec, segments=1, block_size=128)
+            quantize_weight_hopper(out.mT, weights, weight_scales[:0], spec)
     except Exception as error:
         cause: BaseException = error
         # where in the source it was is of no use to a user
