@@ -6,7 +6,8 @@
 
 On one device vLLM quantizes, multiplies and sums up; on several it gathers all ranks' tokens, multiplies by its experts, and scatters the
 sums, which is its default, --all2all-backend allgather_reducescatter. Called by Python (eager), and replayed from a CUDA graph. Both
-results are compared with a dense float32 computation before they are timed.
+results are compared with a dense float32 computation before they are timed. Calls take several routings in turn, so that weights come from
+memory, as in a model of many layers.
 
 vLLM 0.33 is needed as Python files alone: tests/integrations/engines.py fetches them. What its experts call of its compiled parts is
 replaced (benchmarks/vllm_ops.py), and said.
@@ -15,6 +16,7 @@ replaced (benchmarks/vllm_ops.py), and said.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -52,6 +54,9 @@ TOKENS, SMALL_TOKENS = (1, 8, 32, 128, 1024), (1, 6)
 MODES = ("eager", "graph")
 # tokens that are computed densely
 CHECKED = 16
+# Routings that the timed calls take in turn: the weights of one token's experts would lie in L2 from one call to the next, where a model
+# has other layers in between.
+DRAWS = 8
 
 
 def checked(layer: Layer, name: str, tokens: int) -> tuple[Callable[[], Any], Check]:
@@ -63,7 +68,8 @@ def checked(layer: Layer, name: str, tokens: int) -> tuple[Callable[[], Any], Ch
     result = check_output(out[picked], layer.expected(*(x[picked] for x in inputs)), "fp8_e4m3fn")
     if name == "moequant" and not result.passed:
         raise AssertionError(f"{name}: T={tokens}: {result}")
-    return lambda: layer.call(name, inputs), result
+    draws = itertools.cycle([inputs, *(layer.inputs(tokens, draw) for draw in range(1, DRAWS))])
+    return lambda: layer.call(name, next(draws)), result
 
 
 def time_case(layer: Layer, name: str, tokens: int, options: argparse.Namespace) -> dict[str, tuple[Timing, Check]]:

@@ -148,17 +148,20 @@ def summary(records: list[Record], rows: dict[str, dict[int, Record]]) -> list[s
             + "".join(deep_ep_text(records))
         )
     # machines of one version of Triton have the same sizes once more
-    factors = [
-        record["peer_us"] / record["us"]
+    products = [
+        record
         for record in goal_rows(records)
         if record["op"] == "grouped_gemm" and "peer_us" in record and "-triton-" not in record["machine"]
     ]
-    if factors:
+    if products:
+        factors = [record["peer_us"] / record["us"] for record in products]
+        sizes = len({case_text(record["case"]) for record in products})
+        gpus = " and ".join(sorted({record["machine"].removeprefix("nvidia-").upper() for record in products}))
         peer = next(record["peer"] for record in records if record["op"] == "grouped_gemm" and "peer_us" in record)
         name = " ".join(peer.split()[:2])
         sentences.append(
             f"Its grouped fp8 GEMM is {min(factors):.2f} to {max(factors):.2f} times as fast as {name} in the same run, over "
-            f"{len(factors)} sizes from few rows an expert to many."
+            f"{sizes} sizes from few rows an expert to many, on {gpus}."
         )
     models = [
         record

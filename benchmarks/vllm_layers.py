@@ -150,9 +150,9 @@ class Layer:
         w13, w2 = (torch.randn(s, generator=generator, device=self.device) / s[-1] ** 0.5 for s in ((1, 2 * i, h), (1, h, i)))
         return quantize_weight(w13, dtype=torch.float8_e4m3fn, segments=2), quantize_weight(w2, dtype=torch.float8_e4m3fn)
 
-    def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states, ids and weights of this rank, the same for both kernels."""
-        generator = torch.Generator(self.device).manual_seed(tokens + 7919 * self.rank)
+    def inputs(self, tokens: int, draw: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, ids and weights of this rank, the same for both kernels, of one draw of several."""
+        generator = torch.Generator(self.device).manual_seed(tokens + 7919 * self.rank + 104729 * draw)
         ids, weights = routing(tokens, self.shape.top_k, self.shape.num_experts, generator=generator)
         hidden = torch.randn(tokens, self.shape.hidden_size, dtype=torch.bfloat16, generator=generator, device=self.device)
         return hidden, ids.int(), weights.float()

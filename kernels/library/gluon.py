@@ -14,8 +14,8 @@ from moequant.kernels.library.triton_versions import minor
 # A barrier of a partition's threads: "thread_barrier" in 3.6.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-# Whether `mbarrier.arrive` lets a partition's threads wait for each other first: since 3.8, and a barrier before it would be a second one.
-# Of a newer one nobody knows.
+# Whether `mbarrier.arrive` lets a partition's threads wait for each other first: since 3.8, where a barrier before it would be a second
+# one. Of a newer one nobody knows.
 ARRIVE_WAITS = gl.constexpr(minor(triton.__version__) in ((3, 8), (3, 9)))
 
 # Copies of blocks by TMA: "async_copy_.." up to 3.7. In 3.9 the former names are there, and raise.

@@ -1,8 +1,8 @@
 """`kernels/quantization/quantize_weight.py` for Hopper in Gluon: a weight, its transpose, or both in one pass, as blocks are turned in
 registers.
 
-E experts, N rows and K_dim columns of a weight. A matrix as it lies in memory has its columns side by side: of a weight whose rows are, it
-is the transpose.
+E experts, N rows and K_dim columns of a weight. A matrix as it lies in memory has its columns side by side: of a weight whose rows are,
+it is the transpose.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def quantize_weight(
     across_values: Tensor | None = None,
     across_scales: Tensor | None = None,
 ) -> None:
-    """`reference.quantize_weight` of w (E, N, K_dim) into given contiguous outputs, and of its transpose, in one segment, into across_values
-    (E, K_dim, N) and across_scales, or None. Blocks that no kernel is made for take plain torch on any device."""
+    """`reference.quantize_weight` of w (E, N, K_dim) into given contiguous outputs, and of its transpose, in one segment, into
+    across_values (E, K_dim, N) and across_scales, or None. Blocks that no kernel is made for take plain torch on any device."""
     if uses_kernels(w) and block_size in (32, 64, 128):
         from moequant.kernels.library import common
         from moequant.kernels.quantization.quantize_weight import quantize_weight as kernel
