@@ -6,8 +6,8 @@
 
 On one device vLLM quantizes, multiplies and sums up; on several it gathers all ranks' tokens, multiplies by its experts, and scatters the
 sums, which is its default, --all2all-backend allgather_reducescatter. Called by Python (eager), and replayed from a CUDA graph. Both
-results are compared with a dense float32 computation before they are timed. Calls take several routings in turn, so that weights come from
-memory, as in a model of many layers.
+results are compared with a dense float32 computation before they are timed. Calls take several routings in turn, so that weights come
+from memory, as in a model of many layers.
 
 vLLM 0.33 is needed as Python files alone: tests/integrations/engines.py fetches them. What its experts call of its compiled parts is
 replaced (benchmarks/vllm_ops.py), and said.
