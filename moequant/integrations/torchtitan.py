@@ -19,7 +19,7 @@ from torch import Tensor
 from moequant.config import ROW_ALIGNMENT
 from moequant.dispatcher import MoEQuantDispatcher
 from moequant.integrations.groups import ByGroup
-from moequant.integrations.versions import installed, numbers
+from moequant.integrations.versions import UNTESTED, installed, takes
 
 # of these, as the interface of its dispatchers changes with each
 WANTED = 0, 3
@@ -35,10 +35,10 @@ def require(found: str | None) -> None:
         ImportError: there is none, or it is another one.
     """
     wanted = ".".join(map(str, WANTED))
-    if found is None or numbers(found, 2) != WANTED:
+    if found is None or not takes("torchtitan", found, WANTED):
         raise ImportError(
             f"moequant.integrations.torchtitan was written for torchtitan {wanted}, got {found or 'none'}: "
-            f"pip install 'torchtitan=={wanted}.*', or take another moequant"
+            f"pip install 'torchtitan=={wanted}.*', or take another moequant; {UNTESTED}=1 tries it all the same"
         )
 
 

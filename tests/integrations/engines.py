@@ -2,7 +2,10 @@
 
     python tests/integrations/engines.py            fetches all that are not there; needs network, once
     python tests/integrations/engines.py vllm       this one
-    python tests/integrations/engines.py --newest   fetches nothing; fails if one has another interface than the one that is tested
+    python tests/integrations/engines.py --newest   fetches nothing; prints the newest releases, and fails if one has another interface
+                                                    than the one that is tested
+
+With MOEQUANT_ENGINES="vllm==0.34.0 sglang==0.6.0", or what --newest prints, those versions are fetched and tested instead.
 
 Tests of an adapter run in processes of their own (`run_inside`), as the packages of an engine would hide those of the environment.
 """
@@ -27,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 # name, version, and the oldest Python that there is one for. What an engine imports, in versions that go together, is in
 # <name>_packages.txt; torch, Triton and NumPy are the environment's.
-ENGINES = {"vllm": ("0.33.0", (3, 11)), "sglang": ("0.5.23", (3, 11)), "torchtitan": ("0.3.0", (3, 11))}
+TESTED = {"vllm": ("0.33.0", (3, 11)), "sglang": ("0.5.23", (3, 11)), "torchtitan": ("0.3.0", (3, 11))}
+INSTEAD = dict(wish.split("==") for wish in os.environ.get("MOEQUANT_ENGINES", "").split())
+ENGINES = {name: (INSTEAD.get(name, version), oldest) for name, (version, oldest) in TESTED.items()}
 # how many numbers of a version say which interface it has, where they aren't major and minor
 PARTS = {"sglang": 3}
 # of a wheel: neither compiled parts nor sources of kernels
@@ -107,6 +112,8 @@ def run_inside(name: str, *command: str, **variables: str) -> subprocess.Complet
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HERE, place)))
     # on a CPU the references run, which take a hundredth of the interpreter's time
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if version != TESTED[name][0]:
+        inherited["MOEQUANT_UNTESTED_ENGINES"] = "1"
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
@@ -209,11 +216,13 @@ def main(names: list[str]) -> int:
     """
     failed = 0
     if names == ["--newest"]:
-        for name, (version, _) in ENGINES.items():
-            there = newest(name)
-            print(f"engines: {name} {there} is the newest, and {version} is tested")
+        found = {name: newest(name) for name in TESTED}
+        print(" ".join(f"{name}=={there}" for name, there in found.items()))
+        for name, (version, _) in TESTED.items():
             parts = PARTS.get(name, 2)
-            failed |= there.split(".")[:parts] != version.split(".")[:parts]
+            if found[name].split(".")[:parts] != version.split(".")[:parts]:
+                print(f"engines: {name} {found[name]} is the newest, and {version} is tested", file=sys.stderr)
+                failed = 1
         return failed
     unknown = [name for name in names if name not in ENGINES]
     if unknown:

@@ -53,7 +53,7 @@ def test_a_variable_that_is_neither_0_nor_1_ends_a_start(monkeypatch):
 
 
 def test_the_tested_engine_is_the_one_that_the_hooks_were_written_for():
-    assert engines.ENGINES["sglang"][0] == sglang.WANTED
+    assert engines.TESTED["sglang"][0] == sglang.WANTED
 
 
 def test_an_installed_plugin_leaves_sglang_as_it_is_unless_it_is_asked_for(found):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from engines import ROOT, run_inside
+from engines import ENGINES, ROOT, run_inside
 
 from benchmarks.common import TOLERANCES
 from benchmarks.records import CEILINGS, TITLES
@@ -29,7 +29,7 @@ def test_it_records_a_layer_beside_vllms_own_experts(tmp_path):
         ("vllm_layer", tokens, "eager") for tokens in (1, 6)
     ]
     for record in found:
-        assert record["peer"] == "vLLM 0.33.0 Triton experts" and record["peer_us"] > 0
+        assert record["peer"] == f"vLLM {ENGINES['vllm'][0]} Triton experts" and record["peer_us"] > 0
         for error in ("relative_error", "peer_relative_error"):
             assert 0 < record[error] < TOLERANCES["fp8_e4m3fn"]
 

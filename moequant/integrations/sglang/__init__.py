@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from moequant.integrations.versions import installed, numbers
+from moequant.integrations.versions import UNTESTED, installed, numbers, takes
 
 VARIABLE = "MOEQUANT_SGLANG"
 # hooks name SGLang's internals, which change with each of its releases; 0.5.23.post1 is one of these
@@ -45,8 +45,8 @@ def require(found: str | None) -> None:
     Raises:
         ImportError: there is none, or it is another one.
     """
-    if found is None or numbers(found, 3) != numbers(WANTED, 3):
+    if found is None or not takes("SGLang", found, numbers(WANTED, 3)):
         raise ImportError(
             f"moequant.integrations.sglang was written for sglang=={WANTED}, got {found or 'none'}: install that one, another "
-            f"moequant, or unset {VARIABLE}"
+            f"moequant, or unset {VARIABLE}; {UNTESTED}=1 tries it all the same"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moequant.integrations.versions import numbers
+from moequant.integrations.versions import UNTESTED, takes
 
 # the minor version whose classes are derived from here; others have other classes
 MINOR = 0, 33
@@ -21,7 +21,8 @@ def require(found: str | None) -> None:
     remedy = f"pip install 'vllm=={wanted}.*', or a moequant made for yours"
     if found is None:
         raise ImportError(f"moequant.integrations.vllm needs vLLM {wanted}, and there is none: {remedy}")
-    if numbers(found, 2) != MINOR:
+    if not takes("vLLM", found, MINOR):
         raise ImportError(
-            f"moequant.integrations.vllm needs vLLM {wanted}, as each minor version moves what it derives from, got {found}: {remedy}"
+            f"moequant.integrations.vllm needs vLLM {wanted}, as each minor version moves what it derives from, got {found}: {remedy}; "
+            f"{UNTESTED}=1 tries it all the same"
         )
