@@ -173,11 +173,9 @@ def call_quantize_weight_hopper(
 CASES = [
     {"dtype": E4M3},
     {"dtype": E4M3, "turned": True},
-    {"dtype": E4M3, "both": True},
     {"dtype": E4M3, "recipe": "ue8m0", "segments": 2, "both": True},
     {"dtype": E4M3, "recipe": "deepgemm", "turned": True, "both": True},
     {"dtype": E4M3, "wide": torch.float32, "both": True},
-    {"dtype": E4M3, "wide": torch.float32, "turned": True},
     {"dtype": E4M3, "columns": 2880, "both": True},
 ]
 COMPILE_CASES = cases(call_quantize_weight_hopper, *CASES, hopper=True, wide=False)
