@@ -39,7 +39,7 @@ class Config(NamedTuple):
     programs: int
 
 
-# As measured on an H100 and an H200: of a transpose alone, and of what is stored as it lies, 16 numbers of a row at a time.
+# Of a transpose alone, as measured on an H200, and of what is stored as it lies, 16 numbers of a row at a time, on an H100.
 TRANSPOSE = Config(PATCH, 3)
 AS_IT_LIES = Config(Patch(8, 16, 8), 2)
 

@@ -137,6 +137,16 @@ OPERATION_CASES = {
             2,
             128,
         ),
+        "and its transpose": lambda: (
+            torch.randn(2, 260, 140).bfloat16(),
+            torch.zeros(2, 260, 140).to(FP8),
+            torch.zeros(2, 4, 2),
+            "ue8m0",
+            2,
+            128,
+            torch.zeros(2, 140, 260).to(FP8),
+            torch.zeros(2, 2, 3),
+        ),
         "fp8 in small blocks": lambda: (
             torch.randn(1, 40, 70),
             torch.zeros(1, 40, 70).to(FP8),
