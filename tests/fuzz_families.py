@@ -15,6 +15,7 @@ from fuzz_invariant import Invariant
 from fuzz_operations import FusedGemm1, Place, Products, Quantizers
 from fuzz_training import Trained
 from fuzz_weight_gradients import WeightGradients
+from fuzz_weights import Weights
 from moequant.kernels.library import common
 
 
@@ -43,6 +44,7 @@ def families_of(place: Place, chosen: list[str] | None = None) -> list[Any]:
             PlainRows,
             Columnwise,
             WeightGradients,
+            Weights,
             Checkpoints,
         ]
         if common.runs_gluon(torch.device(place.device)):

@@ -41,7 +41,7 @@ BLOCK = 20
 ON_SEVERAL, ON_A_GPU = ("layers", "shared", "invariant"), ("peers", "gemm1_swiglu")
 ON_ONE = (
     *("layers", "invariant", "trained", "product", "quantize", "activation", "silu_mul_backward", "plain_rows", "columnwise"),
-    *("weight_gradient", "checkpoint"),
+    *("weight_gradient", "weight", "checkpoint"),
 )
 # of one setting, and of one whose kernels are compiled
 SECONDS, FIRST_SECONDS = 60.0, 240.0

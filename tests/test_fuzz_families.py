@@ -249,6 +249,21 @@ def test_a_weight_gradient_that_is_not_the_same_twice_is_wrong(monkeypatch):
     wrong("weight_gradient", "gradients, twice differ")
 
 
+WEIGHTS: dict[str, tuple[Callable[..., object], str, bool]] = {
+    "a value": (lambda values, scales, *across: flip(values), "values of w", False),
+    "a scale": (lambda values, scales, *across: flip(scales), "scales of w", False),
+    "a value of the transpose": (lambda values, scales, *across: across and flip(across[0]), "values of its transpose", False),
+    "past the end": (lambda values, scales, *across: behind(values), "behind values of w", True),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_an_error_of_a_quantized_weight_is_found(case, monkeypatch):
+    damage, text, guards = WEIGHTS[case]
+    damaged(monkeypatch, ops, "quantize_weight", lambda _, w, values, scales, *given: damage(values, scales, *given[3:]))
+    wrong("weight", text, guards)
+
+
 def scaled(name: str, factor: float) -> Callable[..., object]:
     """Makes what `slopes` gives other by a factor."""
 
