@@ -236,8 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--rank-capacity", type=float, help=f"times the mean (default: {ALONE} on one rank, {ROOM} on several)")
     add("--recompute", action="store_true", help="GEMM 1 runs again in the backward")
     add("--keep-quantized", action="store_true", help="in fp8, GEMM 1's result lies in fp8 until the backward")
-    help_text = "of several: the weights are quantized for both directions at once and kept, or are those that were kept"
-    add("--microbatch", choices=("first", "later"), help=help_text)
+    add("--microbatch", choices=("first", "later"), help="of several: the weights are quantized and kept, or are the kept ones")
     add("--transport", default="auto", choices=("auto", "local", "collective", "symmetric"), help="(default: auto)")
     add("--reps", type=int, default=REPS, help=f"of each timing (default: {REPS})")
     add("--profile", type=Path, help="append the kernels of forward and backward, by their time, to this file")

@@ -54,9 +54,6 @@ TOKENS, SMALL_TOKENS = (1, 8, 32, 128, 1024), (1, 6)
 MODES = ("eager", "graph")
 # tokens that are computed densely
 CHECKED = 16
-# Routings that the timed calls take in turn: the weights of one token's experts would lie in L2 from one call to the next, where a model
-# has other layers in between.
-DRAWS = 8
 
 
 def checked(layer: Layer, name: str, tokens: int) -> tuple[Callable[[], Any], Check]:
@@ -68,7 +65,7 @@ def checked(layer: Layer, name: str, tokens: int) -> tuple[Callable[[], Any], Ch
     result = check_output(out[picked], layer.expected(*(x[picked] for x in inputs)), "fp8_e4m3fn")
     if name == "moequant" and not result.passed:
         raise AssertionError(f"{name}: T={tokens}: {result}")
-    draws = itertools.cycle([inputs, *(layer.inputs(tokens, draw) for draw in range(1, DRAWS))])
+    draws = itertools.cycle([layer.inputs(tokens, draw) for draw in range(layer.draws)])
     return lambda: layer.call(name, next(draws)), result
 
 

@@ -116,18 +116,16 @@ def quantize_weight_hopper(
     spec: QuantSpec,
     *,
     across: tuple[Tensor, Tensor] | None = None,
-    config: Config | None = None,
 ) -> None:
     """`quantize_weight` in blocks of 128, on arguments of which `supports_quantize_weight` is true, and the same of w's transpose.
 
-    across: values (E, K_dim, N) and scales (E, ceil(K_dim / 128), ceil(N / 128)) of that, contiguous, or None. config: instead of the
-    choice.
+    across: values (E, K_dim, N) and scales (E, ceil(K_dim / 128), ceil(N / 128)) of that, contiguous, or None.
     """
     made = Quantized(values, scales), Quantized(*across or ())
     if w.stride(1) == 1:
         w, made = w.mT, made[::-1]
     rows, columns = w.shape[1:]
-    config = config or (TRANSPOSE if made[0].values_ptr is None else AS_IT_LIES)
+    config = TRANSPOSE if made[0].values_ptr is None else AS_IT_LIES
     quantize_weight_hopper_kernel[(scales.numel(),)](
         strided(w),
         *made,

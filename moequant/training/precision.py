@@ -99,9 +99,12 @@ class Precision:
         w = w.to(torch.bfloat16)
         if self.quant == "none":
             return w.contiguous()
-        made = empty_blocks(w.shape, QUANT_DTYPES[self.quant], self.recipe, segments, BLOCK, w.device)
+        made = self._empty_blocks(w, segments)
         again(ops.quantize_weight, w, made.values, made.scales, self.recipe, segments, BLOCK)
         return made
+
+    def _empty_blocks(self, w: Tensor, segments: int) -> QuantizedTensor:
+        return empty_blocks(w.shape, QUANT_DTYPES[self.quant], self.recipe, segments, BLOCK, w.device)
 
     def both_ways(self, w: Tensor, segments: int = 1) -> tuple[Operand, Operand]:
         """A weight and its transpose as operands, made anew, of fp8 in one pass over the weight where that is possible.
@@ -117,12 +120,9 @@ class Precision:
             plain = self.weight(w)
             return plain, plain
         w = w.to(torch.bfloat16)
-        made, across = (
-            empty_blocks(x.shape, QUANT_DTYPES[self.quant], self.recipe, parts, BLOCK, w.device)
-            for x, parts in ((w, segments), (w.mT, 1))
-        )
-        outputs = made.values, made.scales, self.recipe, segments, BLOCK, across.values, across.scales
-        again(ops.quantize_weight, w, *outputs)
+        made, across = self._empty_blocks(w, segments), self._empty_blocks(w.mT, 1)
+        settings = self.recipe, segments, BLOCK
+        again(ops.quantize_weight, w, made.values, made.scales, *settings, across.values, across.scales)
         return made, across
 
     def operand(self, x: Tensor, rows: Rows) -> Operand:
