@@ -58,7 +58,8 @@ def test_the_example_on_two_ranks_has_the_result_of_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     alone = run_example(0, 1)
     for out in run_ranks(run_example, 2, setup=hide_gpus):
-        assert relative_error(out, alone) < 1e-5
+        # products of other numbers of rows are summed in another order: one number that rounds to the other bfloat16 makes 1.6e-5
+        assert relative_error(out, alone) < 1e-4 and (out != alone).float().mean() < 1e-3
 
 
 @pytest.mark.multigpu
