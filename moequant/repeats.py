@@ -80,6 +80,8 @@ class Repeats:
         self._steps: dict[tuple[Any, ...], tuple[list[Repeated], Any] | None] = {}
         # those that took memory when they first came
         self._took_memory: set[tuple[Any, ...]] = set()
+        # of kernels/library/launch.py, which is imported when something is recorded
+        self._is_watched: Callable[[], bool] = lambda: False
 
     def run(self, x: Tensor, inputs: tuple[Tensor, ...], settings: tuple[Any, ...], call: Callable[[], Result]) -> Result:
         """The result of a step: by the step itself, or by repeating its launches, and then it is the recorded step's result.
@@ -105,7 +107,7 @@ class Repeats:
         step = self._steps.get(found, UNKNOWN)
         if step is UNKNOWN:
             return self._first(found, inputs, addresses, call)
-        if step is None:
+        if step is None or self._is_watched():
             return call()
         launches, result = step
         for (start, grid, values, *_), places, in_tuples, descriptors in launches:
@@ -147,8 +149,9 @@ class Repeats:
 
     def _first(self, key: tuple[Any, ...], inputs: tuple[Tensor, ...], addresses: list[int], call: Callable[[], Result]) -> Result:
         """The step itself, recorded if its launches are all that it does."""
-        from moequant.kernels.library.launch import record
+        from moequant.kernels.library.launch import is_watched, record
 
+        self._is_watched = is_watched
         recording.on = True
         try:
             with record() as launches, Watch() as watch:
@@ -164,7 +167,8 @@ class Repeats:
             repeated = [placed(launch, inputs, addresses) for launch in launches]
             # of two inputs in one place nothing says which is meant; those without elements are at 0
             given = [address for address in addresses if address]
-            whole = watch.harmless and not watch.took_memory and None not in repeated and len({*given}) == len(given)
+            harmless = watch.harmless and not watch.took_memory
+            whole = harmless and launches and None not in repeated and len({*given}) == len(given)
             if len(self._steps) >= MOST_STEPS:
                 self._steps.clear()
             self._steps[key] = ([step for step in repeated if step is not None], result) if whole else None
@@ -195,7 +199,11 @@ def placed(launch: Launch, inputs: tuple[Tensor, ...], addresses: list[int]) -> 
                     return None
             kept.append(part)
         held[place] = tuple(kept)
-    rest = launch._replace(arguments=held, descriptors={})
+    values = launch.values.copy()
+    for place, *_ in descriptors:
+        # it would keep the input, and another one stands here each time
+        values[place] = None
+    rest = launch._replace(values=values, arguments=held, descriptors={})
     return Repeated(rest, tuple(places), tuple(in_tuples), tuple(descriptors))
 
 

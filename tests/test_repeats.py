@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher, quantization, quantize_expert_batch, silu_mul_quantize
+from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher, quantization, quantize_expert_batch
+from moequant.kernels.library import launch
 from moequant.kernels.library.arguments import Rows
 from moequant.kernels.library.launch import Launchable
 from moequant.repeats import MOST_STEPS, Repeats, members_of
@@ -130,6 +132,57 @@ def test_descriptors_of_inputs_are_put_in_anew_and_keep_no_input(gpu):
     assert [values[0].base for values in started] == [(x.data_ptr(), torch.float32) for x in (*inputs, inputs[0])]
     assert [values[2] for values in started] == [y.data_ptr()] * 4 and started[3][0] is started[0][0]
     assert [id(tensor) for tensor in held_by(step)] == [id(step.kept)]
+
+
+def test_a_recording_frees_the_input_whose_descriptor_stood_among_its_values(gpu):
+    """From Triton 3.7 on a descriptor is launched with the tensor in it."""
+    step, y = Step(lambda x, y: (descriptor(x), y)), torch.zeros(16)
+    x = torch.zeros(16)
+    alive = weakref.ref(x)
+    step(x, y)
+    # the kernel wrote down what it was started with
+    step.kernel.started.clear()
+    assert step.repeats._steps and alive() is not None
+    del x
+    assert alive() is None
+
+
+@pytest.fixture
+def watched(monkeypatch) -> SimpleNamespace:
+    """Triton's hook: `calls` of it are asked for each launch."""
+    hook = SimpleNamespace(calls=[])
+    monkeypatch.setattr(launch.knobs.runtime, "launch_enter_hook", hook)
+    return hook
+
+
+def test_a_profiler_sees_a_step_that_was_recorded_and_leaves_no_recording(gpu, watched):
+    step, x, y = Step(), torch.zeros(16), torch.zeros(16)
+    wider = torch.zeros(32)
+    step(x, y)
+    for _ in range(2):
+        step(x, y)
+    assert step.asked == 0
+    watched.calls.append(print)
+    compiled = step.kernel.compiled
+    for _ in range(3):
+        step(x, y)
+        step(wider, y)
+    # each of them by itself and by Triton
+    assert step.asked == 6 and step.kernel.compiled == compiled + 6
+    watched.calls.clear()
+    step.kernel.started.clear()
+    for _ in range(3):
+        step(x, y)
+        step(wider, y)
+    assert len(step.kernel.started) + step.kernel.compiled - compiled - 6 == 6, "a launch was left out"
+    assert step.asked < 10
+
+
+def test_a_step_without_a_launch_is_done_itself_each_time(gpu):
+    repeats, asked, x = Repeats(), [], torch.zeros(16)
+    for _ in range(4):
+        repeats.run(x, (x,), (), lambda: asked.append(1))
+    assert len(asked) == 4
 
 
 def test_an_operation_s_tensors_are_its_inputs_in_tuples_too(gpu):
@@ -306,40 +359,6 @@ def test_weights_that_are_replaced_are_seen():
         assert_bit_equal(dispatcher(*given, experts), before * 2)
         experts.w2 = torch.zeros_like(w2)
         assert not dispatcher(*given, experts).any()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
-def test_repeated_quantizers_have_the_bits_of_new_ones_and_hold_nothing(ragged):
-    """The same launch again on other memory, other counts and other settings, against fresh outputs; recordings keep no tensor."""
-    generator = torch.Generator().manual_seed(2)
-    counts = torch.tensor([[9, 0, 16], [16, 3, 1], [0, 0, 5]], dtype=torch.int32)
-    before = len(quantization.REPEATS._steps)
-    for number in range(12):
-        shape = (48, 512) if ragged else (3, 16, 512)
-        x = torch.randn(shape, generator=generator).bfloat16().cuda()
-        n = counts[number % 3].cuda()
-        start = (torch.tensor([0, 16, 32], dtype=torch.int32).cuda(),) if ragged else ()
-        for function in (quantize_expert_batch, silu_mul_quantize):
-            columns = 512 if function is quantize_expert_batch else 256
-            settings: dict[str, Any] = {"dtype": torch.int8, "recipe": ("default", "ue8m0")[number % 2]}
-            outputs = []
-            for _ in range(2):
-                values = torch.full((*shape[:-1], columns), 77, dtype=torch.int8, device="cuda")
-                scales = torch.full((*shape[:-1], columns // 128), -1.0, device="cuda")
-                outputs.append({"values": values, "scales": scales})
-            again = function(x, n, *start, **settings, **outputs[0])
-            assert again.values is outputs[0]["values"] and again.scales is outputs[0]["scales"] and again.layout == "row"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Repeats, "device", lambda self, x: None)
-                function(x, n, *start, **settings, **outputs[1])
-            assert_bit_equal(again.values, outputs[1]["values"])
-            assert_bit_equal(again.scales, outputs[1]["scales"])
-    kept = [*quantization.REPEATS._steps.values()][before:]
-    assert any(step is not None for step in kept)
-    for step in kept:
-        for repeated in step[0] if step else ():
-            assert not any(isinstance(part, Tensor) for part in members_of(tuple(repeated.launch.arguments.values())))
 
 
 def test_a_repeated_quantizer_raises_what_it_would_raise_the_first_time(gpu, monkeypatch):
