@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 # What a subclass may override to compute something else.
 STEPS = frozenset(("__call__", "push", "gemm1_swiglu", "gemm1", "activation", "gemm2", "gemm2_push", "_product"))
 # What a copy has of its own.
-OWN = frozenset(("_number", "_owner", "_repeats", "_checked", "_parts"))
+OWN = frozenset(("_number", "_owner", "_repeats", "_checked", "_parts", "_known"))
 
 
 class GroupedExperts(ExpertWeights):
@@ -65,6 +65,8 @@ class GroupedExperts(ExpertWeights):
         # the last batch that was found to be one for these experts
         self._checked: weakref.ref[ExpertBatch] | None = None
         self._parts: dict[tuple[int, int], GroupedExperts] = {}
+        # where the weights lie that both are of
+        self._known: tuple[int, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in OWN}
@@ -125,11 +127,10 @@ class GroupedExperts(ExpertWeights):
         check_num_sms(num_sms)
         if not isinstance(batch, ExpertBatch) or batch.owner is None or _overridden(self):
             return call()
+        weights = self._notice_new_weights()
         repeats = self._repeats.get(batch)
         if repeats is None:
             repeats = self._repeats[batch] = Repeats()
-        # with what may be refused: weights that require grad
-        weights = _addresses_of(self.w13, self.w2, self.bias13, self.bias2)
         return repeats.run(batch.values, inputs, (name, num_sms, batch.values.data_ptr(), *weights, torch.is_grad_enabled()), call)
 
     def gemm1_swiglu(self, batch: ExpertBatch, *, num_sms: int | None = None) -> QuantizedTensor | Tensor:
@@ -152,6 +153,15 @@ class GroupedExperts(ExpertWeights):
         ops.gemm1_swiglu(batch.values, batch.scales, *w13, *counts, *out, batch.recipe, batch.chosen_by, num_sms)
         return inner
 
+    def _notice_new_weights(self) -> tuple[int, ...]:
+        """Where the weights lie, with what may be refused, that they require grad. What was made of others is forgotten."""
+        weights = _addresses_of(self.w13, self.w2, self.bias13, self.bias2)
+        if weights != self._known:
+            self._known = weights
+            self._repeats.clear()
+            self._parts.clear()
+        return weights
+
     def part(self, begin: int, end: int) -> GroupedExperts:
         """Some of the experts, with views of the weights, for `ExpertBatch.part`. It is kept, and so is its workspace; ragged: all's.
 
@@ -167,6 +177,7 @@ class GroupedExperts(ExpertWeights):
             RuntimeError: for a subclass that overrides steps: the part would not have them.
         """
         check_part(begin, end, self.w13.shape[0])
+        self._notice_new_weights()
         if (begin, end) not in self._parts:
             if _overridden(self):
                 raise RuntimeError(

@@ -170,6 +170,14 @@ def test_parts_are_the_experts_of_the_whole(quant):
     assert experts.part(0, 1) is experts.part(0, 1)
 
 
+def test_parts_have_the_weights_of_the_moment():
+    experts, batch = GroupedExperts.from_weights(*weights(), quant="none"), make_batch("none", torch.randn(EXPERTS, ROWS, HIDDEN))
+    of_the_whole = experts.w2
+    for w2 in (of_the_whole, torch.zeros_like(of_the_whole), of_the_whole):
+        experts.w2 = w2
+        assert experts.part(0, 2)(batch.part(0, 2))[0, 0].any() == w2.any()
+
+
 @pytest.mark.parametrize("quant", ["none", "int8"])
 def test_the_steps_alone_are_the_call(quant):
     experts = GroupedExperts.from_weights(*weights(), quant=quant)
