@@ -72,9 +72,10 @@ class TileCounters:
         if not unused:
             # 16 bytes apart, as Triton compiles anew for pointers that are aligned otherwise
             self.chunks.append(torch.zeros(4096, 4, dtype=torch.int32, device=device))
-            unused.extend(self.chunks[-1].unbind())
-            # the zeros are there before another stream draws from them
+            pairs = self.chunks[-1].unbind()
+            # the zeros are there before another stream draws from them, and before another thread finds them
             torch.cuda.current_stream(device).synchronize()
+            unused.extend(pairs)
         if key not in self.of_stream:
             self.of_stream[key] = unused.pop()
         return self.of_stream[key]

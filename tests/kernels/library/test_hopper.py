@@ -1,13 +1,16 @@
-"""The host's side of the Hopper kernels: which scales TMA can step over, and what their descriptors cover. Needs no GPU."""
+"""The host's side of the Hopper kernels: which scales TMA steps over, what their descriptors cover, tile counters. Needs no GPU."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from moequant.batch import empty_transposed_scales
-from moequant.kernels.library.hopper import scale_matrix, takes
+from moequant.kernels.library.hopper import counters, scale_matrix, takes
+from written_launches import install_gpu
 
 EXPERTS, ROWS, COLUMNS, GROUPS = 3, 40, 256, 4
 
@@ -56,3 +59,37 @@ def test_the_matrix_of_the_scales_ends_with_the_last_experts_last_group(experts:
     last = scales[-1, -1, -1].data_ptr() - scales.data_ptr()
     rows, columns = descriptor.shape
     assert 4 * ((rows - 1) * descriptor.strides[0] + columns - 1) == last
+
+
+def test_counters_are_handed_out_when_their_zeros_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may ask while this one waits for them."""
+    own, device, waited = type(counters)(), torch.device("cuda", 0), []
+    install_gpu(monkeypatch)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device=None: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    stream = SimpleNamespace(synchronize=lambda: waited.append(len(own.unused[device])))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    assert not own.get(device).any() and waited == [0]
+
+
+def test_no_counter_is_freed_while_a_graph_may_hold_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager calls on two streams with captures between them, until several chunks have been used up."""
+    capturing, active = [False], install_gpu(monkeypatch)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, dtype, device=None: zeros(*shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=lambda: None))
+    own, device, given = type(counters)(), torch.device("cuda", 0), set()
+    for _ in range(3):
+        for active.stream in (1, 2):
+            capturing[0] = False
+            own.get(device)
+            capturing[0] = True
+            given |= {own.get(device).data_ptr() for _ in range(4000)}
+    capturing[0] = False
+    eager = {pair.data_ptr() for pair in own.of_stream.values()}
+    addresses = {chunk[row].data_ptr() for chunk in own.chunks for row in range(len(chunk))}
+    assert len(given) >= 12_000 and len(eager) == 2 and not given & eager
+    # what was given during a capture without a supply is the graph's own
+    assert len(given & addresses) >= 12_000
