@@ -203,6 +203,9 @@ class Transport(ABC, Generic[AnySlot]):
     def again(self, slot: AnySlot) -> None:
         """Before a second combine of one dispatch, which must not write what a slower rank still reads for the first."""
 
+    def give_up(self, slot: AnySlot) -> None:
+        """Before the dispatch that follows one whose rows were sent and never received."""
+
     def check_guards(self) -> None:
         """Waits for the device. Raises GuardError if something was stored between the buffers that other ranks store to."""
 

@@ -264,6 +264,8 @@ class Lifecycle:
         except Exception:
             self._count_refusal()
             raise
+        if buffers.stage is Stage.SENT:
+            self._transport.give_up(buffers)
         buffers.call = Call(self._ordinal, slot, first_experts, 0 if layer is None else 1 + layer % LAYERS)
         buffers.generation += 1
         buffers.expected_rows = None if expected_tokens is None else self.config.mean_rows(expected_tokens)

@@ -303,6 +303,10 @@ class SymmetricTransport(Transport[SymmetricSlot]):
     def again(self, slot: SymmetricSlot) -> None:
         self._flag_round(slot, 2)
 
+    def give_up(self, slot: SymmetricSlot) -> None:
+        # a rank has sent its rows when it has read all counts, and others may store their next ones
+        self._flag_round(slot, 1, signal=False)
+
     def _barrier(self, seconds: float) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -61,12 +61,15 @@ def draw_rounds(rounds: int, ranks: int, settings: dict[str, Any]) -> list[tuple
 
 
 def run_rounds(rank: int, ranks: int, rounds: list[tuple[int, bool, int, Any, Any, Any]], settings: dict[str, Any]) -> None:
-    """The drawn rounds, each compared with one process: two slots, one wave or two, combines left out and done twice, ranks without
-    tokens."""
+    """The drawn rounds, each compared with one process: two slots, one wave or two, rows that are sent and never received, combines left
+    out and done twice, ranks without tokens."""
     del ranks
     with MoEQuantDispatcher(**settings, transport="symmetric", slots=2) as dispatcher:
         for number, (slot, waves, combines, inputs, rows, outputs) in enumerate(rounds):
             hidden, ids, weights = inputs[rank]
+            if combines == 2:
+                # other rows, which nobody receives
+                dispatcher.dispatch_send(hidden, ids.flip(1), weights, slot=slot)
             if waves:
                 # as the flags of a call in waves look 2**31 calls later
                 dispatcher._slots[slot].buffers.flags[2].fill_(2**30)
@@ -88,6 +91,39 @@ def test_random_delays_change_no_bit(layout, interpreted):
     settings = {**SETTINGS, "layout": layout}
     rounds = draw_rounds(ROUNDS, 4, settings)
     run_ranks(run_rounds, 4, rounds, settings, setup=install_slow_interpreter)
+
+
+def run_abandoned(rank: int, ranks: int) -> list[list[Any]]:
+    """Of a dispatch behind each kind of other one, the rounds of flags before its counts go out."""
+    del ranks
+    found = []
+    with MoEQuantDispatcher(**SETTINGS, transport="symmetric", slots=2) as dispatcher:
+        transport, waits = dispatcher._transport, []
+        assert isinstance(transport, SymmetricTransport)
+        flag_round, exchange = transport._flag_round, transport._exchange
+
+        def noted_round(slot: Any, phase: int, **how: Any) -> None:
+            waits.append((slot.number, phase, how))
+            flag_round(slot, phase, **how)
+
+        def noted_exchange(topk_ids: Any, slot: Any) -> None:
+            found.append([*waits])
+            exchange(topk_ids, slot)
+
+        vars(transport).update(_flag_round=noted_round, _exchange=noted_exchange)
+        tokens = torch.randn(2, 8).bfloat16(), torch.tensor([[rank, 7 - rank]] * 2), torch.ones(2, 2)
+        for slot in (0, 1, 0, 1):
+            waits.clear()
+            handle = dispatcher.dispatch_send(*tokens, slot=slot)
+            if slot:
+                dispatcher.dispatch_recv(handle)
+    return found
+
+
+def test_rows_that_are_given_up_are_waited_for_before_the_slots_next_counts_go_out(interpreted):
+    """A rank has read all counts when its rows are there: until then nobody may store other counts."""
+    for found in run_ranks(run_abandoned, 2):
+        assert found == [[], [], [(0, 1, {"signal": False})], []]
 
 
 def run_flag_rounds(rank: int, ranks: int, rounds: int) -> None:
