@@ -258,21 +258,21 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous()")
 
 
-def check_counted(config: DispatcherConfig, invalid: int, dropped: int) -> None:
+def check_counted(config: DispatcherConfig, invalid: int, dropped: int, by_source: bool) -> None:
     """Raises InvalidExpertIdError or CapacityOverflowError for what the kernels counted since the last check: ids that are no expert's,
-    and rows without room."""
+    and rows without room. by_source: each rank has only a part of an expert's rows, as in the padded exchange."""
     if config.ragged:
-        overflow = (
-            f"{dropped} rows had no room in their rank's buffer of {config.total_rows} rows and were not sent; raise rank_capacity "
-            "(None holds every row of distinct experts; for experts that a token names twice give a number, and use "
-            'exchange="packed"), or accept it with on_overflow="drop"'
-        )
+        name, room = "rank_capacity", f"rows had no room in their rank's buffer of {config.total_rows} rows"
     else:
-        overflow = (
-            f"{dropped} rows had no room in their expert's buffer of {config.max_rows} rows and were not sent; raise capacity "
-            '(None holds every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it '
-            'with on_overflow="drop"'
-        )
+        name, room = "capacity", f"rows had no room in their expert's buffer of {config.max_rows} rows"
+    twice = f"give {name} a number"
+    if by_source:
+        room += f", or among the {config.rows_per_source} of an expert that a rank can send in the padded exchange,"
+        twice += ' and use exchange="packed"'
+    overflow = (
+        f"{dropped} {room} and were not sent; raise {name} (None holds every row of distinct experts; for experts "
+        f'that a token names twice {twice}), or accept it with on_overflow="drop"'
+    )
     if invalid:
         raise InvalidExpertIdError(
             f"{invalid} entries of topk_ids were outside -1..{config.num_experts - 1} and were treated as -1; check the router, and "

@@ -162,16 +162,16 @@ def test_float8_is_for_nvidia_gpus_from_sm_89_on(monkeypatch, capability, quant,
 def test_invalid_ids_are_told_before_rows_without_room_and_with_them():
     errors, drops = (DispatcherConfig(**SETTINGS, capacity=3, on_overflow=action) for action in ("error", "drop"))
     for config in (errors, drops):
-        check_counted(config, 0, 0)
+        check_counted(config, 0, 0, False)
         with pytest.raises(
             InvalidExpertIdError, match=r"2 entries of topk_ids were outside -1\.\.3 .* Besides, 5 rows had no room"
         ):
-            check_counted(config, 2, 5)
+            check_counted(config, 2, 5, False)
         with pytest.raises(InvalidExpertIdError, match="num_experts$"):
-            check_counted(config, 2, 0)
-    check_counted(drops, 0, 5)
+            check_counted(config, 2, 0, False)
+    check_counted(drops, 0, 5, False)
     with pytest.raises(CapacityOverflowError, match="^5 rows had no room in their expert's buffer of 16 rows"):
-        check_counted(errors, 0, 5)
+        check_counted(errors, 0, 5, False)
 
 
 @pytest.mark.parametrize("slot", [True, False, -1, 2, 1.0, "1", None], ids=repr)
