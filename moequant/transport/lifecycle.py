@@ -305,8 +305,8 @@ class Lifecycle:
         buffers = self._slots[handle.slot]
         if handle.generation != buffers.generation:
             raise StaleHandleError(
-                f"the handle is of dispatch {handle.generation} of slot {handle.slot}, which has dispatched {buffers.generation} times "
-                "since and reused its buffers; combine before the next dispatch, or use slots=2"
+                f"the handle is of dispatch {handle.generation} of slot {handle.slot}, whose buffers a later dispatch, or "
+                "ensure, has taken; combine before the next dispatch, or use slots=2"
             )
         if step is not None:
             buffers.check_step(step)
