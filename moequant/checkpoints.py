@@ -129,7 +129,9 @@ class CheckpointWeight:
     def _refuse(self) -> NoReturn:
         experts, rows, columns = self.shape
         parts = self.segments or 1
-        expected = experts, parts * self._count(0, rows // parts), self._count(1)
+        down, across = parts * self._count(0, rows // parts), self._count(1)
+        # as they are given
+        expected = (experts, across, down) if self.transposed else (experts, down, across)
         also = " or of gate and up each" if self.segments is None else ""
         lies = ", transposed" if self.transposed else ""
         hint = "; pairs of e2m1 are given as values.view(torch.uint8)" if self.values.dtype == torch.int8 else ""

@@ -332,6 +332,15 @@ def test_scales_of_gate_and_up_are_no_others():
         GroupedExperts.from_checkpoint(w13, CheckpointWeight(VALUES, torch.ones(E, 2, 1)))
 
 
+def test_scales_of_transposed_values_are_asked_for_as_they_lie():
+    values = torch.zeros(E, 256, 128).to(E4M3)
+    with pytest.raises(
+        LayoutError, match=r"need scales of shape \(2, 2, 1\) or of gate and up each, got \(2, 1, 2\), transposed; give"
+    ):
+        CheckpointWeight(values, torch.ones(E, 1, 2), transposed=True)
+    assert CheckpointWeight(values, torch.ones(E, 2, 1), transposed=True).shape == (E, 128, 256)
+
+
 def test_weights_that_do_not_fit_together_raise_a_value_error():
     w2, unit = CheckpointWeight(*w2_parts()), torch.ones(())
     half = CheckpointWeight(narrow(E, INNER, H), unit, (None, None))
