@@ -123,6 +123,15 @@ def test_expected_tokens_say_how_many_rows_an_expert_gets_and_change_nothing_els
                 run(expected_tokens=wrong)
 
 
+def test_tokens_that_were_quantized_before_are_refused_and_what_to_give_is_said():
+    hidden, ids, weights = inputs()
+    message = (
+        "hidden_states must be .*, got torch.float8_e4m3fn; .* if it is quantized, give what it was made of: dispatch quantizes"
+    )
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as layer, pytest.raises(ValueError, match=message):
+        layer.dispatch(hidden.to(torch.float8_e4m3fn), ids, weights)
+
+
 @pytest.mark.parametrize("position, name", [(0, "hidden_states"), (1, "topk_ids"), (2, "topk_weights")])
 def test_every_input_has_to_be_on_the_dispatchers_device(position, name):
     arguments = inputs()
