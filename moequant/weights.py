@@ -252,9 +252,10 @@ class ExpertWeights:
             w13: (L, 2I, H), gate first, then up, or interleaved, which are laid apart; not gated (L, I, H). bfloat16, float16 or
                 float32, any strides, "none" bfloat16 and "float16" float16: `w.transpose(1, 2)` of weights that lie the other way round.
             w2: (L, H, I), as w13.
-            quant: the dispatcher's; "none" and "float16" keep the weights as they are.
+            quant: the dispatcher's; "none" and "float16" keep the weights as they are, contiguous ones that need not be laid apart in
+                the memory that was given.
             activation: an `Activation`, or the name of its function.
-            bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None.
+            bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None. Kept as such weights are.
             bias2: (L, H), or None.
             recipe: see `moequant.formats.RECIPES`.
 
