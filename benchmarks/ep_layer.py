@@ -21,7 +21,7 @@ from benchmarks.ep_options import EMPTY_RANKS, dispatcher_settings
 from benchmarks.timing import Modes, Way, time_modes, time_turn_about
 from moequant import GroupedExperts, MoEQuantDispatcher, quantize_expert_batch, reference
 from moequant.batch import ceil_div
-from moequant.config import DispatcherConfig
+from moequant.config import PLAIN_DTYPES, DispatcherConfig
 from moequant.reference.routing import ragged_rows
 from moequant.testing import routing
 from moequant.transport.base import Stage
@@ -176,7 +176,8 @@ class Layer:
         self.rank = rank
         local = config.num_local_experts
         pairs = [expert_weights(options, expert, device) for expert in range(rank * local, (rank + 1) * local)]
-        w13, w2 = (torch.stack(weights) for weights in zip(*pairs, strict=True))
+        dtype = PLAIN_DTYPES.get(config.quant, torch.bfloat16)
+        w13, w2 = (torch.stack(weights).to(dtype) for weights in zip(*pairs, strict=True))
         self.experts = GroupedExperts.from_weights(w13, w2, quant=config.quant)
         self.tokens = tokens
         self.iters = options.iters

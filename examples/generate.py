@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 2 examples/generate.py [FOLDER]
 
 FOLDER is a model on this machine; without one a tiny model with random weights is taken. With torchrun the experts are split over the
-ranks. Needs `pip install 'moequant[transformers]'`.
+ranks. Needs `pip install '.[transformers]'` in a checkout of moequant.
 """
 
 from __future__ import annotations

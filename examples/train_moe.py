@@ -5,7 +5,7 @@
 
 The model and the text, the sources of Python's standard library, are those of benchmarks/record_trace.py; nothing is downloaded. In
 --folder are, for each precision, the curve as a table and a checkpoint for each rank, from which the same command with more steps goes
-on; and one picture of the curves. Needs matplotlib.
+on; and one picture of the curves, if there is matplotlib.
 """
 
 from __future__ import annotations
@@ -148,8 +148,11 @@ def bar(name: str, step: int, steps: int, loss: float, curve: list[tuple[int, fl
 
 def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """The curves of all precisions, one picture."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"no {path}, as there is no matplotlib: pip install matplotlib; the same command again then draws it at once")
+        return
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 

@@ -73,7 +73,8 @@ class CheckpointWeight:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        check_tensor("values", self.values, dtypes=(*NARROW_DTYPES, *PACKED_DTYPES))
+        remedy = "weights in plain numbers are for GroupedExperts.from_weights"
+        check_tensor("values", self.values, dtypes=(*NARROW_DTYPES, *PACKED_DTYPES), remedy=remedy)
         check_tensor("scales", self.scales, dtypes=(*FLOAT_DTYPES, *EXPONENT_DTYPES), device=self.values.device)
         check_has_numbers("values", self.values)
         check_is("block", self.block, (tuple, list))
@@ -129,7 +130,9 @@ class CheckpointWeight:
     def _refuse(self) -> NoReturn:
         experts, rows, columns = self.shape
         parts = self.segments or 1
-        expected = experts, parts * self._count(0, rows // parts), self._count(1)
+        down, across = parts * self._count(0, rows // parts), self._count(1)
+        # as they are given
+        expected = (experts, across, down) if self.transposed else (experts, down, across)
         also = " or of gate and up each" if self.segments is None else ""
         lies = ", transposed" if self.transposed else ""
         hint = "; pairs of e2m1 are given as values.view(torch.uint8)" if self.values.dtype == torch.int8 else ""
@@ -204,13 +207,12 @@ def made_of_checkpoint(
     check_choice("quant", quant, tuple(QUANT_DTYPES))
     if recipe is not None:
         recipe_of(recipe)
-    pair = (w13,) if isinstance(w13, CheckpointWeight) else w13
     hint = "CheckpointWeight(values, scales) is one weight; w13 may be two, gate and up"
-    check_is("w13", pair, (tuple, list), hint)
+    check_is("w13", w13, (CheckpointWeight, tuple, list), hint)
+    pair = (w13,) if isinstance(w13, CheckpointWeight) else w13
     for name, weight in (("w2", w2), *(("w13", weight) for weight in pair)):
         check_is(name, weight, CheckpointWeight, hint)
-        for tensor in (weight.values, weight.scales):
-            check_no_grad(**{name: tensor})
+        check_no_grad(**{f"{name}.values": weight.values, f"{name}.scales": weight.scales})
         if weight.values.device != w2.values.device:
             raise ValueError(f"w13 and w2 must be on one device, got {weight.values.device} and {w2.values.device}")
     check_format(quant, w2.values.device)

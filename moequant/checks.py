@@ -32,8 +32,10 @@ def check_tensor(
     shape: tuple[int, ...] | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
+    remedy: str = "convert it with .to()",
 ) -> None:
-    """Raises ValueError unless tensor is a dense tensor of that many dimensions, that shape, one of those dtypes, on that device."""
+    """Raises ValueError unless tensor is a dense tensor of that many dimensions, that shape, one of those dtypes, on that device.
+    remedy: what to do about another dtype."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     # torch.compile can't ask whether a view is negated; what it makes of one is right
@@ -45,7 +47,7 @@ def check_tensor(
     if shape is not None and tensor.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if dtypes is not None and tensor.dtype not in dtypes:
-        raise ValueError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}; convert it with .to()")
+        raise ValueError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}; {remedy}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}; move it with .to({str(device)!r})")
 
@@ -191,7 +193,8 @@ def check_tokens(
     config: DispatcherConfig, device: torch.device, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor
 ) -> None:
     """Raises unless these are what `MoEQuantDispatcher.dispatch` takes."""
-    check_tensor("hidden_states", hidden_states, dims=2, dtypes=FLOAT_DTYPES, device=device)
+    remedy = "convert it with .to(), or, if it is quantized, give what it was made of: dispatch quantizes"
+    check_tensor("hidden_states", hidden_states, dims=2, dtypes=FLOAT_DTYPES, device=device, remedy=remedy)
     tokens, hidden = hidden_states.shape
     if tokens > config.max_tokens_per_rank:
         raise ValueError(
@@ -258,21 +261,21 @@ def check_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}; call .contiguous()")
 
 
-def check_counted(config: DispatcherConfig, invalid: int, dropped: int) -> None:
+def check_counted(config: DispatcherConfig, invalid: int, dropped: int, by_source: bool) -> None:
     """Raises InvalidExpertIdError or CapacityOverflowError for what the kernels counted since the last check: ids that are no expert's,
-    and rows without room."""
+    and rows without room. by_source: each rank has only a part of an expert's rows, as in the padded exchange."""
     if config.ragged:
-        overflow = (
-            f"{dropped} rows had no room in their rank's buffer of {config.total_rows} rows and were not sent; raise rank_capacity "
-            "(None holds every row of distinct experts; for experts that a token names twice give a number, and use "
-            'exchange="packed"), or accept it with on_overflow="drop"'
-        )
+        name, room = "rank_capacity", f"rows had no room in their rank's buffer of {config.total_rows} rows"
     else:
-        overflow = (
-            f"{dropped} rows had no room in their expert's buffer of {config.max_rows} rows and were not sent; raise capacity "
-            '(None holds every row of distinct experts; for experts that a token names twice use exchange="packed"), or accept it '
-            'with on_overflow="drop"'
-        )
+        name, room = "capacity", f"rows had no room in their expert's buffer of {config.max_rows} rows"
+    twice = f"give {name} a number"
+    if by_source:
+        room += f", or among the {config.rows_per_source} of an expert that a rank can send in the padded exchange,"
+        twice += ' and use exchange="packed"'
+    overflow = (
+        f"{dropped} {room} and were not sent; raise {name} (None holds every row of distinct experts; for experts "
+        f'that a token names twice {twice}), or accept it with on_overflow="drop"'
+    )
     if invalid:
         raise InvalidExpertIdError(
             f"{invalid} entries of topk_ids were outside -1..{config.num_experts - 1} and were treated as -1; check the router, and "

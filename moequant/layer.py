@@ -18,7 +18,7 @@ from moequant.batch import ExpertBatch
 from moequant.checks import check_given, check_int
 from moequant.config import DispatcherConfig
 from moequant.experts import GroupedExperts, can_push
-from moequant.traced import numbered
+from moequant.traced import numbered, refuse_export
 
 if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
@@ -113,6 +113,7 @@ def traced_layer(
 ) -> Tensor:
     """A call of the dispatcher as one opaque operation, `torch.ops.moequant.layer`, or with an output `layer_into`, for
     torch.compile."""
+    refuse_export()
     number = experts._number if isinstance(experts, GroupedExperts) else _number(experts)
     slot, layer, chunks, first_experts, expected_tokens, out = options
     settings = [dispatcher._number, number, slot, chunks, first_experts], layer, expected_tokens

@@ -43,6 +43,15 @@ class Numbered:
 numbered = Numbered()
 
 
+def refuse_export() -> None:
+    """Raises RuntimeError inside torch.export: numbers say nothing in the process that loads the graph, or something else."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            "a layer of moequant can't be exported: the graph would name its dispatcher and experts by numbers of this process; use "
+            "torch.compile"
+        )
+
+
 def untraced(function: Function) -> Function:
     """The function as a graph break for torch.compile, which calls it as it is."""
     disabled: Callable[..., Any] | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moequant.activations import Activation, activation_of
 from moequant.batch import NARROW_DTYPES, ExpertBatch, QuantizedTensor
-from moequant.checkpoints import Both, CheckpointWeight, halves_apart, made_of_checkpoint
+from moequant.checkpoints import PACKED_DTYPES, Both, CheckpointWeight, halves_apart, made_of_checkpoint
 from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_tensor, check_weight_shapes
 from moequant.config import PLAIN_DTYPES, QUANT_DTYPES
 from moequant.errors import LayoutError
@@ -41,7 +41,7 @@ def made_of(w13: Tensor, w2: Tensor, quant: str, recipe: str, activation: Activa
     if not isinstance(quant, str) or quant not in QUANT_DTYPES:
         raise ValueError(f"quant must be one of {', '.join(map(repr, QUANT_DTYPES))}, got {quant!r}")
     for name, w in (("w13", w13), ("w2", w2)):
-        if isinstance(w, Tensor) and w.dtype in NARROW_DTYPES:
+        if isinstance(w, Tensor) and w.dtype in (*NARROW_DTYPES, *PACKED_DTYPES):
             raise ValueError(
                 f"{name} must be in plain numbers, got {w.dtype}, which is nothing without its scales: give both to "
                 "GroupedExperts.from_checkpoint, as CheckpointWeight(values, scales)"
@@ -252,9 +252,10 @@ class ExpertWeights:
             w13: (L, 2I, H), gate first, then up, or interleaved, which are laid apart; not gated (L, I, H). bfloat16, float16 or
                 float32, any strides, "none" bfloat16 and "float16" float16: `w.transpose(1, 2)` of weights that lie the other way round.
             w2: (L, H, I), as w13.
-            quant: the dispatcher's; "none" and "float16" keep the weights as they are.
+            quant: the dispatcher's; "none" and "float16" keep the weights as they are, contiguous ones that need not be laid apart in
+                the memory that was given.
             activation: an `Activation`, or the name of its function.
-            bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None.
+            bias13: (L, 2I), not gated (L, I), bfloat16, float16 or float32, as w13's rows lie; or None. Kept as such weights are.
             bias2: (L, H), or None.
             recipe: see `moequant.formats.RECIPES`.
 

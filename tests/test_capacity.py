@@ -48,9 +48,16 @@ def test_rows_past_capacity_are_an_error_at_once_on_a_cpu_and_the_next_call_is_a
 
 def test_tokens_that_name_an_expert_twice_are_an_error_where_their_rows_have_no_room():
     with MoEQuantDispatcher(**SETTINGS, device="cpu") as dispatcher:
-        with pytest.raises(CapacityOverflowError, match=r"28 rows .* for experts that a token names twice"):
+        with pytest.raises(
+            CapacityOverflowError, match=r"28 rows .* buffer of 32 rows and .* twice give capacity a number\), or accept"
+        ):
             dispatcher.dispatch(*inputs("cpu", 0, 0, 0))
         assert dispatcher(*inputs("cpu", 0, 1, 2), stand_in).isfinite().all()
+    # what the message names
+    remedies: list[dict[str, Any]] = [{"capacity": 60}, {"layout": "ragged"}]
+    for remedy in remedies:
+        with MoEQuantDispatcher(**SETTINGS, **remedy, device="cpu") as dispatcher:
+            assert dispatcher(*inputs("cpu", 0, 0, 0), stand_in).isfinite().all()
 
 
 @pytest.mark.gpu

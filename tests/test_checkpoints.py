@@ -303,7 +303,14 @@ BAD_WEIGHTS: dict[str, tuple[Any, str]] = {
         r"pairs of e2m1 are given as values.view\(torch.uint8\)",
     ),
     "one expert": (lambda: CheckpointWeight(VALUES[0], torch.ones(1, 1)), r"\(L, N, K_dim\), got .*torch.stack puts experts"),
-    "wide values": (lambda: CheckpointWeight(torch.zeros(E, 8, 32), torch.ones(E, 1, 1)), "values must be torch.float8_e4m3fn or"),
+    "wide values": (
+        lambda: CheckpointWeight(torch.zeros(E, 8, 32), torch.ones(E, 1, 1)),
+        "values must be torch.float8_e4m3fn or .*, got torch.float32; weights in plain numbers are for GroupedExperts.from_weights",
+    ),
+    "pairs without scales": (
+        lambda: GroupedExperts.from_weights(torch.zeros(E, 8, 16, dtype=torch.uint8), torch.zeros(E, 16, 4)),
+        "w13 must be in plain numbers, got torch.uint8, .* give both to GroupedExperts.from_checkpoint",
+    ),
     "scales of integers": (lambda: CheckpointWeight(VALUES, torch.ones(E, 1, 1).int()), "scales must be torch.bfloat16 or"),
     "a block of one size": (
         lambda: CheckpointWeight(VALUES, torch.ones(E), ONE_SIZE),
@@ -332,6 +339,15 @@ def test_scales_of_gate_and_up_are_no_others():
         GroupedExperts.from_checkpoint(w13, CheckpointWeight(VALUES, torch.ones(E, 2, 1)))
 
 
+def test_scales_of_transposed_values_are_asked_for_as_they_lie():
+    values = torch.zeros(E, 256, 128).to(E4M3)
+    with pytest.raises(
+        LayoutError, match=r"need scales of shape \(2, 2, 1\) or of gate and up each, got \(2, 1, 2\), transposed; give"
+    ):
+        CheckpointWeight(values, torch.ones(E, 1, 2), transposed=True)
+    assert CheckpointWeight(values, torch.ones(E, 2, 1), transposed=True).shape == (E, 128, 256)
+
+
 def test_weights_that_do_not_fit_together_raise_a_value_error():
     w2, unit = CheckpointWeight(*w2_parts()), torch.ones(())
     half = CheckpointWeight(narrow(E, INNER, H), unit, (None, None))
@@ -346,10 +362,12 @@ def test_weights_that_do_not_fit_together_raise_a_value_error():
         ValueError, match=r"w2 must be CheckpointWeight, got Tensor; CheckpointWeight\(values, scales\) is one weight"
     ):
         from_checkpoint((half, half), w2.values)
+    with pytest.raises(ValueError, match=r"w13 must be CheckpointWeight or tuple or list, got Tensor; CheckpointWeight\(values"):
+        from_checkpoint(half.values, w2)
     with pytest.raises(ValueError, match="quant must be one of none, .* got 'fp4'"):
         from_checkpoint((half, half), w2, quant="fp4")
     with pytest.raises(ValueError, match="recipe must be one of"):
         from_checkpoint((half, half), w2, recipe="mx")
-    with pytest.raises(RuntimeError, match="w2 requires grad"):
+    with pytest.raises(RuntimeError, match=r"w2.scales requires grad, .* or pass w2.scales.detach\(\)"):
         from_checkpoint((half, half), CheckpointWeight(w2.values, w2.scales.clone().requires_grad_()))
     assert GroupedExperts.from_checkpoint(half, w2, activation=Activation("relu2", gated=False)).intermediate_size == INNER

@@ -279,7 +279,10 @@ def test_a_stale_handle_and_another_dispatchers_handle_raise():
         with pytest.raises(StaleHandleError, match="made by another dispatcher"):
             other.combine(stand_in(batch), handle)
         dispatcher.dispatch(*inputs())
-        with pytest.raises(StaleHandleError, match="combine before the next dispatch, or use slots=2"):
+        message = (
+            "dispatch 1 of slot 0, whose buffers a later dispatch, or ensure, has taken; combine before the next dispatch, or use"
+        )
+        with pytest.raises(StaleHandleError, match=message):
             dispatcher.combine(stand_in(batch), handle)
 
 

@@ -123,6 +123,15 @@ def test_expected_tokens_say_how_many_rows_an_expert_gets_and_change_nothing_els
                 run(expected_tokens=wrong)
 
 
+def test_tokens_that_were_quantized_before_are_refused_and_what_to_give_is_said():
+    hidden, ids, weights = inputs()
+    message = (
+        "hidden_states must be .*, got torch.float8_e4m3fn; .* if it is quantized, give what it was made of: dispatch quantizes"
+    )
+    with MoEQuantDispatcher(**SETTINGS, device="cpu") as layer, pytest.raises(ValueError, match=message):
+        layer.dispatch(hidden.to(torch.float8_e4m3fn), ids, weights)
+
+
 @pytest.mark.parametrize("position, name", [(0, "hidden_states"), (1, "topk_ids"), (2, "topk_weights")])
 def test_every_input_has_to_be_on_the_dispatchers_device(position, name):
     arguments = inputs()
@@ -162,16 +171,16 @@ def test_float8_is_for_nvidia_gpus_from_sm_89_on(monkeypatch, capability, quant,
 def test_invalid_ids_are_told_before_rows_without_room_and_with_them():
     errors, drops = (DispatcherConfig(**SETTINGS, capacity=3, on_overflow=action) for action in ("error", "drop"))
     for config in (errors, drops):
-        check_counted(config, 0, 0)
+        check_counted(config, 0, 0, False)
         with pytest.raises(
             InvalidExpertIdError, match=r"2 entries of topk_ids were outside -1\.\.3 .* Besides, 5 rows had no room"
         ):
-            check_counted(config, 2, 5)
+            check_counted(config, 2, 5, False)
         with pytest.raises(InvalidExpertIdError, match="num_experts$"):
-            check_counted(config, 2, 0)
-    check_counted(drops, 0, 5)
+            check_counted(config, 2, 0, False)
+    check_counted(drops, 0, 5, False)
     with pytest.raises(CapacityOverflowError, match="^5 rows had no room in their expert's buffer of 16 rows"):
-        check_counted(errors, 0, 5)
+        check_counted(errors, 0, 5, False)
 
 
 @pytest.mark.parametrize("slot", [True, False, -1, 2, 1.0, "1", None], ids=repr)

@@ -9,7 +9,9 @@ import torch
 
 from moequant import Activation, GroupedExperts, MoEQuantDispatcher, ops
 from moequant.batch import ExpertBatch
+from moequant.config import PLAIN_DTYPES
 from moequant.testing import assert_bit_equal, routing
+from moequant.weights import parts_of
 
 SETTINGS: dict[str, Any] = {"num_experts": 3, "top_k": 2, "hidden_size": 40, "max_tokens_per_rank": 9, "quant": "none", "slots": 2}
 
@@ -120,3 +122,19 @@ def test_buffer_bytes_is_what_a_layer_allocates(quant, activation, layout):
     if not activation.gated:
         # they are never fused
         assert MoEQuantDispatcher.buffer_bytes(**settings, intermediate_size=24, gated=False) == said[1]
+
+
+@pytest.mark.parametrize("quant", ["none", "float16", "int8"])
+def test_weights_that_are_not_quantized_lie_where_they_were_given(quant):
+    """docs/use.md says which; what is made contiguous or laid apart is a copy."""
+    dtype = PLAIN_DTYPES.get(quant, torch.bfloat16)
+    w13, w2, bias = (torch.randn(shape, dtype=dtype) for shape in ((2, 64, 24), (2, 24, 32), (2, 64)))
+    experts = GroupedExperts.from_weights(w13, w2, quant=quant, bias13=bias)
+    given = {x.data_ptr() for x in (w13, w2)}
+    assert {parts_of(w)[0].data_ptr() in given for w in (experts.w13, experts.w2)} == {quant != "int8"}
+    assert experts.bias13 is not None and experts.bias13.data_ptr() == bias.data_ptr()
+    across = w2.mT.contiguous().mT
+    assert parts_of(GroupedExperts.from_weights(w13, across, quant=quant).w2)[0].data_ptr() != across.data_ptr()
+    interleaved = GroupedExperts.from_weights(w13, w2, quant=quant, activation=Activation(interleaved=True), bias13=bias)
+    assert parts_of(interleaved.w13)[0].data_ptr() not in given
+    assert interleaved.bias13 is not None and interleaved.bias13.data_ptr() != bias.data_ptr()

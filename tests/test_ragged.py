@@ -197,7 +197,7 @@ def test_tokens_that_name_an_expert_twice_are_an_error_only_where_their_rows_hav
     # what comes at most of distinct experts is a row of each token
     with (
         dispatcher(num_experts=1) as layer,
-        pytest.raises(CapacityOverflowError, match="28 rows .* for experts that a token names"),
+        pytest.raises(CapacityOverflowError, match="28 rows .* twice give rank_capacity a number"),
     ):
         layer.dispatch(hidden, ids.fill_(0), weights)
 

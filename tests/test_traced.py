@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moequant import GroupedExperts, MoEQuantDispatcher
 from moequant.testing import assert_bit_equal
@@ -55,10 +56,20 @@ def test_a_module_with_a_dispatcher_is_compiled_whole_on_a_gpu():
 
 def test_a_layer_in_a_graph_has_the_shape_and_the_type_of_its_tokens():
     module = Layer("cpu")
-    with torch.no_grad():
-        exported = torch.export.export(module, (torch.zeros(5, 128).bfloat16(),))
-    (node,) = (node for node in exported.graph.nodes if "moequant.layer" in str(node.target))
-    assert node.meta["val"].shape == (5, 128) and node.meta["val"].dtype == torch.bfloat16
+    numbers = [module.dispatcher._number, module.experts._number, 0, 1, 0]
+    with FakeTensorMode():
+        tokens = torch.empty(128, 5).bfloat16().T, torch.empty(5, 2, dtype=torch.int64), torch.empty(5, 2)
+        y = torch.ops.moequant.layer(*tokens, numbers, None, None)
+    assert isinstance(y, FakeTensor) and y.shape == (5, 128) and y.dtype == torch.bfloat16 and y.is_contiguous()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_layer_is_not_exported_whose_numbers_another_process_does_not_know(strict):
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(Exception, match="a layer of moequant can't be exported") as error:
+        torch.export.export(Layer("cpu"), (torch.zeros(5, 128).bfloat16(),), strict=strict)
+    # strict: of the compiler's own type, which says what was raised
+    assert strict or error.type is RuntimeError
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -259,7 +259,7 @@ def _check_scales(name: str, s: Tensor, shape: tuple[int, ...], device: torch.de
 
 
 def _check_activations(name: str, x: Tensor, scales_name: str, s: Tensor, block_size: int) -> None:
-    check_tensor(name, x, dtypes=(torch.int8,))
+    check_tensor(name, x, dtypes=(torch.int8,), remedy="act_quant makes it, and its scales")
     if x.dim() < 1:
         raise ValueError(f"{name} must have at least 1 dimension, got a scalar")
     check_contiguous(name, x)
@@ -268,7 +268,7 @@ def _check_activations(name: str, x: Tensor, scales_name: str, s: Tensor, block_
 
 def _check_product(a: Tensor, a_s: Tensor, b: Tensor, b_s: Tensor, bias: Tensor | None) -> None:
     _check_activations("a", a, "a_s", a_s, 128)
-    check_tensor("b", b, dims=2, dtypes=(torch.int8,), device=a.device)
+    check_tensor("b", b, dims=2, dtypes=(torch.int8,), device=a.device, remedy="weight_quant makes it, and its scales")
     columns = b.shape[0]
     check_tensor("b", b, shape=(columns, a.shape[-1]))
     check_contiguous("b", b)

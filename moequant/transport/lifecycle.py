@@ -22,6 +22,7 @@ from moequant.transport import guards
 from moequant.transport.agreement import agree, attempt
 from moequant.transport.base import Slot, Stage, Transport
 from moequant.transport.calls import LAYERS, Call
+from moequant.transport.padded import PaddedTransport
 from moequant.transport.peer_memory import host_words, view_of
 from moequant.transport.select import make_transport
 from moequant.transport.symmetric import SymmetricTransport
@@ -152,7 +153,7 @@ class Lifecycle:
             self._transport.check_guards()
         invalid, dropped, _ = self._news()
         self._reported = [self._reported[0] + invalid, self._reported[1] + dropped, 0]
-        check_counted(self.config, invalid, dropped)
+        check_counted(self.config, invalid, dropped, isinstance(self._transport, PaddedTransport))
         return dropped
 
     def _news(self) -> list[int]:
@@ -306,8 +307,8 @@ class Lifecycle:
         buffers = self._slots[handle.slot]
         if handle.generation != buffers.generation:
             raise StaleHandleError(
-                f"the handle is of dispatch {handle.generation} of slot {handle.slot}, which has dispatched {buffers.generation} times "
-                "since and reused its buffers; combine before the next dispatch, or use slots=2"
+                f"the handle is of dispatch {handle.generation} of slot {handle.slot}, whose buffers a later dispatch, or "
+                "ensure, has taken; combine before the next dispatch, or use slots=2"
             )
         if step is not None:
             buffers.check_step(step)

@@ -187,7 +187,8 @@ A, A_S, B, B_S = (
     torch.ones(2, 3),
 )
 WRONG = {
-    "float a": (lambda: int8_gemm(A.float(), A_S, B, B_S), "a must be torch.int8, got torch.float32"),
+    "float a": (lambda: int8_gemm(A.float(), A_S, B, B_S), "a must be torch.int8, got torch.float32; act_quant makes it, and"),
+    "float b": (lambda: int8_gemm(A, A_S, B.float(), B_S), "b must be torch.int8, got torch.float32; weight_quant makes it, and"),
     "strided a": (lambda: int8_gemm(A[:, ::2], A_S[:, ::2], B, B_S), "a must be contiguous"),
     "a scale too few": (lambda: int8_gemm(A, A_S[..., :2], B, B_S), r"a_s must have shape \(2, 3, 3\), .* got \(2, 3, 2\)"),
     "another depth of b": (lambda: int8_gemm(A, A_S, B[:, :200], B_S), r"b must have shape \(200, 300\), got \(200, 200\)"),

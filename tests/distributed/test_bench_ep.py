@@ -59,6 +59,14 @@ def test_two_ranks_write_well_formed_records(tmp_path, exchange):
         assert layer["wire_bytes"] == 4 * 16 * (144 + 3 * 4 + 288)
 
 
+def test_float16_is_timed_beside_bfloat16_and_right(tmp_path):
+    path = tmp_path / "records.jsonl"
+    done = start(*TINY, "--num-experts", "4", "--quant", "float16", "--output-json", str(path))
+    assert done.returncode == 0 and done.stdout.count("right: relative error") == 2, done.stderr
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["case"]["quant"] for record in records if record["op"] == "layer"] == ["float16", "none"]
+
+
 def test_skewed_routing_has_rows_of_its_own_and_traces_name_the_steps(tmp_path):
     path, folder = tmp_path / "records.jsonl", tmp_path / "chrome"
     options = [

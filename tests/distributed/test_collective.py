@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from trials import SHAPES, check_trial, install_interpreter, stand_in
 
-from moequant import ConfigMismatchError, MoEQuantDispatcher, ops
+from moequant import CapacityOverflowError, ConfigMismatchError, MoEQuantDispatcher, ops
 from moequant.testing import assert_bit_equal, in_one_process, run_ranks
 
 EXCHANGES = ("padded", "packed")
@@ -119,6 +119,24 @@ def run_repeated_experts(rank: int, ranks: int, layout: str) -> int:
 @LAYOUTS
 def test_tokens_that_name_an_expert_twice_are_placed_or_reported(layout):
     run_ranks(run_repeated_experts, 2, layout)
+
+
+def run_what_the_message_names(rank: int, ranks: int, layout: str, limit: str) -> None:
+    """Every token names one expert twice: of 64 rows each rank may send 16 in the padded exchange, whatever the limit."""
+    settings: dict[str, Any] = {"num_experts": 2, "top_k": 2, "hidden_size": 16, "max_tokens_per_rank": 16, "quant": "none"}
+    settings |= {"layout": layout, limit: 64}
+    tokens = torch.ones(16, 16).bfloat16(), torch.zeros(16, 2, dtype=torch.int32), torch.ones(16, 2)
+    with MoEQuantDispatcher(**settings, exchange="padded") as dispatcher:
+        message = rf'32 rows .* 64 rows, or among the 16 of an expert .* twice give {limit} a number and use exchange="packed"\)'
+        with pytest.raises(CapacityOverflowError, match=message):
+            dispatcher.dispatch(*tokens)
+    with MoEQuantDispatcher(**settings, exchange="packed") as dispatcher:
+        assert (dispatcher(*tokens, lambda batch: batch.values) == 2).all() and dispatcher.check() == 0
+
+
+@pytest.mark.parametrize("layout, limit", [("padded", "capacity"), ("ragged", "rank_capacity")])
+def test_what_the_message_names_gives_repeated_experts_room(layout, limit):
+    run_ranks(run_what_the_message_names, 2, layout, limit)
 
 
 SETTINGS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 64, "max_tokens_per_rank": 8}

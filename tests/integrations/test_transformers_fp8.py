@@ -98,6 +98,16 @@ def test_experts_of_checkpoints_in_blocks(settings, activation):
     assert isinstance(taken, OwnActivation) if activation is None else taken.kind == activation
 
 
+@torch.no_grad()
+def test_quantized_experts_that_were_given_another_type_are_refused_in_words():
+    module, *_ = make()
+    module(*tokens(3))
+    with pytest.raises(
+        UnknownExpertsError, match=r"of torch.float32 and torch.float32, beside scales .* by .to\(dtype\), say; load it"
+    ):
+        module.to(torch.float32)(*tokens(3))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -122,6 +122,15 @@ def test_a_model_is_compiled_in_one_graph():
     assert_bit_equal(compiled(prompt()).logits, expected)
 
 
+def test_experts_are_not_exported_whose_number_another_process_does_not_know():
+    model = build("qwen3_moe")
+    model.set_experts_implementation("moequant")
+    (experts, *_) = (module for name, module in model.named_modules() if name.endswith("mlp.experts"))
+    inputs = torch.zeros(3, model.config.hidden_size), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="a layer of moequant can't be exported"):
+        torch.export.export(experts, inputs)
+
+
 def test_a_copy_of_a_called_model_is_compiled_with_its_own_weights():
     model = build("qwen3_moe")
     model.set_experts_implementation("moequant")

@@ -237,7 +237,8 @@ def test_a_class_of_unknown_make_runs_by_its_own_activation_and_it_is_said_once(
 @pytest.mark.parametrize("found", ["5.22.3", "4.57", None])
 def test_other_versions_of_transformers_are_refused_in_words(found):
     with pytest.raises(
-        ImportError, match=rf"needs transformers 5.23 or newer, .*{found or 'there is none'}.*moequant\[transformers\]"
+        ImportError,
+        match=rf"needs transformers 5.23 or newer, .*{found or 'there is none'}.*: pip install '\.\[transformers\]' in a checkout",
     ):
         require(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def test_a_run_that_goes_on_has_the_losses_of_one_that_never_stopped(device, sou
     assert train_moe.main(arguments(sources, tmp_path / "parts", 4)) == whole
     picture = (tmp_path / "parts" / "loss.svg").read_text()
     assert "<svg" in picture and (tmp_path / "parts" / "fp8.json").exists()
+
+
+def test_without_matplotlib_there_is_no_picture_and_everything_else(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    first = train_moe.main(arguments(sources, tmp_path, 2, "--precisions", "bf16"))
+    assert "loss.svg, as there is no matplotlib: pip install matplotlib" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "bf16.json", "bf16-rank0-of-1.pt"}
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # nothing is trained again
+    assert train_moe.main(arguments(sources, tmp_path, 2, "--precisions", "bf16")) == first
+    assert (tmp_path / "loss.svg").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_words(sources, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
 - a quantization of experts while a model is loaded: `quantization_config=MoEQuantConfig("fp8_e4m3fn")`,
 - an implementation of expert parallelism: `DistributedConfig(ep_implementation="moequant", ...)`.
 
-Needs transformers 5.23 or newer, the extra `moequant[transformers]`; raises ImportError otherwise.
+Needs transformers 5.23 or newer, the extra `transformers`; raises ImportError otherwise.
 """
 
 from moequant.integrations.transformers.requirement import require

@@ -20,7 +20,7 @@ from moequant.integrations.transformers.dispatchers import Place, sends_nothing
 from moequant.integrations.transformers.layers import run_on
 from moequant.integrations.transformers.settings import current, say_once
 from moequant.integrations.transformers.training import Trained, trained, wants_grad
-from moequant.traced import numbered, untraced
+from moequant.traced import numbered, refuse_export, untraced
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -144,6 +144,7 @@ class MoEQuantEP(EPImplementation):
         if wants_grad(module, hidden_states, top_k_weights):
             return self.under_grad(module, hidden_states, top_k_index, top_k_weights)
         if torch.compiler.is_compiling():
+            refuse_export()
             return torch.ops.moequant.transformers_expert_parallel(hidden_states, top_k_index, top_k_weights, self._number)
         return self.run(module, hidden_states, top_k_index, top_k_weights)
 

@@ -27,7 +27,7 @@ from moequant.integrations.transformers.products import Experts, experts_of
 from moequant.integrations.transformers.settings import Settings, current, say_once
 from moequant.integrations.transformers.training import Steps, Trained, train_on, trained, wants_grad
 from moequant.integrations.transformers.weights import SCALES, weight_names
-from moequant.traced import numbered, untraced
+from moequant.traced import numbered, refuse_export, untraced
 
 # What takes over where gradients are wanted that moequant doesn't have.
 BUILT_IN = "grouped_mm"
@@ -74,6 +74,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     if wants_grad(module, hidden_states, top_k_weights):
         return under_grad(module, hidden_states, top_k_index, top_k_weights)
     if torch.compiler.is_compiling():
+        refuse_export()
         mark = getattr(module, "_moequant", None)
         number = _number(module) if mark is None or mark.number is None else mark.number
         return torch.ops.moequant.transformers_experts(hidden_states, top_k_index, top_k_weights, number)

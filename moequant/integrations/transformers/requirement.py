@@ -18,7 +18,7 @@ def require(found: str | None) -> None:
         ImportError: there is none, or it is too old.
     """
     needed = ".".join(map(str, OLDEST))
-    remedy = "pip install 'moequant[transformers]'"
+    remedy = "pip install '.[transformers]' in a checkout of moequant"
     if found is None:
         raise ImportError(f"moequant.integrations.transformers needs transformers {needed} or newer, and there is none: {remedy}")
     if numbers(found, 2) < OLDEST:

@@ -102,9 +102,17 @@ def _check_quantized(module: nn.Module, up: Tensor, down: Tensor) -> None:
     block = getattr(module, "block_size", (BLOCK, BLOCK))
     if block is not None and tuple(block) != (BLOCK, BLOCK):
         raise UnknownExpertsError(f"the weights of {name} are in blocks of {tuple(block)}, and moequant takes 128x128")
-    packed = up.dtype == torch.int8 and hasattr(module, "block_size")
+    packed, found = up.dtype == torch.int8 and hasattr(module, "block_size"), f"{up.dtype} and {down.dtype}"
+    if up.dtype.itemsize > 1 and down.dtype.itemsize > 1:
+        raise UnknownExpertsError(
+            f"the weights of {name} are of {found}, beside scales of narrow numbers: a quantized model was given another type, by "
+            ".to(dtype), say; load it again, and move it by .to(device) alone"
+        )
     if packed or up.dtype != down.dtype or up.dtype.itemsize != 1:
-        raise UnknownExpertsError(f"the weights of {name} are of {up.dtype} and {down.dtype}, which moequant can't multiply")
+        raise UnknownExpertsError(
+            f"the weights of {name} are of {found}, which moequant can't multiply; it takes both in one type, of float8 or, by "
+            "MoEQuantConfig, int8"
+        )
 
 
 def _blocks(module: nn.Module, values: Tensor, scales: Tensor, segments: int) -> QuantizedTensor:
