@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -225,6 +225,13 @@ class Owner:
         self.workspaces: dict[tuple[object, ...], Any] = {}
 
 
+class Place(NamedTuple):
+    """Where a part's experts are. first: among those of the whole. whole: how many that has."""
+
+    first: int
+    whole: int
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertBatch:
     """The rows routed to this rank's experts, as `MoEQuantDispatcher.dispatch` leaves them.
@@ -352,12 +359,18 @@ class ExpertBatch:
             narrowed = ("num_tokens", "expert_start") if self.ragged else ("values", "scales", "num_tokens", "sources")
             tensors = {name: getattr(self, name) for name in narrowed}
             changes: dict[str, Any] = {name: None if x is None else x[begin:end] for name, x in tensors.items()}
-            self._parts[begin, end] = replace(self, **changes)
+            self._parts[begin, end] = part = replace(self, **changes)
+            # as a frozen dataclass has to be filled
+            part.__dict__["_place"] = Place(self._place.first + begin, self._place.whole)
         return self._parts[begin, end]
 
     @functools.cached_property
     def _parts(self) -> dict[tuple[int, int], ExpertBatch]:
         return {}
+
+    @functools.cached_property
+    def _place(self) -> Place:
+        return Place(0, self.num_tokens.shape[0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moequant import ops
-from moequant.batch import ExpertBatch, Owner, QuantizedTensor
+from moequant.batch import ExpertBatch, Owner, Place, QuantizedTensor
 from moequant.checks import check_contiguous, check_is, check_no_grad, check_num_sms, check_part, check_tensor
 from moequant.formats import FLOAT_DTYPES
 from moequant.gemm import grouped_gemm_blockscale
@@ -188,6 +188,8 @@ class GroupedExperts(ExpertWeights):
             part = GroupedExperts(w13, w2, activation=self.kind, **dict(zip(("bias13", "bias2"), biases, strict=True)))
             self._parts[begin, end] = part
             part._span, part._owner = (begin, end), self._owner
+            first, whole = self._place or (0, self.w13.shape[0])
+            part._place = Place(first + begin, whole)
         return self._parts[begin, end]
 
     def fuses(self, batch: ExpertBatch) -> bool:
@@ -327,7 +329,7 @@ class GroupedExperts(ExpertWeights):
         """Raises ValueError unless batch is one for these experts."""
         if self._checked is not None and self._checked() is batch:
             return
-        check_batch(batch, self.w13)
+        check_batch(batch, self.w13, self._place)
         self._checked = weakref.ref(batch)
 
     def _workspace(self, batch: ExpertBatch) -> Workspace:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moequant.activations import Activation, activation_of
-from moequant.batch import NARROW_DTYPES, ExpertBatch, QuantizedTensor
+from moequant.batch import NARROW_DTYPES, ExpertBatch, Place, QuantizedTensor
 from moequant.checkpoints import PACKED_DTYPES, Both, CheckpointWeight, halves_apart, made_of_checkpoint
 from moequant.checks import check_contiguous, check_format, check_is, check_no_grad, check_tensor, check_weight_shapes
 from moequant.config import PLAIN_DTYPES, QUANT_DTYPES
@@ -172,15 +172,16 @@ def some_of(w: Weight, begin: int, end: int) -> Weight:
     return w[begin:end]
 
 
-def check_batch(batch: ExpertBatch, w13: Weight) -> None:
+def check_batch(batch: ExpertBatch, w13: Weight, place: Place | None) -> None:
     """Refuses a batch of other experts.
 
     Args:
         batch: what was given as one.
         w13: the experts' first weight, (L, 2I, H).
+        place: where they are, if they are a part of others.
 
     Raises:
-        ValueError: it is no batch, or of other sizes, another type or device.
+        ValueError: it is no batch, or of other sizes, another type or device, or the part of other experts.
         RuntimeError: it requires grad under grad mode.
     """
     hint = "dispatch returns the batch and a handle: give the batch alone" if isinstance(batch, tuple) else ""
@@ -191,6 +192,12 @@ def check_batch(batch: ExpertBatch, w13: Weight) -> None:
             f"the experts are {w13.shape[0]} of hidden size {w13.shape[2]} in {dtype_of(w13)}, the batch has values of "
             f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes, and "
             "each rank its own experts"
+        )
+    # experts of other numbers, as a rank's among all ranks', aren't told apart
+    if place is not None and place.whole == batch._place.whole and place.first != batch._place.first:
+        raise ValueError(
+            f"the experts are a part that begins at {place.first} of {place.whole}, the batch a part that begins at "
+            f"{batch._place.first}; take the same part of both"
         )
     check_no_grad(batch=batch.values)
     if batch.values.device != w13.device:
@@ -224,6 +231,8 @@ class ExpertWeights:
         self.hidden_size, self.intermediate_size = tuple(w2.shape[1:])
         # of these experts among all of a layer
         self._span = 0, w13.shape[0]
+        # where they are, if they are a part
+        self._place: Place | None = None
         self._begin()
 
     @property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from moequant import ExpertBatch, GroupedExperts, QuantizedTensor, quantize_expert_batch
+from moequant import ExpertBatch, GroupedExperts, MoEQuantDispatcher, QuantizedTensor, quantize_expert_batch
 from moequant.config import QUANT_DTYPES
-from moequant.testing import assert_bit_equal
+from moequant.testing import assert_bit_equal, routing
 from moequant.weights import parts_of
 from ragged_rows import Ragged, ragged
 
@@ -64,6 +65,30 @@ def test_a_call_writes_the_rows_of_experts_alone(quant):
 
 
 @pytest.mark.usefixtures("both_paths")
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+def test_a_part_takes_the_same_part_of_a_batch(layout):
+    weights = torch.randn(4, 64, 40).bfloat16(), torch.randn(4, 40, 32).bfloat16()
+    experts = GroupedExperts.from_weights(*weights, quant="none")
+    settings: dict[str, Any] = {"num_experts": 4, "top_k": 2, "hidden_size": 40, "max_tokens_per_rank": 9, "quant": "none"}
+    with MoEQuantDispatcher(**settings, layout=layout, device="cpu") as dispatcher:
+        batch, _ = dispatcher.dispatch(torch.randn(9, 40).bfloat16(), *routing(9, 2, 4))
+        with pytest.raises(
+            ValueError, match="experts are a part that begins at 0 of 4, the batch a part that begins at 2; take the same"
+        ):
+            experts.part(0, 2)(batch.part(2, 4))
+        with pytest.raises(ValueError, match="begins at 2 of 4, the batch a part that begins at 1"):
+            experts.part(1, 4).part(1, 2)(batch.part(1, 4).part(0, 1))
+        # by another way to the same experts, and experts that are a part of nothing, or of other numbers
+        last = [batch.part(2, 4).rows_of(experts.part(2, 4)(batch.part(2, 4)), expert).clone() for expert in range(2)]
+        apart = GroupedExperts.from_weights(*(w[2:] for w in weights), quant="none")
+        more = GroupedExperts.from_weights(*(torch.cat((w, w)) for w in weights), quant="none")
+        for other in (experts.part(1, 4).part(1, 3), apart, more.part(6, 8), more.part(4, 8).part(2, 4)):
+            for part in (batch.part(2, 4), batch.part(1, 4).part(1, 3)):
+                for expert in range(2):
+                    assert_bit_equal(part.rows_of(other(part), expert), last[expert])
+        assert more.part(4, 8)(batch).shape == experts(batch).shape
+
+
 def test_parts_are_the_experts_of_the_whole_in_the_same_rows():
     experts, _, batch, rows = make("int8")
     whole = experts(batch).clone()
