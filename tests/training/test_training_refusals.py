@@ -1,0 +1,95 @@
+"""What a call under grad refuses, in words and before anything is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moequant import GroupedExperts, MoEQuantDispatcher, OutOfStepError
+from moequant.nn import MoEExperts
+from moequant.testing import run_ranks
+from training_cases import HIDDEN, INNER, tokens_of, weights_of
+
+EXPERTS, TOKENS = 4, 8
+
+
+def dispatcher_of(quant: str = "none", **settings: Any) -> MoEQuantDispatcher:
+    common: dict[str, Any] = {"num_experts": EXPERTS, "top_k": 2, "hidden_size": HIDDEN, "max_tokens_per_rank": TOKENS}
+    return MoEQuantDispatcher(**common | settings, quant=quant, device="cpu")
+
+
+def given(rank: int = 0, grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, ids, weights, _ = tokens_of(TOKENS, 2, EXPERTS, HIDDEN, seed=rank)
+    return hidden.requires_grad_(grad), ids, weights
+
+
+@pytest.mark.parametrize(
+    ("quant", "of_experts", "experts", "hidden", "found"),
+    [
+        ("none", "none", 8, HIDDEN, "8 of hidden size 64 in torch.bfloat16"),
+        ("none", "none", 2, HIDDEN, "2 of hidden size 64 in torch.bfloat16"),
+        ("none", "none", EXPERTS, 128, "4 of hidden size 128 in torch.bfloat16"),
+        ("none", "float16", EXPERTS, HIDDEN, "4 of hidden size 64 in torch.float16"),
+        ("fp8_e4m3fn", "none", EXPERTS, HIDDEN, "4 of hidden size 64 in torch.bfloat16"),
+    ],
+    ids=["too many", "too few", "another hidden size", "float16", "unquantized"],
+)
+def test_experts_of_another_dispatcher_are_refused_in_the_words_of_inference(quant, of_experts, experts, hidden, found):
+    dtype = torch.float16 if of_experts == "float16" else torch.bfloat16
+    made = GroupedExperts.from_weights(*(w.to(dtype) for w in weights_of(experts, hidden, INNER)[:2]), quant=of_experts)
+    messages = []
+    for grad in (True, False):
+        with dispatcher_of(quant) as dispatcher, torch.set_grad_enabled(grad):
+            with pytest.raises(ValueError, match=f"the experts are {found}, the batch has values of shape") as refused:
+                dispatcher(*given(grad=grad), made)
+            messages.append(str(refused.value))
+            # with a gradient nothing was sent
+            assert dispatcher._slots[0].generation == (0 if grad else 1)
+    assert messages[0] == messages[1]
+
+
+def test_parameters_in_place_of_a_modules_own_have_to_fit_its_dispatcher():
+    other = {
+        "w13": [
+            (torch.zeros(8, 2 * INNER, HIDDEN), r"w13 must be \(L, 2 \* I, H\), gate first, and w2"),
+            (torch.zeros(EXPERTS, 2 * INNER, HIDDEN, device="meta"), "the experts are on meta, the batch on cpu"),
+            (torch.zeros(EXPERTS, 2 * INNER, HIDDEN, dtype=torch.int8), "in torch.int8, the batch has values"),
+            (torch.zeros(EXPERTS, 2 * INNER, HIDDEN, dtype=torch.float64), "in torch.float64, the batch has values"),
+        ],
+        "w2": [
+            (torch.zeros(EXPERTS, HIDDEN, 2 * INNER), r"w13 must be \(L, 2 \* I, H\), gate first, and w2"),
+            (torch.zeros(EXPERTS, HIDDEN, INNER, device="meta"), "w2 must be on cpu, got meta"),
+            (torch.zeros(EXPERTS, HIDDEN, INNER, dtype=torch.complex64), "w2 must be .*, got torch.complex64"),
+        ],
+        "bias13": [(torch.zeros(EXPERTS, INNER), r"bias13 must have shape \(4, 64\), got \(4, 32\)")],
+        "bias2": [(torch.zeros(EXPERTS, HIDDEN, dtype=torch.int64), "bias2 must be .*, got torch.int64")],
+    }
+    for name, cases in other.items():
+        for parameter, message in cases:
+            with dispatcher_of() as dispatcher:
+                experts = MoEExperts(dispatcher, INNER, bias=True)
+                setattr(experts, name, nn.Parameter(parameter, requires_grad=False))
+                with pytest.raises(ValueError, match=message):
+                    experts(*given())
+                assert dispatcher._slots[0].generation == 0
+    with dispatcher_of() as dispatcher, pytest.raises(ValueError, match="the experts are on meta, the batch on cpu"):
+        MoEExperts(dispatcher, INNER, device="meta")(*given())
+
+
+def run_refused(rank: int, ranks: int) -> None:
+    """Rank 0 gives the experts of all ranks, once; after that it is out of step, and both hear of it."""
+    with dispatcher_of(timeout=60.0) as dispatcher:
+        every = weights_of(EXPERTS, HIDDEN, INNER)[:2]
+        own = GroupedExperts.from_weights(*(w[2 * rank : 2 * rank + 2] for w in every), quant="none")
+        if rank == 0:
+            with pytest.raises(ValueError, match=r"the experts are 4 .* each rank its own experts"):
+                dispatcher(*given(rank), GroupedExperts.from_weights(*every, quant="none"))
+        with pytest.raises(OutOfStepError, match="are at different calls"):
+            dispatcher(*given(rank), own)
+
+
+def test_a_rank_whose_experts_are_refused_is_at_another_call():
+    run_ranks(run_refused, 2)
