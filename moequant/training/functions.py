@@ -31,7 +31,7 @@ from moequant.batch import QuantizedTensor, scale_layout
 from moequant.training.between import Given, Wanted, keeps_graph, slopes
 from moequant.training.operands import Operands
 from moequant.training.precision import Operand, Precision
-from moequant.training.routes import TOKENS, TOKENS_AGAIN, Kind, Routes, gradients
+from moequant.training.routes import TOKENS, TOKENS_AGAIN, Kind, Routes, check_kept, gradients
 from moequant.training.rows import Rows
 
 
@@ -194,7 +194,9 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     d_hidden = d_weights = d_w13 = d_w2 = d_bias13 = d_bias2 = None
     h = None if kept else plan.first_product(hidden, ids, None, w13, TOKENS_AGAIN)[1]
     rows = routes.dispatch(grad, ids, kind=gradients(hidden=for_hidden, weights=for_weights, w13=for_w13, bias2=for_bias2))
-    h = plan.restored(kept, rows) if h is None else h
+    if h is None:
+        check_kept(kept[0], rows.sources.numel())
+        h = plan.restored(kept, rows)
     d_inner = precision.back_product(rows.values, plan.back_weight("w2", w2), rows)
     of_output = more = None
     if bias2 is not None and (for_weights or for_bias2):
@@ -274,6 +276,7 @@ class CombineFunction(torch.autograd.Function):
         routes: Routes = ctx.routes
         for_output, _, for_weights, _ = ctx.needs_input_grad
         rows = routes.dispatch(grad, ids, kind=gradients(hidden=for_output, weights=for_weights))
+        check_kept(output, rows.sources.numel())
         plain = rows.plain()
         wide = torch.promote_types(torch.float32, plain.dtype)
         d_output = d_weights = None

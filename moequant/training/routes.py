@@ -5,6 +5,7 @@ T tokens of this rank, K top-k, W ranks, R rows of a rank's experts, H hidden si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -168,7 +169,11 @@ class Routes:
 
         Returns:
             (T, H).
+
+        Raises:
+            RuntimeError: the rows are of a dispatch before the buffers grew.
         """
+        check_kept(rows, math.prod(self.dispatcher.config.batch_shape))
         if not self._unweighted:
             self._send_nothing(ids, dtype)
         try:
@@ -271,6 +276,23 @@ class Routes:
         group, timeout = self.dispatcher._group, self.dispatcher.config.timeout
         assert group is not None
         return Wire(group, timeout, self.dispatcher.device.type == "cpu")
+
+
+def check_kept(kept: Tensor, rows: int) -> None:
+    """That what a forward has left for its backward is of the rows that the dispatcher has now.
+
+    Args:
+        kept: (L, M, N), ragged (R, N), or flat, (L * M, N).
+        rows: R of now.
+
+    Raises:
+        RuntimeError: the buffers are larger now.
+    """
+    if kept.shape[:-1].numel() != rows:
+        raise RuntimeError(
+            "the dispatcher has grown since the forward (ensure), and what that has kept for this backward is of the rows of before: "
+            "call ensure before a forward or behind its backward, or use MoEExperts(recompute=True), which keeps no rows"
+        )
 
 
 @step

@@ -93,3 +93,45 @@ def run_refused(rank: int, ranks: int) -> None:
 
 def test_a_rank_whose_experts_are_refused_is_at_another_call():
     run_ranks(run_refused, 2)
+
+
+def by_hand(dispatcher: MoEQuantDispatcher, combined: bool) -> Tensor:
+    batch, handle = dispatcher.dispatch(*given())
+    return dispatcher.combine(batch.values * 2, handle) if combined else batch.values
+
+
+@pytest.mark.parametrize("layout", ["padded", "ragged"])
+@pytest.mark.parametrize(
+    ("quant", "forward"),
+    [
+        ("none", lambda dispatcher: MoEExperts(dispatcher, INNER)(*given())),
+        ("fp8_e4m3fn", lambda dispatcher: MoEExperts(dispatcher, INNER)(*given())),
+        ("fp8_e4m3fn", lambda dispatcher: MoEExperts(dispatcher, INNER, keep_quantized=True)(*given())),
+        ("none", lambda dispatcher: by_hand(dispatcher, combined=True)),
+        ("none", lambda dispatcher: by_hand(dispatcher, combined=False)),
+    ],
+    ids=["bfloat16", "fp8", "kept in fp8", "by hand", "dispatch alone"],
+)
+def test_a_backward_says_that_the_dispatcher_has_grown_since_its_forward(layout, quant, forward):
+    with dispatcher_of(quant, layout=layout, recipe="ue8m0") as dispatcher:
+        out = forward(dispatcher)
+        dispatcher.ensure(100)
+        with pytest.raises(RuntimeError, match=r"the dispatcher has grown since the forward \(ensure\)"):
+            out.sum().backward()
+        # what comes next is as ever
+        forward(dispatcher).sum().backward()
+
+
+@pytest.mark.parametrize(("settings", "recompute"), [({}, True), ({"capacity": 16}, False)], ids=["recomputed", "as many rows"])
+def test_a_dispatcher_may_grow_where_no_rows_are_kept_or_there_are_as_many(settings, recompute):
+    grads = []
+    for grows in (False, True):
+        torch.manual_seed(0)
+        with dispatcher_of(**settings) as dispatcher:
+            x, ids, weights = given()
+            out = MoEExperts(dispatcher, INNER, recompute=recompute)(x, ids, weights)
+            if grows:
+                dispatcher.ensure(100)
+            out.sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)
