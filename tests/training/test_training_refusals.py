@@ -95,6 +95,24 @@ def test_a_rank_whose_experts_are_refused_is_at_another_call():
     run_ranks(run_refused, 2)
 
 
+def test_experts_whose_dispatch_knew_of_no_gradient_are_told_where_there_is_one():
+    w = torch.zeros(HIDDEN, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    message = (
+        r"combine has one if hidden states or weights required grad in its dispatch, .*give that hidden_states.requires_grad_\(\)"
+    )
+    with dispatcher_of() as dispatcher:
+        with pytest.raises(RuntimeError, match=message):
+            dispatcher(*given(grad=False), lambda batch: batch.values @ w)
+        batch, handle = dispatcher.dispatch(*given(grad=False))
+        with pytest.raises(RuntimeError, match=message):
+            dispatcher.combine(batch.values @ w, handle)
+        # which are the ways that the words name
+        dispatcher(*given(), lambda batch: batch.values @ w).sum().backward()
+        batch, handle = dispatcher.dispatch(*given())
+        dispatcher.combine(batch.values @ w, handle).sum().backward()
+        assert w.grad is not None and w.grad.any()
+
+
 def by_hand(dispatcher: MoEQuantDispatcher, combined: bool) -> Tensor:
     batch, handle = dispatcher.dispatch(*given())
     return dispatcher.combine(batch.values * 2, handle) if combined else batch.values
