@@ -67,10 +67,12 @@ def dispatch_tracked(
     """
     hidden, ids, weights = tokens
     if dispatcher.config.quantized:
-        name = "hidden_states" if getattr(hidden, "requires_grad", False) else "topk_weights"
+        given = {"hidden_states": hidden, "topk_weights": weights}
+        name = next((name for name, x in given.items() if getattr(x, "requires_grad", False)), None)
+        ways = "or torch.no_grad()" if name is None else f"torch.no_grad(), or {name}.detach()"
         raise RuntimeError(
-            f"{name} requires grad, and a batch in {dispatcher.config.quant} has no gradient: use moequant.nn.MoEExperts, a dispatcher "
-            f'with quant="none", torch.no_grad(), or {name}.detach()'
+            f"{name or 'a parameter of the experts'} requires grad, and a batch in {dispatcher.config.quant} has no gradient: use "
+            f'moequant.nn.MoEExperts, a dispatcher with quant="none", {ways}'
         )
     routes = Routes(dispatcher, slot, layer)
     values = DispatchFunction.apply(hidden, ids, weights, routes)

@@ -113,6 +113,20 @@ def test_experts_whose_dispatch_knew_of_no_gradient_are_told_where_there_is_one(
         assert w.grad is not None and w.grad.any()
 
 
+def test_the_gradient_of_a_quantizing_dispatchers_own_experts_is_refused_by_the_name_of_what_wants_it():
+    (hidden, ids, weights), experts = given(grad=False), nn.Linear(HIDDEN, HIDDEN)
+    with dispatcher_of("fp8_e4m3fn") as dispatcher:
+        with pytest.raises(
+            RuntimeError, match="^a parameter of the experts requires grad, and a batch in fp8_e4m3fn has no gradient"
+        ) as own:
+            dispatcher(hidden, ids, weights, experts)
+        assert "detach" not in str(own.value)
+        with pytest.raises(RuntimeError, match=r"^topk_weights requires grad, .* or topk_weights.detach\(\)"):
+            dispatcher(hidden, ids, weights.requires_grad_(), experts)
+        with pytest.raises(RuntimeError, match=r"^hidden_states requires grad, .* or hidden_states.detach\(\)"):
+            dispatcher.dispatch(hidden.requires_grad_(), ids, weights)
+
+
 def by_hand(dispatcher: MoEQuantDispatcher, combined: bool) -> Tensor:
     batch, handle = dispatcher.dispatch(*given())
     return dispatcher.combine(batch.values * 2, handle) if combined else batch.values
