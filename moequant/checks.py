@@ -219,6 +219,13 @@ def check_expert_output(config: DispatcherConfig, device: torch.device, expert_o
     """expert_output, contiguous. Raises unless it is what `MoEQuantDispatcher.combine` takes."""
     shape = (*config.batch_shape, config.hidden_size)
     check_tensor("expert_output", expert_output, shape=shape, dtypes=(torch.bfloat16, torch.float16), device=device)
+    if expert_output.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "expert_output requires grad, and this call has no backward: combine has one if hidden states or weights required grad in "
+            'its dispatch, with quant="none" (give that hidden_states.requires_grad_()), as has a call of the dispatcher with an '
+            "nn.Module; where no gradient is wanted, call under torch.no_grad(), or pass expert_output.detach()"
+        )
+    # a tangent, which has no words of its own
     check_no_grad(expert_output=expert_output)
     return expert_output.contiguous()
 

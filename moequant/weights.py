@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -186,13 +187,7 @@ def check_batch(batch: ExpertBatch, w13: Weight, place: Place | None) -> None:
     """
     hint = "dispatch returns the batch and a handle: give the batch alone" if isinstance(batch, tuple) else ""
     check_is("batch", batch, ExpertBatch, hint)
-    experts, hidden = batch.num_tokens.shape[0], batch.values.shape[-1]
-    if (experts, hidden) != (w13.shape[0], w13.shape[2]) or batch.values.dtype != dtype_of(w13):
-        raise ValueError(
-            f"the experts are {w13.shape[0]} of hidden size {w13.shape[2]} in {dtype_of(w13)}, the batch has values of "
-            f"shape {tuple(batch.values.shape)} in {batch.values.dtype}; give dispatcher and experts the same quant and sizes, and "
-            "each rank its own experts"
-        )
+    check_fits(w13, batch.num_tokens.shape[0], batch.values.shape, batch.values.dtype, batch.values.device)
     # experts of other numbers, as a rank's among all ranks', aren't told apart
     if place is not None and place.whole == batch._place.whole and place.first != batch._place.first:
         raise ValueError(
@@ -200,8 +195,36 @@ def check_batch(batch: ExpertBatch, w13: Weight, place: Place | None) -> None:
             f"{batch._place.first}; take the same part of both"
         )
     check_no_grad(batch=batch.values)
-    if batch.values.device != w13.device:
-        raise ValueError(f"the experts are on {w13.device}, the batch on {batch.values.device}; they must be on one device")
+
+
+def check_fits(
+    w13: Weight,
+    experts: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = (),
+) -> None:
+    """Refuses experts that are not those of a batch, from what is known of it before it is there.
+
+    Args:
+        w13: the experts' first weight, (L, 2I, H).
+        experts: that the batch has rows of.
+        shape: of its values, (L, M, H), ragged (R, H).
+        dtype: of its values.
+        device: where it is.
+        dtypes: in which the weight may be; none: in that of the values alone.
+
+    Raises:
+        ValueError: other sizes, another type or device.
+    """
+    if (experts, shape[-1]) != (w13.shape[0], w13.shape[2]) or dtype_of(w13) not in (dtypes or (dtype,)):
+        raise ValueError(
+            f"the experts are {w13.shape[0]} of hidden size {w13.shape[2]} in {dtype_of(w13)}, the batch has values of "
+            f"shape {tuple(shape)} in {dtype}; give dispatcher and experts the same quant and sizes, and each rank its own experts"
+        )
+    if device != w13.device:
+        raise ValueError(f"the experts are on {w13.device}, the batch on {device}; they must be on one device")
 
 
 class ExpertWeights:

@@ -13,7 +13,7 @@ from moequant.activations import Activation
 from moequant.config import ROW_ALIGNMENT, round_up
 from moequant.reference.quantization import expert_places
 from moequant.training.precision import Operand, Precision, sums_of_products
-from moequant.training.routes import Routes
+from moequant.training.routes import TOKENS, Kind, Routes
 from moequant.training.rows import Rows
 from moequant.training.slopes import activated_with_slopes
 
@@ -31,7 +31,7 @@ class LocalRoutes(Routes):
         self._weights, self._rows = torch.empty(0, device="cpu"), torch.empty(0, device="cpu")
         self._unweighted = False
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor | None = None) -> Rows:
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor | None = None, kind: Kind = TOKENS) -> Rows:
         """Rows of an expert in the order of the tokens' entries."""
         places, flat = torch.full((ids.numel(),), -1, device=ids.device), ids.flatten()
         entries = [(flat == expert).nonzero().flatten()[: self.capacity] for expert in range(self.num_experts)]

@@ -31,7 +31,7 @@ from moequant.batch import QuantizedTensor, scale_layout
 from moequant.training.between import Given, Wanted, keeps_graph, slopes
 from moequant.training.operands import Operands
 from moequant.training.precision import Operand, Precision
-from moequant.training.routes import Routes
+from moequant.training.routes import TOKENS, TOKENS_AGAIN, Kind, Routes, check_kept, gradients
 from moequant.training.rows import Rows
 
 
@@ -111,7 +111,9 @@ class Plan:
         q = QuantizedTensor(values, scales, scale_layout(scales), self.precision.recipe)
         return rows.shaped(replace(rows, values=q).contracted())
 
-    def first_product(self, hidden: Tensor, ids: Tensor, weights: Tensor | None, w13: Tensor) -> tuple[Rows, Tensor]:
+    def first_product(
+        self, hidden: Tensor, ids: Tensor, weights: Tensor | None, w13: Tensor, kind: Kind = TOKENS
+    ) -> tuple[Rows, Tensor]:
         """Dispatch and GEMM 1.
 
         Args:
@@ -119,11 +121,12 @@ class Plan:
             ids: (T, K).
             weights: (T, K), or None for ones.
             w13: (L, 2I, H), not gated (L, I, H).
+            kind: of the dispatch.
 
         Returns:
             The rows, and h.
         """
-        rows = self.routes.dispatch(hidden, ids, weights)
+        rows = self.routes.dispatch(hidden, ids, weights, kind)
         return rows, self.precision.product(rows.values, self.weight("w13", w13), rows, self.kind.halves)
 
     def second_product(self, inner: Operand, rows: Rows, w2: Tensor, bias2: Tensor | None) -> Tensor:
@@ -189,9 +192,11 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     plan: Plan = ctx.plan
     routes, precision = plan.routes, plan.precision
     d_hidden = d_weights = d_w13 = d_w2 = d_bias13 = d_bias2 = None
-    h = None if kept else plan.first_product(hidden, ids, None, w13)[1]
-    rows = routes.dispatch(grad, ids)
-    h = plan.restored(kept, rows) if h is None else h
+    h = None if kept else plan.first_product(hidden, ids, None, w13, TOKENS_AGAIN)[1]
+    rows = routes.dispatch(grad, ids, kind=gradients(hidden=for_hidden, weights=for_weights, w13=for_w13, bias2=for_bias2))
+    if h is None:
+        check_kept(kept[0], rows.sources.numel())
+        h = plan.restored(kept, rows)
     d_inner = precision.back_product(rows.values, plan.back_weight("w2", w2), rows)
     of_output = more = None
     if bias2 is not None and (for_weights or for_bias2):
@@ -230,7 +235,8 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden = routes.sum(precision.back_product(operand, plan.back_weight("w13", w13), rows)).to(hidden.dtype)
     del operand
     if of_h is not None and for_w13:
-        d_w13 = precision.weight_gradient(of_h, precision.contracted(routes.dispatch(hidden, ids)), rows, of_w13)
+        tokens = routes.dispatch(hidden, ids, kind=TOKENS_AGAIN)
+        d_w13 = precision.weight_gradient(of_h, precision.contracted(tokens), rows, of_w13)
     return d_hidden, None, d_weights, d_w13, d_w2, d_bias13, d_bias2, None
 
 
@@ -268,13 +274,15 @@ class CombineFunction(torch.autograd.Function):
         (grad,) = grad_outputs
         output, ids, weights = ctx.saved_tensors
         routes: Routes = ctx.routes
-        rows = routes.dispatch(grad, ids)
+        for_output, _, for_weights, _ = ctx.needs_input_grad
+        rows = routes.dispatch(grad, ids, kind=gradients(hidden=for_output, weights=for_weights))
+        check_kept(output, rows.sources.numel())
         plain = rows.plain()
         wide = torch.promote_types(torch.float32, plain.dtype)
         d_output = d_weights = None
-        if ctx.needs_input_grad[0]:
+        if for_output:
             d_output = rows.shaped((routes.at_rows(weights, rows).unsqueeze(1) * plain).to(output.dtype))
-        if ctx.needs_input_grad[2]:
+        if for_weights:
             of_rows = (plain.to(wide) * rows.only(output).to(wide)).sum(1)
             d_weights = routes.to_entries(of_rows, rows, ids).to(weights.dtype)
         return d_output, None, d_weights, None

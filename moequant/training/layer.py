@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from moequant.activations import Activation
 from moequant.batch import DispatchHandle, ExpertBatch, QuantizedTensor
-from moequant.checks import check_expert_output
+from moequant.checks import check_expert_output, check_tensor, check_weight_shapes
 from moequant.experts import GroupedExperts, can_push
+from moequant.formats import FLOAT_DTYPES
 from moequant.training.functions import CombineFunction, DispatchFunction, LayerFunction, Plan
 from moequant.training.operands import Operands
 from moequant.training.precision import Precision
 from moequant.training.routes import Routes
-from moequant.weights import halves_apart
+from moequant.weights import check_fits, checked_bias, halves_apart
 
 if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
@@ -66,10 +67,12 @@ def dispatch_tracked(
     """
     hidden, ids, weights = tokens
     if dispatcher.config.quantized:
-        name = "hidden_states" if getattr(hidden, "requires_grad", False) else "topk_weights"
+        given = {"hidden_states": hidden, "topk_weights": weights}
+        name = next((name for name, x in given.items() if getattr(x, "requires_grad", False)), None)
+        ways = "or torch.no_grad()" if name is None else f"torch.no_grad(), or {name}.detach()"
         raise RuntimeError(
-            f"{name} requires grad, and a batch in {dispatcher.config.quant} has no gradient: use moequant.nn.MoEExperts, a dispatcher "
-            f'with quant="none", torch.no_grad(), or {name}.detach()'
+            f"{name or 'a parameter of the experts'} requires grad, and a batch in {dispatcher.config.quant} has no gradient: use "
+            f'moequant.nn.MoEExperts, a dispatcher with quant="none", {ways}'
         )
     routes = Routes(dispatcher, slot, layer)
     values = DispatchFunction.apply(hidden, ids, weights, routes)
@@ -128,7 +131,7 @@ def train_layer(
 
     Raises:
         RuntimeError: the experts' weights, or the batch, are quantized.
-        ValueError: wrong tensors.
+        ValueError: wrong tensors, or experts of another dispatcher.
     """
     if isinstance(experts, GroupedExperts) and (can_push(experts) or experts.bias2 is not None):
         w13, w2 = experts.w13, experts.w2
@@ -137,7 +140,10 @@ def train_layer(
                 "a tensor requires grad, and quantized experts have no backward: use moequant.nn.MoEExperts, whose weights are "
                 "quantized in each forward, or call under torch.no_grad()"
             )
-        return train(dispatcher, tokens, (w13, w2, experts.bias13, experts.bias2), experts.kind, slot=slot, layer=layer)
+        weights = w13, w2, experts.bias13, experts.bias2
+        # these are multiplied as they are, and not in what is made of them
+        check_experts(dispatcher, weights, experts.kind, (dispatcher.config.dtype,))
+        return train(dispatcher, tokens, weights, experts.kind, slot=slot, layer=layer)
     batch, handle = dispatch_tracked(dispatcher, tokens, slot, layer)
     return combine_tracked(dispatcher, experts(batch), handle, None)
 
@@ -171,14 +177,45 @@ def train(
         (T, H) of the hidden states' type.
 
     Raises:
-        ValueError: a format or recipe in which nothing is trained, or wrong tensors.
+        ValueError: a format or recipe in which nothing is trained, wrong tensors, or experts of another dispatcher.
     """
+    check_experts(dispatcher, weights, kind)
     w13, w2, bias13, bias2 = weights
     if kind.interleaved:
         w13, kind = halves_apart(w13), replace(kind, interleaved=False)
         bias13 = None if bias13 is None else halves_apart(bias13)
     plan = Plan(Routes(dispatcher, slot, layer), Precision.of(dispatcher.config), kind, recompute, keep_quantized, operands)
     return LayerFunction.apply(*tokens, w13, w2, bias13, bias2, plan)
+
+
+def check_experts(
+    dispatcher: MoEQuantDispatcher,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    kind: Activation,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+) -> None:
+    """Refuses weights that are not of a dispatcher's experts, before anything is sent. A refusal counts as a call.
+
+    Args:
+        dispatcher: that is to bring their batch.
+        weights: as for `train`.
+        kind: the activation.
+        dtypes: in which w13 may be.
+
+    Raises:
+        ValueError: another number of experts, other sizes, another type or device.
+    """
+    (w13, w2, bias13, bias2), config = weights, dispatcher.config
+    try:
+        check_weight_shapes(w13.shape, w2.shape, kind.gated)
+        shape = *config.batch_shape, config.hidden_size
+        check_fits(w13, config.num_local_experts, shape, config.dtype, dispatcher.device, dtypes)
+        check_tensor("w2", w2, dtypes=FLOAT_DTYPES, device=w13.device)
+        for name, bias, w in (("bias13", bias13, w13), ("bias2", bias2, w2)):
+            checked_bias(name, bias, w)
+    except ValueError:
+        dispatcher._count_refusal()
+        raise
 
 
 def requires_grad(*tensors: Any) -> bool:

@@ -5,8 +5,9 @@ T tokens of this rank, K top-k, W ranks, R rows of a rank's experts, H hidden si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +15,46 @@ from torch import Tensor
 from moequant.batch import DispatchHandle, ExpertBatch
 from moequant.errors import StaleHandleError
 from moequant.training.rows import Rows
+from moequant.transport.base import Stage
+from moequant.transport.lifecycle import step
 from moequant.transport.wire import Wire
 
 if TYPE_CHECKING:
     from moequant.dispatcher import MoEQuantDispatcher
 
 ENTRY = (1 << 32) - 1
+
+
+class Kind(NamedTuple):
+    """What a dispatch brings, as `moequant.transport.calls.Call` has it: the tokens, those once more for a backward, or gradients.
+
+    Attributes:
+        gradients: whether it brings those of the output.
+        again: whether it brings the tokens, in a backward.
+        makes: with gradients, what is made of them, in bits.
+    """
+
+    gradients: bool = False
+    again: bool = False
+    makes: int = 0
+
+
+TOKENS, TOKENS_AGAIN = Kind(), Kind(again=True)
+
+
+def gradients(*, hidden: bool = False, weights: bool = False, w13: bool = False, bias2: bool = False) -> Kind:
+    """A dispatch of gradients, and which exchanges come behind it: ranks that would make unlike ones hear of it here.
+
+    Args:
+        hidden: the gradients of the hidden states are made.
+        weights: those of the routing weights.
+        w13: those of w13.
+        bias2: those of bias2.
+
+    Returns:
+        The kind.
+    """
+    return Kind(gradients=True, makes=sum(wanted << bit for bit, wanted in enumerate((hidden, weights, w13, bias2))))
 
 
 class Routes:
@@ -41,13 +76,14 @@ class Routes:
         # whether the weights of the last dispatch were ones
         self._unweighted = False
 
-    def send(self, x: Tensor, ids: Tensor, weights: Tensor | None = None) -> ExpertBatch:
+    def send(self, x: Tensor, ids: Tensor, weights: Tensor | None = None, kind: Kind = TOKENS) -> ExpertBatch:
         """Dispatches something of each token. Collective.
 
         Args:
             x: (T, H) float.
             ids: (T, K), as for `MoEQuantDispatcher.dispatch`.
             weights: (T, K), by which `sum` sums; None: ones.
+            kind: what it is, the same on all ranks.
 
         Returns:
             The batch, views of the slot's buffers.
@@ -55,21 +91,26 @@ class Routes:
         self._unweighted = weights is None
         if weights is None:
             weights = torch.ones(ids.shape, dtype=torch.float32, device=x.device)
-        self._batch, self._handle = self.dispatcher.dispatch(x, ids, weights, slot=self.slot, layer=self.layer)
+        if kind is TOKENS:
+            sent = self.dispatcher.dispatch(x, ids, weights, slot=self.slot, layer=self.layer)
+        else:
+            sent = _dispatch(self.dispatcher, (x, ids, weights), self.slot, self.layer, kind)
+        self._batch, self._handle = sent
         return self._batch
 
-    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor | None = None) -> Rows:
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor | None = None, kind: Kind = TOKENS) -> Rows:
         """`send`, and the batch's rows.
 
         Args:
             x: as for `send`.
             ids: as for `send`.
             weights: as for `send`.
+            kind: as for `send`.
 
         Returns:
             The rows.
         """
-        return Rows.of(self.send(x, ids, weights))
+        return Rows.of(self.send(x, ids, weights, kind))
 
     def run(self, tokens: tuple[Tensor, Tensor, Tensor], experts: Callable[[Any], Tensor]) -> Tensor:
         """A whole layer, as an inference runs it. Collective.
@@ -128,7 +169,11 @@ class Routes:
 
         Returns:
             (T, H).
+
+        Raises:
+            RuntimeError: the rows are of a dispatch before the buffers grew.
         """
+        check_kept(rows, math.prod(self.dispatcher.config.batch_shape))
         if not self._unweighted:
             self._send_nothing(ids, dtype)
         try:
@@ -139,7 +184,8 @@ class Routes:
 
     def _send_nothing(self, ids: Tensor, dtype: torch.dtype) -> None:
         """A dispatch for the sake of its way back."""
-        self.send(torch.zeros(len(ids), self.dispatcher.config.hidden_size, dtype=dtype, device=ids.device), ids)
+        nothing = torch.zeros(len(ids), self.dispatcher.config.hidden_size, dtype=dtype, device=ids.device)
+        self.send(nothing, ids, kind=gradients(hidden=True))
 
     def at_rows(self, weights: Tensor, rows: Rows) -> Tensor:
         """The routing weight of each row. Collective where there are several ranks.
@@ -225,6 +271,37 @@ class Routes:
 
     @property
     def _wire(self) -> Wire:
+        # ranks out of step must not exchange anything
+        self.dispatcher._check_open()
         group, timeout = self.dispatcher._group, self.dispatcher.config.timeout
         assert group is not None
         return Wire(group, timeout, self.dispatcher.device.type == "cpu")
+
+
+def check_kept(kept: Tensor, rows: int) -> None:
+    """That what a forward has left for its backward is of the rows that the dispatcher has now.
+
+    Args:
+        kept: (L, M, N), ragged (R, N), or flat, (L * M, N).
+        rows: R of now.
+
+    Raises:
+        RuntimeError: the buffers are larger now.
+    """
+    if kept.shape[:-1].numel() != rows:
+        raise RuntimeError(
+            "the dispatcher has grown since the forward (ensure), and what that has kept for this backward is of the rows of before: "
+            "call ensure before a forward or behind its backward, or use MoEExperts(recompute=True), which keeps no rows"
+        )
+
+
+@step
+def _dispatch(
+    dispatcher: MoEQuantDispatcher, tokens: tuple[Tensor, Tensor, Tensor], slot: int, layer: int | None, kind: Kind
+) -> tuple[ExpertBatch, DispatchHandle]:
+    """`MoEQuantDispatcher.dispatch` of a backward, which says to the other ranks what it brings."""
+    arguments, buffers = dispatcher._begin(*tokens, slot, layer)
+    buffers.call = buffers.call._replace(**kind._asdict())
+    settings = "dispatch", buffers.call.word, buffers.expected_rows
+    batch, state = dispatcher._repeated(buffers, arguments, settings, lambda: dispatcher._transport.dispatch(*arguments, buffers))
+    return batch, dispatcher._handle(*arguments, buffers, state, Stage.LANDED)

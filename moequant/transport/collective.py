@@ -90,7 +90,7 @@ class CollectiveTransport(Transport[Whose]):
             ops.count_mismatched(words, self.rank, self.status)
 
     def _begin_combine(self, slot: Whose, dtype: torch.dtype) -> None:
-        call = slot.call._replace(first_experts=0, combines=True, float16=dtype == torch.float16 and not self.config.per_rank)
+        call = slot.call.combine(float16=dtype == torch.float16 and not self.config.per_rank)
         slot.words[1:].fill_(call.word)
         self._meet(slot)
 

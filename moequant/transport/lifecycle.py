@@ -95,7 +95,8 @@ class Lifecycle:
         """Makes room for so many tokens of a rank, if there isn't already. Collective where there isn't.
 
         Growing waits for the device and takes new buffers: batches and handles of before are stale, and graphs that were captured with
-        them must not be replayed any more.
+        them must not be replayed any more. A backward whose forward came before raises RuntimeError, unless it keeps no rows
+        (`MoEExperts(recompute=True)`).
 
         Args:
             max_tokens_per_rank: the largest T, the same on all ranks.

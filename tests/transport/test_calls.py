@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -12,10 +13,23 @@ from moequant.transport.calls import LAYERS, Call, unlike
 def test_a_word_is_31_bits_that_say_the_call():
     draw = random.Random(0)
     for _ in range(200):
-        flags = [draw.random() < 0.5 for _ in range(3)]
-        call = Call(draw.randrange(512), draw.randrange(2), draw.randrange(256), draw.randrange(LAYERS + 1), *flags)
-        assert 0 <= call.word < 2**31
-        assert Call.of(call.word) == call
+        one, other = (draw.random() < 0.5 for _ in range(2))
+        call = Call(draw.randrange(512), draw.randrange(2), 0, draw.randrange(LAYERS + 1))
+        some = draw.randrange(256)
+        for kind in (
+            call._replace(first_experts=some),
+            call._replace(first_experts=some, again=True),
+            call._replace(gradients=True, again=one, makes=some % 16),
+            call.combine(float16=one, pushed=other),
+        ):
+            assert 0 <= kind.word < 2**31
+            assert Call.of(kind.word) == kind
+
+
+def test_a_combine_has_nothing_of_its_dispatch_but_the_layer_and_the_slot():
+    call = Call(1, 1, layer=5)
+    for dispatch in (call, call._replace(first_experts=3), call._replace(gradients=True, makes=5), call._replace(again=True)):
+        assert dispatch.combine(float16=True) == Call(1, 1, 0, 5, combines=True, float16=True)
 
 
 def test_numbers_past_their_bits_wrap():
@@ -24,10 +38,22 @@ def test_numbers_past_their_bits_wrap():
 
 @pytest.mark.parametrize(
     "change",
-    [{"dispatcher": 2}, {"slot": 1}, {"first_experts": 4}, {"layer": 6}, {"combines": True}, {"float16": True}, {"pushed": True}],
+    [{"dispatcher": 2}, {"slot": 1}, {"first_experts": 4}, {"layer": 6}, {"combines": True}, {"gradients": True}, {"again": True}],
 )
-def test_calls_that_differ_in_anything_are_unlike(change):
-    call = Call(1, 0, 3, 5)
+def test_dispatches_that_differ_in_anything_are_unlike(change):
+    check_unlike(Call(1, 0, 3, 5), change)
+
+
+@pytest.mark.parametrize("change", [{"float16": True}, {"pushed": True}])
+def test_combines_that_differ_in_anything_are_unlike(change):
+    check_unlike(Call(1, 0, 3, 5).combine(), change)
+
+
+def test_dispatches_of_which_other_gradients_are_made_are_unlike():
+    check_unlike(Call(1, 0, 0, 5, gradients=True, makes=7), {"makes": 6})
+
+
+def check_unlike(call: Call, change: dict[str, Any]) -> None:
     other = call._replace(**change)
     assert unlike(call.word, other.word) and unlike(other.word, call.word)
     assert not unlike(call.word, call.word)
@@ -41,5 +67,11 @@ def test_a_layer_that_is_not_said_goes_with_any():
 def test_a_call_in_words():
     assert str(Call(3, 1)) == "dispatch in slot 1 of dispatcher 3"
     assert str(Call(0, 0, 4, 7)) == "dispatch of the first 4 experts of layer 6 in slot 0 of dispatcher 0"
+    again = Call(0, 0, layer=7, again=True)
+    assert str(again) == "dispatch of tokens once more for a backward of layer 6 in slot 0 of dispatcher 0"
+    of_gradients = Call(0, 0, layer=1, gradients=True, makes=5)
+    assert str(of_gradients) == (
+        "dispatch of gradients of layer 0 that makes those of hidden states and w13 in slot 0 of dispatcher 0"
+    )
     combine = Call(0, 1, combines=True, float16=True, pushed=True)
     assert str(combine) == "combine of float16 rows that were pushed in slot 1 of dispatcher 0"
