@@ -25,7 +25,7 @@ from moequant.pushed_rows import PushedRows
 from moequant.traced import numbered
 from moequant.training.layer import WEIGHTS, TrackedHandle, combine_tracked, dispatch_tracked, train_layer
 from moequant.transport.agreement import agree, attempt, choose_device, membership
-from moequant.transport.base import Stage
+from moequant.transport.base import Slot, Stage
 from moequant.transport.lifecycle import step
 from moequant.transport.select import buffer_bytes, resolve
 
@@ -214,6 +214,10 @@ class MoEQuantDispatcher(PushedRows):
         if torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (hidden_states, topk_weights)):
             return dispatch_tracked(self, (hidden_states, topk_ids, topk_weights), slot, layer)
         arguments, buffers = self._begin(hidden_states, topk_ids, topk_weights, slot, layer, 0, expected_tokens)
+        return self._dispatch(arguments, buffers)
+
+    def _dispatch(self, arguments: tuple[Tensor, Tensor, Tensor], buffers: Slot) -> tuple[ExpertBatch, DispatchHandle]:
+        """A dispatch that has begun."""
         settings = "dispatch", buffers.call.word, buffers.expected_rows
         batch, state = self._repeated(buffers, arguments, settings, lambda: self._transport.dispatch(*arguments, buffers))
         return batch, self._handle(*arguments, buffers, state, Stage.LANDED)

@@ -173,6 +173,7 @@ def test_parts_are_the_experts_of_the_whole(quant):
 def test_parts_have_the_weights_of_the_moment():
     experts, batch = GroupedExperts.from_weights(*weights(), quant="none"), make_batch("none", torch.randn(EXPERTS, ROWS, HIDDEN))
     of_the_whole = experts.w2
+    assert isinstance(of_the_whole, torch.Tensor)
     for w2 in (of_the_whole, torch.zeros_like(of_the_whole), of_the_whole):
         experts.w2 = w2
         assert experts.part(0, 2)(batch.part(0, 2))[0, 0].any() == w2.any()

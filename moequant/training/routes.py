@@ -15,7 +15,6 @@ from torch import Tensor
 from moequant.batch import DispatchHandle, ExpertBatch
 from moequant.errors import StaleHandleError
 from moequant.training.rows import Rows
-from moequant.transport.base import Stage
 from moequant.transport.lifecycle import step
 from moequant.transport.wire import Wire
 
@@ -302,6 +301,4 @@ def _dispatch(
     """`MoEQuantDispatcher.dispatch` of a backward, which says to the other ranks what it brings."""
     arguments, buffers = dispatcher._begin(*tokens, slot, layer)
     buffers.call = buffers.call._replace(**kind._asdict())
-    settings = "dispatch", buffers.call.word, buffers.expected_rows
-    batch, state = dispatcher._repeated(buffers, arguments, settings, lambda: dispatcher._transport.dispatch(*arguments, buffers))
-    return batch, dispatcher._handle(*arguments, buffers, state, Stage.LANDED)
+    return dispatcher._dispatch(arguments, buffers)
