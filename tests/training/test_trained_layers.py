@@ -339,7 +339,7 @@ def test_two_combines_of_a_dispatch_with_a_backward_in_between_are_both_weighted
         second = dispatcher.combine(batch.values * 2, handle)
         assert_bit_equal(first.detach(), second.detach())
         first.backward(tokens.grad, retain_graph=True)
-        with pytest.raises(RuntimeError, match="reused its buffers"):
+        with pytest.raises(RuntimeError, match="whose buffers a later dispatch, or ensure, has taken"):
             dispatcher.combine(batch.values * 2, handle)
         second.backward(tokens.grad)
 
