@@ -187,9 +187,8 @@ class GroupedExperts(ExpertWeights):
             biases = (None if bias is None else bias[begin:end] for bias in (self.bias13, self.bias2))
             part = GroupedExperts(w13, w2, activation=self.kind, **dict(zip(("bias13", "bias2"), biases, strict=True)))
             self._parts[begin, end] = part
-            part._span, part._owner = (begin, end), self._owner
             first, whole = self._place or (0, self.w13.shape[0])
-            part._place = Place(first + begin, whole)
+            part._place, part._owner = Place(first + begin, whole), self._owner
         return self._parts[begin, end]
 
     def fuses(self, batch: ExpertBatch) -> bool:
@@ -336,7 +335,9 @@ class GroupedExperts(ExpertWeights):
         """What all experts of these sizes share that take batches of the owner and slot."""
         self._check_batch(batch)
         inner = dtype_of(self.w2), isinstance(self.w2, QuantizedTensor), self.output_dtype
-        span, rows = None if batch.ragged else self._span, tuple(batch.values.shape[:-1])
+        first = self._place.first if self._place else 0
+        span = None if batch.ragged else (first, first + self.w13.shape[0])
+        rows = tuple(batch.values.shape[:-1])
         columns = self.hidden_size, self.intermediate_size, self.w13.shape[1]
         sizes = Sizes(batch.slot, span, rows, *columns, *inner, batch.values.device)
         return workspace_of(batch.owner or self._owner, sizes)

@@ -252,8 +252,6 @@ class ExpertWeights:
         self.w13, self.w2 = w13, w2
         self.bias13, self.bias2 = checked_bias("bias13", bias13, w13), checked_bias("bias2", bias2, w2)
         self.hidden_size, self.intermediate_size = tuple(w2.shape[1:])
-        # of these experts among all of a layer
-        self._span = 0, w13.shape[0]
         # where they are, if they are a part
         self._place: Place | None = None
         self._begin()

@@ -141,8 +141,9 @@ def train_layer(
                 "quantized in each forward, or call under torch.no_grad()"
             )
         weights = w13, w2, experts.bias13, experts.bias2
-        # these are multiplied as they are, and not in what is made of them
-        check_experts(dispatcher, weights, experts.kind, (dispatcher.config.dtype,))
+        if w13.dtype != dispatcher.config.dtype:
+            # these are multiplied as they are, and not in what is made of them
+            check_experts(dispatcher, weights, experts.kind, (dispatcher.config.dtype,))
         return train(dispatcher, tokens, weights, experts.kind, slot=slot, layer=layer)
     batch, handle = dispatch_tracked(dispatcher, tokens, slot, layer)
     return combine_tracked(dispatcher, experts(batch), handle, None)
@@ -165,7 +166,7 @@ def train(
     Args:
         dispatcher: of quant "none" or "fp8_e4m3fn".
         tokens: hidden states (T, H), ids and weights (T, K).
-        weights: w13 (L, 2I, H), not gated (L, I, H), w2 (L, H, I), and their biases or None; any float type.
+        weights: w13 (L, 2I, H), not gated (L, I, H), w2 (L, H, I), and their biases or None.
         kind: the activation.
         recompute: GEMM 1's result is not kept for the backward.
         keep_quantized: it is kept as the dispatcher's quant has it.
@@ -179,7 +180,7 @@ def train(
     Raises:
         ValueError: a format or recipe in which nothing is trained, wrong tensors, or experts of another dispatcher.
     """
-    check_experts(dispatcher, weights, kind)
+    check_experts(dispatcher, weights, kind, FLOAT_DTYPES)
     w13, w2, bias13, bias2 = weights
     if kind.interleaved:
         w13, kind = halves_apart(w13), replace(kind, interleaved=False)
@@ -192,7 +193,7 @@ def check_experts(
     dispatcher: MoEQuantDispatcher,
     weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     kind: Activation,
-    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    dtypes: Sequence[torch.dtype],
 ) -> None:
     """Refuses weights that are not of a dispatcher's experts, before anything is sent. A refusal counts as a call.
 

@@ -90,11 +90,7 @@ class Routes:
         self._unweighted = weights is None
         if weights is None:
             weights = torch.ones(ids.shape, dtype=torch.float32, device=x.device)
-        if kind is TOKENS:
-            sent = self.dispatcher.dispatch(x, ids, weights, slot=self.slot, layer=self.layer)
-        else:
-            sent = _dispatch(self.dispatcher, (x, ids, weights), self.slot, self.layer, kind)
-        self._batch, self._handle = sent
+        self._batch, self._handle = _dispatch(self.dispatcher, (x, ids, weights), self.slot, self.layer, kind)
         return self._batch
 
     def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor | None = None, kind: Kind = TOKENS) -> Rows:
@@ -298,7 +294,7 @@ def check_kept(kept: Tensor, rows: int) -> None:
 def _dispatch(
     dispatcher: MoEQuantDispatcher, tokens: tuple[Tensor, Tensor, Tensor], slot: int, layer: int | None, kind: Kind
 ) -> tuple[ExpertBatch, DispatchHandle]:
-    """`MoEQuantDispatcher.dispatch` of a backward, which says to the other ranks what it brings."""
+    """`MoEQuantDispatcher.dispatch`, which says to the other ranks what it brings."""
     arguments, buffers = dispatcher._begin(*tokens, slot, layer)
     buffers.call = buffers.call._replace(**kind._asdict())
     return dispatcher._dispatch(arguments, buffers)

@@ -143,6 +143,8 @@ class Transport(ABC, Generic[AnySlot]):
 
     # whether the steps' launches are all that they do, from call to call the same
     repeats = False
+    # whether each rank has only a part of an expert's rows
+    by_source = False
     # of waits for other ranks, in the kernels' units
     wait_limit = 0
 

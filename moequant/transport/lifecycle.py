@@ -22,7 +22,6 @@ from moequant.transport import guards
 from moequant.transport.agreement import agree, attempt
 from moequant.transport.base import Slot, Stage, Transport
 from moequant.transport.calls import LAYERS, Call
-from moequant.transport.padded import PaddedTransport
 from moequant.transport.peer_memory import host_words, view_of
 from moequant.transport.select import make_transport
 from moequant.transport.symmetric import SymmetricTransport
@@ -154,7 +153,7 @@ class Lifecycle:
             self._transport.check_guards()
         invalid, dropped, _ = self._news()
         self._reported = [self._reported[0] + invalid, self._reported[1] + dropped, 0]
-        check_counted(self.config, invalid, dropped, isinstance(self._transport, PaddedTransport))
+        check_counted(self.config, invalid, dropped, self._transport.by_source)
         return dropped
 
     def _news(self) -> list[int]:

@@ -48,6 +48,8 @@ class PaddedSlot(CollectiveSlot[PaddedBuffers[Tensor]]):
 
 
 class PaddedTransport(CollectiveTransport[PaddedSlot]):
+    by_source = True
+
     @staticmethod
     def buffer_specs(config: DispatcherConfig) -> PaddedBuffers[BufferSpec]:
         experts, limit, columns = config.num_experts, config.rows_per_source, config.hidden_size
